@@ -1,0 +1,116 @@
+"""Small JSON artifacts that travel with a drafter: calibration and cost.
+
+Each carries ``schema_version``, its kind, the drafter and target it belongs to, γ and its
+provenance. Reading one for something else is an error, never a warning.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import msgspec
+
+from dspark_sglang.errors import ArtifactError
+
+SCHEMA_VERSION = 1
+STS_FILE = "sts.json"
+
+
+class Provenance(msgspec.Struct, frozen=True, kw_only=True):
+    """Where an artifact came from."""
+
+    created: str
+    command: str
+    versions: dict[str, str]
+    data: str = ""
+
+
+class STSArtifact(msgspec.Struct, frozen=True, kw_only=True, tag="sts", tag_field="kind"):
+    """Sequential temperature scaling of a confidence head (paper, section on calibration)."""
+
+    schema_version: int
+    gamma: int
+    #: One temperature per position; the calibrated confidence is ``sigmoid(logit / t_k)``.
+    temperatures: list[float]
+    drafter_sha256: str
+    target: str
+    provenance: Provenance
+    #: Blocks the fit saw, and mean expected calibration error of survival before and after,
+    #: on blocks the fit did not see.
+    blocks: int = 0
+    ece_before: float | None = None
+    ece_after: float | None = None
+
+
+def write_json(path: Path, value: msgspec.Struct | dict[str, object]) -> None:
+    """Write ``value`` as indented JSON, all or nothing."""
+    data = msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n"
+    write_bytes(path, data)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Replace ``path`` with ``data`` so that no reader ever sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        Path(name).chmod(0o644)
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def read_sts(path: Path, *, gamma: int, drafter_sha256: str | None = None) -> STSArtifact:
+    """Read an STS artifact and check that it belongs here.
+
+    Args:
+        path: the artifact.
+        gamma: drafted tokens a round of the running drafter.
+        drafter_sha256: digest of the drafter's weights; None skips that check.
+
+    Raises:
+        ArtifactError: missing, damaged, another schema, γ or drafter, or a bad temperature.
+    """
+    fix = "Fit it again with `dspark calibrate`, or unset DSPARK_STS to serve without it."
+    try:
+        artifact = msgspec.json.decode(path.read_bytes(), type=STSArtifact)
+    except FileNotFoundError:
+        raise ArtifactError(
+            f"{path} does not exist.", expected="an STS calibration file", fix=fix
+        ) from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ArtifactError(
+            f"{path} cannot be read: {error}.", expected="an STS calibration file", fix=fix
+        ) from error
+    if artifact.schema_version != SCHEMA_VERSION:
+        raise ArtifactError(
+            f"{path} has schema_version {artifact.schema_version}.",
+            expected=str(SCHEMA_VERSION),
+            fix=fix,
+        )
+    if artifact.gamma != gamma or len(artifact.temperatures) != gamma:
+        raise ArtifactError(
+            f"{path} was fitted for gamma {artifact.gamma} "
+            f"({len(artifact.temperatures)} temperatures).",
+            expected=f"gamma {gamma}, the drafter's block size",
+            fix=fix,
+        )
+    if not all(0.0 < t < float("inf") for t in artifact.temperatures):
+        raise ArtifactError(
+            f"{path} holds temperatures {artifact.temperatures}.",
+            expected="finite numbers above 0",
+            fix=fix,
+        )
+    if drafter_sha256 is not None and artifact.drafter_sha256 != drafter_sha256:
+        raise ArtifactError(
+            f"{path} was fitted for drafter {artifact.drafter_sha256[:12]}.",
+            expected=f"{drafter_sha256[:12]}, the weights beside it",
+            fix=fix,
+        )
+    return artifact

@@ -1,0 +1,317 @@
+"""Reading and checking drafter checkpoints without loading their weights.
+
+Knows the published dense layout (``Qwen3DSparkModel``: ``fc``, ``hidden_norm``, ``norm``,
+``layers.N.*``, ``markov_head.*``, ``confidence_head.*``) with its configuration keys at the top
+level or nested under ``dflash_config`` / ``dspark_config``, and recognises drafters bundled in a
+target checkpoint (``dspark_*`` keys), which SGLang loads itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from safetensors import SafetensorError, safe_open
+
+from dspark_sglang.errors import CheckpointError
+
+BUNDLED_KEYS = (
+    "dspark_block_size",
+    "dspark_markov_rank",
+    "dspark_noise_token_id",
+    "dspark_target_layer_ids",
+)
+MARKOV_HEADS = ("vanilla", "gated", "rnn")
+_HEAD_TENSORS = ("markov_head.", "confidence_head.")
+
+
+class DrafterConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What a drafter's ``config.json`` says about drafting."""
+
+    gamma: int
+    markov_rank: int
+    markov_head: str
+    mask_token_id: int
+    target_layer_ids: tuple[int, ...]
+    confidence_head: bool
+    confidence_with_markov: bool
+    hidden_size: int
+    vocab_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    num_target_layers: int | None
+    bundled: bool
+    sample_from_anchor: bool = True
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+
+
+def read_json(path: Path, *, what: str) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        CheckpointError: missing, or not a JSON object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{path} does not exist.",
+            expected=f"{what}",
+            fix="Check the path, or download the model first with `hf download`.",
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(
+            f"{path} is not JSON: {error}.", expected=what, fix="Download the file again."
+        ) from error
+    if not isinstance(value, dict):
+        raise CheckpointError(
+            f"{path} holds a {type(value).__name__}.",
+            expected=f"a JSON object ({what})",
+            fix="Download the file again.",
+        )
+    return value
+
+
+def read_config(directory: Path, *, role: str) -> dict[str, Any]:
+    """``config.json`` of a model directory; ``role`` ("drafter", "target") names it in errors."""
+    if not directory.is_dir():
+        raise CheckpointError(
+            f"{role} path {directory} is not a directory.",
+            expected="a model directory with config.json and safetensors weights",
+            fix="Check the path, or download the model first with `hf download`.",
+        )
+    return read_json(directory / "config.json", what=f"the {role}'s config.json")
+
+
+def _lookup(config: Mapping[str, Any], key: str, bundled_key: str | None = None) -> Any:
+    if bundled_key and config.get(bundled_key) is not None:
+        return config[bundled_key]
+    for section in ("dspark_config", "dflash_config"):
+        nested = config.get(section)
+        if isinstance(nested, Mapping) and nested.get(key) is not None:
+            return nested[key]
+    return config.get(key)
+
+
+def _require(config: Mapping[str, Any], key: str, bundled_key: str | None = None) -> Any:
+    value = _lookup(config, key, bundled_key)
+    if value is None:
+        raise CheckpointError(
+            f"The drafter's config.json has no {key}.",
+            expected="a DSpark drafter (block_size, markov_rank, mask_token_id, target_layer_ids)",
+            fix="Use a DSpark checkpoint; DFlash or EAGLE drafters need their own algorithm.",
+        )
+    return value
+
+
+def parse_drafter_config(config: Mapping[str, Any]) -> DrafterConfig:
+    """Read the DSpark fields of a configuration in any published layout.
+
+    Raises:
+        CheckpointError: a field is missing or out of range.
+    """
+    bundled = any(config.get(key) is not None for key in BUNDLED_KEYS)
+    rank = int(_require(config, "markov_rank", "dspark_markov_rank"))
+    head = str(_lookup(config, "markov_head_type", "dspark_markov_head_type") or "vanilla").lower()
+    if head not in MARKOV_HEADS:
+        raise CheckpointError(
+            f"markov_head_type is {head!r}.",
+            expected=" or ".join(MARKOV_HEADS),
+            fix="Use a drafter with one of these heads.",
+        )
+    rope = config.get("rope_parameters") or {}
+    hidden = int(_require(config, "hidden_size"))
+    heads = int(_require(config, "num_attention_heads"))
+    parsed = DrafterConfig(
+        gamma=int(_require(config, "block_size", "dspark_block_size")),
+        markov_rank=rank,
+        markov_head=head,
+        mask_token_id=int(_require(config, "mask_token_id", "dspark_noise_token_id")),
+        target_layer_ids=tuple(
+            int(i) for i in _require(config, "target_layer_ids", "dspark_target_layer_ids")
+        ),
+        confidence_head=bool(config.get("enable_confidence_head", True)),
+        confidence_with_markov=bool(config.get("confidence_head_with_markov", rank > 0)),
+        hidden_size=hidden,
+        vocab_size=int(_require(config, "vocab_size")),
+        num_layers=int(_require(config, "num_hidden_layers")),
+        num_heads=heads,
+        num_kv_heads=int(config.get("num_key_value_heads", heads)),
+        head_dim=int(config.get("head_dim") or hidden // heads),
+        intermediate_size=int(config.get("intermediate_size", 0)),
+        num_target_layers=config.get("num_target_layers"),
+        bundled=bundled,
+        sample_from_anchor=bool(config.get("sample_from_anchor", True)),
+        rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+        rope_theta=float(rope.get("rope_theta", config.get("rope_theta", 10000.0))),
+    )
+    if parsed.gamma < 1 or parsed.markov_rank < 1 or not parsed.target_layer_ids:
+        raise CheckpointError(
+            f"The drafter says block_size {parsed.gamma}, markov_rank {parsed.markov_rank}, "
+            f"target_layer_ids {list(parsed.target_layer_ids)}.",
+            expected="a block size and rank of at least 1 and at least one target layer",
+            fix="Use a DSpark checkpoint.",
+        )
+    return parsed
+
+
+def dense_tensors(config: DrafterConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the dense layout and its shape."""
+    hidden, rank, vocab = config.hidden_size, config.markov_rank, config.vocab_size
+    width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    features = hidden + (rank if config.confidence_with_markov else 0)
+    shapes: dict[str, tuple[int, ...]] = {
+        "fc.weight": (hidden, len(config.target_layer_ids) * hidden),
+        "hidden_norm.weight": (hidden,),
+        "norm.weight": (hidden,),
+        "markov_head.markov_w1.weight": (vocab, rank),
+        "markov_head.markov_w2.weight": (vocab, rank),
+    }
+    if config.markov_head == "gated":
+        shapes["markov_head.gate_proj.weight"] = (rank, hidden + rank)
+        shapes["markov_head.gate_proj.bias"] = (rank,)
+    elif config.markov_head == "rnn":
+        shapes["markov_head.joint_proj.weight"] = (3 * rank, 2 * rank + hidden)
+        shapes["markov_head.joint_proj.bias"] = (3 * rank,)
+    if config.confidence_head:
+        shapes["confidence_head.proj.weight"] = (1, features)
+        shapes["confidence_head.proj.bias"] = (1,)
+    for layer in range(config.num_layers):
+        prefix = f"layers.{layer}."
+        shapes |= {
+            prefix + "self_attn.q_proj.weight": (width, hidden),
+            prefix + "self_attn.k_proj.weight": (kv_width, hidden),
+            prefix + "self_attn.v_proj.weight": (kv_width, hidden),
+            prefix + "self_attn.o_proj.weight": (hidden, width),
+            prefix + "self_attn.q_norm.weight": (config.head_dim,),
+            prefix + "self_attn.k_norm.weight": (config.head_dim,),
+            prefix + "mlp.gate_proj.weight": (config.intermediate_size, hidden),
+            prefix + "mlp.up_proj.weight": (config.intermediate_size, hidden),
+            prefix + "mlp.down_proj.weight": (hidden, config.intermediate_size),
+            prefix + "input_layernorm.weight": (hidden,),
+            prefix + "post_attention_layernorm.weight": (hidden,),
+        }
+    return shapes
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of a model directory, in name order."""
+    return sorted(directory.glob("*.safetensors"))
+
+
+def read_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every stored tensor, from the files' headers.
+
+    Raises:
+        CheckpointError: no safetensors file, or a damaged one.
+    """
+    files = weight_files(directory)
+    if not files:
+        raise CheckpointError(
+            f"{directory} holds no .safetensors file.",
+            expected="safetensors weights (pickled .bin or .pt files are not read)",
+            fix="Download the model again with `hf download`.",
+        )
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as handle:
+                for name in handle.keys():  # noqa: SIM118 - not a dict
+                    shapes[name] = tuple(handle.get_slice(name).get_shape())
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{path} is damaged: {error}.",
+                expected="a complete safetensors file",
+                fix="Download it again with `hf download`.",
+            ) from error
+    return shapes
+
+
+def check_tensors(directory: Path, config: DrafterConfig) -> None:
+    """Compare the stored tensors of a dense drafter with what its configuration implies.
+
+    Raises:
+        CheckpointError: damaged file, missing head, missing tensor or wrong shape.
+    """
+    stored = {name.removeprefix("model."): s for name, s in read_shapes(directory).items()}
+    if not config.confidence_head or "confidence_head.proj.weight" not in stored:
+        said = "says" if config.confidence_head else "turns off (enable_confidence_head)"
+        raise CheckpointError(
+            f"{directory} holds no confidence head (its config.json {said} one).",
+            expected="confidence_head.proj.weight, which scheduling reads",
+            fix="Use a drafter trained with a confidence head, or SGLang's builtin in static "
+            "mode (DSPARK_PLUGIN=off SGLANG_RAGGED_VERIFY_MODE=static).",
+        )
+    for name, shape in dense_tensors(config).items():
+        if name not in stored:
+            raise CheckpointError(
+                f"{directory} has no tensor {name}.",
+                expected=f"{name} of shape {list(shape)}",
+                fix="Download the drafter again; it is incomplete or of another architecture.",
+            )
+        if stored[name] != shape:
+            raise CheckpointError(
+                f"{name} in {directory} has shape {list(stored[name])}.",
+                expected=f"{list(shape)} (from config.json)",
+                fix="The weights and config.json belong to different drafters; download both.",
+            )
+
+
+def check_fits(config: DrafterConfig, target: Mapping[str, Any], *, name: str = "target") -> None:
+    """Check that a drafter was made for a target of this shape.
+
+    Args:
+        config: the drafter.
+        target: the target's ``config.json`` (text configuration nested or not).
+        name: how to call the target in messages.
+
+    Raises:
+        CheckpointError: hidden size, vocabulary, layer ids or mask token do not fit.
+    """
+    text = target.get("text_config")
+    shape: Mapping[str, Any] = text if isinstance(text, Mapping) else target
+    fix = f"Use a drafter made for {name}, at the same revision."
+    for ours, theirs, what in (
+        (config.hidden_size, shape.get("hidden_size"), "hidden_size"),
+        (config.vocab_size, shape.get("vocab_size"), "vocab_size"),
+        (config.num_target_layers, shape.get("num_hidden_layers"), "num_target_layers"),
+    ):
+        if ours is not None and theirs is not None and int(ours) != int(theirs):
+            raise CheckpointError(
+                f"The drafter's {what} is {ours}.", expected=f"{theirs}, as in {name}", fix=fix
+            )
+    layers = shape.get("num_hidden_layers")
+    if layers is not None:
+        outside = [i for i in config.target_layer_ids if not -1 <= i < int(layers)]
+        if outside:
+            raise CheckpointError(
+                f"The drafter reads target layers {outside}.",
+                expected=f"layers -1 to {int(layers) - 1} of {name}",
+                fix=fix,
+            )
+    vocab = shape.get("padded_vocab_size") or shape.get("vocab_size")
+    if vocab is not None and not 0 <= config.mask_token_id < int(vocab):
+        raise CheckpointError(
+            f"The drafter's mask_token_id is {config.mask_token_id}.",
+            expected=f"a token below {vocab}",
+            fix=fix,
+        )
+
+
+def weights_digest(directory: Path) -> str:
+    """SHA-256 over the drafter's weight files in name order: its identity in artifacts."""
+    digest = hashlib.sha256()
+    for path in weight_files(directory):
+        digest.update(path.name.encode())
+        with path.open("rb") as stream:
+            while chunk := stream.read(1 << 20):
+                digest.update(chunk)
+    return digest.hexdigest()

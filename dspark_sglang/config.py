@@ -1,0 +1,97 @@
+"""Every environment variable of this package, typed, in one place.
+
+SGLang's own flags are untouched. Ours start with ``DSPARK_``; one that is not listed in
+:class:`Settings` is an error, so that a typo is never a silent default.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal, get_args
+
+import msgspec
+import platformdirs
+
+from dspark_sglang.errors import ConfigError
+
+PREFIX = "DSPARK_"
+
+Schedule = Literal["adaptive", "all"]
+Plugin = Literal["auto", "off"]
+Kernels = Literal["auto", "torch", "triton"]
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """The settings of one process. Each field is ``DSPARK_<FIELD>`` in the environment."""
+
+    #: ``auto``: replace SGLang's DSPARK when it is asked for. ``off``: leave the builtin.
+    plugin: Plugin = "auto"
+    #: ``adaptive``: verify what pays, by the step times this server measures.
+    #: ``all``: always verify the whole drafted block.
+    schedule: Schedule = "adaptive"
+    #: STS calibration file. Empty: ``sts.json`` beside the drafter's weights, if present.
+    sts: str = ""
+    #: Implementation of the drafting and verification kernels. ``auto`` picks by device.
+    kernels: Kernels = "auto"
+    #: Seed of draft sampling and acceptance. Negative: SGLang's ``--random-seed``.
+    seed: int = -1
+    #: Torch threads of the CPU platform. 0: the cores this process may run on.
+    cpu_threads: int = 0
+    #: Run on an SGLang release other than the pinned one after the contract check passes.
+    allow_other_sglang: bool = False
+    #: Where downloaded and converted models are kept. Empty: the user's cache directory.
+    cache_dir: str = ""
+
+    @property
+    def cache_path(self) -> Path:
+        """Directory for downloaded and converted models."""
+        if self.cache_dir:
+            return Path(self.cache_dir).expanduser()
+        return Path(platformdirs.user_cache_dir("dspark-sglang"))
+
+
+def _convert(name: str, raw: str, hint: object) -> object:
+    choices = get_args(hint)
+    try:
+        if choices:
+            if raw not in choices:
+                raise ValueError
+            return raw
+        if hint is bool:
+            return {"1": True, "true": True, "0": False, "false": False}[raw.lower()]
+        if hint is int:
+            return int(raw)
+    except (ValueError, KeyError):
+        wanted = " or ".join(choices) if choices else {bool: "0 or 1", int: "an integer"}[hint]  # type: ignore[index]
+        raise ConfigError(
+            f"{name} is {raw!r}.", expected=wanted, fix=f"Set {name} to one of these or unset it."
+        ) from None
+    return raw
+
+
+def read_settings(environ: Mapping[str, str] | None = None) -> Settings:
+    """Read the settings from ``environ`` (the process environment when None).
+
+    Raises:
+        ConfigError: an unknown ``DSPARK_*`` name or an unusable value.
+    """
+    source = os.environ if environ is None else environ
+    hints = {field.name: field.type for field in msgspec.structs.fields(Settings)}
+    values: dict[str, object] = {}
+    for name, raw in source.items():
+        if not name.startswith(PREFIX):
+            continue
+        key = name.removeprefix(PREFIX).lower()
+        if key not in hints:
+            known = [PREFIX + field.upper() for field in hints]
+            close = difflib.get_close_matches(name, known, n=1)
+            raise ConfigError(
+                f"{name} is set but is not a setting.",
+                expected="one of " + ", ".join(known),
+                fix=f"Did you mean {close[0]}?" if close else f"Unset {name}.",
+            )
+        values[key] = _convert(name, raw, hints[key])
+    return msgspec.convert(values, Settings)

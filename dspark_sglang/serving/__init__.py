@@ -1,0 +1,1 @@
+"""SGLang adapters: the only code in this distribution that imports ``sglang``."""

@@ -1,0 +1,127 @@
+"""The out-of-tree SGLang platform that runs on ordinary CPU cores."""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import Any
+
+import torch
+from sglang.srt.platforms.cpu import CpuDeviceMixin
+from sglang.srt.platforms.interface import PlatformCapabilities, PlatformEnum, SRTPlatform
+
+from dspark_sglang.config import read_settings
+
+BACKEND = "dspark_cpu"
+
+
+@functools.cache
+def _kv_pool_cls() -> type:
+    from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+
+    class CpuKVPool(MHATokenToKVPool):
+        """A multi-head KV pool written with plain indexing (no copy kernels to warm up)."""
+
+        def _init_kv_copy_and_warmup(self) -> None:
+            self._kv_copy_config = None
+
+        def _store_kv_layer(
+            self, layer_idx: int, loc: torch.Tensor, cache_k: torch.Tensor, cache_v: torch.Tensor
+        ) -> None:
+            self.k_buffer[layer_idx].index_copy_(0, loc, cache_k)
+            self.v_buffer[layer_idx].index_copy_(0, loc, cache_v)
+
+    return CpuKVPool
+
+
+def cache_slots(
+    *,
+    req_pool_indices: torch.Tensor,
+    req_to_token: torch.Tensor,
+    start_offset: torch.Tensor,
+    end_offset: torch.Tensor,
+    **_: Any,
+) -> torch.Tensor:
+    """KV slots of positions ``[start, end)`` of each request, concatenated.
+
+    Args:
+        req_pool_indices: ``[R]`` integer rows of ``req_to_token``.
+        req_to_token: ``[pool, context]`` int32 slot of each position.
+        start_offset: ``[R]`` first position of each request.
+        end_offset: ``[R]`` one past the last position of each request.
+
+    Returns:
+        ``[sum(end - start)]`` int64 slots.
+    """
+    spans = zip(
+        req_pool_indices.tolist(), start_offset.tolist(), end_offset.tolist(), strict=True
+    )
+    return torch.cat([req_to_token[row, low:high] for row, low, high in spans]).to(torch.int64)
+
+
+def assign_slots(
+    req_pool_indices: torch.Tensor,
+    req_to_token: torch.Tensor,
+    start_offset: torch.Tensor,
+    end_offset: torch.Tensor,
+    out_cache_loc: torch.Tensor,
+    batch_size: int,
+) -> None:
+    """Write newly allocated slots into ``req_to_token`` (the inverse of :func:`cache_slots`)."""
+    taken = 0
+    source = out_cache_loc.to(req_to_token.dtype)
+    for row, low, high in zip(
+        req_pool_indices.tolist(), start_offset.tolist(), end_offset.tolist(), strict=True
+    ):
+        req_to_token[row, low:high] = source[taken : taken + high - low]
+        taken += high - low
+
+
+class CpuPlatform(CpuDeviceMixin, SRTPlatform):
+    """Device and subsystem choices for plain CPU serving."""
+
+    _enum = PlatformEnum.OOT
+    device_name = "cpu"
+    device_type = "cpu"
+    capabilities = PlatformCapabilities()
+    #: Read by ``serving.entry`` without importing this module.
+    dspark_cpu = True
+
+    def init_backend(self) -> None:
+        threads = read_settings().cpu_threads or len(os.sched_getaffinity(0))
+        torch.set_num_threads(threads)
+
+    def apply_server_args_defaults(self, server_args: Any) -> None:
+        """Choose what runs here where the user did not choose."""
+        # SGLang has already written its own CPU default, which needs sgl_kernel.
+        if server_args.attention_backend in (None, "intel_amx"):
+            server_args.attention_backend = BACKEND
+        # Overlap scheduling hides host work behind a device; here they are the same cores.
+        server_args.disable_overlap_schedule = True
+
+    def get_device(self, device_id: int = 0) -> str:
+        return "cpu"
+
+    def is_pin_memory_available(self, device: Any = None) -> bool:
+        return False
+
+    def get_default_attention_backend(self) -> str:
+        return BACKEND
+
+    def get_default_speculative_draft_attention_backend(self, algorithm: str) -> str:
+        return BACKEND
+
+    def supports_speculative_algorithm(self, algorithm: str) -> bool:
+        return algorithm.upper() == "DSPARK"
+
+    def supports_speculative_draft_attention_backend(self, algorithm: str, backend: str) -> bool:
+        return backend == BACKEND
+
+    def get_dispatch_key_name(self) -> str:
+        return BACKEND
+
+    def get_kv_pool_cls(self, *, kind: str) -> type | None:
+        return _kv_pool_cls() if kind == "mha" else None
+
+    def get_speculative_cache_locs_fn(self) -> Any:
+        return cache_slots

@@ -1,16 +1,88 @@
-"""tmp"""
+"""Installing our hooks into SGLang, and proving that they are in.
+
+SGLang logs and swallows a hook that fails to apply. So hooks are applied here, at once, and each
+target is then looked up again: what is found must be ours.
+"""
+
+from __future__ import annotations
+
+import pkgutil
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from dspark_sglang.config import read_settings
+from dspark_sglang.errors import CompatibilityError
+from dspark_sglang.serving import compat, preflight_argv
+
+_installed: dict[str, str] = {}
+
+
+def installed() -> dict[str, str]:
+    """Hook name to SGLang symbol, for everything installed in this process."""
+    return dict(_installed)
+
+
 def install(*, algorithm: bool, cpu_platform: bool) -> None:
+    """Install what was asked for.
+
+    Args:
+        algorithm: DSPARK was asked for and shall be ours.
+        cpu_platform: our CPU platform is the active one.
+
+    Raises:
+        DSparkError: SGLang differs from what we use, or a hook did not take.
+    """
+    symbols: tuple[compat.Symbol, ...] = ()
+    if algorithm:
+        preflight_argv.check(sys.argv[1:])
+        symbols += compat.ALGORITHM_SYMBOLS
     if cpu_platform:
-        from sglang.srt.arg_groups import choices
-        from sglang.srt.layers.attention.attention_registry import register_attention_backend
-        from dspark_sglang.serving.cpu.platform import BACKEND, assign_slots
-        choices.add_attention_backend_choices([BACKEND]); choices.add_draft_attention_backend_choices([BACKEND])
-        @register_attention_backend(BACKEND)
-        def make(runner):
-            from dspark_sglang.serving.cpu.attention import CpuAttentionBackend
-            return CpuAttentionBackend(runner)
-        from dspark_sglang.serving.cpu import ops
-        if not __import__("os").environ.get("NOOPS"):
-            ops.register(BACKEND)
-        from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-        HookRegistry.register("sglang.srt.mem_cache.allocation.assign_req_to_token_pool_func", assign_slots, HookType.REPLACE)
+        symbols += compat.CPU_SYMBOLS
+    compat.check(symbols, allow_other=read_settings().allow_other_sglang)
+    hooks: list[tuple[str, str, Callable[..., Any], str]] = []
+    if algorithm:
+        hooks += _algorithm_hooks()
+    if cpu_platform:
+        from dspark_sglang.serving.cpu import patches
+
+        patches.register_backend()
+        hooks += patches.hooks(compat.CPU_HOOKS)
+    _apply(hooks)
+
+
+def _algorithm_hooks() -> list[tuple[str, str, Callable[..., Any], str]]:
+    def handle_arguments(original: Callable[[Any], None], server_args: Any) -> None:
+        from dspark_sglang.serving import arguments
+
+        arguments.resolve(original, server_args)
+
+    def create_worker(original: Callable[..., Any], self: Any, server_args: Any) -> Any:
+        if not self.is_dspark():
+            return original(self, server_args)
+        from dspark_sglang.serving.worker import DSparkWorker
+
+        return DSparkWorker
+
+    return [
+        ("arguments", compat.HOOKS["arguments"], handle_arguments, "AROUND"),
+        ("worker", compat.HOOKS["worker"], create_worker, "AROUND"),
+    ]
+
+
+def _apply(hooks: list[tuple[str, str, Callable[..., Any], str]]) -> None:
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    before = {target: pkgutil.resolve_name(target) for _, target, _, _ in hooks}
+    for _, target, function, kind in hooks:
+        HookRegistry.register(target, function, HookType[kind])
+    HookRegistry.apply_hooks()
+    for name, target, _, _ in hooks:
+        if pkgutil.resolve_name(target) is before[target]:
+            raise CompatibilityError(
+                f"SGLang did not install our hook on {target}.",
+                expected="the hook in place after apply_hooks()",
+                fix="See SGLang's log above for the cause, or run its builtin with "
+                "DSPARK_PLUGIN=off.",
+            )
+        _installed[name] = target

@@ -1,0 +1,1 @@
+"""The algorithm: draft, score, schedule, accept. Depends on torch and numpy only."""

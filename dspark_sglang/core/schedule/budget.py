@@ -1,0 +1,56 @@
+"""How many drafted tokens a step should verify.
+
+With ``R`` requests, admitting the ``K`` likeliest drafted tokens gives an expected
+``τ(K) = R + Σ a`` tokens from a forward of ``B = R + K``; throughput is ``Θ(K) = τ(K) / T(B)``.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from dspark_sglang.core.cost import StepCost
+
+Float64 = npt.NDArray[np.float64]
+Int64 = npt.NDArray[np.int64]
+
+
+def _throughput(gains: Float64, requests: int, cost: StepCost) -> Float64:
+    expected = requests + np.concatenate([[0.0], np.cumsum(gains)])
+    tokens = requests + np.arange(len(gains) + 1)
+    result: Float64 = expected / cost.seconds(tokens)
+    return result
+
+
+def early_stop_budget(survival: Float64, order: Int64, cost: StepCost) -> int:
+    """Algorithm 1: admit best first, stop at the first admission that does not raise Θ.
+
+    Safe with the confidences of the step that is being scheduled: whether a token is admitted
+    depends only on candidates that rank before it, never on what its own value leads to. A global
+    maximum over the same step would not be (the paper's appendix A).
+
+    Args:
+        survival: ``[R, gamma]`` of the current step.
+        order: its admission order.
+        cost: the step cost; smooth, since the walk cannot cross a cliff.
+    """
+    if not order.size:
+        return 0
+    theta = _throughput(survival.reshape(-1)[order], survival.shape[0], cost)
+    falls = np.flatnonzero(theta[1:] <= theta[:-1])
+    return int(falls[0]) if falls.size else len(order)
+
+
+def global_budget(survival: Float64, cost: StepCost) -> int:
+    """The asynchronous form: the global argmax of Θ over confidences **two steps old**.
+
+    Must not be given anything of the current step.
+
+    Args:
+        survival: ``[R, gamma]`` carried from two steps earlier.
+        cost: the step cost, priced at the graph bucket that will run.
+    """
+    gains = -np.sort(-survival.reshape(-1))
+    if not gains.size:
+        return 0
+    return int(np.argmax(_throughput(gains, survival.shape[0], cost)))

@@ -1,0 +1,37 @@
+"""Survival: the chance that the first ``j`` drafted tokens are all accepted."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from dspark_sglang.errors import NumericsError
+
+Float64 = npt.NDArray[np.float64]
+
+
+def survival(confidence: npt.NDArray[np.floating]) -> Float64:
+    """``a_{r,j} = prod_{i <= j} c_{r,i}``, non-increasing in ``j`` bit for bit.
+
+    The product is taken left to right: for ``0 <= c <= 1`` the exact ``a * c`` is at most ``a``,
+    and rounding to nearest cannot carry it above ``a``, which is representable. A tree-shaped
+    (parallel) product has no such guarantee, and admission relies on it.
+
+    Args:
+        confidence: ``[R, gamma]`` in [0, 1].
+
+    Raises:
+        NumericsError: a confidence that is NaN or outside [0, 1].
+    """
+    values = np.asarray(confidence, dtype=np.float64)
+    if values.size and not (np.all(values >= 0.0) and np.all(values <= 1.0)):
+        bad = values[~((values >= 0.0) & (values <= 1.0))][0]
+        raise NumericsError(
+            f"A drafter's confidence is {bad}.",
+            expected="values in [0, 1]",
+            fix="Check the drafter's confidence_head weights and the STS file with `dspark verify`.",
+        )
+    result = values.copy()
+    for position in range(1, result.shape[1]):
+        result[:, position] *= result[:, position - 1]
+    return result

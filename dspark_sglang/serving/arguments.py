@@ -1,0 +1,161 @@
+"""Resolving SGLang's arguments for DSPARK, strictly.
+
+Runs in the server's main process before any weights are read, so that a wrong argument costs a
+second and one line instead of a minute and a traceback.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from dspark_sglang.checkpoint import (
+    DrafterConfig,
+    check_fits,
+    check_tensors,
+    parse_drafter_config,
+    read_config,
+)
+from dspark_sglang.errors import CheckpointError, ConfigError, DSparkError
+from dspark_sglang.serving import preflight
+
+_RESOLVER = "_handle_dspark"
+_MODE = "SGLANG_RAGGED_VERIFY_MODE"
+_FOLDED = "SGLANG_DSPARK_FOLDED_PROPOSAL"
+
+
+def stop(error: DSparkError) -> NoReturn:
+    """One line on standard error and exit code 2."""
+    print(f"dspark: error: {error}", file=sys.stderr, flush=True)
+    raise SystemExit(2) from error
+
+
+def resolve(original: Callable[[Any], None], server_args: Any) -> None:
+    """Stand in for SGLang's DSPARK argument resolution.
+
+    Args:
+        original: SGLang's own resolver, still used on the devices it accepts.
+        server_args: SGLang's arguments in resolution.
+    """
+    from sglang.srt.arg_groups.overrides import resolving_view
+
+    view = resolving_view(server_args)
+    try:
+        preflight.check_port(view.host, view.port)
+        drafter = _check_drafter(view)
+        preflight.check_memory(view)
+        _require_compact_mode()
+    except DSparkError as error:
+        stop(error)
+    if view.device.startswith("cpu"):
+        _resolve_on_cpu(server_args, view, drafter)
+    else:
+        # Our sampler and acceptance run after the graphs, not folded into them.
+        os.environ[_FOLDED] = "0"
+        original(server_args)
+
+
+def _require_compact_mode() -> None:
+    chosen = os.environ.get(_MODE)
+    if chosen not in (None, "compact"):
+        raise ConfigError(
+            f"{_MODE} is {chosen!r}.",
+            expected="compact or unset: this plugin schedules ragged verification",
+            fix=f"Unset {_MODE}, or run SGLang's builtin with DSPARK_PLUGIN=off.",
+        )
+    os.environ[_MODE] = "compact"
+
+
+def _drafter_directory(view: Any) -> Path | None:
+    """The local drafter directory; None when it is bundled in the target or still on the Hub."""
+    if view.speculative_draft_model_path is None:
+        nested = Path(view.model_path) / "dspark"
+        return nested if (nested / "config.json").is_file() else None
+    path = Path(view.speculative_draft_model_path).expanduser()
+    looks_local = path.is_absolute() or str(path).startswith(".") or path.exists()
+    return path if looks_local else None
+
+
+def _check_drafter(view: Any) -> DrafterConfig | None:
+    directory = _drafter_directory(view)
+    target: dict[str, Any] | None = None
+    if Path(view.model_path).is_dir():
+        target = read_config(Path(view.model_path), role="target")
+    if directory is None:
+        bundled = target is not None and target.get("dspark_block_size") is not None
+        if view.speculative_draft_model_path is None and target is not None and not bundled:
+            raise ConfigError(
+                "--speculative-algorithm DSPARK was given without a drafter.",
+                expected="--speculative-draft-model-path DIR (the target bundles none)",
+                fix="Pass the drafter's directory or Hub name.",
+            )
+        config = None
+    else:
+        config = parse_drafter_config(read_config(directory, role="drafter"))
+        if not config.bundled:
+            check_tensors(directory, config)
+        if target is not None:
+            check_fits(config, target, name=str(view.model_path))
+    if config is not None:
+        _check_gamma(view, config)
+    return config
+
+
+def _check_gamma(view: Any, config: DrafterConfig) -> None:
+    for flag, given, expected in (
+        ("--speculative-dspark-block-size", view.speculative_dspark_block_size, config.gamma),
+        (
+            "--speculative-num-draft-tokens",
+            view.speculative_num_draft_tokens,
+            config.gamma + 1,
+        ),
+    ):
+        if given is not None and int(given) != expected:
+            raise CheckpointError(
+                f"{flag} is {given}.",
+                expected=f"{expected}: the drafter was trained with block_size {config.gamma}",
+                fix=f"Remove {flag}; the drafter's configuration decides.",
+            )
+
+
+def _resolve_on_cpu(server_args: Any, view: Any, drafter: DrafterConfig | None) -> None:
+    """SGLang's resolver refuses this device, so its steps that apply here are done here."""
+    from sglang.srt.arg_groups.overrides import declare_resolution
+
+    unsupported = {
+        "--dp-size with attention data parallelism": view.attn_dp_size > 1,
+        "--pp-size": view.pp_size != 1,
+        "--disaggregation-mode": view.disaggregation_mode != "null",
+    }
+    for flag, used in unsupported.items():
+        if used:
+            stop(
+                ConfigError(
+                    f"{flag} is set.",
+                    expected="a single pipeline stage without it on the CPU platform",
+                    fix=f"Remove {flag}, or serve on GPUs.",
+                )
+            )
+    directory = _drafter_directory(view)
+    if directory is None or drafter is None:
+        stop(
+            ConfigError(
+                "The drafter is not a local directory.",
+                expected="--speculative-draft-model-path DIR on the CPU platform",
+                fix="Download it first with `hf download NAME --local-dir DIR`.",
+            )
+        )
+
+    declare_resolution(
+        server_args,
+        _RESOLVER,
+        speculative_draft_model_path=str(directory),
+        speculative_num_steps=1,
+        speculative_eagle_topk=1,
+        speculative_num_draft_tokens=drafter.gamma + 1,
+    )
+    if view.max_running_requests is None:
+        declare_resolution(server_args, _RESOLVER, max_running_requests=48)

@@ -1,0 +1,277 @@
+"""Every SGLang symbol this plugin touches, with the signature it was written against.
+
+One table, three readers: the contract tests, ``dspark doctor``, and the start-up check, which
+refuses to run on an SGLang whose symbols differ instead of letting a hook miss silently.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import inspect
+import pkgutil
+from collections.abc import Iterator
+
+import msgspec
+
+from dspark_sglang.errors import CompatibilityError
+
+SGLANG_VERSION = "0.5.23"
+_DSPARK = "sglang.srt.speculative.dspark_components"
+_PLATFORM = "sglang.srt.platforms.interface.SRTPlatform"
+
+
+class Symbol(msgspec.Struct, frozen=True):
+    """A dotted name and, where it is called or overridden, its parameters (``self`` left out)."""
+
+    name: str
+    parameters: tuple[str, ...] | None = None
+
+
+def _split(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+HOOKS = {
+    "arguments": "sglang.srt.arg_groups.speculative_hook._handle_dspark",
+    "worker": "sglang.srt.speculative.spec_info.SpeculativeAlgorithm.create_worker",
+}
+CPU_HOOKS = {
+    "slots": "sglang.srt.mem_cache.allocation.assign_req_to_token_pool_func",
+    "draft_kv_bundle": "sglang.srt.models.dspark.DSparkDraftMixin._fused_kv_write_bundle",
+    "draft_attention": "sglang.srt.models.dflash.DFlashAttention.__init__",
+}
+
+ALGORITHM_SYMBOLS = (
+    Symbol(HOOKS["arguments"], _split("server_args")),
+    Symbol(HOOKS["worker"], _split("server_args")),
+    Symbol("sglang.srt.arg_groups.overrides.resolving_view", _split("server_args")),
+    Symbol("sglang.srt.arg_groups.overrides.declare_resolution"),
+    Symbol("sglang.srt.runtime_context.get_spec"),
+    Symbol("sglang.srt.runtime_context.get_parallel"),
+    Symbol("sglang.srt.runtime_context.get_schedule"),
+    Symbol("sglang.srt.speculative.spec_tp_sync.SpecTpSyncSite.DSPARK_PLAN"),
+    Symbol("sglang.srt.speculative.spec_tp_sync.SpecTpSyncSite.DSPARK_ACCEPT_GREEDY"),
+    Symbol("sglang.srt.speculative.spec_tp_sync.SpecTpSyncSite.DSPARK_ACCEPT_SAMPLE"),
+    Symbol("sglang.srt.speculative.spec_tp_sync.SpecTpSync.sync"),
+    Symbol(
+        f"{_DSPARK}.dspark_worker_v2.DSparkWorkerV2.__init__",
+        _split("server_args gpu_id nccl_port target_worker draft_worker_cls"),
+    ),
+    Symbol(
+        f"{_DSPARK}.dspark_worker_v2.DSparkWorkerV2._forward_decode",
+        _split("batch on_publish grammar_barrier coordination_plan"),
+    ),
+    Symbol(f"{_DSPARK}.dspark_worker_v2.DSparkWorkerV2._maybe_build_draft_sampler", ()),
+    Symbol(f"{_DSPARK}.dspark_worker_v2.DSparkWorkerV2.dump_info_records", ()),
+    Symbol(
+        f"{_DSPARK}.dspark_draft.DraftBlockProposer.__init__",
+        _split(
+            "draft_model draft_model_runner gamma mask_token_id draft_block_spec_info tp_sync "
+            "random_seed greedy_draft dp_moe_sync"
+        ),
+    ),
+    Symbol(
+        f"{_DSPARK}.dspark_draft.DraftBlockProposer.propose",
+        _split(
+            "batch draft_input verify_window bs device target_model sampling_info anchor_prepared"
+        ),
+    ),
+    Symbol(
+        f"{_DSPARK}.dspark_draft.DraftBlockProposer._run_forward",
+        _split(
+            "batch draft_input verify_window bs device embed_module draft_sampler sampling_info "
+            "anchor_prepared"
+        ),
+    ),
+    Symbol(f"{_DSPARK}.dspark_draft.DraftBlockProposer.attach_draft_sampler"),
+    Symbol(f"{_DSPARK}.dspark_draft.DraftBlockProposer._base_logits_context", ()),
+    Symbol(f"{_DSPARK}.dspark_draft.DraftBlockResult"),
+    Symbol(f"{_DSPARK}.dspark_draft.DraftProposal"),
+    Symbol(
+        f"{_DSPARK}.dspark_planner.DSparkVerifyPlanner.__init__",
+        _split("draft_model gamma model_runner device tp_rank verify_num_draft_tokens tp_sync"),
+    ),
+    Symbol(
+        f"{_DSPARK}.dspark_planner.DSparkVerifyPlanner.compute_budget_sync",
+        _split("confidence prefix_lens req_pool_indices"),
+    ),
+    Symbol(
+        f"{_DSPARK}.dspark_planner.DSparkVerifyPlanner._schedule_verify_lens",
+        _split("req_pool_indices prefix_lens device confidence budget"),
+    ),
+    Symbol(
+        f"{_DSPARK}.dspark_planner.HostConfidenceBudgetPlanner.__init__",
+        _split("sps_table cfg model_runner relay_lag_steps"),
+    ),
+    Symbol(
+        f"{_DSPARK}.dspark_planner.HostConfidenceBudgetPlanner.compute_budget",
+        _split("confidence generation current_generation req_pool_indices_cpu"),
+    ),
+    Symbol(
+        f"{_DSPARK}.dspark_planner.HostConfidenceBudgetPlanner._shift_to_lag",
+        _split("confidence generation req_pool_indices_cpu"),
+    ),
+    Symbol(f"{_DSPARK}.dspark_planner.VerifyBudgetDecision"),
+    Symbol(
+        f"{_DSPARK}.dspark_verify.TargetVerifyExecutor.__init__",
+        _split(
+            "target_worker gamma verify_num_draft_tokens model_runner kv_injector tp_sync "
+            "verify_epilogue simulate_acc_len simulated_correct_len block_verification "
+            "rejection_noise"
+        ),
+    ),
+    Symbol(
+        f"{_DSPARK}.dspark_verify.TargetVerifyExecutor.run_compact",
+        _split(
+            "batch layout draft_block_ids draft_tokens bs device sampling_info verify_window "
+            "inject_gate"
+        ),
+    ),
+    Symbol(
+        f"{_DSPARK}.dspark_verify.TargetVerifyExecutor._run_ragged",
+        _split("batch layout ragged_window sampling_info kv_loc_plan"),
+    ),
+    Symbol(
+        f"{_DSPARK}.dspark_verify.TargetVerifyExecutor.accept_and_finalize",
+        _split(
+            "folded_accept bs verify_ids_2d target_logits draft_block sampling_info draft_input "
+            "layout prefix_lens draft_tokens simulate_bonus_sampling_info"
+        ),
+    ),
+    Symbol(
+        f"{_DSPARK}.dspark_verify.TargetVerifyExecutor.commit_hidden",
+        _split(
+            "batch layout hidden_strided verify_window logits_output commit_lens bs run_compact"
+        ),
+    ),
+    Symbol(f"{_DSPARK}.dspark_verify.AcceptOuts"),
+    Symbol(f"{_DSPARK}.dspark_verify.apply_logits_adjustments_strided"),
+    Symbol(f"{_DSPARK}.dspark_verify.verify_logits_adjustments_are_noop", _split("sampling_info")),
+    Symbol(
+        f"{_DSPARK}.dspark_kv_inject.TargetHiddenKvInjector.inject_target_hidden",
+        _split(
+            "target_hidden cache_loc positions cache_loc_2d commit_lens state_slot final_pos "
+            "target_hidden_is_projected"
+        ),
+    ),
+    Symbol(f"{_DSPARK}.dspark_kv_inject.TargetHiddenKvInjector.ids_for"),
+    Symbol(
+        "sglang.kernels.ops.speculative.dspark.dspark_verify_window.RaggedVerifyWindow",
+        _split("positions verify_cache_loc verify_ids window_index"),
+    ),
+    Symbol(
+        "sglang.kernels.ops.speculative.dspark.dspark_verify_window.ScatterCompactToStrided.execute"
+    ),
+)
+
+CPU_SYMBOLS = (
+    Symbol(
+        CPU_HOOKS["slots"],
+        _split("req_pool_indices req_to_token start_offset end_offset out_cache_loc batch_size"),
+    ),
+    Symbol(CPU_HOOKS["draft_kv_bundle"], _split("pool")),
+    Symbol(CPU_HOOKS["draft_attention"]),
+    Symbol(f"{_PLATFORM}.get_default_attention_backend", ()),
+    Symbol(f"{_PLATFORM}.get_default_speculative_draft_attention_backend", ("algorithm",)),
+    Symbol(f"{_PLATFORM}.supports_speculative_algorithm", ("algorithm",)),
+    Symbol(
+        f"{_PLATFORM}.supports_speculative_draft_attention_backend",
+        _split("algorithm backend"),
+    ),
+    Symbol(f"{_PLATFORM}.get_dispatch_key_name", ()),
+    Symbol(f"{_PLATFORM}.get_kv_pool_cls", ("kind",)),
+    Symbol(f"{_PLATFORM}.get_speculative_cache_locs_fn", ()),
+    Symbol(f"{_PLATFORM}.apply_server_args_defaults", ("server_args",)),
+    Symbol(f"{_PLATFORM}.post_load_model", ("model",)),
+    Symbol(f"{_PLATFORM}.init_backend", ()),
+    Symbol("sglang.srt.platforms.cpu.CpuDeviceMixin"),
+    Symbol("sglang.srt.arg_groups.choices.add_attention_backend_choices"),
+    Symbol("sglang.srt.arg_groups.choices.add_draft_attention_backend_choices"),
+    Symbol("sglang.srt.layers.attention.attention_registry.register_attention_backend"),
+    Symbol("sglang.srt.layers.attention.base_attn_backend.AttentionBackend"),
+    Symbol("sglang.srt.layers.radix_attention.AttentionType.ENCODER_ONLY"),
+    Symbol("sglang.srt.mem_cache.memory_pool.KVWriteLoc.for_batch"),
+    Symbol("sglang.srt.mem_cache.memory_pool.MHATokenToKVPool._init_kv_copy_and_warmup", ()),
+    Symbol(
+        "sglang.srt.mem_cache.memory_pool.MHATokenToKVPool._store_kv_layer",
+        _split("layer_idx loc cache_k cache_v"),
+    ),
+    Symbol(
+        "sglang.kernels.fused_op.BaseFusedOp.register_oot_forward",
+        _split("op_cls fn platform_key"),
+    ),
+    Symbol("sglang.srt.layers.layernorm.RMSNorm"),
+    Symbol("sglang.srt.layers.activation.SiluAndMul"),
+    Symbol("sglang.srt.layers.rotary_embedding.base.RotaryEmbedding"),
+    Symbol("sglang.srt.layers.quantization.unquant.UnquantizedLinearMethod.apply"),
+)
+
+
+def installed_version() -> str:
+    """The installed SGLang's version.
+
+    Raises:
+        CompatibilityError: SGLang is not installed.
+    """
+    try:
+        return importlib.metadata.version("sglang")
+    except importlib.metadata.PackageNotFoundError:
+        raise CompatibilityError(
+            "SGLang is not installed.",
+            expected=f"sglang {SGLANG_VERSION}",
+            fix='Install it with `pip install "dspark-sglang[gpu]"`, or on CPU with `make install`.',
+        ) from None
+
+
+def _parameters(value: object) -> tuple[str, ...] | None:
+    """Parameter names of a callable without ``self``, looking through wrappers."""
+    if not callable(value):
+        return None
+    names = [
+        name
+        for name, parameter in inspect.signature(inspect.unwrap(value)).parameters.items()
+        if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+    ]
+    return tuple(name for name in names if name not in ("self", "cls"))
+
+
+def differences(symbols: tuple[Symbol, ...]) -> Iterator[str]:
+    """One line for every symbol that is missing or has other parameters than expected."""
+    for symbol in symbols:
+        try:
+            value = pkgutil.resolve_name(symbol.name)
+        except (ImportError, AttributeError):
+            yield f"{symbol.name} does not exist"
+            continue
+        if symbol.parameters is None:
+            continue
+        found = _parameters(value)
+        if found != symbol.parameters:
+            wanted = ", ".join(symbol.parameters)
+            yield f"{symbol.name} takes ({', '.join(found or ())}), expected ({wanted})"
+
+
+def check(symbols: tuple[Symbol, ...], *, allow_other: bool) -> None:
+    """Refuse an SGLang this plugin does not fit.
+
+    Args:
+        symbols: what will be used.
+        allow_other: accept another release whose symbols all match.
+
+    Raises:
+        CompatibilityError: another release, or a symbol that differs.
+    """
+    version = installed_version()
+    if version != SGLANG_VERSION and not allow_other:
+        raise CompatibilityError(
+            f"SGLang {version} is installed.",
+            expected=f"SGLang {SGLANG_VERSION}, the release this plugin was checked against",
+            fix="Install it, or set DSPARK_ALLOW_OTHER_SGLANG=1 to run if every symbol matches.",
+        )
+    wrong = list(differences(symbols))
+    if wrong:
+        raise CompatibilityError(
+            f"SGLang {version} differs from what this plugin uses: {'; '.join(wrong)}.",
+            expected=f"the symbols of SGLang {SGLANG_VERSION}",
+            fix="Install that release, or run SGLang's builtin with DSPARK_PLUGIN=off.",
+        )

@@ -1,0 +1,62 @@
+"""The few places where SGLang's DSPARK code assumes an accelerator, replaced on our CPU platform."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from dspark_sglang.serving.cpu.platform import BACKEND, assign_slots
+
+
+def register_backend() -> None:
+    """Register the attention backend and the operator forwards, and make streams harmless."""
+    from sglang.srt.arg_groups import choices
+    from sglang.srt.layers.attention.attention_registry import register_attention_backend
+
+    from dspark_sglang.serving.cpu import ops
+
+    choices.add_attention_backend_choices([BACKEND])
+    choices.add_draft_attention_backend_choices([BACKEND])
+
+    @register_attention_backend(BACKEND)
+    def create(runner: Any) -> Any:
+        from dspark_sglang.serving.cpu.attention import CpuAttentionBackend
+
+        return CpuAttentionBackend(runner)
+
+    ops.register(BACKEND)
+    _ignore_streams_on_cpu()
+
+
+def _ignore_streams_on_cpu() -> None:
+    """``Tensor.record_stream`` raises on CPU tensors, where there is nothing to record."""
+    original = torch.Tensor.record_stream
+    if getattr(original, "dspark", False):
+        return
+
+    def record_stream(self: torch.Tensor, stream: Any) -> None:
+        if self.device.type != "cpu":
+            original(self, stream)
+
+    record_stream.dspark = True  # type: ignore[attr-defined]
+    torch.Tensor.record_stream = record_stream  # type: ignore[method-assign, assignment]
+
+
+def _no_fused_bundle(self: Any, pool: Any) -> None:
+    """The draft's fused norm-RoPE-write kernel is Triton; None selects its torch path."""
+
+
+def _plain_draft_attention(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:
+    """The draft attention's table-driven norm and RoPE kernel is Triton as well."""
+    self.use_table_qk_norm_rope = False
+
+
+def hooks(targets: Mapping[str, str]) -> list[tuple[str, str, Callable[..., Any], str]]:
+    """The hooks of this module as (name, target, function, kind)."""
+    return [
+        ("slots", targets["slots"], assign_slots, "REPLACE"),
+        ("draft_kv_bundle", targets["draft_kv_bundle"], _no_fused_bundle, "REPLACE"),
+        ("draft_attention", targets["draft_attention"], _plain_draft_attention, "AFTER"),
+    ]

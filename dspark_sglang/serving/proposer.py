@@ -1,0 +1,145 @@
+"""Drafting inside SGLang: its draft forward, our Markov sampling and confidence."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import torch
+from sglang.srt.speculative.dspark_components.dspark_draft import (
+    DraftBlockProposer,
+    DraftBlockResult,
+    DraftProposal,
+)
+
+from dspark_sglang.core.draft import draft_block
+from dspark_sglang.core.heads import ConfidenceHead, MarkovHead
+from dspark_sglang.serving.telemetry import Telemetry
+
+
+class SampledRows(msgspec.Struct, frozen=True):
+    """The rows of a batch that sample, and their parameters."""
+
+    #: ``[S]`` int64 indices into the batch.
+    index: torch.Tensor
+    #: ``[S]`` float32 temperatures.
+    temperatures: torch.Tensor
+    top_k: torch.Tensor | None
+    top_p: torch.Tensor | None
+    min_p: torch.Tensor | None
+
+    @classmethod
+    def of(cls, info: Any) -> SampledRows | None:
+        """The sampled rows of SGLang's sampling information; None when every row is greedy."""
+        if info is None or info.is_all_greedy:
+            return None
+        # SGLang expresses temperature 0 as top_k = 1.
+        index = (info.top_ks.view(-1) > 1).nonzero().view(-1)
+
+        def rows(values: torch.Tensor) -> torch.Tensor:
+            return values.view(-1)[index]
+
+        return cls(
+            index=index,
+            temperatures=rows(info.temperatures).float(),
+            top_k=rows(info.top_ks) if info.need_top_k_sampling else None,
+            top_p=rows(info.top_ps) if info.need_top_p_sampling else None,
+            min_p=rows(info.min_ps) if info.need_min_p_sampling else None,
+        )
+
+
+class OurDraftBlock(DraftBlockResult, frozen=True):
+    """SGLang's draft result plus what our acceptance reads."""
+
+    rows: SampledRows | None = None
+    #: ``[S, gamma, V]`` drafted laws of the sampled rows.
+    laws: torch.Tensor | None = None
+
+
+class Proposer(DraftBlockProposer):  # type: ignore[misc]
+    """Overrides the head of a round; the draft forward itself stays SGLang's."""
+
+    def bind(
+        self,
+        *,
+        telemetry: Telemetry,
+        generator: torch.Generator,
+        confidence: ConfidenceHead,
+        implementation: str,
+    ) -> None:
+        """Attach what our part needs; called once after construction."""
+        self._telemetry = telemetry
+        self._generator = generator
+        self._confidence = confidence
+        self._markov = MarkovHead.from_module(self.draft_model.markov_head)
+        self._implementation = implementation
+
+    def attach_draft_sampler(self, draft_sampler: Any) -> None:
+        """SGLang's sampler is folded into the draft graph; ours runs after it, so it stays out."""
+
+    def propose(
+        self,
+        *,
+        batch: Any,
+        draft_input: Any,
+        verify_window: Any,
+        bs: int,
+        device: Any,
+        target_model: Any,
+        sampling_info: Any,
+        anchor_prepared: bool = False,
+    ) -> DraftProposal:
+        embed = target_model.get_input_embeddings() if self.sample_from_anchor else None
+        forward = self._run_forward(
+            batch=batch,
+            draft_input=draft_input,
+            verify_window=verify_window,
+            bs=bs,
+            device=device,
+            embed_module=embed or self.draft_model.embed_tokens,
+            sampling_info=sampling_info,
+            anchor_prepared=anchor_prepared,
+        )
+        with self._telemetry.timed("draft_head"):
+            with self._base_logits_context():
+                logits, features = self.draft_model.compute_base_logits(forward.raw_hidden)
+            rows = SampledRows.of(sampling_info)
+            anchors = forward.draft_block_ids[:, 0]
+            block = draft_block(
+                logits.view(bs, self.gamma, -1),
+                anchors,
+                forward.draft_hidden_3d,
+                self._markov,
+                temperatures=None if rows is None else rows.temperatures,
+                sampled=None if rows is None else rows.index,
+                uniforms=None if rows is None else self._uniforms(len(rows.index)),
+            )
+            raw = self._confidence.logits(
+                features.view(bs, self.gamma, -1), block.previous, self._markov
+            )
+        self._telemetry.ran[f"draft:{self._implementation}-{self._markov.kind}"] += 1
+        self._telemetry.ran["confidence:torch"] += 1
+        return DraftProposal(
+            draft_block_ids=forward.draft_block_ids[:, : self.gamma],
+            draft_block=OurDraftBlock(
+                draft_tokens=block.tokens,
+                corrected_logits=None,
+                greedy_mask=None,
+                temperatures=None,
+                greedy_draft=rows is None,
+                rows=rows,
+                laws=block.probs,
+            ),
+            confidence=self._confidence.calibrate(raw),
+            confidence_raw=raw,
+            folded=False,
+            verify_ids=torch.cat([anchors[:, None], block.tokens], dim=1),
+        )
+
+    def _uniforms(self, rows: int) -> torch.Tensor:
+        return torch.rand(
+            (rows, self.gamma),
+            dtype=torch.float64,
+            device=self._generator.device,
+            generator=self._generator,
+        )

@@ -1,0 +1,117 @@
+"""What the worker did, in numbers: read by ``/server_info``, metrics, ``doctor`` and the demo.
+
+The worker calls this where SGLang's DSPARK calls its own step observers, so the method names
+are SGLang's. Everything here is constant memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import Counter
+from typing import Any
+
+import numpy as np
+
+
+class Telemetry:
+    """Counters of one scheduler process."""
+
+    def __init__(self, *, gamma: int) -> None:
+        self.gamma = gamma
+        #: Which implementation of each part really ran: ``{"accept:torch-greedy": 12, ...}``.
+        self.ran: Counter[str] = Counter()
+        #: Seconds spent in each part, as the host saw it.
+        self.seconds: Counter[str] = Counter()
+        self.steps = 0
+        #: One per request and step.
+        self.rounds = 0
+        self.drafted_tokens = 0
+        self.verified_tokens = 0
+        self.committed_tokens = 0
+        self._sent = np.zeros(gamma, dtype=np.int64)
+        self._kept = np.zeros(gamma, dtype=np.int64)
+        self._reached = np.zeros(gamma, dtype=np.int64)
+
+    def observe_round(self, lens: np.ndarray, counts: np.ndarray) -> None:
+        """Count one step.
+
+        Args:
+            lens: ``[R]`` drafted tokens verified of each request.
+            counts: ``[R]`` drafted tokens kept.
+        """
+        position = np.arange(self.gamma)
+        sent = position < lens[:, None]
+        self.steps += 1
+        self.rounds += len(lens)
+        self.drafted_tokens += len(lens) * self.gamma
+        self.verified_tokens += int(lens.sum())
+        self.committed_tokens += int(counts.sum()) + len(counts)
+        self._sent += sent.sum(axis=0)
+        self._kept += (position < counts[:, None]).sum(axis=0)
+        self._reached += (sent & (position <= counts[:, None])).sum(axis=0)
+
+    @contextlib.contextmanager
+    def timed(self, part: str) -> Any:
+        """Add the host seconds of a ``with`` block to ``part``."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[part] += time.perf_counter() - start
+
+    def snapshot(self) -> dict[str, Any]:
+        """A JSON-ready copy of every counter."""
+        reached = np.maximum(self._reached, 1)
+        return {
+            "steps": self.steps,
+            "rounds": self.rounds,
+            "drafted_tokens": self.drafted_tokens,
+            "verified_tokens": self.verified_tokens,
+            "committed_tokens": self.committed_tokens,
+            "accept_length": self.committed_tokens / self.rounds if self.rounds else None,
+            "mean_verified": self.verified_tokens / self.rounds if self.rounds else None,
+            "position_sent": self._sent.tolist(),
+            "position_kept": self._kept.tolist(),
+            "position_acceptance": (self._kept / reached).round(4).tolist(),
+            "ran": dict(self.ran),
+            "seconds": {part: round(spent, 6) for part, spent in self.seconds.items()},
+        }
+
+    def clear(self) -> None:
+        """Start counting again."""
+        self.__init__(gamma=self.gamma)  # type: ignore[misc]
+
+
+class StepObservers:
+    """SGLang's observer interface over :class:`Telemetry`."""
+
+    def __init__(self, telemetry: Telemetry) -> None:
+        self._telemetry = telemetry
+
+    def begin_step(self) -> None:
+        pass
+
+    def segment(self, name: Any) -> Any:
+        return self._telemetry.timed(str(getattr(name, "value", name)))
+
+    def note_prefill_step(self) -> None:
+        pass
+
+    def note_idle_decode_step(self) -> None:
+        pass
+
+    def dump_info_records(self) -> dict[str, Any]:
+        return self._telemetry.snapshot()
+
+    def clear_info_records(self) -> None:
+        self._telemetry.clear()
+
+    def block_accept_estimate_log_suffix(self) -> str | None:
+        return None
+
+    def note_request_finished(self, *, rid: str, natural_stop: bool) -> None:
+        pass
+
+    def observe_verify_step(self, **step: Any) -> None:
+        pass

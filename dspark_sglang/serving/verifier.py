@@ -1,0 +1,292 @@
+"""Verification inside SGLang: its target forward over ragged rows, our acceptance and commit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from sglang.kernels.ops.speculative.dspark.dspark_verify_window import (
+    RaggedVerifyWindow,
+    ScatterCompactToStrided,
+)
+from sglang.srt.speculative.dspark_components.dspark_verify import (
+    AcceptOuts,
+    TargetVerifyExecutor,
+    TargetVerifyResult,
+    apply_logits_adjustments_strided,
+    verify_logits_adjustments_are_noop,
+)
+from sglang.srt.speculative.spec_tp_sync import SpecTpSyncSite
+
+from dspark_sglang.core.accept import Accepted, accept_greedy, accept_sampled
+from dspark_sglang.core.sampling import target_weights
+from dspark_sglang.serving.proposer import OurDraftBlock, SampledRows
+from dspark_sglang.serving.telemetry import Telemetry
+
+
+def packed_index(verify_lens: torch.Tensor, width: int) -> torch.Tensor:
+    """Flat positions in a ``[R, width]`` window of the first ``verify_lens[r]`` of each row.
+
+    Args:
+        verify_lens: ``[R]`` integers in 1..width.
+
+    Returns:
+        ``[sum(verify_lens)]`` int64.
+    """
+    inside = torch.arange(width, device=verify_lens.device) < verify_lens[:, None]
+    return inside.view(-1).nonzero().view(-1)
+
+
+class Verifier(TargetVerifyExecutor):  # type: ignore[misc]
+    """Overrides packing, acceptance and commit; the target forward stays SGLang's."""
+
+    def bind(
+        self, *, telemetry: Telemetry, generator: torch.Generator, implementation: str
+    ) -> None:
+        """Attach what our part needs; called once after construction."""
+        self._telemetry = telemetry
+        self._generator = generator
+        self._implementation = implementation
+        #: Positions of the packed rows in the window of the running step; None: strided rows.
+        self._packed: torch.Tensor | None = None
+
+    def run_compact(
+        self,
+        *,
+        batch: Any,
+        layout: Any,
+        draft_block_ids: torch.Tensor,
+        draft_tokens: torch.Tensor,
+        bs: int,
+        device: Any,
+        sampling_info: Any,
+        verify_window: Any,
+        inject_gate: bool = False,
+    ) -> tuple[TargetVerifyResult, torch.Tensor]:
+        width = self.verify_num_draft_tokens
+        index = packed_index(layout.verify_lens, width)
+        ids = torch.cat([draft_block_ids[:, :1], draft_tokens], dim=1).view(-1)
+        window = self._pad(
+            RaggedVerifyWindow(
+                positions=verify_window.positions_2d.reshape(-1)[index],
+                verify_cache_loc=verify_window.verify_cache_loc[index],
+                verify_ids=ids[index],
+                window_index=index,
+            ),
+            layout.graph_num_tokens,
+        )
+        result = self._run_ragged(
+            batch=batch,
+            layout=layout,
+            ragged_window=window,
+            sampling_info=sampling_info,
+            kv_loc_plan=verify_window.kv_loc_plan,
+        )
+        output = result.logits_output
+        if output.hidden_states is None:
+            raise RuntimeError(
+                "The target returned no hidden states in verification; DSpark needs the layers "
+                "in target_layer_ids captured."
+            )
+        output.next_token_logits = output.next_token_logits[: len(index)]
+        output.hidden_states = output.hidden_states[: len(index)]
+        self._packed = index
+        if self._needs_strided(batch, sampling_info):
+            self._spread(output, layout, sampling_info)
+        return result, output.hidden_states
+
+    @staticmethod
+    def _pad(window: RaggedVerifyWindow, rows: int) -> RaggedVerifyWindow:
+        """Pad to the rows of the graph that will run; padded lanes write to the dummy slot 0."""
+        missing = rows - window.window_index.shape[0]
+        if missing <= 0:
+            return window
+        pad = torch.nn.functional.pad
+        return RaggedVerifyWindow(
+            positions=pad(window.positions, (0, missing)),
+            verify_cache_loc=pad(window.verify_cache_loc, (0, missing)),
+            verify_ids=pad(window.verify_ids, (0, missing)),
+            window_index=pad(window.window_index, (0, missing), value=-1),
+        )
+
+    @staticmethod
+    def _needs_strided(batch: Any, sampling_info: Any) -> bool:
+        """Whether SGLang code that expects ``[R * (gamma + 1)]`` rows will read the logits."""
+        return bool(
+            batch.has_grammar
+            or batch.return_logprob
+            or not verify_logits_adjustments_are_noop(sampling_info)
+            or getattr(sampling_info, "sampling_mask_batch_indices", None) is not None
+        )
+
+    def _spread(self, output: Any, layout: Any, sampling_info: Any) -> None:
+        for name in ("next_token_logits", "hidden_states"):
+            strided = ScatterCompactToStrided.execute(
+                compact=getattr(output, name),
+                layout=layout,
+                fill_value=0.0,
+                verify_num_draft_tokens=self.verify_num_draft_tokens,
+            )
+            setattr(output, name, strided)
+        apply_logits_adjustments_strided(
+            next_token_logits=output.next_token_logits,
+            sampling_info=sampling_info,
+            verify_num_draft_tokens=self.verify_num_draft_tokens,
+        )
+        self._packed = None
+        self._telemetry.ran["rows:strided"] += 1
+
+    def accept_and_finalize(
+        self,
+        *,
+        folded_accept: bool,
+        bs: int,
+        verify_ids_2d: torch.Tensor,
+        target_logits: torch.Tensor,
+        draft_block: OurDraftBlock,
+        sampling_info: Any,
+        draft_input: Any,
+        layout: Any,
+        prefix_lens: torch.Tensor,
+        draft_tokens: torch.Tensor,
+        simulate_bonus_sampling_info: Any = None,
+    ) -> AcceptOuts:
+        assert not folded_accept, "SGLang's folded acceptance must stay off"
+        lens = self._drafted_lens(layout, bs, target_logits.device)
+        if self._packed is None:
+            first = torch.arange(bs, device=lens.device) * self.verify_num_draft_tokens
+        else:
+            first = (lens + 1).cumsum(0) - (lens + 1)
+        with self._telemetry.timed("accept"):
+            outcome = self._accept(target_logits, draft_block, lens, first)
+        packed = torch.stack([outcome.count, outcome.token])
+        site = (
+            SpecTpSyncSite.DSPARK_ACCEPT_GREEDY
+            if draft_block.rows is None
+            else SpecTpSyncSite.DSPARK_ACCEPT_SAMPLE
+        )
+        count, token = self._tp_sync.sync(site, packed).unbind(0)
+        self._telemetry.observe_round(lens.cpu().numpy(), np.asarray(count.cpu()))
+        commit = (count + 1).to(torch.int32)
+        out = torch.cat([draft_tokens, draft_tokens.new_zeros((bs, 1))], dim=1)
+        return AcceptOuts(
+            correct_len=count.to(torch.int32),
+            bonus=token,
+            cap_trim_lens=torch.zeros_like(commit),
+            commit_lens=commit,
+            new_seq_lens=prefix_lens + commit.to(prefix_lens.dtype),
+            out_tokens=out.scatter_(1, count[:, None], token[:, None]),
+        )
+
+    def _drafted_lens(self, layout: Any, bs: int, device: Any) -> torch.Tensor:
+        if layout is None:
+            return torch.full((bs,), self.gamma, dtype=torch.int64, device=device)
+        lens: torch.Tensor = layout.verify_lens[:bs].to(device=device, dtype=torch.int64) - 1
+        return lens
+
+    def _accept(
+        self,
+        logits: torch.Tensor,
+        block: OurDraftBlock,
+        lens: torch.Tensor,
+        first: torch.Tensor,
+    ) -> Accepted:
+        rows, implementation = block.rows, self._implementation
+        if rows is None or len(rows.index) < len(lens):
+            outcome = accept_greedy(logits.max(dim=-1).indices, block.draft_tokens, lens, first)
+            self._telemetry.ran[f"accept:{implementation}-greedy"] += 1
+        if rows is None:
+            return outcome
+        sampled = self._accept_rows(logits, block, rows, lens[rows.index], first[rows.index])
+        self._telemetry.ran[f"accept:{implementation}-sampled"] += 1
+        if len(rows.index) == len(lens):
+            return sampled
+        return Accepted(
+            count=outcome.count.index_copy(0, rows.index, sampled.count),
+            token=outcome.token.index_copy(0, rows.index, sampled.token),
+        )
+
+    def _accept_rows(
+        self,
+        logits: torch.Tensor,
+        block: OurDraftBlock,
+        rows: SampledRows,
+        lens: torch.Tensor,
+        first: torch.Tensor,
+    ) -> Accepted:
+        """Rejection sampling of the sampled requests, over their own logits rows."""
+        owner = torch.repeat_interleave(torch.arange(len(lens), device=lens.device), lens + 1)
+        start = (lens + 1).cumsum(0) - (lens + 1)
+        row = first[owner] + torch.arange(len(owner), device=lens.device) - start[owner]
+
+        def spread(values: torch.Tensor | None) -> torch.Tensor | None:
+            return None if values is None else values[owner]
+
+        weights = target_weights(
+            logits[row].float(),
+            rows.temperatures[owner],
+            top_k=spread(rows.top_k),
+            top_p=spread(rows.top_p),
+            min_p=spread(rows.min_p),
+        )
+        uniforms = torch.rand(
+            (len(lens), self.gamma + 1),
+            dtype=torch.float64,
+            device=self._generator.device,
+            generator=self._generator,
+        )
+        assert block.laws is not None
+        return accept_sampled(
+            weights, block.draft_tokens[rows.index], block.laws, lens, start, uniforms
+        )
+
+    def commit_hidden(
+        self,
+        *,
+        batch: Any,
+        layout: Any,
+        hidden_strided: torch.Tensor | None,
+        verify_window: Any,
+        logits_output: Any,
+        commit_lens: torch.Tensor,
+        bs: int,
+        run_compact: bool,
+    ) -> None:
+        injector = self.kv_injector
+        pool = injector.draft_model_runner.token_to_kv_pool
+        plain = not hasattr(pool, "set_swa_key_buffer_radix_fused_norm_rope")
+        if self._packed is None or not plain or injector.swa_ring_size is not None:
+            if self._packed is not None:
+                hidden_strided = self._strided_hidden(hidden_strided, layout)
+            super().commit_hidden(
+                batch=batch,
+                layout=layout,
+                hidden_strided=hidden_strided,
+                verify_window=verify_window,
+                logits_output=logits_output,
+                commit_lens=commit_lens,
+                bs=bs,
+                run_compact=run_compact,
+            )
+            return
+        # Project and write accepted rows only.
+        width = self.verify_num_draft_tokens
+        row = torch.div(self._packed, width, rounding_mode="floor")
+        keep = (self._packed - row * width < commit_lens[row]).nonzero().view(-1)
+        index = self._packed[keep]
+        with self._telemetry.timed("commit"):
+            injector.inject_target_hidden(
+                target_hidden=logits_output.hidden_states[keep],
+                cache_loc=injector.ids_for(verify_window.kv_loc_plan)[index],
+                positions=verify_window.positions_2d.reshape(-1)[index],
+            )
+        self._telemetry.ran["commit:accepted-rows"] += 1
+
+    def _strided_hidden(self, hidden: Any, layout: Any) -> Any:
+        return ScatterCompactToStrided.execute(
+            compact=hidden,
+            layout=layout,
+            fill_value=0.0,
+            verify_num_draft_tokens=self.verify_num_draft_tokens,
+        )

@@ -1,0 +1,168 @@
+"""The worker SGLang runs in DSPARK's place: its lifecycle, our algorithm."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from sglang.srt.runtime_context import get_parallel, get_schedule, get_spec
+from sglang.srt.speculative.dspark_components.dspark_worker_v2 import DSparkWorkerV2
+
+from dspark_sglang import __version__
+from dspark_sglang.artifacts import STS_FILE, read_sts
+from dspark_sglang.checkpoint import weights_digest
+from dspark_sglang.config import Settings, read_settings
+from dspark_sglang.core.cost import OnlineCost
+from dspark_sglang.core.heads import ConfidenceHead
+from dspark_sglang.serving.planner import Planner
+from dspark_sglang.serving.proposer import Proposer
+from dspark_sglang.serving.telemetry import StepObservers, Telemetry
+from dspark_sglang.serving.verifier import Verifier
+
+logger = logging.getLogger(__name__)
+
+#: Drafting and acceptance draw from different streams than SGLang's sampler.
+_SEED_DOMAIN = 0x6A09E667F3BCC908
+
+
+def load_temperatures(settings: Settings, drafter: str, gamma: int) -> tuple[torch.Tensor, str]:
+    """STS temperatures for the running drafter and where they came from.
+
+    Returns:
+        ``[gamma]`` float32 and the file's path, or ones and ``"none"``.
+
+    Raises:
+        ArtifactError: the file named by ``DSPARK_STS``, or the one beside the weights, is damaged
+            or belongs to another drafter.
+    """
+    directory = Path(drafter)
+    path = Path(settings.sts) if settings.sts else directory / STS_FILE
+    if not settings.sts and not path.is_file():
+        return torch.ones(gamma), "none"
+    digest = weights_digest(directory) if directory.is_dir() else None
+    artifact = read_sts(path, gamma=gamma, drafter_sha256=digest)
+    return torch.tensor(artifact.temperatures), str(path)
+
+
+class DSparkWorker(DSparkWorkerV2):  # type: ignore[misc]
+    """Builds SGLang's worker, then puts our proposer, planner and verifier in its place."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if not self._hosts_draft:
+            return
+        settings = read_settings()
+        self.telemetry = Telemetry(gamma=self.gamma)
+        self.cost = OnlineCost()
+        self._last_decode: tuple[float, int] | None = None
+        self._remove_folded_parts()
+        temperatures, self._sts_source = load_temperatures(
+            settings, get_spec().speculative_draft_model_path, self.gamma
+        )
+        self._install_parts(settings, temperatures)
+        if get_parallel().tp_rank == 0:
+            logger.info(
+                "dspark %s is serving DSPARK: gamma=%d, markov=%s, schedule=%s, sts=%s",
+                __version__,
+                self.gamma,
+                self._proposer._markov.kind,
+                settings.schedule,
+                self._sts_source,
+            )
+
+    def _remove_folded_parts(self) -> None:
+        """Take SGLang's graph-folded acceptance out, so that ours is what runs on CUDA too."""
+        if self._verify_epilogue is not None:
+            hooks = self.model_runner.capture_tail_hooks
+            hooks.remove(self._verify_epilogue.capture_hook)
+        self._verify_epilogue = None
+        self._sampling_accept_graph = None
+        self._rejection_noise = None
+
+    def _maybe_build_draft_sampler(self) -> None:
+        """SGLang's graph-folded draft sampler is never built; ours drafts after the graph."""
+
+    def _install_parts(self, settings: Settings, temperatures: torch.Tensor) -> None:
+        implementation = "torch"
+        generator = torch.Generator(device=self.device)
+        seed = settings.seed if settings.seed >= 0 else int(self.target_worker.random_seed)
+        generator.manual_seed((seed ^ _SEED_DOMAIN) & 0x7FFFFFFFFFFFFFFF)
+        head = ConfidenceHead.from_module(self.draft_model.confidence_head, temperatures)
+        proposer = Proposer(
+            draft_model=self.draft_model,
+            draft_model_runner=self.draft_model_runner,
+            gamma=self.gamma,
+            mask_token_id=self._mask_token_id,
+            draft_block_spec_info=self._draft_block_spec_info,
+            tp_sync=self._tp_sync,
+            random_seed=seed,
+            greedy_draft=False,
+            dp_moe_sync=self._proposer._dp_moe_sync,
+        )
+        proposer.bind(
+            telemetry=self.telemetry,
+            generator=generator,
+            confidence=head,
+            implementation=implementation,
+        )
+        planner = Planner(
+            draft_model=self.draft_model,
+            gamma=self.gamma,
+            model_runner=self.model_runner,
+            device=self.device,
+            tp_rank=get_parallel().tp_rank,
+            verify_num_draft_tokens=self.verify_num_draft_tokens,
+            tp_sync=self._tp_sync,
+        )
+        planner.bind(
+            cost=self.cost,
+            adaptive=settings.schedule == "adaptive",
+            asynchronous=not get_schedule().disable_overlap_schedule,
+            telemetry=self.telemetry,
+        )
+        verifier = Verifier(
+            target_worker=self.target_worker,
+            gamma=self.gamma,
+            verify_num_draft_tokens=self.verify_num_draft_tokens,
+            model_runner=self.model_runner,
+            kv_injector=self._kv_injector,
+            tp_sync=self._tp_sync,
+        )
+        verifier.bind(
+            telemetry=self.telemetry, generator=generator, implementation=implementation
+        )
+        self._proposer, self._verify_planner, self._verify_executor = proposer, planner, verifier
+        self._observers = StepObservers(self.telemetry)
+
+    def _forward_decode(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        start = time.perf_counter()
+        before = self.telemetry.verified_tokens
+        result = super()._forward_decode(batch, *args, **kwargs)
+        requests = len(batch.reqs) if batch.reqs is not None else 0
+        tokens = requests + self.telemetry.verified_tokens - before
+        if requests and get_schedule().disable_overlap_schedule:
+            # Without overlap the call is the round; with it, the host only launches.
+            self.cost.observe(tokens, time.perf_counter() - start)
+        return result
+
+    def dump_info_records(self) -> dict[str, Any] | None:
+        """Our status, served by SGLang at ``/server_info``."""
+        if not self._hosts_draft:
+            return None
+        return {
+            "active": True,
+            "version": __version__,
+            "gamma": self.gamma,
+            "parts": {
+                "proposer": type(self._proposer).__module__,
+                "planner": type(self._verify_planner).__module__,
+                "verifier": type(self._verify_executor).__module__,
+            },
+            "markov": self._proposer._markov.kind,
+            "sts": self._sts_source,
+            "cost": self.cost.coefficients,
+            **self.telemetry.snapshot(),
+        }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 from typing import Any
 
@@ -11,6 +12,8 @@ from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.interface import PlatformCapabilities, PlatformEnum, SRTPlatform
 
 from dspark_sglang.config import read_settings
+
+logger = logging.getLogger(__name__)
 
 BACKEND = "dspark_cpu"
 
@@ -90,6 +93,11 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
     def init_backend(self) -> None:
         threads = read_settings().cpu_threads or len(os.sched_getaffinity(0))
         torch.set_num_threads(threads)
+
+    def post_load_model(self, model: torch.nn.Module) -> None:
+        from dspark_sglang.serving.cpu.packing import pack_model
+
+        logger.info("Packed %d bfloat16 projections for oneDNN.", pack_model(model))
 
     def apply_server_args_defaults(self, server_args: Any) -> None:
         """Choose what runs here where the user did not choose."""

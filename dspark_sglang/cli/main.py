@@ -1,0 +1,60 @@
+"""The ``dspark`` command."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from dspark_sglang import __version__
+from dspark_sglang.cli import calibrate, demo, doctor, fetch_target, package
+from dspark_sglang.errors import DSparkError
+
+app = typer.Typer(
+    name="dspark",
+    help="DSpark speculative decoding for SGLang: the kit around the plugin.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def _version(show: bool) -> None:
+    if show:
+        typer.echo(f"dspark-sglang {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """DSpark speculative decoding for SGLang: the kit around the plugin."""
+
+
+app.command("doctor")(doctor.doctor)
+app.command("demo")(demo.demo)
+app.command("fetch-target")(fetch_target.fetch_target)
+app.command("calibrate")(calibrate.calibrate)
+app.command("package")(package.package)
+app.command("card")(package.card)
+app.command("verify")(package.verify)
+
+
+def main() -> None:
+    """Run the command line; an error a user can act on is one line and exit code 2."""
+    try:
+        app()
+    except DSparkError as error:
+        print(f"dspark: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("dspark: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()

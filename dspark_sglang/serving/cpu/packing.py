@@ -1,0 +1,100 @@
+"""Weights laid out once for oneDNN's bfloat16 matrix kernels.
+
+``F.linear`` hands oneDNN a plain weight and lets it choose a plan for that layout at every call. A
+weight reordered into oneDNN's own blocked layout runs 1.5 to 2 times faster at the row counts of
+decoding, and a forward of six rows costs what a forward of one row does: verification becomes
+almost free. The packed copy stays beside the original, which loading and tied embeddings read.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import psutil
+import torch
+from sglang.srt.layers.linear import LinearBase
+from sglang.srt.layers.quantization.unquant import (
+    UnquantizedEmbeddingMethod,
+    UnquantizedLinearMethod,
+)
+from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+logger = logging.getLogger(__name__)
+
+#: Rows the layout is planned for: a verified block or a small decode batch.
+_PLANNED_ROWS = 8
+#: Packed copies may take this share of free memory; above it the plain layout stays.
+_MEMORY_SHARE = 0.25
+
+
+def _pack(weight: torch.Tensor) -> torch.Tensor:
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _PLANNED_ROWS)
+
+
+def packed_linear(
+    x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """``x @ weight.T + bias`` with a weight packed by this module."""
+    result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    return result
+
+
+class _Packed:
+    """Shared by the two methods below: pack on load, fall back on other input types."""
+
+    packed: torch.Tensor
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """Pack (again) after SGLang loaded weights into ``layer``."""
+        self.packed = _pack(layer.weight)
+
+    def apply(
+        self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        if x.dtype is not torch.bfloat16:
+            return torch.nn.functional.linear(x.to(layer.weight.dtype), layer.weight, bias)
+        return packed_linear(x, self.packed, bias)
+
+
+class PackedLinearMethod(_Packed, UnquantizedLinearMethod):  # type: ignore[misc]
+    """SGLang's unquantised linear method over a packed weight."""
+
+
+class PackedEmbeddingMethod(_Packed, UnquantizedEmbeddingMethod):  # type: ignore[misc]
+    """SGLang's unquantised embedding method whose use as LM head is packed."""
+
+
+def pack_model(model: torch.nn.Module) -> int:
+    """Pack every plain bfloat16 projection of ``model``; returns how many were packed.
+
+    The embedding is packed only where it serves as LM head.
+    """
+    if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return 0
+    chosen: list[tuple[Any, type[_Packed]]] = []
+    for module in model.modules():
+        method = type(getattr(module, "quant_method", None))
+        weight = getattr(module, "weight", None)
+        if weight is None or weight.dtype is not torch.bfloat16 or weight.dim() != 2:
+            continue
+        if isinstance(module, LinearBase) and method is UnquantizedLinearMethod:
+            chosen.append((module, PackedLinearMethod))
+        elif (
+            isinstance(module, VocabParallelEmbedding)
+            and method is UnquantizedEmbeddingMethod
+            and module is getattr(model, "lm_head", None)
+        ):
+            chosen.append((module, PackedEmbeddingMethod))
+    needed = sum(module.weight.numel() * 2 for module, _ in chosen)
+    if needed > psutil.virtual_memory().available * _MEMORY_SHARE:
+        logger.warning(
+            "Weights stay unpacked: packing needs %.1f GiB, more than a quarter of free memory.",
+            needed / 2**30,
+        )
+        return 0
+    for module, kind in chosen:
+        method = kind()
+        method.process_weights_after_loading(module)
+        module.quant_method = method
+    return len(chosen)

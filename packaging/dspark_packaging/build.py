@@ -1,0 +1,141 @@
+"""Turn a drafter's weights and records into the folder that is published."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from importlib import resources
+from pathlib import Path
+
+from dspark_packaging.card import refuse_foreign_card, write_card
+from dspark_packaging.errors import PackageError
+from dspark_packaging.layout import (
+    CARD_FILE,
+    CONFIG_FILE,
+    GENERATED,
+    LICENSE_FILE,
+    OPTIONAL,
+    require_directory,
+)
+from dspark_packaging.manifest import check_entry, read_manifest, write_manifest
+from dspark_packaging.schemas import PROVENANCE_FILE, read_provenance
+from dspark_packaging.verify import Verified, verify_artifact
+from dspark_packaging.weights import check_shards
+from dspark_sglang.artifacts import write_bytes
+from dspark_sglang.checkpoint import (
+    parse_drafter_config,
+    read_config,
+    weight_files,
+    weights_digest,
+)
+
+
+def build_artifact(source: Path, out: Path) -> Verified:
+    """Package the drafter in ``source`` as ``out``; both may be the same folder.
+
+    ``source`` holds ``config.json``, safetensors weights and ``provenance.json``, and may hold
+    ``sts.json``, ``eval.json``, an index of shards and a ``LICENSE``; anything else there is
+    left behind. ``out`` appears complete and verified, or is not touched. Building twice gives
+    the same bytes.
+
+    Raises:
+        DSparkError: the source is incomplete or inconsistent, or ``out`` holds anything that
+            this function did not write.
+    """
+    source, out = source.resolve(), out.resolve()
+    require_directory(source)
+    if source != out and (source in out.parents or out in source.parents):
+        raise PackageError(
+            f"{out} and {source} lie inside each other.",
+            expected="two separate folders, or the same one twice",
+            fix="Choose another output folder.",
+        )
+    carried = _carried(source)
+    _check_replaceable(out, carried if source == out else None)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the output, so that the last step is a rename and not a copy.
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
+        fresh = Path(scratch) / "new"
+        fresh.mkdir()
+        for name in carried:
+            shutil.copyfile(source / name, fresh / name)
+        _write_license(fresh)
+        write_card(fresh)
+        write_manifest(fresh)
+        verified = verify_artifact(fresh)
+        _swap(fresh, out, Path(scratch) / "old")
+    return verified
+
+
+def _carried(source: Path) -> list[str]:
+    """Names to copy from the source."""
+    check_shards(source)
+    names = [CONFIG_FILE, PROVENANCE_FILE, *(path.name for path in weight_files(source))]
+    read_config(source, role="drafter")
+    if not (source / PROVENANCE_FILE).is_file():
+        raise PackageError(
+            f"{source} has no {PROVENANCE_FILE}.",
+            expected="a record of where the weights came from",
+            fix="Write one (fields: dspark_packaging.schemas.DrafterProvenance).",
+        )
+    return names + [name for name in (*OPTIONAL, LICENSE_FILE) if (source / name).is_file()]
+
+
+def _check_replaceable(out: Path, in_place: list[str] | None) -> None:
+    """Refuse to lose anything: ``out`` may hold only what an earlier build wrote.
+
+    Args:
+        out: the folder to write.
+        in_place: what is carried over when ``out`` is the source too, else None.
+    """
+    if out.exists() and not out.is_dir():
+        raise PackageError(
+            f"{out} is a file.", expected="a folder to write", fix="Choose another name."
+        )
+    if not out.exists() or not any(out.iterdir()):
+        return
+    refuse_foreign_card(out / CARD_FILE)
+    # In place the source's own files are kept, listed and unchanged or not.
+    entries = read_manifest(out).files if in_place is None else {}
+    ours = {*GENERATED, LICENSE_FILE, *(in_place or entries)}
+    for path in sorted(out.iterdir()):
+        if path.is_dir() or path.name not in ours:
+            raise PackageError(
+                f"{path} was not written by `dspark package`.",
+                expected="an empty folder, or one that holds an earlier package only",
+                fix=f"Move {path.name} away, or choose another output folder.",
+            )
+        if path.name in entries:
+            check_entry(out, path.name, entries[path.name])
+
+
+def _write_license(folder: Path) -> None:
+    """Keep the source's ``LICENSE``, or write the text of the one licence that ships with us."""
+    if (folder / LICENSE_FILE).exists():
+        return
+    config = parse_drafter_config(read_config(folder, role="drafter"))
+    license_id = read_provenance(
+        folder / PROVENANCE_FILE, gamma=config.gamma, drafter_sha256=weights_digest(folder)
+    ).license
+    text = resources.files("dspark_packaging") / "templates" / f"{LICENSE_FILE}.{license_id}"
+    if not text.is_file():
+        raise PackageError(
+            f"The source has no {LICENSE_FILE} and its licence is {license_id}.",
+            expected="the licence's text beside the weights",
+            fix=f"Put the text of {license_id} into {LICENSE_FILE} in the source folder.",
+        )
+    write_bytes(folder / LICENSE_FILE, text.read_bytes())
+
+
+def _swap(fresh: Path, out: Path, old: Path) -> None:
+    """Put ``fresh`` in the place of ``out``; on failure put the old one back."""
+    if out.exists():
+        out.rename(old)
+    try:
+        fresh.rename(out)
+    except BaseException:
+        if old.exists():
+            old.rename(out)
+        raise
+    # mkdtemp made the scratch folder private; what is published is not.
+    out.chmod(0o755)

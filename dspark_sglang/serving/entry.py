@@ -68,9 +68,7 @@ def _algorithm_in_frames(frame: FrameType | None) -> str | None:
 
 def requested_algorithm(argv: Sequence[str], frame: FrameType | None) -> str | None:
     """The speculative algorithm this process was asked to run, upper case, or None."""
-    found = (
-        _algorithm_in_frames(frame) or _algorithm_in_argv(argv) or _algorithm_in_config(argv)
-    )
+    found = _algorithm_in_frames(frame) or _algorithm_in_argv(argv) or _algorithm_in_config(argv)
     return found.upper() if found else None
 
 
@@ -92,9 +90,7 @@ def activate_plugin() -> None:
         from dspark_sglang.serving import hooks
 
         settings = read_settings()
-        hooks.install(
-            algorithm=asked and settings.plugin != "off", cpu_platform=bool(on_our_cpu)
-        )
+        hooks.install(algorithm=asked and settings.plugin != "off", cpu_platform=bool(on_our_cpu))
     except Exception as error:  # process boundary: SGLang would swallow it and run its builtin
         raise _stop(error) from error
 

@@ -24,7 +24,7 @@ from dspark_sglang.core.survival import survival
 from dspark_sglang.serving.telemetry import Telemetry
 
 
-class LaggedBudget(HostConfidenceBudgetPlanner):  # type: ignore[misc]
+class LaggedBudget(HostConfidenceBudgetPlanner):
     """The asynchronous budget: global argmax over confidences two steps old.
 
     SGLang's class carries confidences over the lag; the arithmetic is ours.
@@ -57,8 +57,10 @@ class LaggedBudget(HostConfidenceBudgetPlanner):  # type: ignore[misc]
         return budget
 
 
-class Planner(DSparkVerifyPlanner):  # type: ignore[misc]
+class Planner(DSparkVerifyPlanner):
     """Budget and admission by our scheduler; layouts and graph tiers stay SGLang's."""
+
+    _budget_planner: Any
 
     def bind(
         self, *, cost: StepCost, adaptive: bool, asynchronous: bool, telemetry: Telemetry

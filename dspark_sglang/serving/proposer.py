@@ -48,7 +48,7 @@ class SampledRows(msgspec.Struct, frozen=True):
         )
 
 
-class OurDraftBlock(DraftBlockResult, frozen=True):
+class OurDraftBlock(DraftBlockResult, frozen=True):  # type: ignore[call-arg]
     """SGLang's draft result plus what our acceptance reads."""
 
     rows: SampledRows | None = None
@@ -56,7 +56,7 @@ class OurDraftBlock(DraftBlockResult, frozen=True):
     laws: torch.Tensor | None = None
 
 
-class Proposer(DraftBlockProposer):  # type: ignore[misc]
+class Proposer(DraftBlockProposer):
     """Overrides the head of a round; the draft forward itself stays SGLang's."""
 
     def bind(

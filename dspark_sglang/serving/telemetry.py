@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ class Telemetry:
         #: Which implementation of each part really ran: ``{"accept:torch-greedy": 12, ...}``.
         self.ran: Counter[str] = Counter()
         #: Seconds spent in each part, as the host saw it.
-        self.seconds: Counter[str] = Counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
         self.steps = 0
         #: One per request and step.
         self.rounds = 0

@@ -38,7 +38,7 @@ def packed_index(verify_lens: torch.Tensor, width: int) -> torch.Tensor:
     return inside.view(-1).nonzero().view(-1)
 
 
-class Verifier(TargetVerifyExecutor):  # type: ignore[misc]
+class Verifier(TargetVerifyExecutor):
     """Overrides packing, acceptance and commit; the target forward stays SGLang's."""
 
     def bind(

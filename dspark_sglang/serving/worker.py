@@ -47,8 +47,13 @@ def load_temperatures(settings: Settings, drafter: str, gamma: int) -> tuple[tor
     return torch.tensor(artifact.temperatures), str(path)
 
 
-class DSparkWorker(DSparkWorkerV2):  # type: ignore[misc]
+class DSparkWorker(DSparkWorkerV2):
     """Builds SGLang's worker, then puts our proposer, planner and verifier in its place."""
+
+    _proposer: Any
+    _verify_planner: Any
+    _verify_executor: Any
+    _verify_epilogue: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -131,9 +136,7 @@ class DSparkWorker(DSparkWorkerV2):  # type: ignore[misc]
             kv_injector=self._kv_injector,
             tp_sync=self._tp_sync,
         )
-        verifier.bind(
-            telemetry=self.telemetry, generator=generator, implementation=implementation
-        )
+        verifier.bind(telemetry=self.telemetry, generator=generator, implementation=implementation)
         self._proposer, self._verify_planner, self._verify_executor = proposer, planner, verifier
         self._observers = StepObservers(self.telemetry)
 

@@ -177,7 +177,7 @@ def attend(
     return out.reshape(batch * q, heads, -1)
 
 
-class CpuAttentionBackend(AttentionBackend):  # type: ignore[misc]
+class CpuAttentionBackend(AttentionBackend):
     """Decode, extend, ragged target verification and the bidirectional draft block."""
 
     def __init__(self, runner: Any) -> None:
@@ -200,9 +200,7 @@ class CpuAttentionBackend(AttentionBackend):  # type: ignore[misc]
             self._groups, self._rows = [], 0
             return
         q_lens, kv_lens = self._lengths(forward_batch, len(requests))
-        slots = [
-            self._req_to_token[row, :kv] for row, kv in zip(requests, kv_lens, strict=True)
-        ]
+        slots = [self._req_to_token[row, :kv] for row, kv in zip(requests, kv_lens, strict=True)]
         self._groups = group_requests(q_lens, kv_lens, slots)
         self._rows = sum(q_lens)
 

@@ -29,12 +29,11 @@ _MEMORY_SHARE = 0.25
 
 
 def _pack(weight: torch.Tensor) -> torch.Tensor:
-    return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _PLANNED_ROWS)
+    packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _PLANNED_ROWS)
+    return packed
 
 
-def packed_linear(
-    x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None
-) -> torch.Tensor:
+def packed_linear(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """``x @ weight.T + bias`` with a weight packed by this module."""
     result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
     return result
@@ -45,23 +44,21 @@ class _Packed:
 
     packed: torch.Tensor
 
-    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Pack (again) after SGLang loaded weights into ``layer``."""
         self.packed = _pack(layer.weight)
 
-    def apply(
-        self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         if x.dtype is not torch.bfloat16:
             return torch.nn.functional.linear(x.to(layer.weight.dtype), layer.weight, bias)
         return packed_linear(x, self.packed, bias)
 
 
-class PackedLinearMethod(_Packed, UnquantizedLinearMethod):  # type: ignore[misc]
+class PackedLinearMethod(_Packed, UnquantizedLinearMethod):
     """SGLang's unquantised linear method over a packed weight."""
 
 
-class PackedEmbeddingMethod(_Packed, UnquantizedEmbeddingMethod):  # type: ignore[misc]
+class PackedEmbeddingMethod(_Packed, UnquantizedEmbeddingMethod):
     """SGLang's unquantised embedding method whose use as LM head is packed."""
 
 
@@ -70,7 +67,7 @@ def pack_model(model: torch.nn.Module) -> int:
 
     The embedding is packed only where it serves as LM head.
     """
-    if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return 0
     chosen: list[tuple[Any, type[_Packed]]] = []
     for module in model.modules():
@@ -94,7 +91,7 @@ def pack_model(model: torch.nn.Module) -> int:
         )
         return 0
     for module, kind in chosen:
-        method = kind()
-        method.process_weights_after_loading(module)
-        module.quant_method = method
+        packed = kind()
+        packed.process_weights_after_loading(module)
+        module.quant_method = packed
     return len(chosen)

@@ -20,12 +20,12 @@ def register_backend() -> None:
     choices.add_attention_backend_choices([BACKEND])
     choices.add_draft_attention_backend_choices([BACKEND])
 
-    @register_attention_backend(BACKEND)
     def create(runner: Any) -> Any:
         from dspark_sglang.serving.cpu.attention import CpuAttentionBackend
 
         return CpuAttentionBackend(runner)
 
+    register_attention_backend(BACKEND)(create)
     ops.register(BACKEND)
     _ignore_streams_on_cpu()
 

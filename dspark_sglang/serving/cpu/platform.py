@@ -56,9 +56,7 @@ def cache_slots(
     Returns:
         ``[sum(end - start)]`` int64 slots.
     """
-    spans = zip(
-        req_pool_indices.tolist(), start_offset.tolist(), end_offset.tolist(), strict=True
-    )
+    spans = zip(req_pool_indices.tolist(), start_offset.tolist(), end_offset.tolist(), strict=True)
     return torch.cat([req_to_token[row, low:high] for row, low, high in spans]).to(torch.int64)
 
 

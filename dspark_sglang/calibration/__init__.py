@@ -1,0 +1,1 @@
+"""Calibrating a drafter's confidences."""

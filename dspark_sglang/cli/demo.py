@@ -1,0 +1,152 @@
+"""``dspark demo``: the real server without and with DSPARK, measured and compared."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from dspark_loadtests.prompts import KINDS, Prompt, load_prompts
+from dspark_sglang import targets
+from dspark_sglang.artifacts import write_bytes
+from dspark_sglang.demo import report
+from dspark_sglang.demo.measure import NEAR_TIE, Comparison, compare, running, tie_gap
+from dspark_sglang.demo.server import Server, free_port, serve_command
+from dspark_sglang.errors import CheckpointError, ServerError
+
+DRAFTER = Path("model_cards/smollm2-135m-instruct-dspark")
+
+
+def choose_prompts(per_kind: int) -> list[Prompt]:
+    """``per_kind`` prompts of each kind, kinds alternating."""
+    by_kind = [[p for p in load_prompts() if p.kind == kind][:per_kind] for kind in KINDS]
+    return [prompt for group in zip(*by_kind, strict=True) for prompt in group]
+
+
+def _start(
+    stack: ExitStack, console: Console, target: Path, drafter: Path, dtype: str, logs: Path
+) -> tuple[Server, Server]:
+    """Start both servers side by side and pause them."""
+    pair = []
+    for name, draft in (("plain", None), ("dspark", drafter)):
+        port = free_port()
+        command = serve_command(target, port, dtype=dtype, drafter=draft)
+        server = Server(command, port=port, log=logs / f"{name}-{dtype}.log")
+        pair.append(stack.enter_context(server))
+    began = time.monotonic()
+    with console.status("") as status:
+        waiting = dict.fromkeys(pair)
+        while waiting:
+            for server in list(waiting):
+                if server.poll():
+                    server.pause()
+                    del waiting[server]
+            took = time.monotonic() - began
+            status.update(f"starting two SGLang servers in {dtype} ({took:.0f} s, usually 40)")
+            if took > 300:
+                raise ServerError(
+                    "A server was not ready after 300 s.",
+                    expected="both servers up",
+                    fix=f"See the logs in {logs}.",
+                )
+            time.sleep(0.5)
+    console.print(f"[green]✓[/] two servers in {dtype} up after {time.monotonic() - began:.0f} s")
+    return pair[0], pair[1]
+
+
+def _run(
+    console: Console,
+    servers: tuple[Server, Server],
+    prompts: list[Prompt],
+    *,
+    max_tokens: int,
+    title: str,
+) -> Comparison:
+    """Compare the servers under a progress bar, showing the text that streams in."""
+    columns = (
+        TextColumn("[bold]{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("[dim]{task.fields[text]}"),
+    )
+    with Progress(*columns, console=console, refresh_per_second=4) as progress:
+        task = progress.add_task(title, total=len(prompts), text="")
+        text = ""
+
+        def each(prompt: Prompt) -> None:
+            nonlocal text
+            text = f"{prompt.kind}: "
+            progress.update(task, completed=prompts.index(prompt), text=text)
+
+        def show(piece: str) -> None:
+            nonlocal text
+            text = f"{text}{piece}".replace("\n", " ")[-48:]
+            progress.update(task, text=text)
+
+        result = compare(*servers, prompts, max_tokens=max_tokens, each=each, show=show)
+        progress.update(task, completed=len(prompts), text="")
+    return result
+
+
+def _ties(plain: Server, prompts: list[Prompt], both: Comparison, limit: int) -> list[Any]:
+    """Every text that differs, with the gap of the two best tokens where it does."""
+    found = []
+    for prompt, ours, theirs in zip(prompts, both.dspark, both.plain, strict=True):
+        if ours.text == theirs.text:
+            continue
+        with running(plain):
+            gap = tie_gap(plain, prompt, ours.text, max_tokens=limit)
+        found.append({"prompt": prompt.id, "gap": gap, "near_tie": gap < NEAR_TIE})
+    return found
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Where results and logs go.")] = Path("runs/demo"),
+    drafter: Annotated[Path, typer.Option(help="The drafter to serve.")] = DRAFTER,
+    target: Annotated[
+        Path | None, typer.Option(help="The target to serve. Default: SmolLM2, fetched once.")
+    ] = None,
+    per_kind: Annotated[int, typer.Option(min=1, max=8, help="Prompts of each kind.")] = 3,
+    max_tokens: Annotated[int, typer.Option(min=16, help="Tokens of each answer.")] = 64,
+) -> None:
+    """Serve a real model without and with DSPARK and show what changes: speed, not text."""
+    console = Console()
+    if not (drafter / "config.json").is_file():
+        raise CheckpointError(
+            f"{drafter} holds no drafter.",
+            expected="a drafter directory (run this from the repository's root)",
+            fix="Pass --drafter DIR.",
+        )
+    if target is None:
+        with console.status("checking the target model") as status:
+            target = targets.ensure_target(progress=lambda line: status.update(line))
+        console.print(f"[green]✓[/] target: {target}")
+    prompts = choose_prompts(per_kind)
+    logs = out / "logs"
+    with ExitStack() as stack:
+        servers = _start(stack, console, target, drafter, "bfloat16", logs)
+        speed = _run(console, servers, prompts, max_tokens=max_tokens, title="speed (bfloat16)")
+        with running(servers[1]):
+            status_now = servers[1].dspark() or {"active": False}
+    with ExitStack() as stack:
+        servers = _start(stack, console, target, drafter, "float32", logs)
+        equal = _run(console, servers, prompts, max_tokens=max_tokens, title="equality (float32)")
+        ties = _ties(servers[0], prompts, equal, max_tokens)
+    status_now["sglang"] = importlib.metadata.version("sglang")
+    summary = report.summarise(speed, equal, ties=ties, status=status_now)
+    report.print_summary(console, summary)
+    write_bytes(out / "summary.json", report.dumps(summary))
+    report.draw(summary, out / "demo.png")
+    console.print(f"Written: {out / 'summary.json'}, {out / 'demo.png'}; logs in {logs}")
+    wrong = report.failures(summary)
+    for line in wrong:
+        console.print(f"[red]✗[/] {line}")
+    if wrong:
+        raise typer.Exit(1)

@@ -1,0 +1,86 @@
+"""Sequential temperature scaling of confidences, and how far survival is from the truth.
+
+Paper, section on calibration: for ``k = 1..gamma`` in turn, one temperature on the logit of
+``c_k`` is chosen by grid search so that the cumulative product ``c_1 .. c_k`` has the smallest
+expected calibration error against observed prefix survival, earlier temperatures held fixed.
+Temperatures are positive, so the ranking of confidences at a position never changes.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+Float64 = npt.NDArray[np.float64]
+Floats = npt.NDArray[np.floating[Any]]
+
+#: Candidate temperatures: from confident (1/4) to flat (16), 1.5% apart.
+GRID: Float64 = np.geomspace(0.25, 16.0, 280)
+BINS = 15
+
+
+class STSFit(NamedTuple):
+    """Fitted temperatures and the calibration error of survival at each position."""
+
+    temperatures: Float64
+    before: Float64
+    after: Float64
+
+
+def sigmoid(logits: Float64) -> Float64:
+    """Logistic function."""
+    result: Float64 = 0.5 * (1.0 + np.tanh(0.5 * logits))
+    return result
+
+
+def calibration_error(predicted: Floats, observed: Floats, *, bins: int = BINS) -> float:
+    """Expected calibration error over equally wide bins of the prediction.
+
+    Args:
+        predicted: ``[N]`` in [0, 1].
+        observed: ``[N]`` outcomes, 0 or 1 or probabilities.
+
+    Returns:
+        Mean over predictions of the distance between the mean prediction and the mean outcome of
+        their bin; 0 for no predictions.
+    """
+    if not predicted.size:
+        return 0.0
+    index = np.minimum((predicted * bins).astype(np.int64), bins - 1)
+    gap = np.bincount(index, weights=predicted - observed, minlength=bins)
+    return float(np.abs(gap).sum() / predicted.size)
+
+
+def fit_sts(logits: Float64, acceptance: Float64, *, grid: Float64 = GRID) -> STSFit:
+    """Fit one temperature a position.
+
+    Args:
+        logits: ``[N, gamma]`` uncalibrated confidence logits of ``N`` blocks.
+        acceptance: ``[N, gamma]`` chance that each drafted token is accepted given that those
+            before it were: 0 or 1 as serving decided, or ``1 - ½‖p - q‖₁``.
+        grid: candidate temperatures.
+
+    Returns:
+        Temperatures and the error of survival before and after, on these blocks.
+    """
+    gamma = logits.shape[1]
+    truth = np.cumprod(acceptance, axis=1)
+    plain = np.cumprod(sigmoid(logits), axis=1)
+    product = np.ones(len(logits))
+    temperatures, after = np.ones(gamma), np.zeros(gamma)
+    for k in range(gamma):
+        errors = [calibration_error(product * sigmoid(logits[:, k] / t), truth[:, k]) for t in grid]
+        best = int(np.argmin(errors))
+        temperatures[k], after[k] = grid[best], errors[best]
+        product = product * sigmoid(logits[:, k] / grid[best])
+    before = np.array([calibration_error(plain[:, k], truth[:, k]) for k in range(gamma)])
+    return STSFit(temperatures=temperatures, before=before, after=after)
+
+
+def survival_errors(logits: Float64, acceptance: Float64, temperatures: Float64) -> Float64:
+    """Calibration error of survival at each position under given temperatures, ``[gamma]``."""
+    product = np.cumprod(sigmoid(logits / temperatures), axis=1)
+    truth = np.cumprod(acceptance, axis=1)
+    return np.array([calibration_error(product[:, k], truth[:, k]) for k in range(logits.shape[1])])

@@ -1,0 +1,180 @@
+"""One SGLang server as a child process: started, paused, resumed, and always ended."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
+
+import httpx
+
+from dspark_sglang.errors import ServerError
+
+#: Everything that both servers of a comparison share.
+COMMON_FLAGS = (
+    "--host", "127.0.0.1",
+    "--mem-fraction-static", "0.5",
+    "--max-total-tokens", "32768",
+    "--max-running-requests", "16",
+    "--random-seed", "7",
+    "--skip-server-warmup",
+    "--enable-cache-report",
+    "--log-level", "info",
+)  # fmt: skip
+START_SECONDS = 300.0
+STOP_SECONDS = 20.0
+
+
+def free_port() -> int:
+    """A TCP port nobody listens on at this moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def serve_command(
+    model: Path, port: int, *, dtype: str, drafter: Path | None, extra: Sequence[str] = ()
+) -> list[str]:
+    """The command line of a server; ``drafter`` adds the speculative flags and nothing else."""
+    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model)]
+    command += ["--port", str(port), "--dtype", dtype, *COMMON_FLAGS, *extra]
+    if drafter is not None:
+        command += ["--speculative-algorithm", "DSPARK"]
+        command += ["--speculative-draft-model-path", str(drafter)]
+    return command
+
+
+class Server:
+    """A server in a process group of its own, so that nothing of it can be left behind."""
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        *,
+        port: int,
+        log: Path,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        self.url = f"http://127.0.0.1:{port}"
+        self.log = log
+        self._command = list(command)
+        self._environment = {**os.environ, **(environment or {})}
+        self._process: subprocess.Popen[bytes] | None = None
+        self._stream: IO[bytes] | None = None
+
+    def start(self) -> Self:
+        """Launch without waiting; see :meth:`wait_ready`."""
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        self._stream = self.log.open("wb")
+        self._process = subprocess.Popen(
+            self._command,
+            stdin=subprocess.DEVNULL,
+            stdout=self._stream,
+            stderr=subprocess.STDOUT,
+            env=self._environment,
+            start_new_session=True,
+        )
+        return self
+
+    @property
+    def pid(self) -> int:
+        """Process id of the launched server, which is also its process group."""
+        assert self._process is not None, "the server was not started"
+        return self._process.pid
+
+    def poll(self) -> bool:
+        """Whether the server is up and takes requests.
+
+        Raises:
+            ServerError: it stopped instead.
+        """
+        assert self._process is not None, "the server was not started"
+        code = self._process.poll()
+        if code is not None:
+            raise ServerError(
+                f"The server stopped with exit code {code}: {self.reason()}",
+                expected="a server that starts",
+                fix=f"Its whole log is in {self.log}.",
+            )
+        try:
+            return httpx.get(f"{self.url}/ready", timeout=2.0).status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    def wait_ready(self, seconds: float = START_SECONDS) -> None:
+        """Wait until the server takes requests.
+
+        Raises:
+            ServerError: it stopped, or is not up in time.
+        """
+        deadline = time.monotonic() + seconds
+        while not self.poll():
+            if time.monotonic() > deadline:
+                raise ServerError(
+                    f"The server was not ready after {seconds:.0f} s.",
+                    expected="/ready to answer 200",
+                    fix=f"See its log in {self.log}.",
+                )
+            time.sleep(0.25)
+
+    def reason(self) -> str:
+        """The line of the log that says best why the server stopped."""
+        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
+        ours = [line for line in lines if line.startswith("dspark: ")]
+        errors = [line for line in lines if "Error" in line and not line.startswith(" ")]
+        found = ours or errors or lines or ["no output"]
+        return found[-1].strip()[:400]
+
+    def pause(self) -> None:
+        """Stop the whole group from using the processor (its idle loop polls)."""
+        os.killpg(self.pid, signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Let a paused group run again."""
+        os.killpg(self.pid, signal.SIGCONT)
+
+    def info(self) -> dict[str, Any]:
+        """``/server_info`` of a running server."""
+        answer: dict[str, Any] = httpx.get(f"{self.url}/server_info", timeout=30.0).json()
+        return answer
+
+    def dspark(self) -> dict[str, Any] | None:
+        """What our plugin reports in the scheduler process; None where it is not running."""
+        record = self.info()["internal_states"][0].get("dspark_info_record")
+        return record if isinstance(record, dict) and record.get("active") else None
+
+    def stop(self) -> None:
+        """End the server and everything it started; safe to call twice."""
+        if self._process is None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            self.resume()
+            os.killpg(self.pid, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(STOP_SECONDS)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        self._process.wait()
+        self._process = None
+        if self._stream is not None:
+            self._stream.close()
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()

@@ -1,0 +1,36 @@
+"""Where results come from: time, command, library versions."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import shlex
+from collections.abc import Sequence
+from datetime import UTC, datetime
+
+from dspark_sglang.artifacts import Provenance
+
+_LIBRARIES = ("dspark-sglang", "sglang", "torch", "transformers", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of the libraries results depend on."""
+    found = {}
+    for name in _LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def provenance(
+    command: Sequence[str], *, data: str = "", now: datetime | None = None
+) -> Provenance:
+    """Provenance of an artifact made by ``command`` now."""
+    moment = now or datetime.now(UTC)
+    return Provenance(
+        created=moment.isoformat(timespec="seconds"),
+        command=shlex.join(command),
+        versions=versions(),
+        data=data,
+    )

@@ -1,0 +1,201 @@
+"""What ``dspark doctor`` looks at. Every finding says what was found and, if wrong, the fix."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import httpx
+import msgspec
+
+from dspark_sglang import __version__
+from dspark_sglang.checkpoint import check_fits, check_tensors, parse_drafter_config, read_config
+from dspark_sglang.config import read_settings
+from dspark_sglang.errors import DSparkError
+from dspark_sglang.serving import compat, entry
+
+Level = Literal["ok", "warning", "problem"]
+_GROUPS = {"plugin": "sglang.srt.plugins", "CPU platform": "sglang.srt.platforms"}
+
+
+class Finding(msgspec.Struct, frozen=True):
+    """One thing that was checked."""
+
+    level: Level
+    what: str
+    fix: str = ""
+
+
+def _failed(error: DSparkError) -> Finding:
+    return Finding("problem", f"{error.found} Expected {error.expected}.", error.fix)
+
+
+def local() -> list[Finding]:
+    """The installation on this machine."""
+    findings = [
+        Finding("ok", f"dspark-sglang {__version__}, Python {sys.version.split()[0]}"),
+        *_settings(),
+        *_entry_points(),
+        *_selection(),
+    ]
+    try:
+        compat.check((), allow_other=False)
+        findings.append(Finding("ok", f"SGLang {compat.installed_version()} is installed"))
+    except DSparkError as error:
+        return [*findings, _failed(error)]
+    return [*findings, *_platform(), *_contract()]
+
+
+def _settings() -> list[Finding]:
+    try:
+        settings = read_settings()
+    except DSparkError as error:
+        return [_failed(error)]
+    found = [Finding("ok", "DSPARK_* settings are valid")]
+    if settings.plugin == "off":
+        found.append(
+            Finding(
+                "warning",
+                "DSPARK_PLUGIN=off: SGLang's builtin DSPARK will run",
+                "Unset it to use this plugin.",
+            )
+        )
+    return found
+
+
+def _entry_points() -> list[Finding]:
+    findings = []
+    for what, group in _GROUPS.items():
+        names = [point.name for point in importlib.metadata.entry_points(group=group)]
+        if entry.ENTRY_POINT in names:
+            findings.append(Finding("ok", f"SGLang's entry point for the {what} is registered"))
+        else:
+            findings.append(
+                Finding(
+                    "problem",
+                    f"no entry point named {entry.ENTRY_POINT} in {group}",
+                    "Install the package: `pip install dspark-sglang` (or `pip install -e .`).",
+                )
+            )
+    return findings
+
+
+def _selection() -> list[Finding]:
+    """Environment variables by which SGLang leaves plugins out."""
+    findings = []
+    allowed = [name.strip() for name in os.environ.get("SGLANG_PLUGINS", "").split(",") if name]
+    if allowed and entry.ENTRY_POINT not in allowed:
+        findings.append(
+            Finding(
+                "problem",
+                f"SGLANG_PLUGINS={','.join(allowed)} leaves this plugin out",
+                f"Add {entry.ENTRY_POINT} to it, or unset it.",
+            )
+        )
+    chosen = os.environ.get("SGLANG_PLATFORM", "")
+    if chosen and chosen != entry.ENTRY_POINT:
+        findings.append(
+            Finding(
+                "problem",
+                f"SGLANG_PLATFORM={chosen} makes SGLang skip every plugin of other platforms' "
+                "packages, this one included",
+                "Unset it: a GPU needs no platform plugin.",
+            )
+        )
+    return findings
+
+
+def _platform() -> list[Finding]:
+    if entry.accelerator_present():
+        import torch
+
+        name = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "an accelerator"
+        return [Finding("ok", f"device: {name}")]
+    if entry.activate_platform() is not None:
+        return [Finding("ok", "device: no accelerator found, the CPU platform will be used")]
+    return [
+        Finding(
+            "warning",
+            "SGLANG_USE_CPU_ENGINE=1 selects SGLang's own CPU engine, which has no DSPARK",
+            "Unset it to use the CPU platform of this package.",
+        )
+    ]
+
+
+def _contract() -> list[Finding]:
+    symbols = compat.ALGORITHM_SYMBOLS + compat.CPU_SYMBOLS
+    wrong = list(compat.differences(symbols))
+    if not wrong:
+        return [
+            Finding("ok", f"all {len(symbols)} SGLang symbols this plugin uses are as expected")
+        ]
+    fix = f"Install sglang=={compat.SGLANG_VERSION}."
+    return [Finding("problem", line, fix) for line in wrong]
+
+
+def models(target: Path | None, drafter: Path) -> list[Finding]:
+    """A drafter's files, and whether it fits a target."""
+    try:
+        config = parse_drafter_config(read_config(drafter, role="drafter"))
+        if not config.bundled:
+            check_tensors(drafter, config)
+        findings = [
+            Finding("ok", f"{drafter}: gamma {config.gamma}, {config.markov_head} Markov head")
+        ]
+        if target is not None:
+            check_fits(config, read_config(target, role="target"), name=str(target))
+            findings.append(Finding("ok", f"it fits {target}"))
+    except DSparkError as error:
+        return [_failed(error)]
+    return findings
+
+
+def server(url: str) -> list[Finding]:
+    """Whether our algorithm is what a running server uses."""
+    try:
+        answer = httpx.get(f"{url.rstrip('/')}/server_info", timeout=30.0)
+        answer.raise_for_status()
+        info: dict[str, Any] = answer.json()
+        state: dict[str, Any] = info["internal_states"][0]
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError, LookupError) as error:
+        return [
+            Finding(
+                "problem",
+                f"{url}/server_info gave no usable answer: {error!r}",
+                "Start the server, or check the address and --api-key.",
+            )
+        ]
+    return _judge(url, info, state)
+
+
+def _judge(url: str, info: dict[str, Any], state: dict[str, Any]) -> list[Finding]:
+    algorithm = info.get("speculative_algorithm")
+    record = state.get("dspark_info_record")
+    if str(algorithm).upper() != entry.ALGORITHM:
+        return [
+            Finding(
+                "problem",
+                f"{url} runs without DSPARK (speculative_algorithm is {algorithm})",
+                "Start it with --speculative-algorithm DSPARK "
+                "--speculative-draft-model-path DRAFTER.",
+            )
+        ]
+    if not isinstance(record, dict) or not record.get("active"):
+        return [
+            Finding(
+                "problem",
+                f"{url} runs SGLang's builtin DSPARK, not this plugin",
+                "Install dspark-sglang in the server's environment, run `dspark doctor` there, and "
+                "check that neither DSPARK_PLUGIN=off nor SGLANG_PLUGINS leaves it out.",
+            )
+        ]
+    length = record.get("accept_length")
+    said = "nothing generated yet" if length is None else f"accepted length {length:.2f}"
+    ran = ", ".join(f"{name} ×{count}" for name, count in sorted(record["ran"].items()))
+    return [
+        Finding("ok", f"{url} runs dspark {record['version']}: gamma {record['gamma']}, {said}"),
+        Finding("ok", f"what ran: {ran or 'nothing yet'}"),
+    ]

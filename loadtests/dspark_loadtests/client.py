@@ -1,0 +1,155 @@
+"""What the load test asks of the server besides the load: its model, its state, one chat."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import httpx
+import msgspec
+
+from dspark_loadtests.prompts import Prompt
+from dspark_loadtests.stream import STREAM_OPTIONS, RequestRecord, StreamRecorder
+from dspark_sglang.errors import ConfigError, ServerError
+
+CHAT_PATH = "/v1/chat/completions"
+
+
+class RequestSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """What every request of a run has in common."""
+
+    model: str
+    temperature: float
+    max_tokens: int
+
+
+def chat_payload(prompt: Prompt, settings: RequestSettings) -> dict[str, Any]:
+    """The body of one streaming chat completion."""
+    return {
+        "model": settings.model,
+        "messages": prompt.messages(),
+        "temperature": settings.temperature,
+        "max_tokens": settings.max_tokens,
+        "stream": True,
+        "stream_options": STREAM_OPTIONS,
+    }
+
+
+def request_headers(api_key: str | None) -> dict[str, str]:
+    """Headers for every request.
+
+    Compression is declined: a compressing proxy would hold chunks back to fill its window
+    and the times measured would be the proxy's.
+    """
+    headers = {"Accept-Encoding": "identity", "Accept": "text/event-stream, application/json"}
+    if api_key is not None:
+        headers["Authorization"] = f"Bearer {api_key}"
+    return headers
+
+
+def read_api_key(path: Path | None) -> str | None:
+    """The key in ``path``; a file, because a command line is visible to every local user."""
+    if path is None:
+        return None
+    try:
+        key = path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"Cannot read the API key file {path}: {error}.",
+            expected="a readable file that holds the server's API key",
+            fix="Point --dspark-api-key-file at it, or leave the option out.",
+        ) from error
+    if not key:
+        raise ConfigError(
+            f"The API key file {path} is empty.",
+            expected="a file that holds the server's API key",
+            fix="Write the key into it, or leave --dspark-api-key-file out.",
+        )
+    return key
+
+
+class _Model(msgspec.Struct):
+    id: str
+
+
+class _ModelList(msgspec.Struct):
+    data: list[_Model]
+
+
+class ServerApi:
+    """The server's control endpoints.
+
+    Args:
+        host: base URL, such as ``http://127.0.0.1:30000``.
+        api_key: sent as a bearer token when given.
+        timeout_s: for each call.
+    """
+
+    def __init__(self, host: str, *, api_key: str | None = None, timeout_s: float = 15.0) -> None:
+        self.host = host.rstrip("/")
+        # One client: each new one loads the system's certificates again, and the run's
+        # clock already ticks. No kept connection: the calls are a whole run apart, and the
+        # server may drop an idle one at the moment of its use.
+        headers = request_headers(api_key) | {"Connection": "close"}
+        self._client = httpx.Client(headers=headers, timeout=timeout_s)
+
+    def get(self, path: str) -> bytes:
+        """GET ``path``.
+
+        Raises:
+            ServerError: nothing answered, or the status was not 200.
+        """
+        url = self.host + path
+        expected = f"200 from a running SGLang server at {self.host}"
+        try:
+            response = self._client.get(url)
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise ServerError(
+                f"GET {url} failed: {error}.",
+                expected=expected,
+                fix="Start the server or correct --host.",
+            ) from error
+        if response.status_code != 200:
+            raise ServerError(
+                f"GET {url} answered {response.status_code}: {response.text[:200]}.",
+                expected=expected,
+                fix="If it wants a key, give --dspark-api-key-file; otherwise check --host.",
+            )
+        return response.content
+
+    def model(self) -> str:
+        """The first model the server serves.
+
+        Raises:
+            ServerError: the server is not there, or lists no model.
+        """
+        body = self.get("/v1/models")
+        try:
+            models = msgspec.json.decode(body, type=_ModelList).data
+        except msgspec.DecodeError:
+            models = []
+        if not models:
+            raise ServerError(
+                f"{self.host}/v1/models lists no model: {body[:200]!r}.",
+                expected='{"data": [{"id": ...}]}',
+                fix="Name the model with --dspark-model.",
+            )
+        return models[0].id
+
+
+def stream_chat(
+    client: httpx.Client, url: str, payload: dict[str, Any], recorder: StreamRecorder
+) -> RequestRecord:
+    """Send one chat with httpx and record it: the plain client, for scripts and tests."""
+    try:
+        with client.stream("POST", url, json=payload, headers=request_headers(None)) as response:
+            if response.status_code != 200:
+                text = response.read().decode("utf-8", "replace")
+                return recorder.fail(f"HTTP {response.status_code}: {text[:200]}")
+            # iter_raw hands over what the socket had; iter_lines would be as good here,
+            # iter_bytes(n) would not: it waits for n bytes.
+            for data in response.iter_raw():
+                recorder.feed(data)
+    except httpx.HTTPError as error:
+        return recorder.fail(f"{type(error).__name__}: {error}")
+    return recorder.finish()

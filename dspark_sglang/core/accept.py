@@ -50,6 +50,7 @@ def accept_sampled(
     lens: torch.Tensor,
     first: torch.Tensor,
     uniforms: torch.Tensor,
+    support: torch.Tensor | None = None,
 ) -> Accepted:
     """Rejection sampling: the committed tokens follow the target's law exactly.
 
@@ -64,6 +65,8 @@ def accept_sampled(
         lens: ``[R]`` int64 drafted tokens sent to verification.
         first: ``[R]`` int64 row of each request's anchor.
         uniforms: ``[R, gamma + 1]`` in [0, 1): one per test, the last for the final token.
+        support: ``[R, gamma, M]`` int64 tokens that ``laws`` (then ``[R, gamma, M]``) are over;
+            None: the whole vocabulary.
     """
     gamma = drafted.shape[1]
     position = torch.arange(gamma, device=drafted.device)
@@ -71,14 +74,21 @@ def accept_sampled(
     rows = (first[:, None] + position).clamp(max=weights.shape[0] - 1)
     total = weights.sum(-1)
     p = weights[rows, drafted] / total[rows]
-    q = laws.gather(-1, drafted[..., None]).squeeze(-1)
+    if support is None:
+        q = laws.gather(-1, drafted[..., None]).squeeze(-1)
+    else:
+        q = (laws * (support == drafted[..., None])).sum(-1)
     kept = (uniforms[:, :gamma] * q < p) & sent
     count = kept.long().cumprod(dim=1).sum(dim=1)
     row = first + count
     final = weights[row] / total[row][:, None]
     rejected = (count < lens).nonzero().view(-1)
     if rejected.numel():
-        excess = final[rejected] - laws[rejected, count[rejected]]
+        where = rejected, count[rejected]
+        if support is None:
+            excess = final[rejected] - laws[where]
+        else:
+            excess = final[rejected].scatter_add(-1, support[where], -laws[where])
         residual = excess.clamp_(min=0.0)
         # p = q up to rounding leaves no residual mass; a rejection then had probability zero, and
         # the target's own law is the continuous answer.

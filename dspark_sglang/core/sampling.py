@@ -23,7 +23,7 @@ def sample(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     wanted = uniforms.to(torch.float64)[:, None] * total
     tokens = torch.searchsorted(cumulative, wanted, right=True)
     # u * total can round up to total; the last positive weight is then the right answer.
-    last = torch.searchsorted(cumulative, total, right=False)
+    last = torch.searchsorted(cumulative, total.contiguous(), right=False)
     return torch.minimum(tokens, last).squeeze(1)
 
 

@@ -17,6 +17,10 @@ from dspark_sglang.core.heads import ConfidenceHead, MarkovHead
 from dspark_sglang.serving.telemetry import Telemetry
 
 
+#: Candidates a position: the Markov stage reads this many rows of W2 instead of the vocabulary.
+SHORTLIST = 128
+
+
 class SampledRows(msgspec.Struct, frozen=True):
     """The rows of a batch that sample, and their parameters."""
 
@@ -52,8 +56,9 @@ class OurDraftBlock(DraftBlockResult, frozen=True):  # type: ignore[call-arg]
     """SGLang's draft result plus what our acceptance reads."""
 
     rows: SampledRows | None = None
-    #: ``[S, gamma, V]`` drafted laws of the sampled rows.
+    #: ``[S, gamma, M]`` drafted laws of the sampled rows over the tokens of ``support``.
     laws: torch.Tensor | None = None
+    support: torch.Tensor | None = None
 
 
 class Proposer(DraftBlockProposer):
@@ -113,6 +118,7 @@ class Proposer(DraftBlockProposer):
                 temperatures=None if rows is None else rows.temperatures,
                 sampled=None if rows is None else rows.index,
                 uniforms=None if rows is None else self._uniforms(len(rows.index)),
+                shortlist=SHORTLIST,
             )
             raw = self._confidence.logits(
                 features.view(bs, self.gamma, -1), block.previous, self._markov
@@ -129,6 +135,7 @@ class Proposer(DraftBlockProposer):
                 greedy_draft=rows is None,
                 rows=rows,
                 laws=block.probs,
+                support=block.support,
             ),
             confidence=self._confidence.calibrate(raw),
             confidence_raw=raw,

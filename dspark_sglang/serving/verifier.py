@@ -238,7 +238,13 @@ class Verifier(TargetVerifyExecutor):
         )
         assert block.laws is not None
         return accept_sampled(
-            weights, block.draft_tokens[rows.index], block.laws, lens, start, uniforms
+            weights,
+            block.draft_tokens[rows.index],
+            block.laws,
+            lens,
+            start,
+            uniforms,
+            block.support,
         )
 
     def commit_hidden(

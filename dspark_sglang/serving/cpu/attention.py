@@ -36,13 +36,21 @@ class Group(NamedTuple):
     kv: int
     #: Whether every request fills the padded shape.
     even: bool
-    masks: dict[tuple[bool, int], torch.Tensor | None]
+    masks: dict[tuple[bool, int, int], torch.Tensor | None]
 
-    def mask(self, *, causal: bool, window: int, dtype: torch.dtype) -> torch.Tensor | None:
-        """Additive mask ``[b, 1, q, kv]`` (0 or -inf), or None where nothing is hidden."""
-        key = (causal, window)
+    def mask(
+        self, *, causal: bool, window: int, share: int, dtype: torch.dtype
+    ) -> torch.Tensor | None:
+        """Additive mask ``[b, 1, share * q, kv]`` (0 or -inf); None where nothing is hidden.
+
+        Built once a step, not once a layer.
+        """
+        key = (causal, window, share)
         if key not in self.masks:
-            self.masks[key] = self._build(causal=causal, window=window, dtype=dtype)
+            mask = self._build(causal=causal, window=window, dtype=dtype)
+            if mask is not None and share > 1 and self.q > 1:
+                mask = mask.repeat(1, 1, share, 1)
+            self.masks[key] = mask
         return self.masks[key]
 
     def _build(self, *, causal: bool, window: int, dtype: torch.dtype) -> torch.Tensor | None:
@@ -165,9 +173,7 @@ def attend(
         folded = folded.view(batch, kv_heads, share, -1)
     else:
         folded = folded.permute(0, 2, 3, 1, 4).reshape(batch, kv_heads, share * q, -1)
-    mask = group.mask(causal=causal, window=window, dtype=query.dtype)
-    if mask is not None and share > 1:
-        mask = mask.repeat(1, 1, share, 1) if q > 1 else mask
+    mask = group.mask(causal=causal, window=window, share=share, dtype=query.dtype)
     out = scaled_dot_product_attention(
         folded, key.to(query.dtype), value.to(query.dtype), attn_mask=mask, scale=scale
     )

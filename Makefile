@@ -1,0 +1,56 @@
+# Everything a user or CI runs. `make demo` and `make test` set up what they need.
+SHELL := /bin/bash
+PYTHON ?= python3.11
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.dspark-installed
+SOURCES := dspark_sglang kernels packaging loadtests tests requirements
+
+.PHONY: help install demo test test-unit test-server lint format typecheck bench lock wheel clean
+
+help:  ## Show what can be made
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(STAMP): requirements/cpu.lock pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found. Expected Python 3.11. Install it or pass PYTHON=..."; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --no-deps --require-hashes -r requirements/cpu.lock
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+install: $(STAMP)  ## Create the environment (about 7 GB, a few minutes)
+
+demo: install  ## Serve a real model without and with DSPARK, and compare
+	$(BIN)/dspark demo
+
+test: install lint typecheck test-unit test-server  ## Run every test
+
+test-unit: install
+	$(BIN)/python -m pytest -q -m "not server and not slow"
+
+test-server: install
+	$(BIN)/python -m pytest -q -m "server and not slow"
+
+lint: install  ## Check style
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+
+format: install  ## Apply style
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+typecheck: install  ## Check types, strictly
+	$(BIN)/mypy
+
+bench: install  ## Measure a round against a plain step, and where its time goes
+	$(BIN)/dspark bench-round
+
+lock: install  ## Resolve requirements/cpu.in again
+	$(BIN)/python requirements/lock.py
+
+wheel: install  ## Build the wheel
+	$(BIN)/python -m hatchling build -t wheel
+
+clean:  ## Remove the environment, results and caches (not the user's model cache)
+	rm -rf $(VENV) runs dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -6,9 +6,9 @@ refuses to run on an SGLang whose symbols differ instead of letting a hook miss 
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import inspect
-import pkgutil
 from collections.abc import Iterator
 
 import msgspec
@@ -235,13 +235,42 @@ def _parameters(value: object) -> tuple[str, ...] | None:
     return tuple(name for name in names if name not in ("self", "cls"))
 
 
+def resolve(name: str) -> object:
+    """The object a dotted name stands for.
+
+    Raises:
+        AttributeError: SGLang has no such module or attribute.
+        ImportError: a module on the way needs something that is not installed.
+    """
+    parts = name.split(".")
+    module = importlib.import_module(parts[0])
+    for depth in range(1, len(parts)):
+        path = ".".join(parts[: depth + 1])
+        try:
+            module = importlib.import_module(path)
+        except ModuleNotFoundError as error:
+            if error.name != path:
+                raise
+            value: object = module
+            for attribute in parts[depth:]:
+                value = getattr(value, attribute)
+            return value
+    return module
+
+
 def differences(symbols: tuple[Symbol, ...]) -> Iterator[str]:
     """One line for every symbol that is missing or has other parameters than expected."""
+    broken = set()
     for symbol in symbols:
         try:
-            value = pkgutil.resolve_name(symbol.name)
-        except (ImportError, AttributeError):
+            value = resolve(symbol.name)
+        except AttributeError:
             yield f"{symbol.name} does not exist"
+            continue
+        except ImportError as error:
+            if str(error) not in broken:
+                broken.add(str(error))
+                yield f"{symbol.name} cannot be imported ({error})"
             continue
         if symbol.parameters is None:
             continue

@@ -6,7 +6,6 @@ target is then looked up again: what is found must be ours.
 
 from __future__ import annotations
 
-import pkgutil
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -73,12 +72,12 @@ def _algorithm_hooks() -> list[tuple[str, str, Callable[..., Any], str]]:
 def _apply(hooks: list[tuple[str, str, Callable[..., Any], str]]) -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    before = {target: pkgutil.resolve_name(target) for _, target, _, _ in hooks}
+    before = {target: compat.resolve(target) for _, target, _, _ in hooks}
     for _, target, function, kind in hooks:
         HookRegistry.register(target, function, HookType[kind])
     HookRegistry.apply_hooks()
     for name, target, _, _ in hooks:
-        if pkgutil.resolve_name(target) is before[target]:
+        if compat.resolve(target) is before[target]:
             raise CompatibilityError(
                 f"SGLang did not install our hook on {target}.",
                 expected="the hook in place after apply_hooks()",

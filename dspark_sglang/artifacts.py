@@ -79,15 +79,23 @@ def read_sts(path: Path, *, gamma: int, drafter_sha256: str | None = None) -> ST
     """
     fix = "Fit it again with `dspark calibrate`, or unset DSPARK_STS to serve without it."
     try:
-        artifact = msgspec.json.decode(path.read_bytes(), type=STSArtifact)
+        data = path.read_bytes()
+        artifact = msgspec.json.decode(data, type=STSArtifact)
+        tagged = "kind" in msgspec.json.decode(
+            data
+        )  # msgspec takes a missing tag for the right one
     except FileNotFoundError:
         raise ArtifactError(
             f"{path} does not exist.", expected="an STS calibration file", fix=fix
         ) from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, OSError) as error:
         raise ArtifactError(
             f"{path} cannot be read: {error}.", expected="an STS calibration file", fix=fix
         ) from error
+    if not tagged:
+        raise ArtifactError(
+            f"{path} cannot be read: it names no kind.", expected='"kind": "sts"', fix=fix
+        )
     if artifact.schema_version != SCHEMA_VERSION:
         raise ArtifactError(
             f"{path} has schema_version {artifact.schema_version}.",

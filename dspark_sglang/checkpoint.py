@@ -116,8 +116,19 @@ def parse_drafter_config(config: Mapping[str, Any]) -> DrafterConfig:
     """Read the DSpark fields of a configuration in any published layout.
 
     Raises:
-        CheckpointError: a field is missing or out of range.
+        CheckpointError: a field is missing, of the wrong type or out of range.
     """
+    try:
+        return _parse(config)
+    except (TypeError, ValueError, ZeroDivisionError, AttributeError) as error:
+        raise CheckpointError(
+            f"The drafter's config.json holds a value of the wrong type: {error}.",
+            expected="integers for sizes and a list of integers for target_layer_ids",
+            fix="Download the drafter's config.json again.",
+        ) from error
+
+
+def _parse(config: Mapping[str, Any]) -> DrafterConfig:
     bundled = any(config.get(key) is not None for key in BUNDLED_KEYS)
     rank = int(_require(config, "markov_rank", "dspark_markov_rank"))
     head = str(_lookup(config, "markov_head_type", "dspark_markov_head_type") or "vanilla").lower()
@@ -223,7 +234,7 @@ def read_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
     for path in files:
         try:
-            with safe_open(path, framework="pt") as handle:
+            with safe_open(path, framework="np") as handle:
                 for name in handle.keys():  # noqa: SIM118 - not a dict
                     shapes[name] = tuple(handle.get_slice(name).get_shape())
         except (SafetensorError, OSError) as error:

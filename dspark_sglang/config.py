@@ -94,4 +94,11 @@ def read_settings(environ: Mapping[str, str] | None = None) -> Settings:
                 fix=f"Did you mean {close[0]}?" if close else f"Unset {name}.",
             )
         values[key] = _convert(name, raw, hints[key])
-    return msgspec.convert(values, Settings)
+    settings = msgspec.convert(values, Settings)
+    if settings.cpu_threads < 0:
+        raise ConfigError(
+            f"{PREFIX}CPU_THREADS is {settings.cpu_threads}.",
+            expected="0 (all allowed cores) or a positive number",
+            fix="Unset it.",
+        )
+    return settings

@@ -28,10 +28,10 @@ class FlatCost:
 class OnlineCost:
     """An affine cost ``fixed + per_token * B`` learned from the rounds the server runs.
 
-    Recursive least squares with exponential forgetting, started from a prior slope so that it
-    answers sensibly before ``B`` has varied. One slow round (a page fault, a noisy neighbour)
-    moves it by at most a bounded step: observations are clipped to ``outlier`` times the
-    prediction. Memory and time per update are constant.
+    Exponentially weighted least squares, with a prior slope worth half a round, so that it answers
+    sensibly before ``B`` has varied. One slow round (a page fault, a noisy neighbour) moves it by
+    a bounded step: a duration is believed up to ``outlier`` times the prediction. Memory and time
+    of an update are constant.
     """
 
     def __init__(
@@ -46,7 +46,8 @@ class OnlineCost:
         self._forgetting = forgetting
         self._outlier = outlier
         self._theta: Float64 | None = None
-        self._covariance = np.zeros((2, 2))
+        self._moments = np.zeros((2, 2))
+        self._products = np.zeros(2)
         self.observations = 0
 
     @property
@@ -59,24 +60,23 @@ class OnlineCost:
         if not (0.0 < seconds < float("inf")) or tokens < 1:
             return
         self.observations += 1
-        if self._theta is None:
-            fixed = seconds / (1.0 + tokens / self._prior_tokens)
-            self._theta = np.array([fixed, fixed / self._prior_tokens])
-            # The slope is as uncertain as itself, the intercept as the whole round.
-            self._covariance = np.diag([1.0, 1.0 / self._prior_tokens**2])
-            return
         row = np.array([1.0, float(tokens)])
-        predicted = float(row @ self._theta)
-        seen = min(max(seconds, predicted / self._outlier), predicted * self._outlier)
-        gain = self._covariance @ row
-        gain /= self._forgetting + float(row @ gain)
-        self._theta = self._theta + gain * (seen - predicted)
-        covariance = (self._covariance - np.outer(gain, row @ self._covariance)) / self._forgetting
-        # Forgetting inflates the direction that no observation excites; keep it bounded.
-        self._covariance = covariance / max(1.0, float(np.trace(covariance)))
-        floor = 1e-9
-        self._theta[1] = max(float(self._theta[1]), 0.0)
-        self._theta[0] = max(float(self._theta[0]), floor)
+        believed = np.inf if self._theta is None else self._outlier * float(row @ self._theta)
+        self._moments = self._forgetting * self._moments + np.outer(row, row)
+        self._products = self._forgetting * self._products + row * min(seconds, believed)
+        # Mean tokens and seconds of the recent rounds, and the prior's shape through that point.
+        mean = float(self._moments[0, 1] / self._moments[0, 0])
+        level = float(self._products[0] / self._moments[0, 0])
+        fixed = level / (1.0 + mean / self._prior_tokens)
+        prior = np.array([fixed, fixed / self._prior_tokens])
+        # The prior weighs as much as half a round: it decides only what rounds have not.
+        weight = np.diag([0.5, 0.5 * mean**2])
+        theta = np.linalg.solve(self._moments + weight, self._products + weight @ prior)
+        if theta[1] < 0.0:
+            theta = np.array([level, 0.0])
+        elif theta[0] <= 0.0:
+            theta = np.array([1e-6 * level, level / mean])
+        self._theta = theta
 
     def seconds(self, tokens: npt.NDArray[np.int64]) -> Float64:
         if self._theta is None:

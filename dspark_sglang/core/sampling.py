@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from dspark_sglang.errors import NumericsError
+
 
 def sample(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     """Draw one token a row by inverting the cumulative sum in float64.
@@ -17,13 +19,23 @@ def sample(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
 
     Returns:
         ``[N]`` int64 tokens.
+
+    Raises:
+        NumericsError: a row without finite positive mass (checked where it needs no device sync).
     """
     cumulative = weights.to(torch.float64).cumsum(-1)
-    total = cumulative[:, -1:]
+    total = cumulative[:, -1:].contiguous()
+    if weights.device.type == "cpu" and not bool(((total > 0) & total.isfinite()).all()):
+        raise NumericsError(
+            "A token law has no finite positive mass (NaN or infinite logits, or every token "
+            "filtered out).",
+            expected="finite logits with at least one allowed token",
+            fix="Check the model's weights and dtype, and the request's grammar and logit_bias.",
+        )
     wanted = uniforms.to(torch.float64)[:, None] * total
     tokens = torch.searchsorted(cumulative, wanted, right=True)
     # u * total can round up to total; the last positive weight is then the right answer.
-    last = torch.searchsorted(cumulative, total.contiguous(), right=False)
+    last = torch.searchsorted(cumulative, total, right=False)
     return torch.minimum(tokens, last).squeeze(1)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import socket
@@ -30,6 +31,7 @@ COMMON_FLAGS = (
     "--log-level", "info",
 )  # fmt: skip
 START_SECONDS = 300.0
+_PR_SET_PDEATHSIG = 1
 STOP_SECONDS = 20.0
 
 
@@ -51,6 +53,12 @@ def serve_command(
         command += ["--speculative-algorithm", "DSPARK"]
         command += ["--speculative-draft-model-path", str(drafter)]
     return command
+
+
+def _end_with_parent() -> None:
+    """Runs in the child: ask the kernel for SIGTERM should the parent die without cleaning up."""
+    with contextlib.suppress(OSError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 class Server:
@@ -82,6 +90,7 @@ class Server:
             stderr=subprocess.STDOUT,
             env=self._environment,
             start_new_session=True,
+            preexec_fn=_end_with_parent,
         )
         return self
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -44,7 +44,8 @@ def resolve(original: Callable[[Any], None], server_args: Any) -> None:
 
     view = resolving_view(server_args)
     try:
-        preflight.check_port(view.host, view.port)
+        if _serves_http(sys.argv):
+            preflight.check_port(view.host, view.port)
         drafter = _check_drafter(view)
         preflight.check_memory(view)
         _require_compact_mode()
@@ -56,6 +57,11 @@ def resolve(original: Callable[[Any], None], server_args: Any) -> None:
         # Our sampler and acceptance run after the graphs, not folded into them.
         os.environ[_FOLDED] = "0"
         original(server_args)
+
+
+def _serves_http(argv: Sequence[str]) -> bool:
+    """Whether this process is SGLang's HTTP server, not an offline engine in somebody's program."""
+    return Path(argv[0]).name == "launch_server.py" or "serve" in argv[1:2]
 
 
 def _require_compact_mode() -> None:

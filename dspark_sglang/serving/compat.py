@@ -34,6 +34,8 @@ def _split(text: str) -> tuple[str, ...]:
 HOOKS = {
     "arguments": "sglang.srt.arg_groups.speculative_hook._handle_dspark",
     "worker": "sglang.srt.speculative.spec_info.SpeculativeAlgorithm.create_worker",
+    # The scheduler's own name for it: that module has imported the function by now.
+    "validation": "sglang.srt.managers.scheduler.validate_dflash_request",
 }
 CPU_HOOKS = {
     "slots": "sglang.srt.mem_cache.allocation.assign_req_to_token_pool_func",
@@ -145,7 +147,8 @@ ALGORITHM_SYMBOLS = (
         ),
     ),
     Symbol(f"{_DSPARK}.dspark_verify.AcceptOuts"),
-    Symbol(f"{_DSPARK}.dspark_verify.apply_logits_adjustments_strided"),
+    Symbol("sglang.srt.layers.sampler.apply_custom_logit_processor"),
+    Symbol(HOOKS["validation"], _split("req enable_overlap")),
     Symbol(f"{_DSPARK}.dspark_verify.verify_logits_adjustments_are_noop", _split("sampling_info")),
     Symbol(
         f"{_DSPARK}.dspark_kv_inject.TargetHiddenKvInjector.inject_target_hidden",

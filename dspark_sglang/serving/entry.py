@@ -16,6 +16,7 @@ ALGORITHM = "DSPARK"
 ENTRY_POINT = "dspark"
 PLATFORM = "dspark_sglang.serving.cpu.platform.CpuPlatform"
 _FLAG = "--speculative-algorithm"
+_SHORTEST_FLAG = "--speculative-al"
 #: Frames of SGLang that hold the server arguments while plugins load.
 _ARGUMENT_NAMES = ("server_args", "kwargs")
 
@@ -23,9 +24,13 @@ _ARGUMENT_NAMES = ("server_args", "kwargs")
 def _algorithm_in_argv(argv: Sequence[str]) -> str | None:
     found = None
     for position, word in enumerate(argv):
-        if word.startswith(_FLAG + "="):
-            found = word.split("=", 1)[1]
-        elif word == _FLAG and position + 1 < len(argv):
+        flag, joined, value = word.partition("=")
+        # SGLang's parser accepts unambiguous abbreviations.
+        if not (_FLAG.startswith(flag) and flag.startswith(_SHORTEST_FLAG)):
+            continue
+        if joined:
+            found = value
+        elif position + 1 < len(argv):
             found = argv[position + 1]
     return found
 
@@ -79,8 +84,9 @@ def _stop(error: BaseException) -> SystemExit:
 
 def activate_plugin() -> None:
     """Install our DSPARK where it was asked for, and the CPU platform's hooks where that runs."""
-    asked = requested_algorithm(sys.argv, sys._getframe(1)) == ALGORITHM
+    caller = sys._getframe(1)
     try:
+        asked = requested_algorithm(sys.argv, caller) == ALGORITHM
         from sglang.srt.platforms import current_platform
 
         on_our_cpu = getattr(current_platform, "dspark_cpu", False)

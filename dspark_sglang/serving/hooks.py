@@ -63,9 +63,15 @@ def _algorithm_hooks() -> list[tuple[str, str, Callable[..., Any], str]]:
 
         return DSparkWorker
 
+    def refuse_inexact(original: Callable[..., Any], req: Any, enable_overlap: bool) -> Any:
+        from dspark_sglang.serving import requests
+
+        return original(req, enable_overlap) or requests.refusal(req, enable_overlap)
+
     return [
         ("arguments", compat.HOOKS["arguments"], handle_arguments, "AROUND"),
         ("worker", compat.HOOKS["worker"], create_worker, "AROUND"),
+        ("validation", compat.HOOKS["validation"], refuse_inexact, "AROUND"),
     ]
 
 

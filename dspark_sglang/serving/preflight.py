@@ -53,7 +53,7 @@ def weight_elements(directory: Path) -> int:
     total = 0
     for path in weight_files(directory):
         try:
-            with safe_open(path, framework="pt") as handle:
+            with safe_open(path, framework="np") as handle:
                 for name in handle.keys():  # noqa: SIM118 - not a dict
                     size = 1
                     for extent in handle.get_slice(name).get_shape():

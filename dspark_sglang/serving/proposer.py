@@ -16,7 +16,6 @@ from dspark_sglang.core.draft import draft_block
 from dspark_sglang.core.heads import ConfidenceHead, MarkovHead
 from dspark_sglang.serving.telemetry import Telemetry
 
-
 #: Candidates a position: the Markov stage reads this many rows of W2 instead of the vocabulary.
 SHORTLIST = 128
 

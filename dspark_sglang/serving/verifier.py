@@ -10,19 +10,35 @@ from sglang.kernels.ops.speculative.dspark.dspark_verify_window import (
     RaggedVerifyWindow,
     ScatterCompactToStrided,
 )
+from sglang.srt.layers.sampler import apply_custom_logit_processor
 from sglang.srt.speculative.dspark_components.dspark_verify import (
     AcceptOuts,
     TargetVerifyExecutor,
     TargetVerifyResult,
-    apply_logits_adjustments_strided,
     verify_logits_adjustments_are_noop,
 )
 from sglang.srt.speculative.spec_tp_sync import SpecTpSyncSite
 
 from dspark_sglang.core.accept import Accepted, accept_greedy, accept_sampled
+from dspark_sglang.core.penalties import Penalties
 from dspark_sglang.core.sampling import target_weights
 from dspark_sglang.serving.proposer import OurDraftBlock, SampledRows
 from dspark_sglang.serving.telemetry import Telemetry
+
+
+def request_penalties(request: Any) -> Penalties:
+    """The penalties of an SGLang request."""
+    given, tokenizer = request.sampling_params, request.tokenizer
+    stops = set(given.stop_token_ids or ()) | set(request.eos_token_ids or ())
+    stops |= set(getattr(tokenizer, "additional_stop_token_ids", None) or ())
+    stops |= {getattr(tokenizer, "eos_token_id", None)}
+    return Penalties(
+        frequency=given.frequency_penalty,
+        presence=given.presence_penalty,
+        repetition=given.repetition_penalty,
+        min_new_tokens=given.min_new_tokens,
+        stop_tokens=tuple(token for token in stops if token is not None),
+    )
 
 
 def packed_index(verify_lens: torch.Tensor, width: int) -> torch.Tensor:
@@ -93,7 +109,8 @@ class Verifier(TargetVerifyExecutor):
         output.hidden_states = output.hidden_states[: len(index)]
         self._packed = index
         if self._needs_strided(batch, sampling_info):
-            self._spread(output, layout, sampling_info)
+            self._spread(output, layout)
+        self._adjust(batch, output.next_token_logits, draft_tokens, layout, sampling_info)
         return result, output.hidden_states
 
     @staticmethod
@@ -116,11 +133,11 @@ class Verifier(TargetVerifyExecutor):
         return bool(
             batch.has_grammar
             or batch.return_logprob
-            or not verify_logits_adjustments_are_noop(sampling_info)
+            or getattr(sampling_info, "has_custom_logit_processor", False)
             or getattr(sampling_info, "sampling_mask_batch_indices", None) is not None
         )
 
-    def _spread(self, output: Any, layout: Any, sampling_info: Any) -> None:
+    def _spread(self, output: Any, layout: Any) -> None:
         for name in ("next_token_logits", "hidden_states"):
             strided = ScatterCompactToStrided.execute(
                 compact=getattr(output, name),
@@ -129,13 +146,38 @@ class Verifier(TargetVerifyExecutor):
                 verify_num_draft_tokens=self.verify_num_draft_tokens,
             )
             setattr(output, name, strided)
-        apply_logits_adjustments_strided(
-            next_token_logits=output.next_token_logits,
-            sampling_info=sampling_info,
-            verify_num_draft_tokens=self.verify_num_draft_tokens,
-        )
         self._packed = None
         self._telemetry.ran["rows:strided"] += 1
+
+    def _first_rows(self, lens: torch.Tensor) -> torch.Tensor:
+        """``[R]`` logits row of each request's anchor, in the layout of this step."""
+        if self._packed is None:
+            return torch.arange(len(lens), device=lens.device) * int(self.verify_num_draft_tokens)
+        rows = lens + 1
+        first: torch.Tensor = rows.cumsum(0) - rows
+        return first
+
+    def _adjust(
+        self, batch: Any, logits: torch.Tensor, drafted: torch.Tensor, layout: Any, info: Any
+    ) -> None:
+        """What plain decoding adds to logits before it samples, at every row of the blocks."""
+        if verify_logits_adjustments_are_noop(info):
+            return
+        if info.has_custom_logit_processor:
+            apply_custom_logit_processor(
+                logits, info, num_tokens_in_batch=self.verify_num_draft_tokens
+            )
+        lens = self._drafted_lens(layout, len(batch.reqs), logits.device)
+        starts, sizes = self._first_rows(lens).tolist(), (lens + 1).tolist()
+        blocks = drafted.tolist()
+        for index, request in enumerate(batch.reqs):
+            rows = logits[starts[index] : starts[index] + sizes[index]]
+            penalties = request_penalties(request)
+            if penalties.active:
+                penalties.apply(rows, request.output_ids, blocks[index][: sizes[index] - 1])
+            if info.logit_bias is not None:
+                rows += info.logit_bias[index]
+        self._telemetry.ran["adjust:exact"] += 1
 
     def accept_and_finalize(
         self,
@@ -154,10 +196,7 @@ class Verifier(TargetVerifyExecutor):
     ) -> AcceptOuts:
         assert not folded_accept, "SGLang's folded acceptance must stay off"
         lens = self._drafted_lens(layout, bs, target_logits.device)
-        if self._packed is None:
-            first = torch.arange(bs, device=lens.device) * self.verify_num_draft_tokens
-        else:
-            first = (lens + 1).cumsum(0) - (lens + 1)
+        first = self._first_rows(lens)
         with self._telemetry.timed("accept"):
             outcome = self._accept(target_logits, draft_block, lens, first)
         packed = torch.stack([outcome.count, outcome.token])

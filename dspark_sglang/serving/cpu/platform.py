@@ -57,7 +57,8 @@ def cache_slots(
         ``[sum(end - start)]`` int64 slots.
     """
     spans = zip(req_pool_indices.tolist(), start_offset.tolist(), end_offset.tolist(), strict=True)
-    return torch.cat([req_to_token[row, low:high] for row, low, high in spans]).to(torch.int64)
+    taken = [req_to_token[row, low:high] for row, low, high in spans]
+    return torch.cat([req_to_token.new_empty(0), *taken]).to(torch.int64)
 
 
 def assign_slots(
@@ -104,6 +105,8 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
             server_args.attention_backend = BACKEND
         # Overlap scheduling hides host work behind a device; here they are the same cores.
         server_args.disable_overlap_schedule = True
+        # An idle scheduler polls; on an accelerator's host that is a spare core, here it is not.
+        server_args.sleep_on_idle = True
 
     def get_device(self, device_id: int = 0) -> str:
         return "cpu"
@@ -125,6 +128,10 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
 
     def get_dispatch_key_name(self) -> str:
         return BACKEND
+
+    def get_compile_backend(self, mode: str | None = None) -> str:
+        # SGLang compiles a few sampling helpers; inductor would need a C++ compiler at run time.
+        return "eager"
 
     def get_kv_pool_cls(self, *, kind: str) -> type | None:
         return _kv_pool_cls() if kind == "mha" else None

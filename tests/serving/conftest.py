@@ -1,0 +1,53 @@
+"""Real SGLang servers, started once for all tests that need them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from dspark_sglang import targets
+from dspark_sglang.demo.server import Server, free_port, serve_command
+
+ROOT = Path(__file__).resolve().parents[2]
+DRAFTER = ROOT / "model_cards" / "smollm2-135m-instruct-dspark"
+
+
+class Pair(NamedTuple):
+    """The same target in float32, without speculation and with DSPARK."""
+
+    plain: Server
+    dspark: Server
+
+
+@pytest.fixture(scope="session")
+def target() -> Path:
+    return targets.ensure_target()
+
+
+@pytest.fixture(scope="session")
+def drafter() -> Path:
+    return DRAFTER
+
+
+@pytest.fixture(scope="session")
+def servers(
+    target: Path, drafter: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Pair]:
+    logs = tmp_path_factory.mktemp("servers")
+    started = []
+    try:
+        for name, draft in (("plain", None), ("dspark", drafter)):
+            port = free_port()
+            command = serve_command(
+                target, port, dtype="float32", drafter=draft, extra=["--enable-metrics"]
+            )
+            started.append(Server(command, port=port, log=logs / f"{name}.log").start())
+        for server in started:
+            server.wait_ready()
+        yield Pair(*started)
+    finally:
+        for server in started:
+            server.stop()

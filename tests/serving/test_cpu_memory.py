@@ -1,0 +1,108 @@
+"""Cache slots and packed weights of the CPU platform."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+pytest.importorskip("sglang")
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from sglang.srt.layers.linear import ReplicatedLinear
+
+from dspark_sglang.serving.cpu.packing import PackedLinearMethod, _pack, pack_model, packed_linear
+from dspark_sglang.serving.cpu.platform import assign_slots, cache_slots
+
+# --- slots ----------------------------------------------------------------------------------------
+
+
+@given(
+    spans=st.lists(st.tuples(st.integers(0, 20), st.integers(0, 9)), min_size=1, max_size=5),
+    data=st.data(),
+)
+def test_reading_slots_inverts_writing_them(
+    spans: list[tuple[int, int]], data: st.DataObject
+) -> None:
+    order = data.draw(st.permutations(range(8)))[: len(spans)]
+    start = torch.tensor([low for low, _ in spans])
+    end = start + torch.tensor([length for _, length in spans])
+    table = torch.full((8, 40), -1, dtype=torch.int32)
+    slots = torch.randperm(100)[: int((end - start).sum())]
+    requests = torch.tensor(order)
+    assign_slots(requests, table, start, end, slots, len(spans))
+    where = {"req_pool_indices": requests, "start_offset": start, "end_offset": end}
+    found = cache_slots(req_to_token=table, **where)
+    assert torch.equal(found, slots)
+    assert found.dtype == torch.int64
+    assert int((table >= 0).sum()) == len(slots)
+    for request, low, high in zip(order, start.tolist(), end.tolist(), strict=True):
+        assert bool((table[request, low:high] >= 0).all())
+
+
+# --- packed weights -------------------------------------------------------------------------------
+
+needs_onednn = pytest.mark.skipif(
+    not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+    reason="oneDNN has no bfloat16 here",
+)
+
+
+def close(found: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: Any) -> None:
+    """Within two bfloat16 roundings of the exact product."""
+    exact = torch.nn.functional.linear(x.double(), weight.double(), bias)
+    assert found.dtype is torch.bfloat16
+    scale = math.sqrt(weight.shape[1])
+    torch.testing.assert_close(found.double(), exact, atol=scale * 2**-9, rtol=2**-7)
+
+
+@needs_onednn
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize("rows", range(1, 10))
+def test_packed_linear_is_linear(rows: int, bias: bool) -> None:
+    weight, x = torch.randn(96, 48).bfloat16(), torch.randn(rows, 48).bfloat16()
+    added = torch.randn(96).bfloat16() if bias else None
+    found = packed_linear(x, _pack(weight), added)
+    assert found.shape == (rows, 96)
+    close(found, x, weight, None if added is None else added.double())
+
+
+@needs_onednn
+def test_packed_linear_takes_strided_rows() -> None:
+    weight, wide = torch.randn(96, 48).bfloat16(), torch.randn(5, 100).bfloat16()
+    x = wide[:, 20:68]
+    close(packed_linear(x, _pack(weight), None), x, weight, None)
+
+
+@needs_onednn
+def test_a_packed_layer_falls_back_for_float32_input() -> None:
+    layer = ReplicatedLinear(48, 96, bias=False, params_dtype=torch.bfloat16)
+    layer.weight.data.normal_()
+    method = PackedLinearMethod()
+    method.process_weights_after_loading(layer)
+    x = torch.randn(4, 48)
+    for given_ in (x, x.bfloat16()):
+        close(method.apply(layer, given_), x.bfloat16(), layer.weight, None)
+
+
+@needs_onednn
+def test_a_model_is_packed_where_it_can_be() -> None:
+    model = torch.nn.ModuleDict(
+        {
+            "plain": ReplicatedLinear(48, 96, bias=False, params_dtype=torch.bfloat16),
+            "wide": ReplicatedLinear(48, 96, bias=False, params_dtype=torch.float32),
+            "other": torch.nn.Linear(48, 96, dtype=torch.bfloat16),
+        }
+    )
+    model["plain"].weight.data.normal_()
+    assert pack_model(model) == 1
+    assert isinstance(model["plain"].quant_method, PackedLinearMethod)
+    x = torch.randn(3, 48).bfloat16()
+    close(model["plain"](x)[0], x, model["plain"].weight, None)
+    # Loading again packs again.
+    model["plain"].weight.data.normal_()
+    model["plain"].quant_method.process_weights_after_loading(model["plain"])
+    close(model["plain"](x)[0], x, model["plain"].weight, None)

@@ -149,7 +149,6 @@ ALGORITHM_SYMBOLS = (
     Symbol(f"{_DSPARK}.dspark_verify.AcceptOuts"),
     Symbol("sglang.srt.layers.sampler.apply_custom_logit_processor"),
     Symbol(HOOKS["validation"], _split("req enable_overlap")),
-    Symbol(f"{_DSPARK}.dspark_verify.verify_logits_adjustments_are_noop", _split("sampling_info")),
     Symbol(
         f"{_DSPARK}.dspark_kv_inject.TargetHiddenKvInjector.inject_target_hidden",
         _split(

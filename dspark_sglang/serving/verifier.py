@@ -15,7 +15,6 @@ from sglang.srt.speculative.dspark_components.dspark_verify import (
     AcceptOuts,
     TargetVerifyExecutor,
     TargetVerifyResult,
-    verify_logits_adjustments_are_noop,
 )
 from sglang.srt.speculative.spec_tp_sync import SpecTpSyncSite
 
@@ -25,20 +24,27 @@ from dspark_sglang.core.sampling import target_weights
 from dspark_sglang.serving.proposer import OurDraftBlock, SampledRows
 from dspark_sglang.serving.telemetry import Telemetry
 
+_KEPT = "_dspark_penalties"
+
 
 def request_penalties(request: Any) -> Penalties:
-    """The penalties of an SGLang request."""
+    """The penalties of an SGLang request, read once and kept on it."""
+    known: Penalties | None = getattr(request, _KEPT, None)
+    if known is not None:
+        return known
     given, tokenizer = request.sampling_params, request.tokenizer
     stops = set(given.stop_token_ids or ()) | set(request.eos_token_ids or ())
     stops |= set(getattr(tokenizer, "additional_stop_token_ids", None) or ())
     stops |= {getattr(tokenizer, "eos_token_id", None)}
-    return Penalties(
+    penalties = Penalties(
         frequency=given.frequency_penalty,
         presence=given.presence_penalty,
         repetition=given.repetition_penalty,
         min_new_tokens=given.min_new_tokens,
         stop_tokens=tuple(token for token in stops if token is not None),
     )
+    setattr(request, _KEPT, penalties)
+    return penalties
 
 
 def packed_index(verify_lens: torch.Tensor, width: int) -> torch.Tensor:
@@ -161,9 +167,13 @@ class Verifier(TargetVerifyExecutor):
         self, batch: Any, logits: torch.Tensor, drafted: torch.Tensor, layout: Any, info: Any
     ) -> None:
         """What plain decoding adds to logits before it samples, at every row of the blocks."""
-        if verify_logits_adjustments_are_noop(info):
+        # Read from the requests: the batch's own penalty state may have been dropped on the way.
+        penalties = [request_penalties(request) for request in batch.reqs]
+        bias = getattr(info, "logit_bias", None)
+        custom = getattr(info, "has_custom_logit_processor", False)
+        if bias is None and not custom and not any(p.active for p in penalties):
             return
-        if info.has_custom_logit_processor:
+        if custom:
             apply_custom_logit_processor(
                 logits, info, num_tokens_in_batch=self.verify_num_draft_tokens
             )
@@ -172,11 +182,11 @@ class Verifier(TargetVerifyExecutor):
         blocks = drafted.tolist()
         for index, request in enumerate(batch.reqs):
             rows = logits[starts[index] : starts[index] + sizes[index]]
-            penalties = request_penalties(request)
-            if penalties.active:
-                penalties.apply(rows, request.output_ids, blocks[index][: sizes[index] - 1])
-            if info.logit_bias is not None:
-                rows += info.logit_bias[index]
+            if penalties[index].active:
+                drafts = blocks[index][: sizes[index] - 1]
+                penalties[index].apply(rows, request.output_ids, drafts)
+            if bias is not None:
+                rows += bias[index]
         self._telemetry.ran["adjust:exact"] += 1
 
     def accept_and_finalize(

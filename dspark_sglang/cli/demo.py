@@ -16,11 +16,25 @@ from dspark_loadtests.prompts import KINDS, Prompt, load_prompts
 from dspark_sglang import targets
 from dspark_sglang.artifacts import write_bytes
 from dspark_sglang.demo import report
-from dspark_sglang.demo.measure import NEAR_TIE, Comparison, compare, running, tie_gap
+from dspark_sglang.demo.measure import (
+    NEAR_TIE,
+    Comparison,
+    answer_all,
+    compare,
+    running,
+    tie_gap,
+)
 from dspark_sglang.demo.server import Server, free_port, serve_command
 from dspark_sglang.errors import CheckpointError, ServerError
 
 DRAFTER = Path("model_cards/smollm2-135m-instruct-dspark")
+_COLUMNS = (
+    TextColumn("[bold]{task.description}"),
+    BarColumn(bar_width=24),
+    MofNCompleteColumn(),
+    TimeRemainingColumn(),
+    TextColumn("[dim]{task.fields[text]}"),
+)
 
 
 def choose_prompts(per_kind: int) -> list[Prompt]:
@@ -29,7 +43,7 @@ def choose_prompts(per_kind: int) -> list[Prompt]:
     return [prompt for group in zip(*by_kind, strict=True) for prompt in group]
 
 
-def _start(
+def start_pair(
     stack: ExitStack, console: Console, target: Path, drafter: Path, dtype: str, logs: Path
 ) -> tuple[Server, Server]:
     """Start both servers side by side and pause them."""
@@ -60,7 +74,7 @@ def _start(
     return pair[0], pair[1]
 
 
-def _run(
+def run_comparison(
     console: Console,
     servers: tuple[Server, Server],
     prompts: list[Prompt],
@@ -69,14 +83,7 @@ def _run(
     title: str,
 ) -> Comparison:
     """Compare the servers under a progress bar, showing the text that streams in."""
-    columns = (
-        TextColumn("[bold]{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("[dim]{task.fields[text]}"),
-    )
-    with Progress(*columns, console=console, refresh_per_second=4) as progress:
+    with Progress(*_COLUMNS, console=console, refresh_per_second=4) as progress:
         task = progress.add_task(title, total=len(prompts), text="")
         text = ""
 
@@ -93,6 +100,21 @@ def _run(
         result = compare(*servers, prompts, max_tokens=max_tokens, each=each, show=show)
         progress.update(task, completed=len(prompts), text="")
     return result
+
+
+def _texts(
+    console: Console, servers: tuple[Server, Server], prompts: list[Prompt], *, max_tokens: int
+) -> Comparison:
+    """The same prompts on both servers, several at once, for their text."""
+    with Progress(*_COLUMNS[:4], console=console, refresh_per_second=4) as progress:
+        task = progress.add_task("equality (float32)", total=2 * len(prompts))
+        answers = [
+            answer_all(
+                server, prompts, max_tokens=max_tokens, each=lambda _: progress.advance(task)
+            )
+            for server in servers
+        ]
+    return Comparison(plain=answers[0], dspark=answers[1])
 
 
 def _ties(plain: Server, prompts: list[Prompt], both: Comparison, limit: int) -> list[Any]:
@@ -113,8 +135,8 @@ def demo(
     target: Annotated[
         Path | None, typer.Option(help="The target to serve. Default: SmolLM2, fetched once.")
     ] = None,
-    per_kind: Annotated[int, typer.Option(min=1, max=8, help="Prompts of each kind.")] = 3,
-    max_tokens: Annotated[int, typer.Option(min=16, help="Tokens of each answer.")] = 64,
+    per_kind: Annotated[int, typer.Option(min=1, max=9, help="Prompts of each kind.")] = 2,
+    max_tokens: Annotated[int, typer.Option(min=16, help="Tokens of each answer.")] = 48,
 ) -> None:
     """Serve a real model without and with DSPARK and show what changes: speed, not text."""
     console = Console()
@@ -131,13 +153,15 @@ def demo(
     prompts = choose_prompts(per_kind)
     logs = out / "logs"
     with ExitStack() as stack:
-        servers = _start(stack, console, target, drafter, "bfloat16", logs)
-        speed = _run(console, servers, prompts, max_tokens=max_tokens, title="speed (bfloat16)")
+        servers = start_pair(stack, console, target, drafter, "bfloat16", logs)
+        speed = run_comparison(
+            console, servers, prompts, max_tokens=max_tokens, title="speed (bfloat16)"
+        )
         with running(servers[1]):
             status_now = servers[1].dspark() or {"active": False}
     with ExitStack() as stack:
-        servers = _start(stack, console, target, drafter, "float32", logs)
-        equal = _run(console, servers, prompts, max_tokens=max_tokens, title="equality (float32)")
+        servers = start_pair(stack, console, target, drafter, "float32", logs)
+        equal = _texts(console, servers, prompts, max_tokens=max_tokens)
         ties = _ties(servers[0], prompts, equal, max_tokens)
     status_now["sglang"] = importlib.metadata.version("sglang")
     summary = report.summarise(speed, equal, ties=ties, status=status_now)

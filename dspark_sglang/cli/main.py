@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from typing import Annotated
 
 import typer
 
 from dspark_sglang import __version__
-from dspark_sglang.cli import calibrate, demo, doctor, fetch_target, package
+from dspark_sglang.cli import bench_round, calibrate, demo, doctor, fetch_target, package
 from dspark_sglang.errors import DSparkError
 
 app = typer.Typer(
@@ -37,6 +38,7 @@ def root(
 
 app.command("doctor")(doctor.doctor)
 app.command("demo")(demo.demo)
+app.command("bench-round")(bench_round.bench_round)
 app.command("fetch-target")(fetch_target.fetch_target)
 app.command("calibrate")(calibrate.calibrate)
 app.command("package")(package.package)
@@ -44,8 +46,14 @@ app.command("card")(package.card)
 app.command("verify")(package.verify)
 
 
+def _terminate(number: int, frame: object) -> None:
+    """End like an interrupt, so that what was started is cleaned up."""
+    raise SystemExit(128 + number)
+
+
 def main() -> None:
     """Run the command line; an error a user can act on is one line and exit code 2."""
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         app()
     except DSparkError as error:

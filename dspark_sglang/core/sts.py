@@ -16,8 +16,8 @@ import numpy.typing as npt
 Float64 = npt.NDArray[np.float64]
 Floats = npt.NDArray[np.floating[Any]]
 
-#: Candidate temperatures: from confident (1/4) to flat (16), 1.5% apart.
-GRID: Float64 = np.geomspace(0.25, 16.0, 280)
+#: Candidate temperatures: from all but certain (1/20) to flat (20), 2% apart.
+GRID: Float64 = np.geomspace(0.05, 20.0, 303)
 BINS = 15
 
 

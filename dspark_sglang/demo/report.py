@@ -7,7 +7,6 @@ import platform
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import msgspec
 from rich.console import Console
 from rich.table import Table
@@ -156,6 +155,8 @@ def print_summary(console: Console, summary: dict[str, Any]) -> None:
 
 def draw(summary: dict[str, Any], path: Path) -> None:
     """Draw tokens per second and accepted length by kind of prompt as a PNG."""
+    import matplotlib as mpl
+
     mpl.use("Agg")
     from matplotlib import pyplot
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from typing import Any
 
 import numpy as np
+import torch
 
 
 class Telemetry:
@@ -29,6 +30,8 @@ class Telemetry:
         self.drafted_tokens = 0
         self.verified_tokens = 0
         self.committed_tokens = 0
+        #: Steps whose numbers are still on their way from the device.
+        self._pending: deque[tuple[Any, torch.Tensor]] = deque()
         self._sent = np.zeros(gamma, dtype=np.int64)
         self._kept = np.zeros(gamma, dtype=np.int64)
         self._reached = np.zeros(gamma, dtype=np.int64)
@@ -50,6 +53,25 @@ class Telemetry:
         self._sent += sent.sum(axis=0)
         self._kept += (position < counts[:, None]).sum(axis=0)
         self._reached += (sent & (position <= counts[:, None])).sum(axis=0)
+
+    def observe_later(self, round_: torch.Tensor) -> None:
+        """Count one step without waiting for the device.
+
+        Args:
+            round_: ``[2, R]`` int64 drafted tokens verified and kept of each request.
+        """
+        if round_.device.type == "cpu":
+            lens, counts = round_.numpy()
+            self.observe_round(lens, counts)
+            return
+        host = torch.empty(round_.shape, dtype=round_.dtype, pin_memory=True)
+        host.copy_(round_, non_blocking=True)
+        arrived: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        arrived.record()
+        self._pending.append((arrived, host))
+        while self._pending and self._pending[0][0].query():
+            lens, counts = self._pending.popleft()[1].numpy()
+            self.observe_round(lens, counts)
 
     @contextlib.contextmanager
     def timed(self, part: str) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from sglang.kernels.ops.speculative.dspark.dspark_verify_window import (
     RaggedVerifyWindow,
@@ -216,7 +215,7 @@ class Verifier(TargetVerifyExecutor):
             else SpecTpSyncSite.DSPARK_ACCEPT_SAMPLE
         )
         count, token = self._tp_sync.sync(site, packed).unbind(0)
-        self._telemetry.observe_round(lens.cpu().numpy(), np.asarray(count.cpu()))
+        self._telemetry.observe_later(torch.stack([lens, count]))
         commit = (count + 1).to(torch.int32)
         out = torch.cat([draft_tokens, draft_tokens.new_zeros((bs, 1))], dim=1)
         return AcceptOuts(

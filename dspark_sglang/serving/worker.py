@@ -15,7 +15,7 @@ from dspark_sglang import __version__
 from dspark_sglang.artifacts import STS_FILE, read_sts
 from dspark_sglang.checkpoint import weights_digest
 from dspark_sglang.config import Settings, read_settings
-from dspark_sglang.core.cost import OnlineCost
+from dspark_sglang.core.cost import FlatCost, OnlineCost
 from dspark_sglang.core.heads import ConfidenceHead
 from dspark_sglang.serving.planner import Planner
 from dspark_sglang.serving.proposer import Proposer
@@ -61,8 +61,9 @@ class DSparkWorker(DSparkWorkerV2):
             return
         settings = read_settings()
         self.telemetry = Telemetry(gamma=self.gamma)
-        self.cost = OnlineCost()
-        self._last_decode: tuple[float, int] | None = None
+        # Under overlap the host only launches a round and cannot time it: verify everything.
+        self._times_rounds = bool(get_schedule().disable_overlap_schedule)
+        self.cost: OnlineCost | FlatCost = OnlineCost() if self._times_rounds else FlatCost()
         self._remove_folded_parts()
         temperatures, self._sts_source = load_temperatures(
             settings, get_spec().speculative_draft_model_path, self.gamma
@@ -125,7 +126,7 @@ class DSparkWorker(DSparkWorkerV2):
         planner.bind(
             cost=self.cost,
             adaptive=settings.schedule == "adaptive",
-            asynchronous=not get_schedule().disable_overlap_schedule,
+            asynchronous=not self._times_rounds,
             telemetry=self.telemetry,
         )
         verifier = Verifier(
@@ -145,9 +146,8 @@ class DSparkWorker(DSparkWorkerV2):
         before = self.telemetry.verified_tokens
         result = super()._forward_decode(batch, *args, **kwargs)
         requests = len(batch.reqs) if batch.reqs is not None else 0
-        tokens = requests + self.telemetry.verified_tokens - before
-        if requests and get_schedule().disable_overlap_schedule:
-            # Without overlap the call is the round; with it, the host only launches.
+        if requests and isinstance(self.cost, OnlineCost):
+            tokens = requests + self.telemetry.verified_tokens - before
             self.cost.observe(tokens, time.perf_counter() - start)
         return result
 
@@ -166,6 +166,6 @@ class DSparkWorker(DSparkWorkerV2):
             },
             "markov": self._proposer._markov.kind,
             "sts": self._sts_source,
-            "cost": self.cost.coefficients,
+            "cost": self.cost.coefficients if isinstance(self.cost, OnlineCost) else "flat",
             **self.telemetry.snapshot(),
         }

@@ -86,7 +86,7 @@ def ensure_target(
     out = default_path() if directory is None else directory
     if out.is_dir() and is_intact(out):
         return out
-    if out.exists() and any(out.iterdir()) and not (out / MANIFEST).exists():
+    if out.exists() and not (out / MANIFEST).exists() and not _is_empty(out):
         raise CheckpointError(
             f"{out} exists and was not made by dspark.",
             expected="an empty or absent directory",
@@ -111,9 +111,13 @@ def ensure_target(
         _convert(gguf, built)
         _write_manifest(built)
         if out.exists():
-            shutil.rmtree(out)
+            out.rename(root / "replaced")  # removed with the working directory, never half
         built.rename(out)
     return out
+
+
+def _is_empty(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())
 
 
 @contextlib.contextmanager

@@ -116,8 +116,9 @@ def score(
             parts.append(scored)
             owners += [index] * len(scored[0])
         progress(index + 1)
-    logits = torch.cat([part[0] for part in parts]).double().numpy()
-    acceptance = torch.cat([part[1] for part in parts]).double().numpy()
+    none = torch.empty(0, pair.config.gamma)
+    logits = torch.cat([none, *(part[0] for part in parts)]).double().numpy()
+    acceptance = torch.cat([none, *(part[1] for part in parts)]).double().numpy()
     return Blocks(logits=logits, acceptance=acceptance, prompt=np.array(owners, dtype=np.int64))
 
 

@@ -55,12 +55,19 @@ def calibrate(
         )
     # By prompt, so that no block of a checked answer was fitted on.
     fitted = blocks.prompt % 2 == 0
+    if not fitted.any() or fitted.all():
+        raise ConfigError(
+            "The target's answers hold too few whole blocks to fit and to check.",
+            expected=f"answers longer than {pair.config.gamma} tokens on both halves",
+            fix="Raise --max-tokens or add prompts.",
+        )
     fit = fit_sts(blocks.logits[fitted], blocks.acceptance[fitted])
     held = blocks.logits[~fitted], blocks.acceptance[~fitted]
     before = survival_errors(*held, np.ones(pair.config.gamma))
     after = survival_errors(*held, fit.temperatures)
     command = ["dspark", "calibrate", "--target", target.name, "--drafter", drafter.name]
     command += ["--max-tokens", str(max_tokens), "--seed", str(seed)]
+    command += [] if prompts is None else ["--prompts", prompts.name]
     artifact = STSArtifact(
         schema_version=SCHEMA_VERSION,
         gamma=pair.config.gamma,
@@ -72,7 +79,7 @@ def calibrate(
         ece_after=round(float(after.mean()), 5),
         provenance=provenance(
             command,
-            data=f"{len(chosen)} packaged prompts answered by the target at temperature 1; even "
+            data=f"{len(chosen)} {'packaged' if prompts is None else prompts.name} prompts answered by the target at temperature 1; even "
             "prompts fitted, odd ones checked; labels 1 - TV(p, q)",
         ),
     )

@@ -24,7 +24,7 @@ from dspark_sglang.demo.measure import (
     running,
     tie_gap,
 )
-from dspark_sglang.demo.server import Server, free_port, serve_command
+from dspark_sglang.demo.server import Server, free_ports, serve_command
 from dspark_sglang.errors import CheckpointError, ServerError
 
 DRAFTER = Path("model_cards/smollm2-135m-instruct-dspark")
@@ -48,8 +48,8 @@ def start_pair(
 ) -> tuple[Server, Server]:
     """Start both servers side by side and pause them."""
     pair = []
-    for name, draft in (("plain", None), ("dspark", drafter)):
-        port = free_port()
+    ports = free_ports(2)
+    for port, (name, draft) in zip(ports, (("plain", None), ("dspark", drafter)), strict=True):
         command = serve_command(target, port, dtype=dtype, drafter=draft)
         server = Server(command, port=port, log=logs / f"{name}-{dtype}.log")
         pair.append(stack.enter_context(server))

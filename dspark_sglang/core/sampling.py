@@ -36,7 +36,8 @@ def sample(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     tokens = torch.searchsorted(cumulative, wanted, right=True)
     # u * total can round up to total; the last positive weight is then the right answer.
     last = torch.searchsorted(cumulative, total, right=False)
-    return torch.minimum(tokens, last).squeeze(1)
+    # On a device nothing was checked: keep even a broken row inside the vocabulary.
+    return torch.minimum(tokens, last).squeeze(1).clamp_(max=weights.shape[-1] - 1)
 
 
 def filter_weights(

@@ -82,18 +82,18 @@ def stream_text(
     recorder = StreamRecorder(prompt_id=prompt.id, prompt_kind=prompt.kind)
     pieces: list[str] = []
     pending = b""
-    with client.stream("POST", f"{server.url}/v1/chat/completions", json=body) as response:
-        for data in response.iter_raw():
-            recorder.feed(data)
-            pending += data
-            *lines, pending = pending.split(b"\n")
-            for line in lines:
-                piece = _content(line)
-                if piece:
+    try:
+        with client.stream("POST", f"{server.url}/v1/chat/completions", json=body) as response:
+            for data in response.iter_raw():
+                recorder.feed(data)
+                *lines, pending = (pending + data).split(b"\n")
+                for piece in filter(None, map(_content, lines)):
                     pieces.append(piece)
                     if show is not None:
                         show(piece)
-        status = response.status_code
+            status = response.status_code
+    except httpx.HTTPError as error:
+        raise server.gone(error) from error
     record = recorder.finish() if status == 200 else recorder.fail(f"HTTP {status}")
     if record.outcome is not Outcome.COMPLETED:
         raise ServerError(
@@ -262,4 +262,4 @@ def tie_gap(server: Server, prompt: Prompt, other: str, *, max_tokens: int) -> f
         if not other.startswith(shared):
             best, second = (entry["logprob"] for entry in token["top_logprobs"][:2])
             return float(best - second)
-    return 0.0
+    return 0.0 if shared == other else float("inf")

@@ -35,12 +35,18 @@ _PR_SET_PDEATHSIG = 1
 STOP_SECONDS = 20.0
 
 
+def free_ports(count: int) -> list[int]:
+    """Different TCP ports nobody listens on at this moment."""
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [int(probe.getsockname()[1]) for probe in probes]
+
+
 def free_port() -> int:
     """A TCP port nobody listens on at this moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    return free_ports(1)[0]
 
 
 def serve_command(
@@ -56,9 +62,12 @@ def serve_command(
 
 
 def _end_with_parent() -> None:
-    """Runs in the child: ask the kernel for SIGTERM should the parent die without cleaning up."""
+    """Runs in the child: be killed should the parent die without cleaning up.
+
+    SIGTERM would wait behind a pause; SGLang arranges the same for its own children.
+    """
     with contextlib.suppress(OSError):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class Server:
@@ -153,8 +162,19 @@ class Server:
 
     def info(self) -> dict[str, Any]:
         """``/server_info`` of a running server."""
-        answer: dict[str, Any] = httpx.get(f"{self.url}/server_info", timeout=30.0).json()
+        try:
+            answer: dict[str, Any] = httpx.get(f"{self.url}/server_info", timeout=60.0).json()
+        except (httpx.HTTPError, ValueError) as error:
+            raise self.gone(error) from error
         return answer
+
+    def gone(self, error: Exception) -> ServerError:
+        """What to raise when a running server stops answering."""
+        return ServerError(
+            f"The server stopped answering ({error!r}): {self.reason()}",
+            expected="a running server",
+            fix=f"Its whole log is in {self.log}.",
+        )
 
     def dspark(self) -> dict[str, Any] | None:
         """What our plugin reports in the scheduler process; None where it is not running."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,7 +20,7 @@ from dspark_sglang.checkpoint import (
     read_config,
 )
 from dspark_sglang.errors import CheckpointError, ConfigError, DSparkError
-from dspark_sglang.serving import preflight
+from dspark_sglang.serving import preflight, preflight_argv
 
 _RESOLVER = "_handle_dspark"
 _MODE = "SGLANG_RAGGED_VERIFY_MODE"
@@ -41,17 +41,27 @@ def resolve(original: Callable[[Any], None], server_args: Any) -> None:
         server_args: SGLang's arguments in resolution.
     """
     from sglang.srt.arg_groups.overrides import resolving_view
+    from sglang.srt.platforms import current_platform
 
     view = resolving_view(server_args)
     try:
-        if _serves_http(sys.argv):
+        if preflight_argv.serves_http(sys.argv):
             preflight.check_port(view.host, view.port)
+        _refuse_ignored_options(view)
         drafter = _check_drafter(view)
         preflight.check_memory(view)
         _require_compact_mode()
     except DSparkError as error:
         stop(error)
     if view.device.startswith("cpu"):
+        if not getattr(current_platform, "dspark_cpu", False):
+            stop(
+                ConfigError(
+                    "--device cpu was chosen, but the CPU platform of this plugin is not active.",
+                    expected="SGLANG_PLATFORM=dspark on a machine with an accelerator",
+                    fix="Set SGLANG_PLATFORM=dspark, or remove --device cpu.",
+                )
+            )
         _resolve_on_cpu(server_args, view, drafter)
     else:
         # Our sampler and acceptance run after the graphs, not folded into them.
@@ -59,9 +69,25 @@ def resolve(original: Callable[[Any], None], server_args: Any) -> None:
         original(server_args)
 
 
-def _serves_http(argv: Sequence[str]) -> bool:
-    """Whether this process is SGLang's HTTP server, not an offline engine in somebody's program."""
-    return Path(argv[0]).name == "launch_server.py" or "serve" in argv[1:2]
+def _refuse_ignored_options(view: Any) -> None:
+    """Options of SGLang's builtin that would be accepted here and then do nothing, or harm."""
+    from sglang.srt.environ import envs
+
+    used = {
+        "--speculative-dspark-sps-table-path": view.speculative_dspark_sps_table_path,
+        "--speculative-use-block-verification": view.speculative_use_block_verification,
+        "--enable-deterministic-inference": view.enable_deterministic_inference,
+        "--disaggregation-mode": view.disaggregation_mode != "null",
+        "SGLANG_SIMULATE_ACC_LEN": envs.SGLANG_SIMULATE_ACC_LEN.get() > 0,
+        "SGLANG_DSPARK_USE_GREEDY_DRAFT": envs.SGLANG_DSPARK_USE_GREEDY_DRAFT.get(),
+    }
+    for name, value in used.items():
+        if value:
+            raise ConfigError(
+                f"{name} is set, which this plugin does not support.",
+                expected="DSPARK without it",
+                fix=f"Remove {name}, or run SGLang's builtin with DSPARK_PLUGIN=off.",
+            )
 
 
 def _require_compact_mode() -> None:
@@ -80,8 +106,9 @@ def _drafter_directory(view: Any) -> Path | None:
     if view.speculative_draft_model_path is None:
         nested = Path(view.model_path) / "dspark"
         return nested if (nested / "config.json").is_file() else None
-    path = Path(view.speculative_draft_model_path).expanduser()
-    looks_local = path.is_absolute() or str(path).startswith(".") or path.exists()
+    given = str(view.speculative_draft_model_path)
+    path = Path(given).expanduser()
+    looks_local = path.is_absolute() or given.startswith(".") or path.exists()
     return path if looks_local else None
 
 
@@ -134,7 +161,6 @@ def _resolve_on_cpu(server_args: Any, view: Any, drafter: DrafterConfig | None) 
     unsupported = {
         "--dp-size with attention data parallelism": view.attn_dp_size > 1,
         "--pp-size": view.pp_size != 1,
-        "--disaggregation-mode": view.disaggregation_mode != "null",
     }
     for flag, used in unsupported.items():
         if used:

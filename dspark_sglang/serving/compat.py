@@ -48,9 +48,11 @@ ALGORITHM_SYMBOLS = (
     Symbol(HOOKS["worker"], _split("server_args")),
     Symbol("sglang.srt.arg_groups.overrides.resolving_view", _split("server_args")),
     Symbol("sglang.srt.arg_groups.overrides.declare_resolution"),
+    Symbol("sglang.srt.runtime_context.get_exec"),
     Symbol("sglang.srt.runtime_context.get_spec"),
     Symbol("sglang.srt.runtime_context.get_parallel"),
     Symbol("sglang.srt.runtime_context.get_schedule"),
+    Symbol("sglang.srt.speculative.spec_tp_sync.SpecTpSyncSite.DSPARK_DRAFT"),
     Symbol("sglang.srt.speculative.spec_tp_sync.SpecTpSyncSite.DSPARK_PLAN"),
     Symbol("sglang.srt.speculative.spec_tp_sync.SpecTpSyncSite.DSPARK_ACCEPT_GREEDY"),
     Symbol("sglang.srt.speculative.spec_tp_sync.SpecTpSyncSite.DSPARK_ACCEPT_SAMPLE"),
@@ -102,19 +104,6 @@ ALGORITHM_SYMBOLS = (
         _split("req_pool_indices prefix_lens device confidence budget"),
     ),
     Symbol(
-        f"{_DSPARK}.dspark_planner.HostConfidenceBudgetPlanner.__init__",
-        _split("sps_table cfg model_runner relay_lag_steps"),
-    ),
-    Symbol(
-        f"{_DSPARK}.dspark_planner.HostConfidenceBudgetPlanner.compute_budget",
-        _split("confidence generation current_generation req_pool_indices_cpu"),
-    ),
-    Symbol(
-        f"{_DSPARK}.dspark_planner.HostConfidenceBudgetPlanner._shift_to_lag",
-        _split("confidence generation req_pool_indices_cpu"),
-    ),
-    Symbol(f"{_DSPARK}.dspark_planner.VerifyBudgetDecision"),
-    Symbol(
         f"{_DSPARK}.dspark_verify.TargetVerifyExecutor.__init__",
         _split(
             "target_worker gamma verify_num_draft_tokens model_runner kv_injector tp_sync "
@@ -128,6 +117,10 @@ ALGORITHM_SYMBOLS = (
             "batch layout draft_block_ids draft_tokens bs device sampling_info verify_window "
             "inject_gate"
         ),
+    ),
+    Symbol(
+        f"{_DSPARK}.dspark_verify.TargetVerifyExecutor.run_non_compact",
+        _split("batch draft_input verify_ids_2d verify_window sampling_info"),
     ),
     Symbol(
         f"{_DSPARK}.dspark_verify.TargetVerifyExecutor._run_ragged",

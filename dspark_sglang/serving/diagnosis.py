@@ -43,7 +43,7 @@ def local() -> list[Finding]:
         *_selection(),
     ]
     try:
-        compat.check((), allow_other=False)
+        compat.check((), allow_other=read_settings().allow_other_sglang)
         findings.append(Finding("ok", f"SGLang {compat.installed_version()} is installed"))
     except DSparkError as error:
         return [*findings, _failed(error)]

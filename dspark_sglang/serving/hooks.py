@@ -34,7 +34,8 @@ def install(*, algorithm: bool, cpu_platform: bool) -> None:
     """
     symbols: tuple[compat.Symbol, ...] = ()
     if algorithm:
-        preflight_argv.check(sys.argv[1:])
+        if preflight_argv.serves_http(sys.argv):
+            preflight_argv.check(sys.argv[1:])
         symbols += compat.ALGORITHM_SYMBOLS
     if cpu_platform:
         symbols += compat.CPU_SYMBOLS

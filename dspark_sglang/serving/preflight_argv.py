@@ -19,6 +19,11 @@ _PATHS = {
 }
 
 
+def serves_http(argv: Sequence[str]) -> bool:
+    """Whether this is SGLang's HTTP server, not an offline engine in somebody's program."""
+    return Path(argv[0]).name == "launch_server.py" or "serve" in argv[1:2]
+
+
 def check(argv: Sequence[str]) -> None:
     """Check the model directories named on the command line.
 

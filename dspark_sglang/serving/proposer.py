@@ -11,6 +11,7 @@ from sglang.srt.speculative.dspark_components.dspark_draft import (
     DraftBlockResult,
     DraftProposal,
 )
+from sglang.srt.speculative.spec_tp_sync import SpecTpSyncSite
 
 from dspark_sglang.core.draft import draft_block
 from dspark_sglang.core.heads import ConfidenceHead, MarkovHead
@@ -119,9 +120,10 @@ class Proposer(DraftBlockProposer):
                 uniforms=None if rows is None else self._uniforms(len(rows.index)),
                 shortlist=SHORTLIST,
             )
-            raw = self._confidence.logits(
-                features.view(bs, self.gamma, -1), block.previous, self._markov
-            )
+            # One broadcast of the block, so that no rank verifies another rank's draft.
+            tokens = self._tp_sync.sync(SpecTpSyncSite.DSPARK_DRAFT, block.tokens)
+            previous = torch.cat([anchors[:, None], tokens[:, :-1]], dim=1)
+            raw = self._confidence.logits(features.view(bs, self.gamma, -1), previous, self._markov)
         self._telemetry.ran[f"draft:{self._implementation}-{self._markov.kind}"] += 1
         self._telemetry.ran["confidence:torch"] += 1
         return DraftProposal(

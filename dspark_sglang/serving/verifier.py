@@ -118,6 +118,28 @@ class Verifier(TargetVerifyExecutor):
         self._adjust(batch, output.next_token_logits, draft_tokens, layout, sampling_info)
         return result, output.hidden_states
 
+    def run_non_compact(
+        self,
+        *,
+        batch: Any,
+        draft_input: Any,
+        verify_ids_2d: torch.Tensor,
+        verify_window: Any,
+        sampling_info: Any,
+    ) -> TargetVerifyResult:
+        """SGLang's way for batches beyond its captured graphs: whole blocks, strided rows."""
+        self._packed = None
+        result = super().run_non_compact(
+            batch=batch,
+            draft_input=draft_input,
+            verify_ids_2d=verify_ids_2d,
+            verify_window=verify_window,
+            sampling_info=None,  # its own adjustments are not exact
+        )
+        logits = result.logits_output.next_token_logits
+        self._adjust(batch, logits, verify_ids_2d[:, 1:], None, sampling_info)
+        return result
+
     @staticmethod
     def _pad(window: RaggedVerifyWindow, rows: int) -> RaggedVerifyWindow:
         """Pad to the rows of the graph that will run; padded lanes write to the dummy slot 0."""
@@ -172,10 +194,6 @@ class Verifier(TargetVerifyExecutor):
         custom = getattr(info, "has_custom_logit_processor", False)
         if bias is None and not custom and not any(p.active for p in penalties):
             return
-        if custom:
-            apply_custom_logit_processor(
-                logits, info, num_tokens_in_batch=self.verify_num_draft_tokens
-            )
         lens = self._drafted_lens(layout, len(batch.reqs), logits.device)
         starts, sizes = self._first_rows(lens).tolist(), (lens + 1).tolist()
         blocks = drafted.tolist()
@@ -186,6 +204,10 @@ class Verifier(TargetVerifyExecutor):
                 penalties[index].apply(rows, request.output_ids, drafts)
             if bias is not None:
                 rows += bias[index]
+        if custom:  # plain decoding runs them last, in its sampler
+            apply_custom_logit_processor(
+                logits, info, num_tokens_in_batch=self.verify_num_draft_tokens
+            )
         self._telemetry.ran["adjust:exact"] += 1
 
     def accept_and_finalize(

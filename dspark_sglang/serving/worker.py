@@ -15,8 +15,9 @@ from dspark_sglang import __version__
 from dspark_sglang.artifacts import STS_FILE, read_sts
 from dspark_sglang.checkpoint import weights_digest
 from dspark_sglang.config import Settings, read_settings
-from dspark_sglang.core.cost import FlatCost, OnlineCost
+from dspark_sglang.core.cost import OnlineCost
 from dspark_sglang.core.heads import ConfidenceHead
+from dspark_sglang.errors import CompatibilityError
 from dspark_sglang.serving.planner import Planner
 from dspark_sglang.serving.proposer import Proposer
 from dspark_sglang.serving.telemetry import StepObservers, Telemetry
@@ -26,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 #: Drafting and acceptance draw from different streams than SGLang's sampler.
 _SEED_DOMAIN = 0x6A09E667F3BCC908
+_MARKOV_HEADS = ("VanillaMarkov", "GatedMarkovHead", "RNNHead")
 
 
 def load_temperatures(settings: Settings, drafter: str, gamma: int) -> tuple[torch.Tensor, str]:
@@ -62,12 +64,19 @@ class DSparkWorker(DSparkWorkerV2):
         settings = read_settings()
         self.telemetry = Telemetry(gamma=self.gamma)
         # Under overlap the host only launches a round and cannot time it: verify everything.
-        self._times_rounds = bool(get_schedule().disable_overlap_schedule)
-        self.cost: OnlineCost | FlatCost = OnlineCost() if self._times_rounds else FlatCost()
+        times_rounds = bool(get_schedule().disable_overlap_schedule)
+        adaptive = times_rounds and settings.schedule == "adaptive"
+        self.cost = OnlineCost() if adaptive else None
         self._remove_folded_parts()
-        temperatures, self._sts_source = load_temperatures(
-            settings, get_spec().speculative_draft_model_path, self.gamma
-        )
+        self._require_known_heads()
+        given = get_spec().speculative_dspark_confidence_sts_path
+        if given:  # SGLang's own flag: its constructor has read and checked the file
+            temperatures = self.draft_model.confidence_head.sts_temperatures
+            self._sts_source = str(given)
+        else:
+            temperatures, self._sts_source = load_temperatures(
+                settings, get_spec().speculative_draft_model_path, self.gamma
+            )
         self._install_parts(settings, temperatures)
         if get_parallel().tp_rank == 0:
             logger.info(
@@ -75,8 +84,25 @@ class DSparkWorker(DSparkWorkerV2):
                 __version__,
                 self.gamma,
                 self._proposer._markov.kind,
-                settings.schedule,
+                "all" if self.cost is None else "adaptive",
                 self._sts_source,
+            )
+
+    def _require_known_heads(self) -> None:
+        """Refuse drafters whose heads this plugin would read wrongly.
+
+        Raises:
+            CompatibilityError: a head of another kind, one sharded over ranks, or none.
+        """
+        head, confidence = self.draft_model.markov_head, self.draft_model.confidence_head
+        found = type(head).__name__
+        if found not in _MARKOV_HEADS or head.vocab_shard is not None or confidence is None:
+            raise CompatibilityError(
+                f"The drafter {type(self.draft_model).__name__} has a {found} "
+                f"{'sharded over ranks ' if getattr(head, 'vocab_shard', None) else ''}and "
+                f"{'a' if confidence is not None else 'no'} confidence head.",
+                expected=f"an unsharded {' or '.join(_MARKOV_HEADS)} and a confidence head",
+                fix="Serve it with SGLang's builtin: DSPARK_PLUGIN=off.",
             )
 
     def _remove_folded_parts(self) -> None:
@@ -123,12 +149,7 @@ class DSparkWorker(DSparkWorkerV2):
             verify_num_draft_tokens=self.verify_num_draft_tokens,
             tp_sync=self._tp_sync,
         )
-        planner.bind(
-            cost=self.cost,
-            adaptive=settings.schedule == "adaptive",
-            asynchronous=not self._times_rounds,
-            telemetry=self.telemetry,
-        )
+        planner.bind(cost=self.cost, telemetry=self.telemetry)
         verifier = Verifier(
             target_worker=self.target_worker,
             gamma=self.gamma,
@@ -146,7 +167,7 @@ class DSparkWorker(DSparkWorkerV2):
         before = self.telemetry.verified_tokens
         result = super()._forward_decode(batch, *args, **kwargs)
         requests = len(batch.reqs) if batch.reqs is not None else 0
-        if requests and isinstance(self.cost, OnlineCost):
+        if requests and self.cost is not None:
             tokens = requests + self.telemetry.verified_tokens - before
             self.cost.observe(tokens, time.perf_counter() - start)
         return result
@@ -166,6 +187,7 @@ class DSparkWorker(DSparkWorkerV2):
             },
             "markov": self._proposer._markov.kind,
             "sts": self._sts_source,
-            "cost": self.cost.coefficients if isinstance(self.cost, OnlineCost) else "flat",
+            "schedule": "all" if self.cost is None else "adaptive",
+            "cost": None if self.cost is None else self.cost.coefficients,
             **self.telemetry.snapshot(),
         }

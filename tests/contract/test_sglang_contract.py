@@ -209,17 +209,17 @@ def test_the_worker_builds_what_we_replace(statement: str) -> None:
 def our_classes() -> list[type]:
     from dspark_sglang.serving.cpu.attention import CpuAttentionBackend
     from dspark_sglang.serving.cpu.platform import CpuPlatform, _kv_pool_cls
-    from dspark_sglang.serving.planner import LaggedBudget, Planner
+    from dspark_sglang.serving.planner import Planner
     from dspark_sglang.serving.proposer import Proposer
     from dspark_sglang.serving.verifier import Verifier
     from dspark_sglang.serving.worker import DSparkWorker
 
-    classes = [Proposer, LaggedBudget, Planner, Verifier, DSparkWorker, CpuAttentionBackend]
+    classes = [Proposer, Planner, Verifier, DSparkWorker, CpuAttentionBackend]
     return [*classes, CpuPlatform, _kv_pool_cls()]
 
 
 SUBCLASSES = (
-    *("Proposer", "LaggedBudget", "Planner", "Verifier", "DSparkWorker"),
+    *("Proposer", "Planner", "Verifier", "DSparkWorker"),
     *("CpuAttentionBackend", "CpuPlatform", "CpuKVPool"),
 )
 

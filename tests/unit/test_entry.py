@@ -203,7 +203,7 @@ from sglang.srt.plugins import load_plugins
 from sglang.srt.plugins.hook_registry import HookRegistry
 
 def scenario(argv, environment):
-    sys.argv = ['launch', *argv]
+    sys.argv = ['launch_server.py', *argv]
     os.environ.update(environment)
     load_plugins()
     hooks = sys.modules.get('dspark_sglang.serving.hooks')

@@ -1,8 +1,8 @@
 """Leaner CPU forwards of SGLang's elementwise modules, registered for our platform only.
 
 SGLang's reference forwards spend a small model's step on dispatch: a norm is ten tensor
-operations, rotary embedding more. These compute the same functions with the same rounding
-points in fewer operations.
+operations. These compute the same functions in fewer; with a residual, the norm reads the sum as it
+is stored, rounded to the activations' dtype, as HuggingFace's models do.
 """
 
 from __future__ import annotations

@@ -45,6 +45,17 @@ def _of(samples: list[Sample], kind: str) -> list[Sample]:
     return [sample for sample in samples if sample.kind == kind]
 
 
+def _cached_share_once_seen(samples: list[Sample]) -> float:
+    """Cached share of the prompts whose shared prefix an earlier prompt had brought in."""
+    seen: set[str] = set()
+    later = []
+    for sample in samples:
+        if sample.kind in seen:
+            later.append(sample)
+        seen.add(sample.kind)
+    return sum(s.cached_tokens for s in later) / max(1, sum(s.prompt_tokens for s in later))
+
+
 def summarise(
     speed: Comparison, equal: Comparison, *, ties: list[dict[str, Any]], status: dict[str, Any]
 ) -> dict[str, Any]:
@@ -89,6 +100,7 @@ def summarise(
         "cached_tokens": cached,
         "prompt_tokens": prompt_tokens,
         "cached_share": round(cached / max(1, prompt_tokens), 4),
+        "cached_share_prefix_seen": round(_cached_share_once_seen(speed.dspark), 4),
         "prompts": len(speed.plain),
         "tokens": sum(s.tokens for s in speed.dspark),
         "by_kind": {
@@ -144,7 +156,8 @@ def print_summary(console: Console, summary: dict[str, Any]) -> None:
     )
     console.print(
         f"{summary['cached_tokens']} of {summary['prompt_tokens']} prompt tokens "
-        f"({summary['cached_share']:.0%}) came from the radix cache."
+        f"({summary['cached_share']:.0%}) came from the radix cache; "
+        f"{summary['cached_share_prefix_seen']:.0%} once a prompt's prefix had been seen."
     )
     console.print(
         f"Greedy text in float32: {summary['identical']} of {summary['compared']} identical, "
@@ -179,17 +192,18 @@ def draw(summary: dict[str, Any], path: Path) -> None:
     left.set_title("Speed, one request at a time, bfloat16")
     right.bar(list(places), accepted, 0.5, color="#2f6fde")
     for place, value in enumerate(accepted):
-        right.annotate(f"{value:.2f}", (place, value), ha="center", va="bottom", fontsize=9)
+        right.annotate(
+            f"{value:.2f}", (place, value), (0, 3), textcoords="offset points", ha="center"
+        )
     cost = summary["round_cost"]
-    right.axhline(cost, color="#c2410c", linestyle="--", linewidth=1.2)
-    right.annotate(
-        f"cost of a round: {cost:.2f} plain steps (break-even)",
-        (len(kinds) - 0.5, cost),
-        ha="right",
-        va="bottom",
-        fontsize=9,
+    right.axhline(
+        cost,
         color="#c2410c",
+        linestyle="--",
+        linewidth=1.2,
+        label=f"break-even: a round costs {cost:.2f} plain steps",
     )
+    right.legend(loc="upper left", frameon=False)
     right.set_xticks(list(places), kinds)
     right.set_ylim(0, max([*accepted, cost]) * 1.25)
     right.set_ylabel("tokens per round, bonus included")

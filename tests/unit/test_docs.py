@@ -1,0 +1,46 @@
+"""What the documents say is what was measured, and what they name exists."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from dspark_sglang.config import PREFIX, Settings
+from dspark_sglang.demo import report
+
+ROOT = Path(__file__).resolve().parents[2]
+SUMMARY = json.loads((ROOT / "docs" / "results" / "demo.json").read_text())
+README = (ROOT / "README.md").read_text()
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def test_the_readme_shows_the_committed_measurement() -> None:
+    assert report.markdown(SUMMARY) in README
+    assert SUMMARY["machine"] in README
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.splitlines()) <= 200
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_link_leads_somewhere(document: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", document.read_text()):
+        if not target.startswith("http"):
+            assert (document.parent / target).exists(), target
+
+
+def test_every_setting_is_documented_and_nothing_else() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    documented = set(re.findall(rf"^\| `({PREFIX}\w+)` \|", text, flags=re.MULTILINE))
+    assert documented == {PREFIX + field.upper() for field in Settings.__struct_fields__}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_make_target_named_exists(document: Path) -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    named = set(re.findall(r"`make ([a-z-]+)`", document.read_text()))
+    assert named <= targets

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from sglang.srt.speculative.dspark_components.dspark_planner import DSparkVerifyPlanner
 from sglang.srt.speculative.spec_tp_sync import SpecTpSyncSite
@@ -27,6 +28,8 @@ class Planner(DSparkVerifyPlanner):
         """
         self._cost = cost
         self._telemetry = telemetry
+        #: Admission order of the step being planned: the budget is taken along it.
+        self._order = np.empty(0, dtype=np.int64)
         self._is_verify_all = cost is None
         if cost is None:
             # Without it SGLang plans no budget, and no rank waits for another's.
@@ -44,11 +47,12 @@ class Planner(DSparkVerifyPlanner):
             return None
         with self._telemetry.timed("plan"):
             values = survival(confidence.cpu().numpy())
+            self._order = admission_order(values)
             forced = self._budget_planner.forced_budget_frac
             if forced is not None:
                 budget = int(float(forced) * values.size)
             else:
-                budget = early_stop_budget(values, admission_order(values), self._cost)
+                budget = early_stop_budget(values, self._order, self._cost)
         # Every rank times its own rounds; all must run the same forward.
         agreed = torch.tensor([budget], device=confidence.device)
         return int(self._tp_sync.sync(SpecTpSyncSite.DSPARK_PLAN, agreed))
@@ -64,11 +68,7 @@ class Planner(DSparkVerifyPlanner):
     ) -> torch.Tensor | None:
         if confidence is None or budget is None:
             return None
-        with self._telemetry.timed("plan"):
-            values = survival(confidence.cpu().numpy())
-            drafted = lengths(
-                admission_order(values), budget, requests=values.shape[0], gamma=self.gamma
-            )
+        drafted = lengths(self._order, budget, requests=len(confidence), gamma=self.gamma)
         verify_lens = torch.from_numpy(drafted + 1).to(device=device, dtype=torch.int32)
         self._tp_sync.sync(SpecTpSyncSite.DSPARK_PLAN, verify_lens)
         self._telemetry.ran["schedule:early-stop"] += 1

@@ -1,0 +1,56 @@
+"""``python -m dspark_sglang.serving.cpu.bench_packing``: plain against packed projections.
+
+Times all projections of a model shape once per repetition, so that weights come from memory as they
+do in a decode step and not from a cache that holds one of them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch.nn.functional import linear
+
+from dspark_sglang.serving.cpu.packing import _pack, packed_linear
+
+#: Inputs and outputs of SmolLM2-135M's projections, and its layers.
+SHAPES = ((576, 960), (576, 576), (576, 3072), (1536, 576))
+LAYERS = 30
+
+
+def best_ms(run: Callable[[], None], *, repetitions: int = 9) -> float:
+    """The fastest of several runs in milliseconds, the first one left out."""
+    run()
+    times = []
+    for _ in range(repetitions):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return 1e3 * min(times)
+
+
+@torch.inference_mode()
+def main() -> None:
+    """Print milliseconds of one forward through all projections by rows and layout."""
+    weights = [torch.randn(out, width).bfloat16() for _ in range(LAYERS) for width, out in SHAPES]
+    packed = [_pack(weight) for weight in weights]
+    print(
+        f"{torch.get_num_threads()} threads, {sum(w.nbytes for w in weights) / 1e6:.0f} MB, bfloat16"
+    )
+    for rows in (1, 6, 16):
+        inputs = {width: torch.randn(rows, width).bfloat16() for width, _ in SHAPES}
+
+        def plain(inputs: dict[int, torch.Tensor] = inputs) -> None:
+            for weight in weights:
+                linear(inputs[weight.shape[1]], weight)
+
+        def ours(inputs: dict[int, torch.Tensor] = inputs) -> None:
+            for weight, layout in zip(weights, packed, strict=True):
+                packed_linear(inputs[weight.shape[1]], layout, None)
+
+        print(f"{rows:3d} rows: plain {best_ms(plain):6.2f} ms, packed {best_ms(ours):6.2f} ms")
+
+
+if __name__ == "__main__":
+    main()

@@ -124,6 +124,9 @@ class Proposer(DraftBlockProposer):
             tokens = self._tp_sync.sync(SpecTpSyncSite.DSPARK_DRAFT, block.tokens)
             previous = torch.cat([anchors[:, None], tokens[:, :-1]], dim=1)
             raw = self._confidence.logits(features.view(bs, self.gamma, -1), previous, self._markov)
+        greedy = torch.ones(bs, dtype=torch.bool, device=anchors.device)
+        if rows is not None:
+            greedy[rows.index] = False
         self._telemetry.ran[f"draft:{self._implementation}-{self._markov.kind}"] += 1
         self._telemetry.ran["confidence:torch"] += 1
         return DraftProposal(
@@ -131,7 +134,7 @@ class Proposer(DraftBlockProposer):
             draft_block=OurDraftBlock(
                 draft_tokens=block.tokens,
                 corrected_logits=None,
-                greedy_mask=None,
+                greedy_mask=greedy,  # read by SGLang where a request asks for its sampling mask
                 temperatures=None,
                 greedy_draft=rows is None,
                 rows=rows,

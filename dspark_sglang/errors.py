@@ -33,6 +33,10 @@ class CompatibilityError(DSparkError):
     """The installed SGLang is not the one this plugin was checked against."""
 
 
+class DataError(DSparkError):
+    """Training or evaluation data is missing, unusable or cannot be written."""
+
+
 class NumericsError(DSparkError):
     """A tensor holds values from which no correct token can be drawn."""
 

@@ -9,7 +9,16 @@ from typing import Annotated
 import typer
 
 from dspark_sglang import __version__
-from dspark_sglang.cli import bench_round, calibrate, demo, doctor, fetch_target, package
+from dspark_sglang.cli import (
+    bench_round,
+    calibrate,
+    demo,
+    doctor,
+    fetch_target,
+    generate_data,
+    package,
+    train,
+)
 from dspark_sglang.errors import DSparkError
 
 app = typer.Typer(
@@ -40,6 +49,8 @@ app.command("doctor")(doctor.doctor)
 app.command("demo")(demo.demo)
 app.command("bench-round")(bench_round.bench_round)
 app.command("fetch-target")(fetch_target.fetch_target)
+app.command("generate-data")(generate_data.generate_data)
+app.command("train")(train.train)
 app.command("calibrate")(calibrate.calibrate)
 app.command("package")(package.package)
 app.command("card")(package.card)

@@ -41,6 +41,8 @@ CPU_HOOKS = {
     "slots": "sglang.srt.mem_cache.allocation.assign_req_to_token_pool_func",
     "draft_kv_bundle": "sglang.srt.models.dspark.DSparkDraftMixin._fused_kv_write_bundle",
     "draft_attention": "sglang.srt.models.dflash.DFlashAttention.__init__",
+    "filtered_sampling": "sglang.srt.layers.sampler.top_k_top_p_min_p_sampling_from_probs_torch",
+    "unfiltered_sampling": "sglang.srt.layers.sampler.sampling_from_probs_torch",
 }
 
 ALGORITHM_SYMBOLS = (
@@ -166,6 +168,14 @@ CPU_SYMBOLS = (
     ),
     Symbol(CPU_HOOKS["draft_kv_bundle"], _split("pool")),
     Symbol(CPU_HOOKS["draft_attention"]),
+    Symbol(
+        CPU_HOOKS["filtered_sampling"],
+        _split(
+            "probs top_ks top_ps min_ps need_min_p_sampling sampling_seed positions "
+            "return_filtered_probs max_top_k"
+        ),
+    ),
+    Symbol(CPU_HOOKS["unfiltered_sampling"], _split("probs sampling_seed positions")),
     Symbol(f"{_PLATFORM}.get_default_attention_backend", ()),
     Symbol(f"{_PLATFORM}.get_default_speculative_draft_attention_backend", ("algorithm",)),
     Symbol(f"{_PLATFORM}.supports_speculative_algorithm", ("algorithm",)),

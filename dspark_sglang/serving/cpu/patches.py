@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from dspark_sglang.serving.cpu import sampler
 from dspark_sglang.serving.cpu.platform import BACKEND, assign_slots
 
 
@@ -59,4 +60,6 @@ def hooks(targets: Mapping[str, str]) -> list[tuple[str, str, Callable[..., Any]
         ("slots", targets["slots"], assign_slots, "REPLACE"),
         ("draft_kv_bundle", targets["draft_kv_bundle"], _no_fused_bundle, "REPLACE"),
         ("draft_attention", targets["draft_attention"], _plain_draft_attention, "AFTER"),
+        ("filtered_sampling", targets["filtered_sampling"], sampler.filtered, "AROUND"),
+        ("unfiltered_sampling", targets["unfiltered_sampling"], sampler.unfiltered, "AROUND"),
     ]

@@ -1,0 +1,176 @@
+"""``dspark train``: train a drafter from one configuration file."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:
+    from dspark_sglang.training.trainer import StepReport, Trainer
+
+EXAMPLE = """\
+# dspark train --config this.yaml       (every field: docs/training.md)
+target: path/to/target                  # any Hugging Face causal language model
+out: runs/train                         # state, logs and the drafter; the same command resumes
+data:
+  files: [conversations.jsonl]          # from `dspark generate-data`
+drafter: {gamma: 5, layers: 2, markov_head: vanilla, markov_rank: 64}
+batch: {sequences: 16, anchors: 64}
+optim: {steps: 2000, lr: 1e-3}
+cache: {kind: ram, gib: 4}
+"""
+
+
+def train(
+    config: Annotated[Path | None, typer.Option(help="The run's YAML file.")] = None,
+    assign: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Override one field, such as optim.lr=5e-4. Repeatable."),
+    ] = None,
+    minutes: Annotated[
+        float, typer.Option(min=0, help="Save and stop after this time. 0: when done.")
+    ] = 0.0,
+    example: Annotated[bool, typer.Option(help="Print a file to start from.")] = False,
+) -> None:
+    """Train a drafter; stop it at any time, the same command goes on.
+
+    Under torchrun (`torchrun --nproc-per-node 2 -m dspark_sglang.cli.main train --config ...`)
+    every process takes its share of a larger batch.
+    """
+    from dspark_sglang.errors import ConfigError
+
+    if example:
+        typer.echo(EXAMPLE, nl=False)
+        return
+    if config is None:
+        raise ConfigError(
+            "No --config was given.",
+            expected="a YAML file",
+            fix="Start from `dspark train --example > train.yaml`.",
+        )
+    from dspark_sglang.training import distributed
+    from dspark_sglang.training.config import read_config
+    from dspark_sglang.training.memory import keep_freed_memory
+
+    settings = read_config(config, tuple(assign or ()))
+    world = distributed.join()
+    console = Console(quiet=not world.first)
+    if settings.device == "cpu":
+        keep_freed_memory()
+    try:
+        from dspark_sglang.training.states import Target
+        from dspark_sglang.training.trainer import Trainer
+
+        with console.status("loading the target"):
+            target = Target(settings.target, device=settings.device, bf16=settings.bf16)
+        trainer = Trainer(settings, target, world, log=console.print)
+        console.print(
+            ", ".join(f"{v:,} {k.replace('_', ' ')}" for k, v in trainer.corpus.summary.items())
+        )
+        _run(console, trainer, minutes)
+    finally:
+        distributed.leave()
+
+
+def _columns(gamma: int) -> tuple[list[str], list[str]]:
+    positions = range(1, gamma + 1)
+    steps = ["step", "epoch", "loss", "confidence", "lr", "norm", "seconds", "blocks"]
+    steps += [f"acceptance_{k}" for k in positions] + [f"match_{k}" for k in positions]
+    return steps, ["step", "greedy", "sampled", *(f"greedy_{k}" for k in positions)]
+
+
+def _row(report: StepReport) -> dict[str, object]:
+    row: dict[str, object] = {
+        "step": report.step,
+        "epoch": report.epoch,
+        "loss": report.loss,
+        "confidence": report.confidence,
+        "lr": report.rate,
+        "norm": report.norm,
+        "seconds": report.seconds,
+        "blocks": report.blocks,
+    }
+    for k, (accepted, matched) in enumerate(zip(report.acceptance, report.match, strict=True), 1):
+        row[f"acceptance_{k}"] = accepted
+        row[f"match_{k}"] = matched
+    return row
+
+
+def _run(console: Console, trainer: Trainer, minutes: float) -> None:
+    from dspark_sglang.training import curves
+
+    settings, world = trainer.config, trainer.world
+    started = time.monotonic()
+    columns, checks = _columns(settings.drafter.gamma)
+    tables: list[Any] = []
+    if world.first:
+        tables = [
+            curves.Table(trainer.folder / curves.STEPS, columns, after=trainer.step),
+            curves.Table(trainer.folder / curves.VALIDATIONS, checks, after=trainer.step),
+        ]
+    layout = (
+        TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+        BarColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*layout, console=console) as bar:
+        task = bar.add_task("", total=settings.optim.steps, completed=trainer.step, note="")
+        for report in trainer.steps():
+            if world.first:
+                tables[0].add(_row(report))
+                _show(bar, task, report)
+            late = bool(minutes) and world.sum_flag(time.monotonic() - started > 60 * minutes)
+            last = trainer.step >= settings.optim.steps or late
+            if trainer.step % settings.validate_every == 0 or last:
+                enough = _validate(console, trainer, tables)
+                last = last or enough
+            if trainer.step % settings.checkpoint_every == 0 or last:
+                trainer.save()
+            if last:
+                break
+    if world.first:
+        curves.plot(trainer.folder)
+        reused, computed = trainer.source.reused, trainer.source.computed
+        console.print(
+            f"step {trainer.step}; target states: {computed:,} tokens computed, {reused:,} "
+            f"reused, {trainer.source.cached_bytes / 2**30:.2f} GiB cached"
+        )
+        console.print(f"drafter: {trainer.folder / 'drafter'}  best: {trainer.folder / 'best'}")
+
+
+def _show(bar: Progress, task: TaskID, report: StepReport) -> None:
+    first, last = report.acceptance[0], report.acceptance[-1]
+    note = f"loss {report.loss:.3f} acceptance {first:.2f}…{last:.2f} {report.seconds:.1f} s/step"
+    bar.update(task, completed=report.step, note=note)
+
+
+def _validate(console: Console, trainer: Trainer, tables: list[Any]) -> bool:
+    """Score, keep the best drafter; True when patience has run out (on every process)."""
+    from dspark_sglang.training import curves
+
+    stop = False
+    if trainer.world.first:
+        walks = trainer.validator.run(trainer.model)
+        greedy, sampled = walks["greedy"], walks["sampled"]
+        row: dict[str, object] = {
+            "step": trainer.step,
+            "greedy": greedy.accept_length,
+            "sampled": sampled.accept_length,
+        }
+        row |= {f"greedy_{k}": value for k, value in enumerate(greedy.per_position, 1)}
+        tables[1].add(row)
+        trainer.export(trainer.folder / "drafter")
+        stop = trainer.judge(walks)
+        curves.plot(trainer.folder)
+        positions = " ".join(f"{value:.2f}" for value in greedy.per_position)
+        console.print(
+            f"step {trainer.step}: accepted length {greedy.accept_length:.3f} greedy "
+            f"({positions}), {sampled.accept_length:.3f} at temperature 1"
+        )
+    return bool(trainer.world.sum_flag(stop))

@@ -1,0 +1,80 @@
+"""SGLang's ``pytorch`` sampling backend, without sorting the vocabulary for rows that filter nothing.
+
+The builtin sorts every row of a batch as soon as one row filters, and a greedy row in a mixed
+batch counts as a filter (top-k 1). On a processor that sort is most of a step of 128 requests.
+The laws are the builtin's: greedy rows take the most probable token, unfiltered ones are drawn by
+inverting the cumulative sum, the rest go through the same joint filter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from dspark_sglang.core.sampling import filter_weights, sample
+
+
+def draw(
+    probs: torch.Tensor,
+    top_ks: torch.Tensor,
+    top_ps: torch.Tensor,
+    min_ps: torch.Tensor | None,
+    uniforms: torch.Tensor,
+) -> torch.Tensor:
+    """Draw one token a row.
+
+    Args:
+        probs: ``[N, V]`` float32 probabilities.
+        top_ks, top_ps, min_ps: ``[N]`` filters; ``min_ps`` None where no row uses it.
+        uniforms: ``[N]`` in [0, 1).
+
+    Returns:
+        ``[N]`` int32 tokens.
+    """
+    tokens = probs.new_empty(probs.shape[0], dtype=torch.int64)
+    greedy = top_ks == 1
+    plain = (top_ks >= probs.shape[-1]) & (top_ps >= 1.0)
+    if min_ps is not None:
+        plain &= min_ps <= 0.0
+    for rows, kind in ((greedy, "greedy"), (plain & ~greedy, "plain"), (~plain & ~greedy, "rest")):
+        index = rows.nonzero().view(-1)
+        if not len(index):
+            continue
+        taken = probs if len(index) == len(tokens) else probs[index]
+        if kind == "greedy":
+            drawn = taken.max(dim=-1).indices
+        elif kind == "plain":
+            drawn = sample(taken, uniforms[index])
+        else:
+            floor = taken.new_zeros(len(index)) if min_ps is None else min_ps[index]
+            weights = filter_weights(taken, top_ks[index], top_ps[index], floor)
+            drawn = sample(weights, uniforms[index])
+        tokens[index] = drawn
+    return tokens.to(torch.int32)
+
+
+def filtered(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """In place of SGLang's filtered sampling where nothing but a token is asked for."""
+    names = ("probs", "top_ks", "top_ps", "min_ps", "need_min_p_sampling", "sampling_seed")
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    if given.get("sampling_seed") is not None or given.get("return_filtered_probs"):
+        return original(*args, **kwargs)
+    probs = given["probs"]
+    min_ps = given["min_ps"] if given["need_min_p_sampling"] else None
+    uniforms = torch.rand(probs.shape[0], dtype=torch.float64)
+    return draw(probs.float(), given["top_ks"], given["top_ps"], min_ps, uniforms)
+
+
+def unfiltered(
+    original: Callable[..., Any],
+    probs: torch.Tensor,
+    sampling_seed: torch.Tensor | None = None,
+    positions: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """In place of SGLang's unfiltered sampling."""
+    if sampling_seed is not None:
+        return torch.as_tensor(original(probs, sampling_seed, positions))
+    uniforms = torch.rand(probs.shape[0], dtype=torch.float64)
+    return sample(probs, uniforms).to(torch.int32)

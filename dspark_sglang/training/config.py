@@ -1,0 +1,203 @@
+"""One typed file says everything about a training run."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from dspark_sglang.errors import ConfigError
+
+MarkovKind = Literal["vanilla", "gated", "rnn", "none"]
+
+
+class DrafterSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The drafter to make. Widths, heads and RoPE are the target's."""
+
+    #: Drafted tokens a round.
+    gamma: int = 5
+    layers: int = 2
+    #: ``none`` trains the parallel backbone alone (DFlash).
+    markov_head: MarkovKind = "vanilla"
+    markov_rank: int = 64
+    #: Target layers read (outputs of those decoder layers; -1 is the embedding). Empty: five,
+    #: spread from the third layer to the last but one.
+    target_layer_ids: tuple[int, ...] = ()
+    #: Token whose embedding fills rows 2..gamma. Negative: an unused special token is looked up.
+    mask_token_id: int = -1
+
+
+class DataSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What is learned from."""
+
+    files: tuple[str, ...]
+    #: Per mille of the prompts kept for validation, chosen by their digest.
+    validation_per_mille: int = 20
+    #: Validation conversations that are scored, half greedy and half sampled where possible.
+    validation_conversations: int = 48
+    #: Longer conversations are cut, tokens.
+    max_length: int = 512
+
+
+class BatchSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How much goes into one step, for each process."""
+
+    sequences: int = 16
+    #: Blocks trained in each sequence of a step.
+    anchors: int = 64
+    #: Micro-batches a step; ``sequences`` is the size of one.
+    accumulate: int = 1
+
+
+class LossSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The paper's loss, and what comes before it.
+
+    Soft-target KL at first, blended linearly into ``ce·CE + tv·‖p - q‖₁`` until ``blend`` of the
+    steps are done; the confidence term counts throughout. Until ``full_from`` of the steps
+    the laws are over the ``frequent_tokens`` tokens that are most frequent in the data.
+    """
+
+    ce: float = 0.1
+    tv: float = 0.9
+    confidence: float = 1.0
+    blend: float = 0.6
+    frequent_tokens: int = 8192
+    full_from: float = 0.85
+    #: Position ``k`` weighs ``exp(-(k - 1) / decay)``. 0: gamma.
+    decay: float = 0.0
+
+
+class OptimSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Optimiser and schedule: linear warm-up, constant, linear decay to zero."""
+
+    steps: int = 2000
+    lr: float = 1e-3
+    warmup: int = 100
+    #: Share of the steps spent decaying.
+    decay: float = 0.25
+    #: Muon for the matrices of ``fc`` and the layers; AdamW for the rest. False: AdamW for all.
+    muon: bool = True
+    weight_decay: float = 0.0
+    clip: float = 1.0
+
+
+class CacheSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where target states are kept between epochs; what does not fit is computed again."""
+
+    kind: Literal["none", "ram", "disk"] = "ram"
+    gib: float = 4.0
+    #: Folder of a disk cache. Empty: inside the run's folder.
+    folder: str = ""
+
+
+class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A training run."""
+
+    target: str
+    out: str
+    data: DataSpec
+    drafter: DrafterSpec = DrafterSpec()
+    batch: BatchSpec = BatchSpec()
+    loss: LossSpec = LossSpec()
+    optim: OptimSpec = OptimSpec()
+    cache: CacheSpec = CacheSpec()
+    #: A drafter (DSpark or DFlash) whose weights are the start. Empty: from the target.
+    start: str = ""
+    #: Start the layers from the target's last ones (without ``start``).
+    from_target: bool = True
+    seed: int = 0
+    #: cpu or cuda. bf16: matrix products in bfloat16, weights and optimiser in float32.
+    device: str = "cpu"
+    bf16: bool = True
+    #: Compile the layers and the loss with torch.compile (needs a C++ compiler; a minute at first).
+    compile: bool = False
+    validate_every: int = 250
+    checkpoint_every: int = 100
+    #: Stop after this many validations without a longer accepted length. 0: never.
+    patience: int = 0
+
+
+def read_config(path: Path, overrides: tuple[str, ...] = ()) -> TrainConfig:
+    """Read a YAML or JSON file; ``overrides`` are ``optim.lr=0.001`` assignments.
+
+    Raises:
+        ConfigError: unreadable, an unknown field, or a value out of range.
+    """
+    import yaml
+
+    fix = "See docs/training.md for every field, or `dspark train --example` for a file."
+    try:
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_loader())
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(
+            f"{path} cannot be read: {error}.", expected="a YAML file", fix=fix
+        ) from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} holds no mapping.", expected="fields of a run", fix=fix)
+    for assignment in overrides:
+        _assign(raw, assignment, yaml.load, fix)
+    try:
+        config = msgspec.convert(raw, TrainConfig)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{path}: {error}.", expected="a training config", fix=fix) from error
+    check(config, fix)
+    return config
+
+
+def _loader() -> Any:
+    """YAML 1.2 floats: PyYAML alone reads 1e-3 as text."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    pattern = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", pattern, list("-+0123456789."))
+    return Loader
+
+
+def _assign(raw: dict[str, Any], assignment: str, load: Any, fix: str) -> None:
+    name, equals, value = assignment.partition("=")
+    if not equals:
+        raise ConfigError(f"--set {assignment}.", expected="FIELD=VALUE", fix=fix)
+    *sections, field = name.split(".")
+    place = raw
+    for section in sections:
+        place = place.setdefault(section, {})
+        if not isinstance(place, dict):
+            raise ConfigError(f"--set {assignment}.", expected="a known field", fix=fix)
+    place[field] = load(value, Loader=_loader())
+
+
+def check(config: TrainConfig, fix: str = "Correct the config file.") -> None:
+    """Ranges that types do not say.
+
+    Raises:
+        ConfigError: naming the field.
+    """
+    drafter, batch, optim, loss = config.drafter, config.batch, config.optim, config.loss
+    problems = {
+        "drafter.gamma (1 to 16)": not 1 <= drafter.gamma <= 16,
+        "drafter.layers (at least 1)": drafter.layers < 1,
+        "drafter.markov_rank (at least 1)": drafter.markov_rank < 1,
+        "data.files (at least one)": not config.data.files,
+        "data.validation_per_mille (1 to 500)": not 1 <= config.data.validation_per_mille <= 500,
+        "data.max_length (at least 16)": config.data.max_length < 16,
+        "batch (at least 1 each)": min(batch.sequences, batch.anchors, batch.accumulate) < 1,
+        "optim.steps (at least 1)": optim.steps < 1,
+        "optim.lr (above 0)": optim.lr <= 0,
+        "optim.decay (0 to 1)": not 0 <= optim.decay <= 1,
+        "loss weights (at least 0)": min(loss.ce, loss.tv, loss.confidence, loss.decay) < 0,
+        "loss.blend (0 to 1)": not 0 <= loss.blend <= 1,
+        "loss.full_from (0 to 1)": not 0 <= loss.full_from <= 1,
+        "cache.gib (at least 0)": config.cache.gib < 0,
+        "validate_every and checkpoint_every (at least 1)": min(
+            config.validate_every, config.checkpoint_every
+        )
+        < 1,
+    }
+    wrong = [name for name, bad in problems.items() if bad]
+    if wrong:
+        raise ConfigError(f"Out of range: {'; '.join(wrong)}.", expected="the ranges", fix=fix)

@@ -1,0 +1,63 @@
+"""Data parallelism over ``torchrun`` processes: one all-reduce of gradients a step, sums everywhere.
+
+Everything that enters a step is decided by (seed, step) alone, so any number of processes works
+on the same global batch.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+
+class World(NamedTuple):
+    """This process among its peers."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes files and reports."""
+        return self.rank == 0
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum of ``values`` over all processes."""
+        if self.size > 1:
+            values = values.clone()
+            dist.all_reduce(values)
+        return values
+
+    def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        """Replace every gradient by its sum over all processes, in one message."""
+        if self.size == 1:
+            return
+        grads = [p.grad for p in parameters if p.grad is not None]
+        flat = torch.cat([grad.view(-1) for grad in grads])
+        dist.all_reduce(flat)
+        for grad, part in zip(grads, torch.split(flat, [g.numel() for g in grads]), strict=True):
+            grad.copy_(part.view_as(grad))
+
+    def sum_flag(self, flag: bool) -> bool:
+        """Whether the flag is set on any process."""
+        return bool(self.sum(torch.tensor(float(flag))) > 0)
+
+
+def join() -> World:
+    """Join the process group ``torchrun`` describes; a single process needs none."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        return World()
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    return World(dist.get_rank(), size)
+
+
+def leave() -> None:
+    """Leave the process group, if in one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

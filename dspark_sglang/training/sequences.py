@@ -1,0 +1,102 @@
+"""Conversations as token sequences, with the tokens the target wrote marked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from dspark_sglang.training.conversations import Conversation, Message
+
+
+class TokenSequence(NamedTuple):
+    """One sequence the target is run over once."""
+
+    #: ``[n]`` int32 tokens.
+    tokens: npt.NDArray[np.int32]
+    #: ``[n]`` bool: the target wrote this token.
+    written: npt.NDArray[np.bool_]
+    #: Index of the conversation it came from.
+    source: int
+
+    def anchors(self) -> npt.NDArray[np.int64]:
+        """Positions a round may start at: a written token followed by a written one.
+
+        The first written token comes from prefill, so no block is ever drafted before it.
+        """
+        return np.flatnonzero(self.written[:-1] & self.written[1:])
+
+    def remaining(self) -> npt.NDArray[np.int64]:
+        """For each anchor, how many tokens of its answer follow."""
+        anchors = self.anchors()
+        ends = np.flatnonzero(np.append(np.diff(anchors) != 1, True))
+        last = anchors[ends[np.searchsorted(ends, np.arange(len(anchors)))]]
+        return last - anchors + 1
+
+
+class Encoder:
+    """Renders conversations with the target's chat template, as serving does."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._end = self._turn_end()
+
+    def _render(self, messages: Sequence[Message], *, open_turn: bool) -> list[int]:
+        turns = [msgspec.to_builtins(message) for message in messages]
+        text = self._tokenizer.apply_chat_template(
+            turns, tokenize=False, add_generation_prompt=open_turn
+        )
+        return self._encode(text)
+
+    def _encode(self, text: str) -> list[int]:
+        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _turn_end(self) -> int:
+        """The token that ends an assistant turn in the chat template."""
+        mark = "\u2063answer\u2063"
+        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": mark}]
+        text = str(self._tokenizer.apply_chat_template(turns, tokenize=False))
+        rest = self._encode(text.rpartition(mark)[2])
+        if rest and rest[0] in self._tokenizer.all_special_ids:
+            return rest[0]
+        return int(self._tokenizer.eos_token_id)
+
+    def encode(
+        self, conversation: Conversation, source: int, max_length: int
+    ) -> list[TokenSequence]:
+        """One sequence for a conversation, or several when the template rewrites history.
+
+        Templates that drop earlier thinking render an old turn differently from how it was
+        written; each such turn then gets a sequence of its own, so that the target always sees
+        what it saw when it wrote.
+        """
+        sequences: list[tuple[list[int], list[bool]]] = []
+        messages = conversation.messages
+        last = len(messages) - 1
+        for index, message in enumerate(messages):
+            if message.role != "assistant":
+                continue
+            prompt = self._render(messages[:index], open_turn=True)
+            answer = self._encode(message.content)
+            if index != last or conversation.finish_reason == "stop":
+                answer.append(self._end)
+            if sequences and prompt[: len(sequences[-1][0])] == sequences[-1][0]:
+                tokens, written = sequences[-1]
+                prompt = prompt[len(tokens) :]
+            else:
+                tokens, written = [], []
+                sequences.append((tokens, written))
+            tokens += prompt + answer
+            written += [False] * len(prompt) + [True] * len(answer)
+        made = [
+            TokenSequence(
+                np.array(tokens[:max_length], dtype=np.int32),
+                np.array(written[:max_length], dtype=np.bool_),
+                source,
+            )
+            for tokens, written in sequences
+        ]
+        return [sequence for sequence in made if len(sequence.anchors())]

@@ -1,0 +1,227 @@
+"""Target states: computed online, or kept in a bounded cache where they fit.
+
+A sequence's states are those of the layers the drafter reads, concatenated, and the final normed
+hidden state that the LM head would be applied to: never logits.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from dspark_sglang.errors import CheckpointError, DataError
+from dspark_sglang.training.sequences import TokenSequence
+
+
+class States(NamedTuple):
+    """States of a padded batch."""
+
+    #: ``[B, S, L * d]``.
+    layers: torch.Tensor
+    #: ``[B, S, d]``.
+    final: torch.Tensor
+
+
+class Target:
+    """A frozen Hugging Face causal language model, any architecture.
+
+    Raises:
+        CheckpointError: it cannot be loaded, or has no decoder layers to read.
+    """
+
+    def __init__(self, path: str, *, device: str = "cpu", bf16: bool = True) -> None:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        fix = "Give the directory of a causal language model with its tokenizer."
+        try:
+            self.model: Any = AutoModelForCausalLM.from_pretrained(
+                path, dtype=torch.bfloat16 if bf16 else torch.float32
+            )
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(path)
+        except (OSError, ValueError, KeyError) as error:
+            raise CheckpointError(
+                f"Target {path} cannot be loaded: {error}.",
+                expected="a Hugging Face causal language model",
+                fix=fix,
+            ) from error
+        self.model.to(device).eval().requires_grad_(False)
+        self.config: Any = self.model.config.get_text_config()
+        self.decoder: Any = self.model.get_decoder()
+        layers = getattr(self.decoder, "layers", None)
+        if layers is None:
+            raise CheckpointError(
+                f"{type(self.decoder).__name__} has no list of layers.",
+                expected="a decoder with .layers, as Llama, Qwen3 and Gemma have",
+                fix=fix,
+            )
+        self.layers: list[torch.nn.Module] = list(layers)
+
+    @property
+    def hidden(self) -> int:
+        """Hidden size."""
+        return int(self.config.hidden_size)
+
+    @property
+    def head(self) -> torch.Tensor:
+        """``[V, d]`` LM head."""
+        return torch.as_tensor(self.model.get_output_embeddings().weight)
+
+    @property
+    def softcap(self) -> float:
+        """Final logit soft-capping; 0 for none."""
+        return float(getattr(self.config, "final_logit_softcapping", None) or 0.0)
+
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """``[..., d]`` input embeddings, as the model's own embedding module gives them."""
+        return torch.as_tensor(self.model.get_input_embeddings()(tokens))
+
+    @contextmanager
+    def _capture(self, layer_ids: Sequence[int]) -> Iterator[dict[int, torch.Tensor]]:
+        """Collect outputs of decoder layers while the model runs (-1: the first one's input)."""
+        found: dict[int, torch.Tensor] = {}
+        handles = []
+        for layer in layer_ids:
+            if layer < 0:
+
+                def before(module: Any, args: Any, kwargs: Any, layer: int = layer) -> None:
+                    found[layer] = args[0] if args else kwargs["hidden_states"]
+
+                handles.append(self.layers[0].register_forward_pre_hook(before, with_kwargs=True))
+            else:
+
+                def after(module: Any, args: Any, output: Any, layer: int = layer) -> None:
+                    found[layer] = output[0] if isinstance(output, tuple) else output
+
+                handles.append(self.layers[layer].register_forward_hook(after))
+        try:
+            yield found
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @torch.inference_mode()
+    def states(self, tokens: torch.Tensor, layer_ids: Sequence[int]) -> States:
+        """Run the model over ``tokens`` ``[B, S]`` (right-padded: causality hides the padding)."""
+        with self._capture(layer_ids) as found:
+            out = self.decoder(input_ids=tokens, use_cache=False)
+        layers = torch.cat([found[layer] for layer in layer_ids], dim=-1)
+        return States(layers, out.last_hidden_state)
+
+
+def pad_tokens(sequences: Sequence[TokenSequence]) -> torch.Tensor:
+    """``[B, S]`` int64, right-padded with token 0."""
+    length = max(len(sequence.tokens) for sequence in sequences)
+    padded = np.zeros((len(sequences), length), dtype=np.int64)
+    for row, sequence in enumerate(sequences):
+        padded[row, : len(sequence.tokens)] = sequence.tokens
+    return torch.from_numpy(padded)
+
+
+class StateSource:
+    """Target states of numbered sequences: from the cache, or computed and then cached.
+
+    The cache is one flat array of states, in memory or in an unlinked file, filled in the order
+    sequences are first asked for until its bound is reached. States are kept in bfloat16.
+
+    Args:
+        target: the model.
+        layer_ids: layers read.
+        sequences: all sequences that may be asked for.
+        limit: bytes of the cache; 0 computes everything every time.
+        folder: where a disk cache goes; None for memory.
+
+    Raises:
+        DataError: the disk has no room for ``limit``.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        layer_ids: Sequence[int],
+        sequences: Sequence[TokenSequence],
+        *,
+        limit: int,
+        folder: Path | None = None,
+    ) -> None:
+        self._target, self._layer_ids = target, tuple(layer_ids)
+        self._sequences = sequences
+        self.width = (len(self._layer_ids) + 1) * target.hidden
+        wanted = sum(len(sequence.tokens) for sequence in sequences)
+        self.capacity = min(wanted, limit // (2 * self.width))
+        self._store = self._allocate(folder)
+        self._place: dict[int, int] = {}
+        self._used = 0
+        #: Tokens the target was run over, and tokens found in the cache.
+        self.computed = 0
+        self.reused = 0
+
+    @property
+    def cached_bytes(self) -> int:
+        """Bytes of states kept now."""
+        return self._used * self.width * 2
+
+    def _allocate(self, folder: Path | None) -> torch.Tensor:
+        shape = (self.capacity, self.width)
+        if folder is None or not self.capacity:
+            return torch.empty(shape, dtype=torch.bfloat16)
+        size = self.capacity * self.width * 2
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"states-{os.getpid()}.bin"
+        try:
+            with path.open("wb") as stream:
+                os.posix_fallocate(stream.fileno(), 0, size)
+            flat = torch.from_file(str(path), shared=True, size=size // 2, dtype=torch.bfloat16)
+        except OSError as error:
+            raise DataError(
+                f"{folder} has no room for {size / 2**30:.1f} GiB of states: {error.strerror}.",
+                expected="cache.gib of free space",
+                fix="Lower cache.gib, or set cache.kind to none: states are then computed online.",
+            ) from error
+        finally:
+            path.unlink(missing_ok=True)  # the mapping keeps it; nothing is left behind
+        return flat.view(shape)
+
+    def get(self, index: Sequence[int]) -> States:
+        """States of some sequences, padded to the longest (padding rows are zero)."""
+        sequences = [self._sequences[i] for i in index]
+        length = max(len(sequence.tokens) for sequence in sequences)
+        out = torch.zeros((len(index), length, self.width), dtype=torch.bfloat16)
+        missing = []
+        for row, (number, sequence) in enumerate(zip(index, sequences, strict=True)):
+            place = self._place.get(number)
+            if place is None:
+                missing.append(row)
+                continue
+            count = len(sequence.tokens)
+            out[row, :count] = self._store[place : place + count]
+            self.reused += count
+        if missing:
+            self._compute(out, missing, index, sequences)
+        split = self.width - self._target.hidden
+        return States(out[..., :split], out[..., split:])
+
+    def _compute(
+        self,
+        out: torch.Tensor,
+        missing: list[int],
+        index: Sequence[int],
+        sequences: Sequence[TokenSequence],
+    ) -> None:
+        chosen = [sequences[row] for row in missing]
+        device = self._target.head.device
+        states = self._target.states(pad_tokens(chosen).to(device), self._layer_ids)
+        joined = torch.cat([states.layers, states.final], dim=-1).to("cpu", torch.bfloat16)
+        for made, row, sequence in zip(joined, missing, chosen, strict=True):
+            count = len(sequence.tokens)
+            out[row, :count] = made[:count]
+            self.computed += count
+            if index[row] not in self._place and self._used + count <= self.capacity:
+                self._store[self._used : self._used + count] = made[:count]
+                self._place[index[row]] = self._used
+                self._used += count

@@ -1,0 +1,145 @@
+"""Accepted length of a drafter in training, on conversations it does not learn from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from dspark_sglang.training.loss import Vocabulary
+from dspark_sglang.training.model import Drafter
+from dspark_sglang.training.packing import Packed, pack, visible
+from dspark_sglang.training.sequences import TokenSequence
+from dspark_sglang.training.states import States, StateSource, Target
+from dspark_sglang.training.walk import Walk, nothing, walk
+
+_ANCHORS_AT_ONCE = 128
+_LOGITS_AT_ONCE = 1 << 24
+
+
+class Scores(NamedTuple):
+    """Blocks of some anchors, scored against the text that follows; ``N`` blocks."""
+
+    #: ``[N, gamma]`` float32: 1 where the most probable drafted token is the next token.
+    match: torch.Tensor
+    #: ``[N, gamma]`` float32: ``min(1, q(x) / p(x))`` of the next token.
+    ratio: torch.Tensor
+    #: ``[N, gamma]`` float32 confidence logits.
+    confidence: torch.Tensor
+
+
+def block_hidden(drafter: Drafter, target: Target, packed: Packed, states: States) -> torch.Tensor:
+    """Draft hidden states ``[B, A, gamma, d]`` of a packed batch."""
+    anchor_tokens = packed.tokens.gather(1, packed.anchors)
+    mask_token = torch.tensor([drafter.config.mask_token_id], device=packed.tokens.device)
+    return torch.as_tensor(
+        drafter(
+            states.layers,
+            packed.anchors,
+            target.embed(anchor_tokens),
+            target.embed(mask_token)[0],
+            visible(packed, drafter.rows),
+        )
+    )
+
+
+def gather_final(final: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+    """Rows of ``[B, S, d]`` at ``[B, A, G]`` positions."""
+    batch, count, gamma = place.shape
+    index = place.view(batch, -1, 1).expand(-1, -1, final.shape[-1])
+    return final.gather(1, index).view(batch, count, gamma, -1)
+
+
+@torch.no_grad()
+def score_blocks(
+    drafter: Drafter, target: Target, packed: Packed, states: States, vocabulary: Vocabulary
+) -> Scores:
+    """Score every valid block position of a packed batch; ``[B * A, gamma]``, 0 where invalid."""
+    gamma = drafter.config.gamma
+    hidden = block_hidden(drafter, target, packed, states)
+    latent = drafter.latents(hidden, packed.previous)
+    confidence = drafter.confidence_logits(hidden, packed.previous)
+    valid = packed.valid
+    rows = hidden[valid]
+    wanted = gather_final(states.final, packed.place)[valid]
+    labels = packed.labels[valid]
+    head = vocabulary.head
+    match = torch.zeros(len(rows))
+    ratio = torch.zeros(len(rows))
+    step = max(1, _LOGITS_AT_ONCE // head.shape[0])
+    for begin in range(0, len(rows), step):
+        part = slice(begin, begin + step)
+        drafted = (rows[part].to(head.dtype) @ head.T).float()
+        if latent is not None:
+            assert drafter.markov_head is not None
+            w2 = drafter.markov_head.markov_w2.weight
+            drafted += (latent[valid][part].to(head.dtype) @ w2.to(head.dtype).T).float()
+        truth = (wanted[part].to(head.dtype) @ head.T).float()
+        if vocabulary.softcap:
+            truth = vocabulary.softcap * torch.tanh(truth / vocabulary.softcap)
+        at = labels[part, None]
+        log_q = (drafted.gather(1, at) - drafted.logsumexp(-1, keepdim=True)).squeeze(1)
+        log_p = (truth.gather(1, at) - truth.logsumexp(-1, keepdim=True)).squeeze(1)
+        match[part] = (drafted.max(dim=-1).indices == labels[part]).float().cpu()
+        ratio[part] = (log_q - log_p).exp().clamp(max=1.0).cpu()
+    spread = torch.zeros((2, *valid.shape))
+    spread[0][valid.cpu()] = match
+    spread[1][valid.cpu()] = ratio
+    return Scores(
+        spread[0].view(-1, gamma),
+        spread[1].view(-1, gamma),
+        confidence.float().cpu().view(-1, gamma),
+    )
+
+
+class Validator:
+    """Scores a drafter on fixed conversations, greedy and sampled ones apart.
+
+    ``sequences[i]`` is sequence ``first + i`` of ``source``.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        source: StateSource,
+        first: int,
+        sequences: Sequence[TokenSequence],
+        greedy: Sequence[bool],
+        vocabulary: Vocabulary,
+        *,
+        bf16: bool,
+        seed: int = 0,
+    ) -> None:
+        self._target, self._source, self._first = target, source, first
+        self._sequences, self._greedy = sequences, greedy
+        self._vocabulary, self._bf16, self._seed = vocabulary, bf16, seed
+
+    def run(self, drafter: Drafter) -> dict[str, Walk]:
+        """Rounds replayed at temperature 0 (``greedy``) and 1 (``sampled``)."""
+        gamma = drafter.config.gamma
+        walks = {"greedy": nothing(gamma), "sampled": nothing(gamma)}
+        rng = np.random.default_rng(self._seed)
+        was_training = drafter.training
+        drafter.eval()
+        for number, sequence in enumerate(self._sequences):
+            scores = self._score(drafter, number, sequence)
+            greedy = self._greedy[number]
+            chance = (scores.match if greedy else scores.ratio).double().numpy()
+            kind = "greedy" if greedy else "sampled"
+            walks[kind] += walk(chance, rng.random(chance.shape), sequence.remaining())
+        drafter.train(was_training)
+        return walks
+
+    def _score(self, drafter: Drafter, number: int, sequence: TokenSequence) -> Scores:
+        device = self._target.head.device
+        states = self._source.get([self._first + number])
+        states = States(states.layers.to(device), states.final.to(device))
+        anchors, parts = sequence.anchors(), []
+        for begin in range(0, len(anchors), _ANCHORS_AT_ONCE):
+            chosen = anchors[begin : begin + _ANCHORS_AT_ONCE]
+            packed = pack([sequence], [chosen], [number], drafter.config.gamma).to(device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=self._bf16):
+                parts.append(score_blocks(drafter, self._target, packed, states, self._vocabulary))
+        return Scores(*(torch.cat(field) for field in zip(*parts, strict=True)))

@@ -29,48 +29,61 @@ def calibrate(
     seed: Annotated[int, typer.Option(help="Seed of the target's answers.")] = 0,
 ) -> None:
     """Fit STS on half of the prompts and report calibration on the other half."""
-    from dspark_loadtests.prompts import load_prompts
-    from dspark_sglang.calibration.offline import load_pair, score
     from dspark_sglang.core.sts import fit_sts, survival_errors
+    from dspark_sglang.evaluation import standalone
+    from dspark_sglang.evaluation.questions import load_questions
     from dspark_sglang.provenance import provenance
 
     console = Console()
-    chosen = load_prompts(prompts)
-    if len(chosen) < 4:
+    questions = load_questions(prompts)
+    if len(questions) < 4:
         raise ConfigError(
-            f"{len(chosen)} prompts were given.",
+            f"{len(questions)} prompts were given.",
             expected="at least 4, half to fit and half to check",
             fix="Add prompts to the file.",
         )
     with console.status("loading target and drafter"):
-        pair = load_pair(target, drafter)
+        pair = standalone.load_pair(target, drafter, bf16=False)
+    gamma = pair.drafter.config.gamma
     with Progress(console=console) as bar:
-        task = bar.add_task("answering and scoring", total=len(chosen))
-        blocks = score(
-            pair,
-            [prompt.messages() for prompt in chosen],
+        task = bar.add_task("answering", total=len(questions))
+        answers = standalone.write_answers(
+            pair.target,
+            questions,
+            temperature=1.0,
             max_tokens=max_tokens,
             seed=seed,
             progress=lambda done: bar.update(task, completed=done),
         )
+        task = bar.add_task("drafting", total=len(questions))
+        scored = standalone.score_answers(
+            pair, answers, questions, progress=lambda done: bar.update(task, completed=done)
+        )
+    if not scored:
+        raise ConfigError(
+            "Every answer of the target ended at once.",
+            expected="answers of at least two tokens",
+            fix="Use other prompts, or check the target's chat template.",
+        )
+    logits, acceptance, owner = standalone.calibration_blocks(scored)
     # By prompt, so that no block of a checked answer was fitted on.
-    fitted = blocks.prompt % 2 == 0
+    fitted = owner % 2 == 0
     if not fitted.any() or fitted.all():
         raise ConfigError(
             "The target's answers hold too few whole blocks to fit and to check.",
-            expected=f"answers longer than {pair.config.gamma} tokens on both halves",
+            expected=f"answers longer than {gamma} tokens on both halves",
             fix="Raise --max-tokens or add prompts.",
         )
-    fit = fit_sts(blocks.logits[fitted], blocks.acceptance[fitted])
-    held = blocks.logits[~fitted], blocks.acceptance[~fitted]
-    before = survival_errors(*held, np.ones(pair.config.gamma))
+    fit = fit_sts(logits[fitted], acceptance[fitted])
+    held = logits[~fitted], acceptance[~fitted]
+    before = survival_errors(*held, np.ones(gamma))
     after = survival_errors(*held, fit.temperatures)
     command = ["dspark", "calibrate", "--target", target.name, "--drafter", drafter.name]
     command += ["--max-tokens", str(max_tokens), "--seed", str(seed)]
     command += [] if prompts is None else ["--prompts", prompts.name]
     artifact = STSArtifact(
         schema_version=SCHEMA_VERSION,
-        gamma=pair.config.gamma,
+        gamma=gamma,
         temperatures=[round(float(t), 4) for t in fit.temperatures],
         drafter_sha256=weights_digest(drafter),
         target=target.name,
@@ -79,7 +92,7 @@ def calibrate(
         ece_after=round(float(after.mean()), 5),
         provenance=provenance(
             command,
-            data=f"{len(chosen)} {'packaged' if prompts is None else prompts.name} prompts answered by the target at temperature 1; even "
+            data=f"{len(questions)} {'packaged' if prompts is None else prompts.name} prompts answered by the target at temperature 1; even "
             "prompts fitted, odd ones checked; labels 1 - TV(p, q)",
         ),
     )
@@ -88,7 +101,7 @@ def calibrate(
     view = Table(title=f"Survival calibration on {int((~fitted).sum())} unseen blocks")
     for heading in ("position", "temperature", "ECE before", "ECE after", "acceptance"):
         view.add_column(heading, justify="right")
-    for k in range(pair.config.gamma):
+    for k in range(gamma):
         view.add_row(
             str(k + 1),
             f"{fit.temperatures[k]:.2f}",

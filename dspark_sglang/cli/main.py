@@ -14,6 +14,7 @@ from dspark_sglang.cli import (
     calibrate,
     demo,
     doctor,
+    evaluate,
     fetch_target,
     generate_data,
     package,
@@ -51,6 +52,7 @@ app.command("bench-round")(bench_round.bench_round)
 app.command("fetch-target")(fetch_target.fetch_target)
 app.command("generate-data")(generate_data.generate_data)
 app.command("train")(train.train)
+app.command("eval")(evaluate.evaluate)
 app.command("calibrate")(calibrate.calibrate)
 app.command("package")(package.package)
 app.command("card")(package.card)

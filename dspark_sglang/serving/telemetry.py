@@ -95,6 +95,7 @@ class Telemetry:
             "mean_verified": self.verified_tokens / self.rounds if self.rounds else None,
             "position_sent": self._sent.tolist(),
             "position_kept": self._kept.tolist(),
+            "position_reached": self._reached.tolist(),
             "position_acceptance": (self._kept / reached).round(4).tolist(),
             "ran": dict(self.ran),
             "seconds": {part: round(spent, 6) for part, spent in self.seconds.items()},

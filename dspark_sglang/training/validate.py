@@ -28,6 +28,9 @@ class Scores(NamedTuple):
     ratio: torch.Tensor
     #: ``[N, gamma]`` float32 confidence logits.
     confidence: torch.Tensor
+    #: ``[N, gamma]`` float32 overlap ``1 - TV(p, q)``: the chance of acceptance before the next
+    #: token is known.
+    acceptance: torch.Tensor
 
 
 def block_hidden(drafter: Drafter, target: Target, packed: Packed, states: States) -> torch.Tensor:
@@ -66,8 +69,7 @@ def score_blocks(
     wanted = gather_final(states.final, packed.place)[valid]
     labels = packed.labels[valid]
     head = vocabulary.head
-    match = torch.zeros(len(rows))
-    ratio = torch.zeros(len(rows))
+    made = torch.zeros((3, len(rows)))
     step = max(1, _LOGITS_AT_ONCE // head.shape[0])
     for begin in range(0, len(rows), step):
         part = slice(begin, begin + step)
@@ -82,16 +84,14 @@ def score_blocks(
         at = labels[part, None]
         log_q = (drafted.gather(1, at) - drafted.logsumexp(-1, keepdim=True)).squeeze(1)
         log_p = (truth.gather(1, at) - truth.logsumexp(-1, keepdim=True)).squeeze(1)
-        match[part] = (drafted.max(dim=-1).indices == labels[part]).float().cpu()
-        ratio[part] = (log_q - log_p).exp().clamp(max=1.0).cpu()
-    spread = torch.zeros((2, *valid.shape))
-    spread[0][valid.cpu()] = match
-    spread[1][valid.cpu()] = ratio
-    return Scores(
-        spread[0].view(-1, gamma),
-        spread[1].view(-1, gamma),
-        confidence.float().cpu().view(-1, gamma),
-    )
+        made[0, part] = (drafted.max(dim=-1).indices == labels[part]).float().cpu()
+        made[1, part] = (log_q - log_p).exp().clamp(max=1.0).cpu()
+        overlap = torch.minimum(drafted.softmax(-1), truth.softmax(-1)).sum(-1)
+        made[2, part] = overlap.clamp(max=1.0).cpu()
+    spread = torch.zeros((3, *valid.shape))
+    spread[:, valid.cpu()] = made
+    match, ratio, acceptance = spread.view(3, -1, gamma)
+    return Scores(match, ratio, confidence.float().cpu().view(-1, gamma), acceptance)
 
 
 class Validator:

@@ -1,1 +1,0 @@
-"""Calibrating a drafter's confidences."""

@@ -1,0 +1,251 @@
+"""``dspark eval``: accepted length and calibration of a drafter, the one command everywhere."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from rich.console import Console
+from rich.progress import Progress, TaskID
+
+from dspark_sglang.artifacts import SCHEMA_VERSION, STS_FILE, read_sts, write_json
+from dspark_sglang.checkpoint import weights_digest
+from dspark_sglang.errors import ConfigError
+
+if TYPE_CHECKING:
+    from dspark_sglang.evaluation.questions import Question
+    from dspark_sglang.evaluation.report import Evaluation, Lengths
+    from dspark_sglang.evaluation.standalone import Answer
+
+Engine = Literal["standalone", "server", "both"]
+_TEMPERATURES = (0.0, 1.0)
+
+
+def evaluate(
+    artifact: Annotated[Path, typer.Option(help="The drafter's directory.")],
+    target: Annotated[
+        Path | None, typer.Option(help="The target's directory. Default: the demo's target.")
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="Prompts: packaged format, messages, ShareGPT, text. Default: packaged."),
+    ] = None,
+    engine: Annotated[
+        Engine, typer.Option(help="Replay without a server, ask a server, or both.")
+    ] = "standalone",
+    url: Annotated[
+        str, typer.Option(help="A running DSPARK server for --engine server. Default: serve here.")
+    ] = "",
+    limit: Annotated[int, typer.Option(min=0, help="First N prompts only. 0: all.")] = 0,
+    max_tokens: Annotated[int, typer.Option(min=16, help="Longest answer in tokens.")] = 128,
+    dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
+    seed: Annotated[int, typer.Option(help="Seed of sampled answers.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for evaluation.json and reliability.png.")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the result as JSON and nothing else.")
+    ] = False,
+) -> None:
+    """Measure accepted length per domain at temperatures 0 and 1, and calibration.
+
+    The standalone engine replays serving's rounds on the target's own answers with everything
+    drafted verified; the server engine counts what a real server did.
+    """
+    import msgspec
+
+    from dspark_sglang import targets
+    from dspark_sglang.evaluation.questions import load_questions
+
+    if dtype not in ("bfloat16", "float32"):
+        raise ConfigError(
+            f"--dtype is {dtype!r}.", expected="bfloat16 or float32", fix="Choose one of these."
+        )
+    console = Console(stderr=as_json)
+    questions = load_questions(prompts)
+    questions = questions[:limit] if limit else questions
+    where = target or targets.ensure_target(progress=console.print)
+    session = Session(console, where, artifact, questions, max_tokens, dtype, seed)
+    rows: list[Lengths] = []
+    answers: list[Answer] = []
+    if engine != "server":
+        made, answers = session.standalone()
+        rows += made
+    if engine != "standalone":
+        rows += session.server(url)
+    result = session.result(rows, answers, name=prompts.name if prompts else "packaged prompts")
+    if out is not None:
+        session.save(out, result, answers)
+    if as_json:
+        typer.echo(msgspec.json.format(msgspec.json.encode(result), indent=2).decode())
+        return
+    _show(console, result)
+
+
+def _advance(bar: Progress, task: TaskID, done: int) -> None:
+    bar.update(task, completed=done)
+
+
+def _show(console: Console, result: Evaluation) -> None:
+    from dspark_sglang.evaluation.report import positions, table
+
+    console.print(table(result))
+    for row in result.lengths:
+        console.print(positions(row))
+    if result.calibration is not None:
+        after = result.ece_after
+        console.print(
+            f"Expected calibration error of survival, {result.calibration.blocks} blocks: "
+            f"{result.calibration.ece_before:.1%} before STS"
+            + (f", {after:.1%} after" if after is not None else "; no sts.json beside the weights")
+        )
+
+
+class Session:
+    """One evaluation: what is judged, on what, and how."""
+
+    def __init__(
+        self,
+        console: Console,
+        target: Path,
+        drafter: Path,
+        questions: list[Question],
+        max_tokens: int,
+        dtype: str,
+        seed: int,
+    ) -> None:
+        from dspark_sglang.training.layouts import read_drafter
+
+        self._console, self._target, self._drafter = console, target, drafter
+        self._questions, self._max_tokens = questions, max_tokens
+        self._dtype, self._seed = dtype, seed
+        self._gamma = read_drafter(drafter)[0].gamma
+        self._digest = weights_digest(drafter)
+        sts = drafter / STS_FILE
+        self._sts: list[float] | None = None
+        if sts.exists():
+            artifact = read_sts(sts, gamma=self._gamma, drafter_sha256=self._digest)
+            self._sts = artifact.temperatures
+
+    def standalone(self) -> tuple[list[Lengths], list[Answer]]:
+        """Rows at both temperatures, and the sampled answers' scores for calibration."""
+        from dspark_sglang.evaluation import standalone
+        from dspark_sglang.evaluation.report import Domain, lengths
+        from dspark_sglang.training.memory import keep_freed_memory
+
+        keep_freed_memory()
+        with self._console.status("loading target and drafter"):
+            pair = standalone.load_pair(self._target, self._drafter, bf16=self._dtype == "bfloat16")
+        rows: list[Lengths] = []
+        scored: list[Answer] = []
+        count = len(self._questions)
+        with Progress(console=self._console) as bar:
+            for temperature in _TEMPERATURES:
+                task = bar.add_task(f"answering, T={temperature:g}", total=count)
+                answers = standalone.write_answers(
+                    pair.target,
+                    self._questions,
+                    temperature=temperature,
+                    max_tokens=self._max_tokens,
+                    seed=self._seed,
+                    progress=partial(_advance, bar, task),
+                )
+                task = bar.add_task(f"drafting, T={temperature:g}", total=count)
+                scored = standalone.score_answers(
+                    pair,
+                    answers,
+                    self._questions,
+                    progress=partial(_advance, bar, task),
+                )
+                if not scored:
+                    raise ConfigError(
+                        "Every answer of the target ended at once.",
+                        expected="answers of at least two tokens",
+                        fix="Use other prompts, or check the target's chat template.",
+                    )
+                walks = standalone.replay(scored, greedy=temperature == 0, seed=self._seed)
+                entries = [Domain(a.domain, w) for a, w in zip(scored, walks, strict=True)]
+                rows.append(lengths("standalone", temperature, entries, by_prompt=True))
+        return rows, scored
+
+    def server(self, url: str) -> list[Lengths]:
+        """Rows as a server counted them; one is started here without ``url``."""
+        from contextlib import ExitStack
+
+        from dspark_sglang.demo.server import Server, free_port, serve_command
+        from dspark_sglang.evaluation import served
+        from dspark_sglang.evaluation.report import Domain, lengths
+
+        rows: list[Lengths] = []
+        with ExitStack() as stack:
+            if not url:
+                port = free_port()
+                command = serve_command(
+                    self._target, port, dtype=self._dtype, drafter=self._drafter
+                )
+                log = Path("runs/eval/server.log")
+                # Everything drafted is verified: that is what accepted length is defined by.
+                environment = {"DSPARK_SCHEDULE": "all"}
+                server = Server(command, port=port, log=log, environment=environment)
+                with self._console.status("starting the server"):
+                    stack.enter_context(server).wait_ready()
+                url = server.url
+            bar = stack.enter_context(Progress(console=self._console))
+            for temperature in _TEMPERATURES:
+                task = bar.add_task(f"serving, T={temperature:g}", total=len(self._questions))
+                walks = served.serve(
+                    url.rstrip("/").removesuffix("/v1"),
+                    self._questions,
+                    temperature=temperature,
+                    max_tokens=self._max_tokens,
+                    progress=partial(_advance, bar, task),
+                )
+                entries = [Domain(name, walk) for name, walk in walks.items()]
+                rows.append(lengths("server", temperature, entries, by_prompt=False))
+        return rows
+
+    def result(self, rows: list[Lengths], answers: list[Answer], *, name: str) -> Evaluation:
+        """Everything in one struct; the headline numbers are the first engine's."""
+        from dspark_sglang.evaluation.report import Evaluation, calibration
+        from dspark_sglang.evaluation.standalone import calibration_blocks
+        from dspark_sglang.provenance import provenance
+
+        judged = None
+        if answers:
+            logits, truth, _ = calibration_blocks(answers)
+            judged = calibration(logits, truth, self._sts) if len(logits) else None
+        greedy, sampled = rows[:2]  # at the temperatures in order
+        command = ["dspark", "eval", "--artifact", self._drafter.name, "--target"]
+        command += [self._target.name, "--max-tokens", str(self._max_tokens)]
+        command += ["--dtype", self._dtype, "--seed", str(self._seed)]
+        return Evaluation(
+            schema_version=SCHEMA_VERSION,
+            gamma=self._gamma,
+            drafter_sha256=self._digest,
+            target=self._target.name,
+            prompts=f"{len(self._questions)} from {name}",
+            max_tokens=self._max_tokens,
+            dtype=self._dtype,
+            accept_length_greedy=greedy.accept_length,
+            accept_length_t1=sampled.accept_length,
+            per_position=sampled.per_position,
+            per_position_greedy=greedy.per_position,
+            ece_before=judged.ece_before if judged else None,
+            ece_after=judged.ece_after if judged else None,
+            lengths=rows,
+            calibration=judged,
+            provenance=provenance(command),
+        )
+
+    def save(self, folder: Path, result: Evaluation, answers: list[Answer]) -> None:
+        """Write evaluation.json and, where confidences were judged, reliability.png."""
+        from dspark_sglang.evaluation.report import reliability_plot
+        from dspark_sglang.evaluation.standalone import calibration_blocks
+
+        write_json(folder / "evaluation.json", result)
+        if result.calibration is not None:
+            logits, truth, _ = calibration_blocks(answers)
+            reliability_plot(folder / "reliability.png", logits, truth, self._sts)
+        self._console.print(f"Written: {folder}")

@@ -1,0 +1,188 @@
+"""One evaluation as numbers, a table and a reliability plot."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+from rich.table import Table
+
+from dspark_sglang.artifacts import Provenance
+from dspark_sglang.core.sts import BINS, sigmoid, survival_errors
+from dspark_sglang.training.walk import Walk, nothing
+
+Float64 = npt.NDArray[np.float64]
+
+
+class Lengths(msgspec.Struct, frozen=True, kw_only=True):
+    """Accepted length at one temperature by one engine."""
+
+    #: ``standalone`` or ``server``.
+    engine: str
+    temperature: float
+    rounds: int
+    #: Tokens a round, bonus included.
+    accept_length: float
+    #: 95% over prompts (bootstrap); None through a server, which counts by domain.
+    ci95: tuple[float, float] | None
+    by_domain: dict[str, float]
+    #: Chance to accept each position given that those before it were.
+    per_position: list[float]
+    #: Share of rounds that accepted each position.
+    survival: list[float]
+
+
+class Calibration(msgspec.Struct, frozen=True, kw_only=True):
+    """How well survival is predicted at temperature 1."""
+
+    blocks: int
+    #: Mean over positions; after: with the artifact's temperatures, None without any.
+    ece_before: float
+    ece_after: float | None
+    per_position_before: list[float]
+    per_position_after: list[float] | None
+
+
+class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
+    """What ``dspark eval --json`` prints."""
+
+    schema_version: int
+    gamma: int
+    drafter_sha256: str
+    target: str
+    prompts: str
+    max_tokens: int
+    dtype: str
+    accept_length_greedy: float
+    accept_length_t1: float
+    #: Conditional acceptance by position at temperature 1, and at temperature 0.
+    per_position: list[float]
+    per_position_greedy: list[float]
+    ece_before: float | None
+    ece_after: float | None
+    lengths: list[Lengths]
+    calibration: Calibration | None
+    provenance: Provenance
+
+
+class Domain(NamedTuple):
+    """Rounds of one prompt, or of all prompts of a domain."""
+
+    name: str
+    walk: Walk
+
+
+def lengths(
+    engine: str, temperature: float, walks: Sequence[Domain], *, by_prompt: bool, seed: int = 0
+) -> Lengths:
+    """Sum up walks.
+
+    Args:
+        walks: of each prompt (``by_prompt``) or of each domain.
+    """
+    gamma = len(walks[0].walk.reached)
+    total = sum((entry.walk for entry in walks), nothing(gamma))
+    domains: dict[str, Walk] = {}
+    for name, walk in walks:
+        domains[name] = domains.get(name, nothing(gamma)) + walk
+    interval = None
+    if by_prompt and len(walks) > 1:
+        counts = np.array([(entry.walk.tokens, entry.walk.rounds) for entry in walks])
+        rng = np.random.default_rng(seed)
+        drawn = counts[rng.integers(0, len(counts), (2000, len(counts)))].sum(axis=1)
+        low, high = np.percentile(drawn[:, 0] / drawn[:, 1], [2.5, 97.5])
+        interval = (round(float(low), 3), round(float(high), 3))
+    return Lengths(
+        engine=engine,
+        temperature=temperature,
+        rounds=total.rounds,
+        accept_length=round(total.accept_length, 4),
+        ci95=interval,
+        by_domain={name: round(walk.accept_length, 4) for name, walk in sorted(domains.items())},
+        per_position=[round(value, 4) for value in total.per_position],
+        survival=[round(float(n) / max(1, total.rounds), 4) for n in total.accepted],
+    )
+
+
+def calibration(
+    logits: Float64, acceptance: Float64, temperatures: Sequence[float] | None
+) -> Calibration:
+    """Expected calibration error of survival on ``[N, gamma]`` blocks, before and after STS."""
+    before = survival_errors(logits, acceptance, np.ones(logits.shape[1]))
+    after = None
+    if temperatures is not None:
+        after = survival_errors(logits, acceptance, np.array(temperatures))
+    return Calibration(
+        blocks=len(logits),
+        ece_before=round(float(before.mean()), 5),
+        ece_after=None if after is None else round(float(after.mean()), 5),
+        per_position_before=[round(float(value), 5) for value in before],
+        per_position_after=None if after is None else [round(float(value), 5) for value in after],
+    )
+
+
+def table(evaluation: Evaluation) -> Table:
+    """Accepted length by engine, temperature and domain."""
+    domains = sorted({name for entry in evaluation.lengths for name in entry.by_domain})
+    view = Table(title="Accepted length (tokens a round, bonus included)")
+    view.add_column("engine")
+    for heading in ("T", *domains, "all", "95%"):
+        view.add_column(heading, justify="right")
+    for entry in evaluation.lengths:
+        by = [f"{entry.by_domain[d]:.2f}" if d in entry.by_domain else "" for d in domains]
+        interval = "" if entry.ci95 is None else f"{entry.ci95[0]:.2f}–{entry.ci95[1]:.2f}"
+        view.add_row(
+            entry.engine,
+            f"{entry.temperature:g}",
+            *by,
+            f"[bold]{entry.accept_length:.2f}[/bold]",
+            interval,
+        )
+    return view
+
+
+def positions(entry: Lengths) -> str:
+    """Acceptance by position in words."""
+    values = " ".join(f"{value:.2f}" for value in entry.per_position)
+    return f"Acceptance by position ({entry.engine}, T={entry.temperature:g}): {values}"
+
+
+def reliability_plot(
+    path: Path, logits: Float64, acceptance: Float64, temperatures: Sequence[float] | None
+) -> None:
+    """Predicted against observed survival at every position, before and after STS."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    gamma = logits.shape[1]
+    truth = np.cumprod(acceptance, axis=1)
+    figure, axes = pyplot.subplots(
+        1, gamma, figsize=(2.6 * gamma, 3.1), sharey=True, layout="constrained", squeeze=False
+    )
+    settings = [("before", np.ones(gamma), "tab:gray")]
+    if temperatures is not None:
+        settings.append(("after STS", np.array(temperatures), "tab:blue"))
+    for k, panel in enumerate(axes[0]):
+        panel.plot([0, 1], [0, 1], color="black", linewidth=0.7, linestyle=":")
+        for label, scale, colour in settings:
+            predicted = np.cumprod(sigmoid(logits / scale), axis=1)[:, k]
+            index = np.minimum((predicted * BINS).astype(int), BINS - 1)
+            count = np.bincount(index, minlength=BINS)
+            used = count >= max(5, len(predicted) // 500)
+            x = np.bincount(index, weights=predicted, minlength=BINS)[used] / count[used]
+            y = np.bincount(index, weights=truth[:, k], minlength=BINS)[used] / count[used]
+            panel.plot(x, y, marker="o", markersize=3, linewidth=1.2, color=colour, label=label)
+        panel.set(title=f"position {k + 1}", xlim=(0, 1), ylim=(0, 1), xlabel="predicted survival")
+        panel.grid(alpha=0.3)
+        panel.spines[["top", "right"]].set_visible(False)
+    axes[0][0].set_ylabel("observed survival")
+    axes[0][0].legend(frameon=False, fontsize=8, loc="upper left")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)

@@ -1,0 +1,196 @@
+"""The standalone engine: the target answers, the drafter drafts at every position, rounds are replayed.
+
+No server is involved. At every position of an answer the drafter drafts with the answer's own
+tokens before it; :mod:`dspark_sglang.training.walk` then takes the rounds serving would have taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from dspark_sglang.checkpoint import check_fits, read_config
+from dspark_sglang.evaluation.questions import Question
+from dspark_sglang.training.layouts import read_drafter
+from dspark_sglang.training.loss import Vocabulary, whole
+from dspark_sglang.training.model import Drafter
+from dspark_sglang.training.packing import pack
+from dspark_sglang.training.sequences import TokenSequence
+from dspark_sglang.training.states import Target
+from dspark_sglang.training.validate import Scores, score_blocks
+from dspark_sglang.training.walk import Walk, walk
+
+Float64 = npt.NDArray[np.float64]
+Progress = Callable[[int], None]
+
+_ANCHORS_AT_ONCE = 64
+
+
+class Pair(NamedTuple):
+    """A target and its drafter."""
+
+    target: Target
+    drafter: Drafter
+    vocabulary: Vocabulary
+    bf16: bool
+
+
+class Answer(NamedTuple):
+    """One answer of the target, scored at every anchor; ``A`` anchors."""
+
+    question: int
+    domain: str
+    #: ``[A, gamma]``, see :class:`dspark_sglang.training.validate.Scores`.
+    match: Float64
+    ratio: Float64
+    confidence: Float64
+    acceptance: Float64
+    #: ``[A]`` tokens of the answer that follow each anchor.
+    remaining: npt.NDArray[np.int64]
+
+    def whole_blocks(self) -> npt.NDArray[np.bool_]:
+        """``[A]``: the answer goes on for at least a block."""
+        return np.greater_equal(self.remaining, self.match.shape[1])
+
+
+def load_pair(target: Path, drafter: Path, *, bf16: bool = True) -> Pair:
+    """Load both models.
+
+    Raises:
+        CheckpointError: either is damaged, or they do not fit together.
+    """
+    config, tensors = read_drafter(drafter)
+    check_fits(config, read_config(target, role="target"), name=str(target))
+    loaded = Target(str(target), bf16=bf16)
+    model = Drafter(config)
+    model.load(tensors)
+    kind = torch.bfloat16 if bf16 else torch.float32
+    return Pair(loaded, model.eval(), whole(loaded.head.to(kind), loaded.softcap), bf16)
+
+
+@torch.inference_mode()
+def write_answers(
+    target: Target,
+    questions: Sequence[Question],
+    *,
+    temperature: float,
+    max_tokens: int,
+    seed: int,
+    at_once: int = 12,
+    progress: Progress = lambda done: None,
+) -> list[TokenSequence]:
+    """Let the target answer every question, as the server would: no filters, its own template.
+
+    Args:
+        temperature: 0 is greedy.
+        at_once: answers written together.
+        progress: told how many are done.
+    """
+    torch.manual_seed(seed)
+    tokenizer, model = target.tokenizer, target.model
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    made = []
+    choice: dict[str, Any] = {"do_sample": False}
+    if temperature:
+        choice = {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": temperature}
+    for begin in range(0, len(questions), at_once):
+        part = questions[begin : begin + at_once]
+        texts = [
+            tokenizer.apply_chat_template(q.messages, tokenize=False, add_generation_prompt=True)
+            for q in part
+        ]
+        given = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
+        out = model.generate(
+            **given, max_new_tokens=max_tokens, pad_token_id=tokenizer.pad_token_id, **choice
+        )
+        width = given["input_ids"].shape[1]
+        ends = model.generation_config.eos_token_id
+        ends = {ends} if isinstance(ends, int) else set(ends or ())
+        for row, (tokens, mask) in enumerate(zip(out, given["attention_mask"], strict=True)):
+            prompt = tokens[:width][mask.bool()].tolist()
+            answer = tokens[width:].tolist()
+            stop = next((i for i, token in enumerate(answer) if token in ends), len(answer) - 1)
+            answer = answer[: stop + 1]
+            made.append(
+                TokenSequence(
+                    np.array(prompt + answer, dtype=np.int32),
+                    np.array([False] * len(prompt) + [True] * len(answer)),
+                    begin + row,
+                )
+            )
+        progress(len(made))
+    return made
+
+
+@torch.no_grad()
+def score_answers(
+    pair: Pair,
+    answers: Sequence[TokenSequence],
+    questions: Sequence[Question],
+    *,
+    progress: Progress = lambda done: None,
+) -> list[Answer]:
+    """Score a block at every anchor of every answer; answers without an anchor are left out."""
+    scored = []
+    for number, sequence in enumerate(answers):
+        anchors = sequence.anchors()
+        if len(anchors):
+            scores = _score(pair, sequence, anchors)
+            match, ratio, confidence, acceptance = (field.double().numpy() for field in scores)
+            scored.append(
+                Answer(
+                    question=sequence.source,
+                    domain=questions[sequence.source].domain,
+                    match=match,
+                    ratio=ratio,
+                    confidence=confidence,
+                    acceptance=acceptance,
+                    remaining=sequence.remaining(),
+                )
+            )
+        progress(number + 1)
+    return scored
+
+
+def _score(pair: Pair, sequence: TokenSequence, anchors: npt.NDArray[np.int64]) -> Scores:
+    tokens = torch.from_numpy(sequence.tokens[None].astype(np.int64))
+    states = pair.target.states(tokens, pair.drafter.config.target_layer_ids)
+    parts = []
+    for begin in range(0, len(anchors), _ANCHORS_AT_ONCE):
+        chosen = anchors[begin : begin + _ANCHORS_AT_ONCE]
+        packed = pack([sequence], [chosen], [0], pair.drafter.config.gamma)
+        with torch.autocast("cpu", torch.bfloat16, enabled=pair.bf16):
+            parts.append(score_blocks(pair.drafter, pair.target, packed, states, pair.vocabulary))
+    return Scores(*(torch.cat(field) for field in zip(*parts, strict=True)))
+
+
+def replay(answers: Sequence[Answer], *, greedy: bool, seed: int = 0) -> list[Walk]:
+    """The rounds of each answer, at temperature 0 or at the temperature it was sampled at (1)."""
+    rng = np.random.default_rng(seed)
+    walks = []
+    for answer in answers:
+        chance = answer.match if greedy else answer.ratio
+        walks.append(walk(chance, rng.random(chance.shape), answer.remaining))
+    return walks
+
+
+def calibration_blocks(answers: Sequence[Answer]) -> tuple[Float64, Float64, npt.NDArray[np.int64]]:
+    """Whole blocks of all answers, for fitting and judging confidences.
+
+    Returns:
+        ``[N, gamma]`` confidence logits, ``[N, gamma]`` acceptance ``1 - TV(p, q)`` and ``[N]``
+        question numbers.
+    """
+    keep = [answer.whole_blocks() for answer in answers]
+    pairs = list(zip(answers, keep, strict=True))
+    logits = np.concatenate([answer.confidence[rows] for answer, rows in pairs])
+    truth = np.concatenate([answer.acceptance[rows] for answer, rows in pairs])
+    owner = np.concatenate([np.full(int(rows.sum()), answer.question) for answer, rows in pairs])
+    return logits, truth.clip(0.0, 1.0), owner

@@ -2,8 +2,9 @@
 
 Knows the published dense layout (``Qwen3DSparkModel``: ``fc``, ``hidden_norm``, ``norm``,
 ``layers.N.*``, ``markov_head.*``, ``confidence_head.*``) with its configuration keys at the top
-level or nested under ``dflash_config`` / ``dspark_config``, and recognises drafters bundled in a
-target checkpoint (``dspark_*`` keys), which SGLang loads itself.
+level or nested under ``dflash_config`` / ``dspark_config``, its Gemma 4 sibling
+(``Gemma4DSparkModel``), and recognises drafters bundled in a target checkpoint (``dspark_*`` keys),
+which SGLang loads itself.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ BUNDLED_KEYS = (
     "dspark_target_layer_ids",
 )
 MARKOV_HEADS = ("vanilla", "gated", "rnn")
+GEMMA4 = "Gemma4DSparkModel"
 _HEAD_TENSORS = ("markov_head.", "confidence_head.")
 
 
@@ -51,6 +53,14 @@ class DrafterConfig(msgspec.Struct, frozen=True, kw_only=True):
     sample_from_anchor: bool = True
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
+    #: Layers as Gemma 4's: sandwich norms, normed values, tanh-GELU, attention scale 1.
+    gemma4: bool = False
+    #: Gemma 4: values are the key projection, normed; there is no ``v_proj``.
+    shared_kv: bool = False
+    #: Gemma 4: share of each head that RoPE turns (its "proportional" type).
+    rope_share: float = 1.0
+    #: Stored norm gains are one less than what multiplies (``use_gemma_norm``).
+    gain_minus_one: bool = False
 
 
 def read_json(path: Path, *, what: str) -> dict[str, Any]:
@@ -120,7 +130,7 @@ def parse_drafter_config(config: Mapping[str, Any]) -> DrafterConfig:
     """
     try:
         return _parse(config)
-    except (TypeError, ValueError, ZeroDivisionError, AttributeError) as error:
+    except (TypeError, ValueError, KeyError, ZeroDivisionError, AttributeError) as error:
         raise CheckpointError(
             f"The drafter's config.json holds a value of the wrong type: {error}.",
             expected="integers for sizes and a list of integers for target_layer_ids",
@@ -138,9 +148,7 @@ def _parse(config: Mapping[str, Any]) -> DrafterConfig:
             expected=" or ".join(MARKOV_HEADS),
             fix="Use a drafter with one of these heads.",
         )
-    rope = config.get("rope_parameters") or {}
     hidden = int(_require(config, "hidden_size"))
-    heads = int(_require(config, "num_attention_heads"))
     parsed = DrafterConfig(
         gamma=int(_require(config, "block_size", "dspark_block_size")),
         markov_rank=rank,
@@ -154,15 +162,13 @@ def _parse(config: Mapping[str, Any]) -> DrafterConfig:
         hidden_size=hidden,
         vocab_size=int(_require(config, "vocab_size")),
         num_layers=int(_require(config, "num_hidden_layers")),
-        num_heads=heads,
-        num_kv_heads=int(config.get("num_key_value_heads", heads)),
-        head_dim=int(config.get("head_dim") or hidden // heads),
         intermediate_size=int(config.get("intermediate_size", 0)),
         num_target_layers=config.get("num_target_layers"),
         bundled=bundled,
         sample_from_anchor=bool(config.get("sample_from_anchor", True)),
         rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-        rope_theta=float(rope.get("rope_theta", config.get("rope_theta", 10000.0))),
+        gain_minus_one=bool(config.get("use_gemma_norm", False)),
+        **attention_shape(config),
     )
     if parsed.gamma < 1 or parsed.markov_rank < 1 or not parsed.target_layer_ids:
         raise CheckpointError(
@@ -172,6 +178,38 @@ def _parse(config: Mapping[str, Any]) -> DrafterConfig:
             fix="Use a DSpark checkpoint.",
         )
     return parsed
+
+
+def is_gemma4(config: Mapping[str, Any]) -> bool:
+    """Whether a drafter's configuration says its layers are Gemma 4's."""
+    return GEMMA4 in (config.get("architectures") or ())
+
+
+def attention_shape(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Heads and RoPE as fields of :class:`DrafterConfig`, from a drafter's configuration."""
+    heads = int(_require(config, "num_attention_heads"))
+    kv_heads = int(config.get("num_key_value_heads") or heads)
+    rope = config.get("rope_parameters") or {}
+    rope = rope.get("full_attention", rope)
+    theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
+    if not is_gemma4(config):
+        return {
+            "num_heads": heads,
+            "num_kv_heads": kv_heads,
+            "head_dim": int(config.get("head_dim") or int(config["hidden_size"]) // heads),
+            "rope_theta": float(theta),
+        }
+    shared = bool(config.get("attention_k_eq_v", False))
+    proportional = rope.get("rope_type", "proportional") == "proportional"
+    return {
+        "num_heads": heads,
+        "num_kv_heads": int(config["num_global_key_value_heads"]) if shared else kv_heads,
+        "head_dim": int(config["global_head_dim"]),
+        "rope_theta": float(theta if rope else 1e6),
+        "rope_share": float(rope.get("partial_rotary_factor", 0.25)) if proportional else 1.0,
+        "gemma4": True,
+        "shared_kv": shared,
+    }
 
 
 def dense_tensors(config: DrafterConfig) -> dict[str, tuple[int, ...]]:
@@ -210,7 +248,36 @@ def dense_tensors(config: DrafterConfig) -> dict[str, tuple[int, ...]]:
             prefix + "input_layernorm.weight": (hidden,),
             prefix + "post_attention_layernorm.weight": (hidden,),
         }
+        if config.gemma4:
+            shapes |= {
+                prefix + "pre_feedforward_layernorm.weight": (hidden,),
+                prefix + "post_feedforward_layernorm.weight": (hidden,),
+                prefix + "layer_scalar": (1,),
+            }
+        if config.shared_kv:
+            del shapes[prefix + "self_attn.v_proj.weight"]
     return shapes
+
+
+def check_served(config: DrafterConfig) -> None:
+    """Check that SGLang 0.5.23 can run a drafter of this kind at all.
+
+    Raises:
+        CheckpointError: Gemma 4 layers, for which it has no class, or the target's embedding among
+            the layers read, which its loader refuses.
+    """
+    if min(config.target_layer_ids) < 0:
+        raise CheckpointError(
+            f"The drafter reads target layers {list(config.target_layer_ids)}.",
+            expected="outputs of decoder layers (0 and up): SGLang cannot capture the embedding",
+            fix="Train one with other drafter.target_layer_ids.",
+        )
+    if config.gemma4:
+        raise CheckpointError(
+            f"The drafter is a {GEMMA4}.",
+            expected="an architecture that SGLang has (Qwen3DSparkModel, DSparkDraftModel, ...)",
+            fix="Train one for this target with drafter.layout qwen3, or serve this one with vLLM.",
+        )
 
 
 def weight_files(directory: Path) -> list[Path]:

@@ -20,7 +20,8 @@ def calibrate(
     target: Annotated[Path, typer.Option(help="The target's directory.")],
     drafter: Annotated[Path, typer.Option(help="The drafter's directory.")],
     prompts: Annotated[
-        Path | None, typer.Option(help="Prompts file. Default: the packaged ones.")
+        Path | None,
+        typer.Option(help="Prompts file. Default: packaged ones that no benchmark uses."),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Where to write. Default: sts.json beside the weights.")
@@ -31,11 +32,11 @@ def calibrate(
     """Fit STS on half of the prompts and report calibration on the other half."""
     from dspark_sglang.core.sts import fit_sts, survival_errors
     from dspark_sglang.evaluation import standalone
-    from dspark_sglang.evaluation.questions import load_questions
+    from dspark_sglang.evaluation.questions import calibration_questions, load_questions
     from dspark_sglang.provenance import provenance
 
     console = Console()
-    questions = load_questions(prompts)
+    questions = load_questions(prompts) if prompts else calibration_questions()
     if len(questions) < 4:
         raise ConfigError(
             f"{len(questions)} prompts were given.",

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
+import msgspec
 import typer
 from rich.console import Console
 from rich.progress import Progress, TaskID
@@ -45,6 +46,9 @@ def evaluate(
     out: Annotated[
         Path | None, typer.Option(help="Folder for evaluation.json and reliability.png.")
     ] = None,
+    record: Annotated[
+        bool, typer.Option(help="Write eval.json beside the weights, for the model card.")
+    ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the result as JSON and nothing else.")
     ] = False,
@@ -54,8 +58,6 @@ def evaluate(
     The standalone engine replays serving's rounds on the target's own answers with everything
     drafted verified; the server engine counts what a real server did.
     """
-    import msgspec
-
     from dspark_sglang import targets
     from dspark_sglang.evaluation.questions import load_questions
 
@@ -78,6 +80,8 @@ def evaluate(
     result = session.result(rows, answers, name=prompts.name if prompts else "packaged prompts")
     if out is not None:
         session.save(out, result, answers)
+    if record:
+        session.record(result)
     if as_json:
         typer.echo(msgspec.json.format(msgspec.json.encode(result), indent=2).decode())
         return
@@ -238,6 +242,28 @@ class Session:
             calibration=judged,
             provenance=provenance(command),
         )
+
+    def record(self, result: Evaluation) -> None:
+        """Write eval.json, from which the card's acceptance table is made.
+
+        Raises:
+            ConfigError: the prompts have domains a card does not know.
+        """
+        from dspark_packaging.card import KINDS
+        from dspark_packaging.schemas import EVAL_FILE, EvalArtifact
+        from dspark_sglang.demo.report import machine
+        from dspark_sglang.evaluation.report import card_artifact
+
+        unknown = {name for row in result.lengths for name in row.by_domain} - set(KINDS)
+        if unknown:
+            raise ConfigError(
+                f"The prompts are of domains {', '.join(sorted(unknown))}.",
+                expected=", ".join(KINDS),
+                fix="Give each prompt one of these as its domain, or leave --record out.",
+            )
+        artifact = msgspec.convert(card_artifact(result, machine()), EvalArtifact)
+        write_json(self._drafter / EVAL_FILE, artifact)
+        self._console.print(f"Written: {self._drafter / EVAL_FILE}")
 
     def save(self, folder: Path, result: Evaluation, answers: list[Answer]) -> None:
         """Write evaluation.json and, where confidences were judged, reliability.png."""

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import os
+import math
 import random
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from dspark_sglang.errors import ConfigError
+from dspark_sglang.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from dspark_sglang.training.conversations import ConversationWriter
@@ -52,6 +52,8 @@ def generate_data(
     concurrency: Annotated[int, typer.Option(min=1, help="Requests in flight.")] = 64,
     model: Annotated[str, typer.Option(help="Model name sent to the endpoint.")] = "default",
     seed: Annotated[int, typer.Option(help="Seed of prompts and answers.")] = 0,
+    # Hidden: a key on the command line is seen by everyone on the machine.
+    api_key: Annotated[str, typer.Option(envvar="OPENAI_API_KEY", hidden=True)] = "",
 ) -> None:
     """Let the target answer prompts, and keep prompts and answers for training.
 
@@ -61,33 +63,30 @@ def generate_data(
     from dspark_sglang.training.conversations import ConversationWriter
     from dspark_sglang.training.generate import Options
 
-    console = Console()
-    try:
-        parsed = tuple(float(part) for part in temperatures.split(","))
-    except ValueError:
-        parsed = ()
-    if not parsed or min(parsed) < 0:
-        raise ConfigError(
-            f"--temperatures is {temperatures!r}.",
-            expected="numbers of at least 0, comma-separated",
-            fix="For example --temperatures 0,1.",
-        )
+    # Text for people and for logs: no markup in file names, no lines broken at 80 characters.
+    console = Console(markup=False, soft_wrap=True)
+    parsed = _temperatures(temperatures)
+    base = _checked_url(url)
+    tokenizer = _tokenizer(console, target)
     drafts = _drafts(console, prompts, recipe)
     with ExitStack() as stack:
         writer = stack.enter_context(ConversationWriter(out))
         if writer.ids:
-            console.print(f"{out}: {len(writer.ids)} conversations, {writer.tokens} tokens already")
-        base = url.rstrip("/") or _serve(stack, console, target, drafter, out)
+            console.print(
+                f"{out}: {len(writer.ids)} conversations, {writer.tokens} tokens already, "
+                f"{writer.broken} broken lines skipped"
+            )
+        base = base or _serve(stack, console, target, drafter, out)
         options = Options(
             url=base,
             model=model,
-            api_key=os.environ.get("OPENAI_API_KEY", ""),
+            api_key=api_key,
             concurrency=concurrency,
             max_tokens=max_tokens,
             temperatures=parsed,
             seed=seed,
         )
-        tally = asyncio.run(_run(console, target, options, drafts, writer, tokens))
+        tally = asyncio.run(_run(console, tokenizer, options, drafts, writer, tokens))
     console.print(
         f"{out}: {writer.tokens} tokens in {len(writer.ids)} conversations "
         f"({tally.written} new, {tally.duplicates} duplicates and {tally.unusable} unusable "
@@ -95,22 +94,74 @@ def generate_data(
     )
 
 
+def _temperatures(text: str) -> tuple[float, ...]:
+    try:
+        parsed = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        parsed = ()
+    if not parsed or not all(0 <= value < math.inf for value in parsed):
+        raise ConfigError(
+            f"--temperatures is {text!r}.",
+            expected="numbers of at least 0, comma-separated",
+            fix="For example --temperatures 0,1.",
+        )
+    return parsed
+
+
+def _checked_url(text: str) -> str:
+    """``text`` without a slash at its end; empty stays empty."""
+    import httpx
+
+    try:
+        parts = httpx.URL(text)
+    except httpx.InvalidURL:
+        parts = httpx.URL("")
+    if text and not (parts.scheme in ("http", "https") and parts.host):
+        raise ConfigError(
+            f"--url is {text!r}.",
+            expected="an http or https address",
+            fix="For example --url http://127.0.0.1:30000/v1.",
+        )
+    return text.rstrip("/")
+
+
+def _tokenizer(console: Console, target: Path) -> Any:
+    """The target's tokenizer; says so where its chat template limits what can be asked."""
+    from transformers import AutoTokenizer
+
+    from dspark_sglang.training.chat_template import accepts_system
+
+    fix = "Give the directory of an instruction-tuned model with its tokenizer."
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(target)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"The tokenizer of {target} cannot be loaded: {error}.",
+            expected="a Hugging Face model directory",
+            fix=fix,
+        ) from error
+    if not tokenizer.chat_template:
+        raise CheckpointError(f"{target} has no chat template.", expected="a chat model", fix=fix)
+    if not accepts_system(tokenizer):
+        console.print("the chat template takes no system messages: they are left out")
+    return tokenizer
+
+
 def _drafts(
     console: Console, prompts: list[Path] | None, recipe: str
 ) -> Callable[[random.Random], Draft | None]:
     """Where the next conversation to start comes from."""
-    from dspark_sglang.training.generate import Options, draw_draft
+    from dspark_sglang.training.generate import draw_draft
     from dspark_sglang.training.prompts import load_prompt_files
     from dspark_sglang.training.recipe import load_recipe
 
     if not prompts:
         chosen = load_recipe(recipe)
-        share = Options(url="").system_share
-        return lambda rng: draw_draft(chosen, rng, share)
+        return lambda rng: draw_draft(chosen, rng)
     scan = load_prompt_files(prompts)
     console.print(f"{len(scan.drafts)} prompts, {scan.broken} broken entries skipped")
     for example in scan.examples:
-        console.print(f"  {example}", style="yellow", markup=False)
+        console.print(f"  {example}", style="yellow")
     queue = iter(scan.drafts)
     return lambda rng: next(queue, None)
 
@@ -135,14 +186,13 @@ def _serve(
 
 async def _run(
     console: Console,
-    target: Path,
+    tokenizer: Any,
     options: Options,
     drafts: Callable[[random.Random], Draft | None],
     writer: ConversationWriter,
     tokens: int,
 ) -> Tally:
     import httpx
-    from transformers import AutoTokenizer
 
     from dspark_sglang.training.generate import Generator
 
@@ -163,7 +213,5 @@ async def _run(
             bar.update(task, completed=min(writer.tokens, tokens), rate=rate)
 
         async with httpx.AsyncClient(limits=limits) as client:
-            generator = Generator(
-                client, options, AutoTokenizer.from_pretrained(target), progress=report
-            )
+            generator = Generator(client, options, tokenizer, progress=report)
             return await generator.run(drafts, writer, tokens)

@@ -10,6 +10,7 @@ import typer
 
 from dspark_sglang import __version__
 from dspark_sglang.cli import (
+    ablate,
     bench_round,
     calibrate,
     demo,
@@ -52,6 +53,7 @@ app.command("bench-round")(bench_round.bench_round)
 app.command("fetch-target")(fetch_target.fetch_target)
 app.command("generate-data")(generate_data.generate_data)
 app.command("train")(train.train)
+app.command("ablate")(ablate.ablate)
 app.command("eval")(evaluate.evaluate)
 app.command("calibrate")(calibrate.calibrate)
 app.command("package")(package.package)

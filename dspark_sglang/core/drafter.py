@@ -33,10 +33,17 @@ class DenseShape:
     rope_theta: float
 
 
-def rotate(x: torch.Tensor, positions: torch.Tensor, theta: float) -> torch.Tensor:
-    """Rotary embedding (halves rotated together): ``[..., S, heads, dim]`` at ``[..., S]``."""
+def rotate(
+    x: torch.Tensor, positions: torch.Tensor, theta: float, share: float = 1.0
+) -> torch.Tensor:
+    """Rotary embedding (halves rotated together): ``[..., S, heads, dim]`` at ``[..., S]``.
+
+    Only the ``share`` of the dimensions with the highest frequencies turns.
+    """
     half = x.shape[-1] // 2
-    frequency = theta ** (-torch.arange(half, dtype=torch.float32) / half)
+    frequency = theta ** (-torch.arange(half, dtype=torch.float32, device=x.device) / half)
+    if share < 1.0:
+        frequency[int(share * x.shape[-1] // 2) :] = 0.0
     angle = positions[..., None, None].float() * frequency
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     low, high = x[..., :half], x[..., half:]

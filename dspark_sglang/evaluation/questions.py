@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,11 +38,18 @@ def load_questions(path: Path | None) -> list[Question]:
     return questions
 
 
+def calibration_questions() -> list[Question]:
+    """The packaged prompts for calibration: the target wrote them, no benchmark here uses them."""
+    data = resources.files("dspark_sglang.evaluation").joinpath("data/calibration.jsonl")
+    with resources.as_file(data) as path:
+        return load_questions(path)
+
+
 def _is_packaged_format(path: Path) -> bool:
     if path.suffix != ".json":
         return False
     try:
         content = msgspec.json.decode(path.read_bytes())
-    except (OSError, msgspec.DecodeError):
+    except (OSError, ValueError):
         return False  # the other reader says what is wrong
     return isinstance(content, dict) and "schema_version" in content

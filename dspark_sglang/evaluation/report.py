@@ -125,6 +125,42 @@ def calibration(
     )
 
 
+def card_artifact(evaluation: Evaluation, hardware: str) -> dict[str, object]:
+    """The fields of ``eval.json`` (:class:`dspark_packaging.schemas.EvalArtifact`)."""
+    rows = [row for row in evaluation.lengths if row.engine == evaluation.lengths[0].engine]
+    how = (
+        "rounds replayed on the target's own answers (`dspark eval`, standalone engine)"
+        if rows[0].engine == "standalone"
+        else "rounds counted by a server (`dspark eval --engine server`)"
+    )
+    return {
+        "kind": "eval",
+        "schema_version": evaluation.schema_version,
+        "gamma": evaluation.gamma,
+        "drafter_sha256": evaluation.drafter_sha256,
+        "target": evaluation.target,
+        "definition": "Tokens produced a verification round, the target's own (bonus) token "
+        f"included, with the whole block verified; {how}.",
+        "position_definition": "Share of rounds in which the drafted token at this position was "
+        "accepted.",
+        "prompts": f"{evaluation.prompts}, answers of at most {evaluation.max_tokens} tokens, "
+        f"{evaluation.dtype}",
+        "hardware": hardware,
+        "provenance": evaluation.provenance,
+        "accepted_length": [
+            {
+                "temperature": row.temperature,
+                "rounds": row.rounds,
+                "overall": row.accept_length,
+                "by_kind": row.by_domain,
+                "by_position": row.survival,
+                "ci95": row.ci95,
+            }
+            for row in rows
+        ],
+    }
+
+
 def table(evaluation: Evaluation) -> Table:
     """Accepted length by engine, temperature and domain."""
     domains = sorted({name for entry in evaluation.lengths for name in entry.by_domain})

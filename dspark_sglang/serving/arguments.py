@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 from dspark_sglang.checkpoint import (
     DrafterConfig,
     check_fits,
+    check_served,
     check_tensors,
     parse_drafter_config,
     read_config,
@@ -130,6 +131,7 @@ def _check_drafter(view: Any) -> DrafterConfig | None:
         config = parse_drafter_config(read_config(directory, role="drafter"))
         if not config.bundled:
             check_tensors(directory, config)
+            check_served(config)
         if target is not None:
             check_fits(config, target, name=str(view.model_path))
     if config is not None:

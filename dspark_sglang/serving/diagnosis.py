@@ -13,7 +13,13 @@ import httpx
 import msgspec
 
 from dspark_sglang import __version__
-from dspark_sglang.checkpoint import check_fits, check_tensors, parse_drafter_config, read_config
+from dspark_sglang.checkpoint import (
+    check_fits,
+    check_served,
+    check_tensors,
+    parse_drafter_config,
+    read_config,
+)
 from dspark_sglang.config import read_settings
 from dspark_sglang.errors import DSparkError
 from dspark_sglang.serving import compat, entry
@@ -145,6 +151,7 @@ def models(target: Path | None, drafter: Path) -> list[Finding]:
         config = parse_drafter_config(read_config(drafter, role="drafter"))
         if not config.bundled:
             check_tensors(drafter, config)
+            check_served(config)
         findings = [
             Finding("ok", f"{drafter}: gamma {config.gamma}, {config.markov_head} Markov head")
         ]

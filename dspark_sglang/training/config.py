@@ -19,13 +19,24 @@ class DrafterSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     #: Drafted tokens a round.
     gamma: int = 5
     layers: int = 2
+    #: Key and value heads. 0: as the target. More let a block row read more of the features of the
+    #: position before it, which is what its first prediction lives on.
+    kv_heads: int = 0
+    #: ``qwen3``: what SGLang runs, for any target. ``gemma4``: DeepSpec's Gemma 4 layers, for a
+    #: Gemma 4 target served elsewhere (SGLang 0.5.23 has no class for them).
+    layout: Literal["qwen3", "gemma4"] = "qwen3"
+    #: Whether the anchor's row predicts the first token, so that gamma rows do. False is DFlash's
+    #: convention: gamma + 1 rows, each mask row predicts its own position. Unset: as ``start``
+    #: has it, else true except with ``markov_head: none``.
+    sample_from_anchor: bool | None = None
     #: ``none`` trains the parallel backbone alone (DFlash).
     markov_head: MarkovKind = "vanilla"
     markov_rank: int = 64
-    #: Target layers read (outputs of those decoder layers; -1 is the embedding). Empty: five,
+    #: Target layers read (outputs of those decoder layers). Empty: as ``start`` reads, else five,
     #: spread from the third layer to the last but one.
     target_layer_ids: tuple[int, ...] = ()
-    #: Token whose embedding fills rows 2..gamma. Negative: an unused special token is looked up.
+    #: Token whose embedding fills rows 2..gamma. Negative: as in ``start``, else an unused special
+    #: token is looked up.
     mask_token_id: int = -1
 
 
@@ -103,7 +114,8 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     loss: LossSpec = LossSpec()
     optim: OptimSpec = OptimSpec()
     cache: CacheSpec = CacheSpec()
-    #: A drafter (DSpark or DFlash) whose weights are the start. Empty: from the target.
+    #: A drafter (DSpark or DFlash) whose weights are the start; widths must be its own. Empty: from
+    #: the target.
     start: str = ""
     #: Start the layers from the target's last ones (without ``start``).
     from_target: bool = True
@@ -111,8 +123,6 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     #: cpu or cuda. bf16: matrix products in bfloat16, weights and optimiser in float32.
     device: str = "cpu"
     bf16: bool = True
-    #: Compile the layers and the loss with torch.compile (needs a C++ compiler; a minute at first).
-    compile: bool = False
     validate_every: int = 250
     checkpoint_every: int = 100
     #: Stop after this many validations without a longer accepted length. 0: never.
@@ -181,7 +191,12 @@ def check(config: TrainConfig, fix: str = "Correct the config file.") -> None:
     problems = {
         "drafter.gamma (1 to 16)": not 1 <= drafter.gamma <= 16,
         "drafter.layers (at least 1)": drafter.layers < 1,
+        "drafter.kv_heads (at least 0)": drafter.kv_heads < 0,
         "drafter.markov_rank (at least 1)": drafter.markov_rank < 1,
+        "drafter with markov_head none (sample_from_anchor false, layout qwen3)": (
+            drafter.markov_head == "none"
+            and (drafter.sample_from_anchor is True or drafter.layout != "qwen3")
+        ),
         "data.files (at least one)": not config.data.files,
         "data.validation_per_mille (1 to 500)": not 1 <= config.data.validation_per_mille <= 500,
         "data.max_length (at least 16)": config.data.max_length < 16,

@@ -1,17 +1,20 @@
 """Conversations a drafter learns from: one JSON object a line, answers written by the target.
 
 Text is stored, not tokens, so that a file serves every target with the same chat template and
-can be read by a person. A file only ever grows; a line cut short by a crash is dropped when the
-file is opened for more.
+can be read by a person. A file only ever grows, by one process at a time; a line cut short by a
+crash is dropped when the file is opened for more.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
+import io
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Literal, NamedTuple, Self
+from typing import Literal, NamedTuple, Self
 
 import msgspec
 
@@ -19,6 +22,9 @@ from dspark_sglang.errors import DataError
 
 Role = Literal["system", "user", "assistant"]
 FinishReason = Literal["stop", "length"]
+#: How a line begins that this module wrote: nothing else is ever cut off a file.
+_LINE_START = b'{"id":'
+_OURS = "a new file, or conversations that this command wrote"
 
 
 class Message(msgspec.Struct, frozen=True):
@@ -74,11 +80,16 @@ class Scan(NamedTuple):
     examples: tuple[str, ...]
 
 
-def iterate_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+def iterate_lines(
+    path: Path,
+    *,
+    expected: str = "a JSON Lines file",
+    fix: str = "Check the path, or make one with `dspark generate-data`.",
+) -> Iterator[tuple[int, bytes]]:
     """Line numbers and non-empty lines of a file.
 
     Raises:
-        DataError: the file cannot be read.
+        DataError: the file cannot be read; ``expected`` and ``fix`` are its words.
     """
     try:
         with path.open("rb") as stream:
@@ -88,8 +99,8 @@ def iterate_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     except OSError as error:
         raise DataError(
             f"{path} cannot be read: {error.strerror}.",
-            expected="a JSON Lines file",
-            fix="Check the path, or make one with `dspark generate-data`.",
+            expected=expected,
+            fix=fix,
         ) from error
 
 
@@ -108,7 +119,7 @@ def load_conversations(paths: list[Path]) -> Scan:
             try:
                 conversation = decoder.decode(line)
                 _check(conversation)
-            except (msgspec.DecodeError, ValueError) as error:
+            except ValueError as error:
                 broken += 1
                 if len(examples) < 3:
                     examples.append(f"{path}:{number}: {error}")
@@ -128,7 +139,7 @@ def load_conversations(paths: list[Path]) -> Scan:
 
 def _check(conversation: Conversation) -> None:
     roles = [message.role for message in conversation.messages]
-    if "user" not in roles or not roles or roles[-1] != "assistant":
+    if "user" not in roles or roles[-1] != "assistant":
         raise ValueError("no user turn answered by the assistant")
     if not conversation.messages[-1].content.strip():
         raise ValueError("an empty answer")
@@ -145,46 +156,95 @@ class ConversationWriter:
         self.path = path
         self.ids: set[str] = set()
         self.tokens = 0
-        self._stream: IO[bytes] | None = None
+        #: Lines already there that cannot be used.
+        self.broken = 0
+        self._stream: io.FileIO | None = None
 
     def __enter__(self) -> Self:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._drop_cut_line()
-        if self.path.exists() and self.path.stat().st_size:
-            for conversation in load_conversations([self.path]).conversations:
-                self.ids.add(conversation.id)
-                self.tokens += conversation.completion_tokens
-        self._stream = self.path.open("ab")
+        """Open the file, or make it.
+
+        Raises:
+            DataError: it cannot be written, another process writes it, or it holds other things.
+        """
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with contextlib.ExitStack() as stack:
+                # Unbuffered: what a full disk did not take must not be written again at the end.
+                stream = stack.enter_context(self.path.open("a+b", buffering=0))
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self._end_last_line(stream)
+                if stream.seek(0, os.SEEK_END):
+                    self._count()
+                self._stream = stream
+                stack.pop_all()
+        except BlockingIOError as error:
+            raise DataError(
+                f"Another process writes {self.path}.",
+                expected="one at a time",
+                fix="Wait for it, or give another --out; `dspark train` reads several files.",
+            ) from error
+        except OSError as error:
+            raise DataError(
+                f"{self.path} cannot be written: {error.strerror}.",
+                expected="a file, or a place for one",
+                fix="Give another --out.",
+            ) from error
         return self
 
-    def _drop_cut_line(self) -> None:
-        if not self.path.exists():
+    def _count(self) -> None:
+        """Take note of the conversations that are there."""
+        try:
+            scan = load_conversations([self.path])
+        except DataError as error:
+            raise DataError(error.found, expected=_OURS, fix="Give another --out.") from error
+        self.broken = scan.broken
+        for conversation in scan.conversations:
+            self.ids.add(conversation.id)
+            self.tokens += conversation.completion_tokens
+
+    def _end_last_line(self, stream: io.FileIO) -> None:
+        """Drop a conversation cut short; end a whole one that lacks its line end.
+
+        Raises:
+            DataError: the file ends in something else, which is not ours to remove.
+        """
+        size = stream.seek(0, os.SEEK_END)
+        start = _after_last_line_end(stream, size)
+        if start == size:
             return
-        with self.path.open("r+b") as stream:
-            size = stream.seek(0, os.SEEK_END)
-            while size:
-                start = max(0, size - 65536)
-                stream.seek(start)
-                end = stream.read(size - start).rfind(b"\n")
-                if end >= 0:
-                    stream.truncate(start + end + 1)
-                    return
-                size = start
-            stream.truncate(0)
+        stream.seek(start)
+        line = stream.read(len(_LINE_START))
+        if not _LINE_START.startswith(line):
+            raise DataError(
+                f"{self.path} ends in {line.decode(errors='replace')!r}...",
+                expected=_OURS,
+                fix="Give another --out, or end the file's last line.",
+            )
+        line += stream.readall()
+        try:
+            msgspec.json.decode(line)
+        except ValueError:
+            stream.truncate(start)
+        else:
+            stream.write(b"\n")
 
     def write(self, conversation: Conversation) -> bool:
         """Append one conversation; False if its prompt is already there.
 
         Raises:
-            DataError: the disk is full or the file cannot be written.
+            DataError: the disk is full or the file cannot be written; nothing was appended.
         """
         assert self._stream is not None, "use as a context manager"
         if conversation.id in self.ids:
             return False
+        rest = memoryview(msgspec.json.encode(conversation) + b"\n")
+        size = self._stream.seek(0, os.SEEK_END)
         try:
-            self._stream.write(msgspec.json.encode(conversation) + b"\n")
-            self._stream.flush()
+            while rest:
+                rest = rest[self._stream.write(rest) :]
         except OSError as error:
+            with contextlib.suppress(OSError):  # if this fails too, the next start does it
+                self._stream.truncate(size)
             raise DataError(
                 f"{self.path} cannot be written: {error.strerror}.",
                 expected="space for more conversations",
@@ -198,3 +258,15 @@ class ConversationWriter:
         if self._stream is not None:
             self._stream.close()
             self._stream = None
+
+
+def _after_last_line_end(stream: io.FileIO, size: int) -> int:
+    """Where the last line begins that has no end; ``size`` if there is none."""
+    while size:
+        start = max(0, size - 65536)
+        stream.seek(start)
+        end = stream.read(size - start).rfind(b"\n")
+        if end >= 0:
+            return start + end + 1
+        size = start
+    return 0

@@ -6,7 +6,6 @@ on the same global batch.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -49,12 +48,11 @@ class World(NamedTuple):
 
 def join() -> World:
     """Join the process group ``torchrun`` describes; a single process needs none."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1:
+    if not dist.is_torchelastic_launched():
         return World()
     if not dist.is_initialized():
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    return World(dist.get_rank(), size)
+    return World(dist.get_rank(), dist.get_world_size())
 
 
 def leave() -> None:

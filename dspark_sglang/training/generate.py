@@ -18,6 +18,7 @@ import httpx
 import msgspec
 
 from dspark_sglang.errors import DataError
+from dspark_sglang.training.chat_template import accepts_system, opens_thinking, user_turn_prefix
 from dspark_sglang.training.conversations import (
     Conversation,
     ConversationWriter,
@@ -25,11 +26,15 @@ from dspark_sglang.training.conversations import (
     Message,
     prompt_id,
 )
+from dspark_sglang.training.endpoint import Endpoint, Refusal, Reply
 from dspark_sglang.training.recipe import Recipe
 
-_SENTINEL = "\u2063user turn\u2063"
-_ATTEMPTS = 4
+#: Of a prompt that the target wrote; prompts from files may be as short as they like.
 _MIN_PROMPT_CHARACTERS = 8
+#: Ends of answers that are not the target's own.
+_ABORTED = ("abort", "content_filter", "error", "function_call", "tool_calls")
+#: At least so many prompts in a row without an answer, and something is wrong.
+_MAX_BARREN = 64
 
 Result = TypeVar("Result")
 
@@ -48,10 +53,11 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     max_prompt_tokens: int = 80
     temperatures: tuple[float, ...] = (0.0, 1.0)
     prompt_temperature: float = 0.8
-    #: Chance of a custom system message, and of one more turn after an answer.
-    system_share: float = 0.3
+    #: Chance of one more turn after an answer.
     follow_up_share: float = 0.15
+    #: Seconds a request may take, and seconds before its first retry (then twice as many).
     timeout: float = 600.0
+    backoff: float = 2.0
     seed: int = 0
 
 
@@ -72,35 +78,22 @@ class Tally(msgspec.Struct):
     written: int = 0
     tokens: int = 0
     duplicates: int = 0
-    #: Prompts or answers that came out empty or too short.
+    #: Prompts that came out too short, were refused, or got an empty or aborted answer.
     unusable: int = 0
+    #: Requests that were sent again.
     failed: int = 0
 
 
-def user_turn_prefix(tokenizer: Any, messages: Sequence[Message]) -> tuple[str, str]:
-    """The chat template's text before the next user turn, and the text that ends the turn.
+class Answer(NamedTuple):
+    """What the target wrote in one turn."""
 
-    Raises:
-        DataError: the template changes or drops the user's text.
-    """
-    turns = [msgspec.to_builtins(message) for message in messages]
-    turns.append({"role": "user", "content": _SENTINEL})
-    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=False)
-    prefix, found, rest = str(text).rpartition(_SENTINEL)
-    if not found:
-        raise DataError(
-            "The chat template does not keep the user's text.",
-            expected="a template that contains each user message verbatim",
-            fix="Give prompts with --prompts instead of letting the target write them.",
-        )
-    bos = tokenizer.bos_token or ""
-    if bos and prefix.startswith(bos) and tokenizer("").input_ids:
-        prefix = prefix.removeprefix(bos)  # the server adds it again
-    return prefix, rest.strip()
+    text: str
+    finish_reason: FinishReason
+    tokens: int
 
 
-def draw_draft(recipe: Recipe, rng: random.Random, system_share: float) -> Draft:
-    """A conversation to start, from the recipe."""
+def draw_draft(recipe: Recipe, rng: random.Random, system_share: float = 0.3) -> Draft:
+    """A conversation to start, from the recipe; ``system_share`` of them get a system message."""
     opening = recipe.draw(rng)
     system = rng.choice(recipe.systems) if rng.random() < system_share else None
     return Draft(opening.domain, system, (opening.text,), continued=not opening.complete)
@@ -117,11 +110,29 @@ class Generator:
         *,
         progress: Callable[[Tally], None] = lambda tally: None,
     ) -> None:
-        self._client = client
         self._options = options
         self._tokenizer = tokenizer
         self._progress = progress
         self.tally = Tally()
+        self._endpoint = Endpoint(
+            client,
+            options.url,
+            options.model,
+            api_key=options.api_key,
+            timeout=options.timeout,
+            backoff=options.backoff,
+            retried=self._retried,
+        )
+        self._systems = accepts_system(tokenizer)
+        self._think = "" if opens_thinking(tokenizer) else "<think>"
+        # Only reasoning models: other servers than SGLang may refuse a field they do not know.
+        self._split = False if "think" in str(tokenizer.chat_template) else None
+        #: Prompts in a row without an answer, and why the last one had none.
+        self._barren = 0
+        self._reason = ""
+
+    def _retried(self) -> None:
+        self.tally.failed += 1
 
     async def run(
         self, drafts: Callable[[random.Random], Draft | None], out: ConversationWriter, tokens: int
@@ -129,12 +140,14 @@ class Generator:
         """Answer drafts until ``tokens`` were written to ``out`` or there are no more.
 
         Args:
-            drafts: the next conversation to start; None when there are no more.
+            drafts: the next conversation to start; None when there are no more. Its system
+                message is left out where the chat template takes none.
             out: where they go; what it holds already counts.
             tokens: enough of them.
 
         Raises:
-            DataError: the endpoint fails again and again, or ``out`` cannot be written.
+            DataError: the endpoint fails or answers nothing again and again, or ``out`` cannot
+                be written.
         """
         options = self._options
         rng = random.Random(f"{options.seed}/{len(out.ids)}")
@@ -146,6 +159,8 @@ class Generator:
             # A round ends together, so it is long against its slowest answer but bounded.
             queue = [draft for _ in range(batch) if (draft := drafts(rng)) is not None]
             more = len(queue) == batch
+            if not self._systems:
+                queue = [draft._replace(system=None) for draft in queue]
             # First every prompt, then every answer: see the module's note on mixed batches.
             finished = await self._all(queue, lambda draft: self._finish(draft, rng))
 
@@ -154,7 +169,22 @@ class Generator:
                     await self._one(draft, temperature, rng, out)
 
             await self._all(finished, answer)
+            self._check_yield(batch, more)
         return self.tally
+
+    def _check_yield(self, batch: int, more: bool) -> None:
+        """Stop where going on is vain.
+
+        Raises:
+            DataError: a whole round, or everything there was, got no answer.
+        """
+        none_at_all = self._barren and not self.tally.written and not self.tally.duplicates
+        if self._barren >= max(batch, _MAX_BARREN) or (none_at_all and not more):
+            raise DataError(
+                f"The last {self._barren} prompts got no answer: {self._reason}.",
+                expected="a target that answers most prompts",
+                fix="Check that --url serves --target, and that prompts and --max-tokens fit it.",
+            )
 
     async def _all(
         self, items: Sequence[Draft], work: Callable[[Draft], Awaitable[Result]]
@@ -170,59 +200,66 @@ class Generator:
             async with gate:
                 return await work(item)
 
+        failure: BaseException | None = None
         try:
             async with asyncio.TaskGroup() as group:
                 tasks = [group.create_task(one(item)) for item in items]
         except* DataError as failures:
-            raise failures.exceptions[0] from None
+            failure = failures.exceptions[0]
+        if failure is not None:  # up to Python 3.11.3, a raise inside except* is wrapped in a group
+            raise failure
         return [task.result() for task in tasks]
 
     async def _finish(self, draft: Draft, rng: random.Random) -> Draft:
-        """Let the target finish a turn that is only begun."""
+        """Let the target finish a turn that is only begun; no turns where it cannot."""
         if not draft.continued:
             return draft
         messages = [Message("system", draft.system)] if draft.system else []
         text = await self._write_prompt(messages, draft.turns[-1], rng)
-        return Draft(draft.domain, draft.system, (text,))
+        return Draft(draft.domain, draft.system, (text,) if text else ())
 
     async def _one(
         self, draft: Draft, temperature: float, rng: random.Random, out: ConversationWriter
     ) -> None:
         """One conversation from its first prompt to its line in the file."""
         messages = [Message("system", draft.system)] if draft.system else []
-        tokens, finish = 0, "stop"
         turns = list(draft.turns)
-        while turns:
-            text = turns.pop(0)
-            if len(text) < _MIN_PROMPT_CHARACTERS:
+        if turns and prompt_id([*messages, Message("user", turns[0])]) in out.ids:
+            self._count_one(written=False)
+            return
+        finish: FinishReason = "stop"
+        tokens = 0
+        # A cut answer ends the conversation: what followed would not be the target's.
+        while turns and finish == "stop":
+            asked = [*messages, Message("user", turns.pop(0))]
+            answer = await self._answer(asked, temperature, rng)
+            if answer is None:  # such as longer than the context: what was answered counts
                 break
-            asked = [*messages, Message("user", text)]
-            if len(messages) < 2 and prompt_id(asked) in out.ids:
-                self.tally.duplicates += 1
-                self._progress(self.tally)
-                return
-            answer, finish, spent = await self._answer(asked, temperature, rng)
-            if not answer.strip():
-                break
-            messages = [*asked, Message("assistant", answer)]
-            tokens += spent
-            # A cut answer ends the conversation: what followed would not be the target's.
-            if finish == "length":
-                break
-            if not turns and rng.random() < self._options.follow_up_share:
-                turns.append(await self._write_prompt(messages, "", rng))
+            messages = [*asked, Message("assistant", answer.text)]
+            finish = answer.finish_reason
+            tokens += answer.tokens
+            if finish == "stop" and not turns and rng.random() < self._options.follow_up_share:
+                text = await self._write_prompt(messages, "", rng)
+                turns += [text] if text else []
         if not messages or messages[-1].role != "assistant":
             self.tally.unusable += 1
-        elif out.write(
-            Conversation(
-                id=prompt_id(messages),
-                messages=messages,
-                domain=draft.domain,
-                finish_reason="length" if finish == "length" else "stop",
-                temperature=temperature,
-                completion_tokens=tokens,
-            )
-        ):
+            self._barren += 1
+            self._progress(self.tally)
+            return
+        conversation = Conversation(
+            id=prompt_id(messages),
+            messages=messages,
+            domain=draft.domain,
+            finish_reason=finish,
+            temperature=temperature,
+            completion_tokens=tokens,
+        )
+        # Equal prompts may have been under way together.
+        self._count_one(written=out.write(conversation), tokens=tokens)
+
+    def _count_one(self, *, written: bool, tokens: int = 0) -> None:
+        self._barren = 0
+        if written:
             self.tally.written += 1
             self.tally.tokens += tokens
         else:
@@ -232,7 +269,7 @@ class Generator:
     async def _write_prompt(
         self, messages: Sequence[Message], opening: str, rng: random.Random
     ) -> str:
-        """Let the target finish a user turn that begins with ``opening``."""
+        """Let the target finish a user turn that begins with ``opening``; empty if it cannot."""
         prefix, end = user_turn_prefix(self._tokenizer, messages)
         body = {
             "prompt": prefix + opening,
@@ -241,61 +278,55 @@ class Generator:
             "seed": rng.getrandbits(31),
             "stop": [end] if end else None,
         }
-        answer = await self._post("completions", body)
-        text = str(answer["choices"][0]["text"]).split("\n\n")[0]
-        if not opening and answer["choices"][0]["finish_reason"] == "length":
+        reply = await self._ask("completions", body)
+        if reply is None:
             return ""
-        return (opening + text).strip()
+        choice = reply.choices[0]
+        text = (opening + (choice.text or "").split("\n\n")[0].rstrip("\ufffd")).strip()
+        whole = opening or choice.finish_reason != "length"
+        if not whole or len(text) < _MIN_PROMPT_CHARACTERS:
+            self._reason = "the prompts that the target wrote are too short or too long"
+            return ""
+        return text
 
     async def _answer(
         self, messages: Sequence[Message], temperature: float, rng: random.Random
-    ) -> tuple[str, FinishReason, int]:
+    ) -> Answer | None:
+        """The target's answer; None, and the reason noted, without a usable one."""
         body = {
             "messages": [msgspec.to_builtins(message) for message in messages],
             "max_tokens": self._options.max_tokens,
             "temperature": temperature,
             "top_p": 1.0,
             "seed": rng.getrandbits(31),
+            "separate_reasoning": self._split,
         }
-        answer = await self._post("chat/completions", body)
-        choice = answer["choices"][0]
-        # Reasoning models split their thinking off; the drafter has to draft that too.
-        thinking = choice["message"].get("reasoning_content") or ""
-        text = choice["message"].get("content") or ""
+        reply = await self._ask("chat/completions", body)
+        if reply is None:
+            return None
+        choice = reply.choices[0]
+        finish: FinishReason = "length" if choice.finish_reason == "length" else "stop"
+        text = choice.message.content or ""
+        # Some servers split the thinking off all the same; the drafter has to draft that too.
+        thinking = choice.message.reasoning_content or choice.message.reasoning
         if thinking:
-            text = f"<think>{thinking}</think>{text}"
-        finish: FinishReason = "length" if choice["finish_reason"] == "length" else "stop"
-        return text, finish, int((answer.get("usage") or {}).get("completion_tokens") or 0)
+            # Cut while it thought, the target did not write the closing tag.
+            closing = "</think>" if text or finish == "stop" else ""
+            text = f"{self._think}{thinking}{closing}{text}"
+        if finish == "length":
+            text = text.rstrip("\ufffd")  # half a character: other tokens than it wrote
+        if choice.finish_reason in _ABORTED or not text.strip():
+            self._reason = f"an empty or aborted answer (finish_reason {choice.finish_reason})"
+            return None
+        tokens = reply.usage.completion_tokens if reply.usage else None
+        if not tokens:  # not every server counts, and the count decides when to stop
+            tokens = len(self._tokenizer(text, add_special_tokens=False).input_ids)
+        return Answer(text, finish, tokens)
 
-    async def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        """POST with retries.
-
-        Raises:
-            DataError: the endpoint refuses the request, or keeps failing.
-        """
-        options = self._options
-        headers = {"Authorization": f"Bearer {options.api_key}"} if options.api_key else {}
-        body = {"model": options.model, **{k: v for k, v in body.items() if v is not None}}
-        reason = ""
-        for attempt in range(_ATTEMPTS):
-            if attempt:
-                self.tally.failed += 1
-                await asyncio.sleep(2.0**attempt)
-            try:
-                answer = await self._client.post(
-                    f"{options.url}/{path}", json=body, headers=headers, timeout=options.timeout
-                )
-            except httpx.HTTPError as error:
-                reason = repr(error)
-                continue
-            if answer.status_code == 200:
-                decoded: dict[str, Any] = answer.json()
-                return decoded
-            reason = f"{answer.status_code} {answer.text[:200]}"
-            if answer.status_code in (400, 401, 403, 404, 422):
-                break
-        raise DataError(
-            f"{options.url}/{path} failed: {reason}.",
-            expected="an OpenAI-compatible endpoint that serves the target",
-            fix="Check the server and run the same command again; it goes on where it stopped.",
-        )
+    async def _ask(self, path: str, body: dict[str, Any]) -> Reply | None:
+        """The endpoint's reply; None, and the reason noted, where it refuses this request."""
+        try:
+            return await self._endpoint.post(path, body)
+        except Refusal as error:
+            self._reason = error.found.rstrip(".")
+            return None

@@ -1,28 +1,32 @@
 """Reading and writing drafter checkpoints in the published layouts.
 
-Dense drafters (``Qwen3DSparkModel``, ``Gemma4DSparkModel``) and DFlash ones, which have the backbone and
-no heads. What is written loads in SGLang's builtin and in ours.
+Written are ``Qwen3DSparkModel`` (for SGLang's builtin DSPARK and for ours), ``Gemma4DSparkModel``
+(DeepSpec's layout; SGLang 0.5.23 has no class for it) and, for a drafter without heads,
+``DFlashDraftModel`` (for SGLang's DFLASH). What can be read is in
+:mod:`dspark_sglang.training.existing`.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 
 from dspark_sglang.artifacts import write_bytes
 from dspark_sglang.checkpoint import (
+    GEMMA4,
     DrafterConfig,
     check_tensors,
     parse_drafter_config,
     read_config,
-    weight_files,
 )
 from dspark_sglang.errors import CheckpointError
 from dspark_sglang.training.config import DrafterSpec
+from dspark_sglang.training.existing import DFLASH, read_existing
 
 WEIGHTS = "model.safetensors"
 
@@ -49,95 +53,172 @@ def find_mask_token(tokenizer: Any, vocab_size: int) -> int:
     return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else vocab_size - 1)
 
 
-def drafter_config(spec: DrafterSpec, target: Any, tokenizer: Any) -> dict[str, Any]:
-    """``config.json`` of a new dense drafter for a target.
+def drafter_config(
+    spec: DrafterSpec, target: Any, tokenizer: Any, start: str = ""
+) -> dict[str, Any]:
+    """``config.json`` of a new drafter for a target.
 
     Args:
         spec: what to make.
         target: the target's Hugging Face text configuration.
         tokenizer: the target's.
+        start: a drafter's directory, which decides what ``spec`` leaves open and all widths.
 
     Raises:
-        CheckpointError: a target layer or the mask token is outside the target.
+        CheckpointError: a target layer or the mask token is outside the target, or ``start`` is of
+            another layout.
     """
+    given = read_existing(Path(start)).config if start else None
+    if given is not None and given.gemma4 != (spec.layout == "gemma4"):
+        layout = "gemma4" if given.gemma4 else "qwen3"
+        raise CheckpointError(
+            f"{start} has layers of layout {layout}.",
+            expected=f"drafter.layout {spec.layout}",
+            fix=f"Set drafter.layout to {layout}, or give another start.",
+        )
     layers, vocab = int(target.num_hidden_layers), int(target.vocab_size)
-    chosen = tuple(spec.target_layer_ids) or spread_layers(layers)
+    chosen = spec.target_layer_ids or (given.target_layer_ids if given else spread_layers(layers))
     mask = spec.mask_token_id
     if mask < 0:
-        mask = find_mask_token(tokenizer, vocab)
-    outside = [i for i in chosen if not -1 <= i < layers]
+        mask = given.mask_token_id if given else find_mask_token(tokenizer, vocab)
+    outside = [i for i in chosen if not 0 <= i < layers]
     if outside or not 0 <= mask < vocab:
         raise CheckpointError(
             f"target_layer_ids {list(chosen)}, mask_token_id {mask}.",
-            expected=f"layers -1 to {layers - 1} and a token below {vocab}",
+            expected=f"layers 0 to {layers - 1} (SGLang cannot capture the embedding, -1) and a "
+            f"token below {vocab}",
             fix="Correct drafter.target_layer_ids or drafter.mask_token_id in the config.",
         )
-    heads = int(target.num_attention_heads)
-    rope = getattr(target, "rope_parameters", None) or {}
-    rope = rope.get("full_attention", rope)  # Gemma keeps one set for each kind of layer
-    theta = float(rope.get("rope_theta") or getattr(target, "rope_theta", None) or 10000.0)
-    positions = int(getattr(target, "max_position_embeddings", 8192))
+    heads = spec.markov_head != "none"
+    from_anchor = spec.sample_from_anchor
+    if from_anchor is None:
+        from_anchor = heads and (given is None or given.sample_from_anchor)
+    shape = _gemma4_shape if spec.layout == "gemma4" else _dense_shape
     return {
-        "architectures": ["Qwen3DSparkModel"],
-        "model_type": "qwen3",
+        **shape(spec, target, given),
         "hidden_size": int(target.hidden_size),
         "vocab_size": vocab,
-        "intermediate_size": int(target.intermediate_size),
-        "num_attention_heads": heads,
-        "num_key_value_heads": int(getattr(target, "num_key_value_heads", None) or heads),
-        "head_dim": int(getattr(target, "head_dim", None) or target.hidden_size // heads),
         "num_hidden_layers": spec.layers,
         "num_target_layers": layers,
         "block_size": spec.gamma,
+        "sample_from_anchor": from_anchor,
         "target_layer_ids": list(chosen),
         "mask_token_id": mask,
+        "num_anchors": 512,  # DeepSpec's models want the key; nothing that serves reads it
         "enable_confidence_head": True,
-        "confidence_head_with_markov": spec.markov_head != "none",
+        "confidence_head_with_markov": heads,
         "markov_rank": spec.markov_rank,
-        "markov_head_type": "vanilla" if spec.markov_head == "none" else spec.markov_head,
-        "rms_norm_eps": float(getattr(target, "rms_norm_eps", 1e-6)),
-        "rope_parameters": {"rope_theta": theta, "rope_type": "default"},
-        "rope_theta": theta,
-        "max_position_embeddings": positions,
-        "hidden_act": "silu",
+        "markov_head_type": spec.markov_head if heads else "vanilla",
+        "rms_norm_eps": given.rms_norm_eps if given else float(_get(target, "rms_norm_eps", 1e-6)),
+        "max_position_embeddings": int(_get(target, "max_position_embeddings", 8192)),
         "attention_bias": False,
         "attention_dropout": 0.0,
         "layer_types": ["full_attention"] * spec.layers,
         "tie_word_embeddings": False,
         "torch_dtype": "bfloat16",
         "dtype": "bfloat16",
-        "use_sliding_window": False,
-        "sliding_window": None,
-        "max_window_layers": spec.layers,
         "bos_token_id": target.bos_token_id,
         "eos_token_id": target.eos_token_id,
     }
 
 
-def read_tensors(directory: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a drafter under its published name, in float32.
-
-    Raises:
-        CheckpointError: no weights, or damaged ones.
-    """
-    tensors: dict[str, torch.Tensor] = {}
+def _get(config: Any, name: str, default: Any) -> Any:
+    """A value of a target's configuration; Gemma 4's raises for what differs between layers."""
     try:
-        for path in weight_files(directory):
-            for name, value in load_file(path).items():
-                tensors[name.removeprefix("model.")] = value.float()
-    except (OSError, ValueError, RuntimeError) as error:
+        value = getattr(config, name, None)
+    except RuntimeError:
+        value = config.to_dict().get(name)
+    return default if value is None else value
+
+
+def _rope(target: Any) -> dict[str, Any]:
+    rope = _get(target, "rope_parameters", {})
+    # Gemma keeps one set for each kind of layer.
+    return dict(rope.get("full_attention") or rope)
+
+
+def _kv_heads(spec: DrafterSpec, heads: int, usual: int) -> int:
+    kv_heads = spec.kv_heads or usual
+    if heads % kv_heads:
         raise CheckpointError(
-            f"{directory} cannot be read: {error}.",
-            expected="complete safetensors weights",
-            fix="Download the drafter again with `hf download`.",
-        ) from error
-    if "fc.weight" not in tensors:
-        raise CheckpointError(
-            f"{directory} holds no fc.weight.",
-            expected="a DSpark or DFlash drafter (fc, hidden_norm, norm, layers.N.*)",
-            fix="Give a drafter's directory as start, or leave it empty.",
+            f"drafter.kv_heads is {kv_heads}.",
+            expected=f"a divisor of the drafter's {heads} attention heads",
+            fix="Correct it in the config.",
         )
-    return tensors
+    return kv_heads
+
+
+def _dense_shape(spec: DrafterSpec, target: Any, given: DrafterConfig | None) -> dict[str, Any]:
+    heads = given.num_heads if given else int(target.num_attention_heads)
+    theta = float(_rope(target).get("rope_theta") or _get(target, "rope_theta", 10000.0))
+    theta = given.rope_theta if given else theta
+    own = int(_get(target, "head_dim", int(target.hidden_size) // heads))
+    usual = given.num_kv_heads if given else int(_get(target, "num_key_value_heads", heads))
+    return {
+        "architectures": ["Qwen3DSparkModel"],
+        "model_type": "qwen3",
+        "intermediate_size": given.intermediate_size if given else int(target.intermediate_size),
+        "num_attention_heads": heads,
+        "num_key_value_heads": _kv_heads(spec, heads, usual),
+        "head_dim": given.head_dim if given else own,
+        "rope_parameters": {"rope_theta": theta, "rope_type": "default"},
+        "rope_theta": theta,
+        "hidden_act": "silu",
+        "use_sliding_window": False,
+        "sliding_window": None,
+        "max_window_layers": spec.layers,
+    }
+
+
+def _gemma4_shape(spec: DrafterSpec, target: Any, given: DrafterConfig | None) -> dict[str, Any]:
+    if given is None:
+        given = _gemma4_target(target)
+    rope = {"rope_type": "default", "rope_theta": given.rope_theta}
+    if given.rope_share < 1.0:
+        rope |= {"rope_type": "proportional", "partial_rotary_factor": given.rope_share}
+    kv_heads = _kv_heads(spec, given.num_heads, given.num_kv_heads)
+    return {
+        "architectures": [GEMMA4],
+        "model_type": "gemma4_text",
+        "intermediate_size": given.intermediate_size,
+        "num_attention_heads": given.num_heads,
+        "num_key_value_heads": kv_heads,
+        "num_global_key_value_heads": kv_heads,
+        "head_dim": given.head_dim,
+        "global_head_dim": given.head_dim,
+        "attention_k_eq_v": given.shared_kv,
+        "rope_parameters": {"full_attention": rope},
+        "hidden_activation": "gelu_pytorch_tanh",
+        # The loss does not cap what is drafted, so nothing that serves this may.
+        "final_logit_softcapping": None,
+        "enable_moe_block": False,
+        "hidden_size_per_layer_input": 0,
+        "num_kv_shared_layers": 0,
+        "use_double_wide_mlp": False,
+    }
+
+
+def _gemma4_target(target: Any) -> DrafterConfig:
+    """The full-attention layers of a Gemma 4 target, as a drafter's configuration."""
+    plain = target.to_dict()
+    if not str(plain.get("model_type", "")).startswith("gemma4"):
+        raise CheckpointError(
+            f"The target's model_type is {plain.get('model_type')}.",
+            expected="a Gemma 4 text model for drafter.layout gemma4",
+            fix="Set drafter.layout to qwen3: SGLang runs those for every target.",
+        )
+    full = _get(target, "per_layer_config", {})
+    kind = full["full_attention"] if full else target
+    return parse_drafter_config(
+        {
+            **plain,
+            "architectures": [GEMMA4],
+            "global_head_dim": _get(kind, "head_dim", 0) or plain.get("global_head_dim"),
+            "num_key_value_heads": kind.num_key_value_heads,
+            "num_global_key_value_heads": kind.num_key_value_heads,
+            **{"block_size": 1, "markov_rank": 1, "mask_token_id": 0, "target_layer_ids": [0]},
+        }
+    )
 
 
 def read_drafter(directory: Path) -> tuple[DrafterConfig, dict[str, torch.Tensor]]:
@@ -146,9 +227,29 @@ def read_drafter(directory: Path) -> tuple[DrafterConfig, dict[str, torch.Tensor
     Raises:
         CheckpointError: damaged, incomplete, or of another architecture.
     """
-    config = parse_drafter_config(read_config(directory, role="drafter"))
-    check_tensors(directory, config)
-    return config, read_tensors(directory)
+    check_tensors(directory, parse_drafter_config(read_config(directory, role="drafter")))
+    found = read_existing(directory)
+    return found.config, found.tensors
+
+
+def dflash_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration that SGLang's DFLASH wants for a drafter without heads.
+
+    Raises:
+        CheckpointError: the drafter predicts from the anchor's row, which DFLASH never reads.
+    """
+    if config.get("sample_from_anchor", True) or GEMMA4 in config["architectures"]:
+        raise CheckpointError(
+            "A drafter without heads predicts from the anchor, or has Gemma 4 layers.",
+            expected="mask rows that predict their own positions, and Qwen 3 layers: SGLang's "
+            "DFLASH runs nothing else",
+            fix="Set drafter.sample_from_anchor to false and drafter.layout to qwen3.",
+        )
+    dropped = ("markov_", "enable_confidence", "confidence_head", "sample_from_anchor")
+    kept = {key: value for key, value in config.items() if not key.startswith(dropped)}
+    nested = {key: kept.pop(key) for key in ("target_layer_ids", "mask_token_id")}
+    rows = int(config["block_size"]) + 1
+    return kept | {"architectures": [DFLASH], "block_size": rows, "dflash_config": nested}
 
 
 def write_drafter(
@@ -156,9 +257,14 @@ def write_drafter(
 ) -> None:
     """Write a drafter in bfloat16, each file all or nothing, weights first.
 
+    Without a Markov head it is written as a DFlash one, for SGLang's DFLASH algorithm.
+
     Raises:
         CheckpointError: the disk is full or the directory cannot be written.
     """
+    if "markov_head.markov_w1.weight" not in tensors:
+        config = dflash_config(config)
+        tensors = {name: value for name, value in tensors.items() if "_head." not in name}
     stored = {
         name: value.detach().to("cpu", torch.bfloat16).contiguous()
         for name, value in sorted(tensors.items())

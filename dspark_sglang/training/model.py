@@ -1,6 +1,6 @@
-"""The drafter with weights that learn: the published dense layout as a torch module.
+"""The drafter with weights that learn: the published layouts as a torch module.
 
-Parameter names are the checkpoint's. The forward pass is that of
+Parameter names are the checkpoint's. The forward pass of the dense layout is that of
 :class:`dspark_sglang.core.drafter.DenseDrafter` over many anchors of many sequences at once.
 """
 
@@ -10,102 +10,11 @@ from collections.abc import Mapping
 
 import torch
 from torch import nn
-from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention, silu
+from torch.nn.functional import linear
 
 from dspark_sglang.checkpoint import DrafterConfig
-from dspark_sglang.core.drafter import rotate
 from dspark_sglang.core.heads import MarkovHead
-
-
-class Norm(nn.Module):
-    """Root-mean-square norm with a gain."""
-
-    def __init__(self, width: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """``[..., width]`` in, the same out, in the input's type."""
-        return rms_norm(x, (x.shape[-1],), self.weight.to(x.dtype), self.eps)
-
-
-def _linear(inputs: int, outputs: int) -> nn.Linear:
-    return nn.Linear(inputs, outputs, bias=False)
-
-
-class Attention(nn.Module):
-    """Queries from block rows, keys and values from context and block rows alike."""
-
-    def __init__(self, config: DrafterConfig) -> None:
-        super().__init__()
-        self.heads, self.kv_heads, self.dim = config.num_heads, config.num_kv_heads, config.head_dim
-        self.theta = config.rope_theta
-        hidden = config.hidden_size
-        self.q_proj = _linear(hidden, self.heads * self.dim)
-        self.k_proj = _linear(hidden, self.kv_heads * self.dim)
-        self.v_proj = _linear(hidden, self.kv_heads * self.dim)
-        self.o_proj = _linear(self.heads * self.dim, hidden)
-        self.q_norm = Norm(self.dim, config.rms_norm_eps)
-        self.k_norm = Norm(self.dim, config.rms_norm_eps)
-
-    def forward(
-        self, x: torch.Tensor, source: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor
-    ) -> torch.Tensor:
-        """``x`` ``[B, Q, d]`` attends to ``source`` ``[B, K, d]`` whose last Q rows are its own.
-
-        Args:
-            positions: ``[B, K]``.
-            mask: ``[B, 1, Q, K]`` bool.
-        """
-        batch, rows, _ = x.shape
-        query = self.q_norm(self.q_proj(x).view(batch, rows, self.heads, self.dim))
-        query = rotate(query, positions[:, -rows:], self.theta)
-        key = self.k_norm(self.k_proj(source).view(batch, -1, self.kv_heads, self.dim))
-        key = rotate(key, positions, self.theta)
-        value = self.v_proj(source).view(batch, -1, self.kv_heads, self.dim)
-        group = self.heads // self.kv_heads
-        out = scaled_dot_product_attention(
-            query.transpose(1, 2),
-            key.transpose(1, 2).repeat_interleave(group, dim=1),
-            value.transpose(1, 2).repeat_interleave(group, dim=1),
-            attn_mask=mask,
-        )
-        return torch.as_tensor(self.o_proj(out.transpose(1, 2).reshape(batch, rows, -1)))
-
-
-class MLP(nn.Module):
-    """SwiGLU."""
-
-    def __init__(self, config: DrafterConfig) -> None:
-        super().__init__()
-        self.gate_proj = _linear(config.hidden_size, config.intermediate_size)
-        self.up_proj = _linear(config.hidden_size, config.intermediate_size)
-        self.down_proj = _linear(config.intermediate_size, config.hidden_size)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """``[..., d]`` to ``[..., d]``."""
-        return torch.as_tensor(self.down_proj(silu(self.gate_proj(x)) * self.up_proj(x)))
-
-
-class Layer(nn.Module):
-    """One draft layer."""
-
-    def __init__(self, config: DrafterConfig) -> None:
-        super().__init__()
-        self.self_attn = Attention(config)
-        self.mlp = MLP(config)
-        self.input_layernorm = Norm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = Norm(config.hidden_size, config.rms_norm_eps)
-
-    def forward(
-        self, x: torch.Tensor, context: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor
-    ) -> torch.Tensor:
-        """Block rows ``x`` ``[B, Q, d]`` over ``context`` ``[B, S, d]``."""
-        h = self.input_layernorm(x)
-        source = torch.cat([context.to(h.dtype), h], dim=1)
-        x = x + self.self_attn(h, source, positions, mask)
-        return torch.as_tensor(x + self.mlp(self.post_attention_layernorm(x)))
+from dspark_sglang.training.layers import GemmaLayer, Layer, Norm, plain_linear
 
 
 class Markov(nn.Module):
@@ -115,7 +24,7 @@ class Markov(nn.Module):
         super().__init__()
         rank, hidden, vocab = config.markov_rank, config.hidden_size, config.vocab_size
         self.markov_w1 = nn.Embedding(vocab, rank)
-        self.markov_w2 = _linear(rank, vocab)
+        self.markov_w2 = plain_linear(rank, vocab)
         if config.markov_head == "gated":
             self.gate_proj = nn.Linear(hidden + rank, rank)
         elif config.markov_head == "rnn":
@@ -137,10 +46,11 @@ class Drafter(nn.Module):
         super().__init__()
         self.config = config
         hidden = config.hidden_size
-        self.fc = _linear(len(config.target_layer_ids) * hidden, hidden)
+        self.fc = plain_linear(len(config.target_layer_ids) * hidden, hidden)
         self.hidden_norm = Norm(hidden, config.rms_norm_eps)
         self.norm = Norm(hidden, config.rms_norm_eps)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
+        layer = GemmaLayer if config.gemma4 else Layer
+        self.layers = nn.ModuleList(layer(config) for _ in range(config.num_layers))
         self.markov_head = Markov(config) if markov else None
         with_markov = markov and config.confidence_with_markov
         self.confidence_head = Confidence(hidden + (config.markov_rank if with_markov else 0))
@@ -215,14 +125,13 @@ class Drafter(nn.Module):
         return linear(torch.cat(features, dim=-1), proj.weight, proj.bias).squeeze(-1)
 
     def load(self, tensors: Mapping[str, torch.Tensor]) -> list[str]:
-        """Copy the tensors whose names and shapes fit; return parameters left as they were."""
-        own = dict(self.named_parameters())
+        """Copy the tensors whose names and shapes fit; return the names left as they were."""
         left = []
         with torch.no_grad():
-            for name, parameter in own.items():
+            for name, own in self.state_dict(keep_vars=True).items():
                 value = tensors.get(name)
-                if value is None or value.shape != parameter.shape:
+                if value is None or value.shape != own.shape:
                     left.append(name)
                 else:
-                    parameter.copy_(value)
+                    own.copy_(value)
         return left

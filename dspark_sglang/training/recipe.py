@@ -85,7 +85,7 @@ def load_recipe(name: str) -> Recipe:
     fix = f"Use {' or '.join(recipe_names())}, or compare yours with it."
     try:
         recipe = msgspec.json.decode(source.read_bytes(), type=Recipe)
-    except (OSError, msgspec.DecodeError) as error:
+    except (OSError, ValueError) as error:
         raise DataError(
             f"Cannot use recipe {name}: {error}.", expected="a recipe file", fix=fix
         ) from error
@@ -100,6 +100,8 @@ def _problem(recipe: Recipe) -> str:
         return f"schema_version is {recipe.schema_version}, not {SCHEMA_VERSION}"
     if abs(sum(recipe.shares.values()) - 1.0) > 1e-6 or min(recipe.shares.values()) <= 0:
         return f"shares {recipe.shares} are not positive or do not add up to 1"
+    if not recipe.systems:
+        return "no system messages"
     empty = [domain for domain in recipe.shares if not recipe.openings.get(domain)]
     if empty:
         return f"no openings for {', '.join(empty)}"
@@ -107,4 +109,9 @@ def _problem(recipe: Recipe) -> str:
     texts += [text for values in recipe.slots.values() for text in values]
     used = {slot for text in texts for slot in _SLOT.findall(text)}
     unknown = sorted(slot for slot in used if not recipe.slots.get(slot))
-    return f"no values for slots {', '.join(unknown)}" if unknown else ""
+    if unknown:
+        return f"no values for slots {', '.join(unknown)}"
+    inner = {slot for texts in recipe.openings.values() for slot in _SLOT.findall(" ".join(texts))}
+    for _ in range(_NESTING):
+        inner = {slot for outer in inner for slot in _SLOT.findall(" ".join(recipe.slots[outer]))}
+    return f"slots inside slots, more than {_NESTING} deep" if inner else ""

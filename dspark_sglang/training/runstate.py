@@ -20,7 +20,7 @@ from dspark_sglang.training.config import TrainConfig
 STATE = "state.pt"
 CONFIG = "config.json"
 #: What may change between stretches of one run without making it another run.
-_FREE = ("out", "validate_every", "checkpoint_every", "patience", "cache", "device", "compile")
+_FREE = ("out", "validate_every", "checkpoint_every", "patience", "cache", "device", "loss")
 
 
 def _comparable(config: TrainConfig) -> dict[str, Any]:
@@ -77,7 +77,7 @@ def load_state(folder: Path, config: TrainConfig) -> dict[str, Any] | None:
     if changed:
         raise DataError(
             f"{folder} holds a run with other {', '.join(changed)}.",
-            expected="the same configuration (steps, decay, cache and intervals may change)",
+            expected="the same configuration (steps, decay, loss, cache and intervals may change)",
             fix="Give another out, or remove the folder to train anew.",
         )
     return state

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jinja2
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from dspark_sglang.errors import DataError
 from dspark_sglang.training.conversations import Conversation, Message
 
 
@@ -38,18 +40,31 @@ class TokenSequence(NamedTuple):
 
 
 class Encoder:
-    """Renders conversations with the target's chat template, as serving does."""
+    """Renders conversations with the target's chat template, as serving does.
+
+    Raises:
+        DataError: the tokenizer has no chat template, or one that changes answers.
+    """
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._end = self._turn_end()
 
-    def _render(self, messages: Sequence[Message], *, open_turn: bool) -> list[int]:
+    def _render(self, messages: Sequence[Message], *, open_turn: bool) -> str:
         turns = [msgspec.to_builtins(message) for message in messages]
-        text = self._tokenizer.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=open_turn
-        )
-        return self._encode(text)
+        try:
+            return str(
+                self._tokenizer.apply_chat_template(
+                    turns, tokenize=False, add_generation_prompt=open_turn
+                )
+            )
+        except (jinja2.TemplateError, ValueError) as error:
+            roles = ", ".join(message.role for message in messages)
+            raise DataError(
+                f"The target's chat template cannot render {roles}: {error}.",
+                expected="conversations in the form that this target takes",
+                fix="Make them with this target: `dspark generate-data --target ...`.",
+            ) from error
 
     def _encode(self, text: str) -> list[int]:
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -57,11 +72,24 @@ class Encoder:
     def _turn_end(self) -> int:
         """The token that ends an assistant turn in the chat template."""
         mark = "\u2063answer\u2063"
-        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": mark}]
-        text = str(self._tokenizer.apply_chat_template(turns, tokenize=False))
-        rest = self._encode(text.rpartition(mark)[2])
-        if rest and rest[0] in self._tokenizer.all_special_ids:
-            return rest[0]
+        text = self._render([Message("user", "?"), Message("assistant", mark)], open_turn=False)
+        _, found, rest = text.rpartition(mark)
+        if not found:
+            raise DataError(
+                "The target's chat template does not keep an answer's text.",
+                expected="a template that contains each answer verbatim",
+                fix="Check the target's chat_template.",
+            )
+        end = self._encode(rest.strip())[:1]
+        # Not all_special_ids: Gemma 3's <end_of_turn> is an added token without a role.
+        if end and end[0] in self._tokenizer.added_tokens_decoder:
+            return end[0]
+        if self._tokenizer.eos_token_id is None:
+            raise DataError(
+                "No token ends an answer: the template writes none and there is no eos_token.",
+                expected="a chat template or tokenizer with an end token",
+                fix="Set eos_token in the target's tokenizer_config.json.",
+            )
         return int(self._tokenizer.eos_token_id)
 
     def encode(
@@ -79,7 +107,7 @@ class Encoder:
         for index, message in enumerate(messages):
             if message.role != "assistant":
                 continue
-            prompt = self._render(messages[:index], open_turn=True)
+            prompt = self._encode(self._render(messages[:index], open_turn=True))
             answer = self._encode(message.content)
             if index != last or conversation.finish_reason == "stop":
                 answer.append(self._end)

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -60,7 +60,7 @@ def load_corpus(config: TrainConfig, target: Target) -> Corpus:
         if is_validation(conversation.id, config.data.validation_per_mille):
             # Replaying needs text of the very law that is judged: temperature 0 or 1.
             if conversation.temperature in (0.0, 1.0):
-                held += [(sequence, conversation.temperature == 0.0) for sequence in made[:1]]
+                held += [(sequence, conversation.temperature == 0.0) for sequence in made]
         else:
             train += made
     if len(train) < config.batch.sequences or not held:
@@ -118,14 +118,22 @@ class Trainer:
     """One run: built from a configuration, resumed from its folder where that holds a state."""
 
     def __init__(
-        self, config: TrainConfig, target: Target, world: World, *, log: Callable[[str], None]
+        self,
+        config: TrainConfig,
+        target: Target,
+        world: World,
+        *,
+        log: Callable[[str], None],
+        corpus: Corpus | None = None,
+        source: StateSource | None = None,
+        resume: bool = True,
     ) -> None:
         self.config, self.target, self.world = config, target, world
         self.folder = Path(config.out)
-        self.corpus = load_corpus(config, target)
+        self.corpus = corpus or load_corpus(config, target)
         self.device = torch.device(config.device)
         spec = config.drafter
-        self.drafter_config = drafter_config(spec, target.config, target.tokenizer)
+        self.drafter_config = drafter_config(spec, target.config, target.tokenizer, config.start)
         parsed = parse_drafter_config(self.drafter_config)
         self.model = Drafter(parsed, markov=spec.markov_head != "none")
         begun = prepare(
@@ -141,9 +149,10 @@ class Trainer:
         self.step = 0
         self.best = -math.inf
         self.stale = 0
-        self._resume(log)
+        if resume:
+            self._resume(log)
         sequences = self.corpus.train + self.corpus.validation
-        self.source = self._state_source(parsed.target_layer_ids, sequences)
+        self.source = source or self._state_source(parsed.target_layer_ids, sequences)
         kind = torch.bfloat16 if config.bf16 else torch.float32
         head = target.head.to(kind)
         counts = torch.from_numpy(self.corpus.counts)
@@ -159,9 +168,6 @@ class Trainer:
             bf16=config.bf16,
         )
         decay = config.loss.decay or spec.gamma
-        if config.compile:
-            for layer in self.model.layers:
-                layer.compile(dynamic=True)
         self._weights = torch.exp(-torch.arange(spec.gamma) / decay).to(self.device)
 
     def _state_source(
@@ -200,7 +206,7 @@ class Trainer:
 
     def export(self, folder: Path) -> None:
         """Write the drafter in the published layout (first process only)."""
-        if self.world.first and self.model.markov_head is not None:
+        if self.world.first:
             write_drafter(folder, self.drafter_config, dict(self.model.state_dict()))
 
     def judge(self, walks: dict[str, Walk]) -> bool:
@@ -299,11 +305,10 @@ class Trainer:
     def _backward(self, packed: Packed, total: float) -> torch.Tensor:
         """Accumulate the gradients of one micro-batch; returns sums for the report."""
         states = self.source.get(packed.source)
-        states = States(states.layers.to(self.device), states.final.to(self.device))
+        kind = torch.bfloat16 if self.config.bf16 else torch.float32
+        states = States(states.layers.to(self.device, kind), states.final.to(self.device, kind))
         packed = packed.to(self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bf16):
-            if not self.config.bf16:
-                states = States(states.layers.float(), states.final.float())
             hidden = block_hidden(self.model, self.target, packed, states)
             valid = packed.valid
             latent = self.model.latents(hidden, packed.previous)

@@ -135,7 +135,8 @@ class Validator:
     def _score(self, drafter: Drafter, number: int, sequence: TokenSequence) -> Scores:
         device = self._target.head.device
         states = self._source.get([self._first + number])
-        states = States(states.layers.to(device), states.final.to(device))
+        kind = torch.bfloat16 if self._bf16 else torch.float32
+        states = States(states.layers.to(device, kind), states.final.to(device, kind))
         anchors, parts = sequence.anchors(), []
         for begin in range(0, len(anchors), _ANCHORS_AT_ONCE):
             chosen = anchors[begin : begin + _ANCHORS_AT_ONCE]

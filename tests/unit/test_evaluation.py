@@ -1,0 +1,231 @@
+"""``dspark eval``: every number against the reference drafter, written out position by position."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_training import write_config, write_conversations, write_target
+from typer.testing import CliRunner
+
+from dspark_sglang.artifacts import SCHEMA_VERSION, STSArtifact, write_json
+from dspark_sglang.checkpoint import parse_drafter_config, read_config, weights_digest
+from dspark_sglang.cli.main import app
+from dspark_sglang.core.drafter import DenseDrafter, DenseShape
+from dspark_sglang.errors import ServerError
+from dspark_sglang.evaluation import served, standalone
+from dspark_sglang.evaluation.questions import Question, load_questions
+from dspark_sglang.evaluation.report import Domain, calibration, lengths
+from dspark_sglang.provenance import provenance
+from dspark_sglang.training import config as configs
+from dspark_sglang.training.distributed import World
+from dspark_sglang.training.states import Target
+from dspark_sglang.training.trainer import Trainer
+from dspark_sglang.training.walk import Walk, nothing
+
+GAMMA = 3
+QUESTIONS = [
+    Question(domain, [{"role": "user", "content": f"w{i} w{i + 1} w{3 * i}"}])
+    for i, domain in enumerate(["chat", "code", "chat", "math"])
+]
+
+
+@pytest.fixture(scope="module", params=["vanilla", "rnn"])
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A tiny target and a drafter trained on it for a few steps."""
+    folder = tmp_path_factory.mktemp(request.param)
+    target = write_target(folder / "target")
+    data = write_conversations(folder / "data.jsonl", 40)
+    drafter = {"gamma": GAMMA, "layers": 1, "markov_rank": 8, "markov_head": request.param}
+    settings = configs.read_config(write_config(folder, target, data, drafter=drafter))
+    trainer = Trainer(settings, Target(str(target), bf16=False), World(), log=lambda line: None)
+    list(trainer.steps())
+    trainer.export(folder / "drafter")
+    return target, folder / "drafter"
+
+
+def answered(pair: Any, temperature: float) -> tuple[standalone.Pair, list[Any], list[Any]]:
+    loaded = standalone.load_pair(*pair, bf16=False)
+    answers = standalone.write_answers(
+        loaded.target, QUESTIONS, temperature=temperature, max_tokens=20, seed=1, at_once=3
+    )
+    return loaded, answers, standalone.score_answers(loaded, answers, QUESTIONS)
+
+
+@torch.no_grad()
+def reference(pair: Any, loaded: standalone.Pair, tokens: torch.Tensor, anchor: int) -> Any:
+    """Laws of the block at one anchor from the reference drafter, true tokens before each."""
+    config = parse_drafter_config(read_config(pair[1], role="drafter"))
+    model = loaded.target.model
+    weights = load_file(pair[1] / "model.safetensors")
+    shape = DenseShape(
+        config.gamma, config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim,
+        config.num_layers, config.mask_token_id, config.rms_norm_eps, config.rope_theta,
+    )  # fmt: skip
+    table = model.get_input_embeddings().weight
+    drafter = DenseDrafter.load({n: w.float() for n, w in weights.items()}, shape, table)
+    out = model(tokens[None], output_hidden_states=True)
+    states = torch.cat([out.hidden_states[i + 1][0] for i in config.target_layer_ids], dim=-1)
+    hidden = drafter.hidden(
+        drafter.context(states), torch.tensor([anchor]), table[tokens[anchor]][None]
+    )
+    drafted, confidences = [], []
+    state = drafter.markov.start(1)
+    for k in range(config.gamma):
+        previous = tokens[min(anchor + k, len(tokens) - 1)][None]
+        latent, state = drafter.markov.step(previous, hidden[:, k], state)
+        logits = hidden[:, k] @ model.lm_head.weight.T + latent @ drafter.markov.w2.T
+        drafted.append(logits[0].softmax(-1))
+        confidences.append(drafter.confidence.logits(hidden[:, k], previous, drafter.markov))
+    return drafted, torch.cat(confidences), out.logits[0].softmax(-1)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_scores_are_the_reference_drafters(pair: Any, temperature: float) -> None:
+    loaded, answers, scored = answered(pair, temperature)
+    assert len(scored) == len(QUESTIONS)
+    for sequence, answer in zip(answers, scored, strict=True):
+        tokens = torch.from_numpy(sequence.tokens.astype(np.int64))
+        for row, anchor in enumerate(sequence.anchors()[:6]):
+            drafted, confidence, truth = reference(pair, loaded, tokens, int(anchor))
+            np.testing.assert_allclose(answer.confidence[row], confidence, atol=1e-4)
+            for k in range(min(GAMMA, int(answer.remaining[row]))):
+                follows = int(tokens[anchor + k + 1])
+                p, q = truth[anchor + k], drafted[k]
+                assert answer.match[row, k] == float(int(q.argmax()) == follows)
+                ratio = min(1.0, float(q[follows] / p[follows]))
+                assert answer.ratio[row, k] == pytest.approx(ratio, abs=1e-4)
+                overlap = float(torch.minimum(p, q).sum())
+                assert answer.acceptance[row, k] == pytest.approx(overlap, abs=1e-4)
+            assert not answer.match[row, int(answer.remaining[row]) :].any()
+
+
+def test_greedy_answers_are_the_targets_own(pair: Any) -> None:
+    loaded, answers, _ = answered(pair, 0.0)
+    for question, sequence in zip(QUESTIONS, answers, strict=True):
+        text = loaded.target.tokenizer.apply_chat_template(
+            question.messages, tokenize=False, add_generation_prompt=True
+        )
+        prompt = loaded.target.tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert sequence.tokens[: len(prompt)].tolist() == prompt
+        tokens = torch.from_numpy(sequence.tokens.astype(np.int64))
+        best = loaded.target.model(tokens[None]).logits[0].argmax(-1)
+        assert torch.equal(best[len(prompt) - 1 : -1], tokens[len(prompt) :])
+
+
+def test_the_seed_decides_sampled_answers(pair: Any) -> None:
+    texts = [[a.tokens.tolist() for a in answered(pair, 1.0)[1]] for _ in range(2)]
+    assert texts[0] == texts[1]
+
+
+def test_the_command_prints_what_it_measured(pair: Any, tmp_path: Path) -> None:
+    target, drafter = pair
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("w1 w2 w3\nw7 w8\nw20 w21\n")
+    flags = ["eval", "--artifact", str(drafter), "--target", str(target), "--prompts", str(prompts)]
+    flags += ["--max-tokens", "24", "--dtype", "float32", "--json", "--out", str(tmp_path / "out")]
+    runs = [CliRunner().invoke(app, flags) for _ in range(2)]
+    found = [json.loads(run.stdout) for run in runs]
+    numbers = ["accept_length_greedy", "accept_length_t1", "per_position", "ece_before"]
+    assert [found[0][n] for n in numbers] == [found[1][n] for n in numbers]
+    assert 1 <= found[0]["accept_length_greedy"] <= GAMMA + 1
+    assert len(found[0]["per_position"]) == GAMMA
+    assert found[0]["ece_after"] is None
+    assert json.loads((tmp_path / "out/evaluation.json").read_text())["gamma"] == GAMMA
+    assert (tmp_path / "out/reliability.png").stat().st_size > 5000
+
+
+def test_temperatures_beside_the_weights_are_judged(pair: Any, tmp_path: Path) -> None:
+    target, drafter = pair
+    sts = drafter / "sts.json"
+    write_json(
+        sts,
+        STSArtifact(
+            schema_version=SCHEMA_VERSION,
+            gamma=GAMMA,
+            temperatures=[2.0] * GAMMA,
+            drafter_sha256=weights_digest(drafter),
+            target="tiny",
+            provenance=provenance(["test"]),
+        ),
+    )
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("w1 w2 w3\nw7 w8\n")
+    flags = ["eval", "--artifact", str(drafter), "--target", str(target), "--prompts", str(prompts)]
+    try:
+        done = CliRunner().invoke(app, [*flags, "--max-tokens", "24", "--json"])
+        found = json.loads(done.stdout)
+        assert found["ece_after"] is not None
+        assert found["ece_after"] != found["ece_before"]
+    finally:
+        sts.unlink()
+
+
+def test_calibration_is_perfect_where_confidence_is_the_truth() -> None:
+    rng = np.random.default_rng(0)
+    chance = rng.uniform(0.05, 0.95, (500, GAMMA))
+    logits = np.log(chance / (1 - chance))
+    assert calibration(logits, chance, None).ece_before == pytest.approx(0.0, abs=1e-9)
+    assert calibration(logits * 3, chance, [3.0] * GAMMA).ece_after == pytest.approx(0, abs=1e-9)
+
+
+def test_lengths_add_up_and_hold_their_interval() -> None:
+    one = Walk(2, 6, np.array([2, 2, 1]), np.array([2, 2, 0]))
+    two = Walk(4, 4, np.array([4, 0, 0]), np.array([0, 0, 0]))
+    walks = [Domain("chat", one), Domain("code", two), Domain("chat", one)]
+    found = lengths("standalone", 1.0, walks, by_prompt=True)
+    assert found.accept_length == 2.0
+    assert found.by_domain == {"chat": 3.0, "code": 1.0}
+    assert found.per_position == [0.5, 1.0, 0.0]
+    assert found.survival == [0.5, 0.5, 0.0]
+    assert found.ci95 is not None
+    assert 1.0 <= found.ci95[0] <= 2.0 <= found.ci95[1] <= 3.0
+
+
+def test_prompts_of_every_format(tmp_path: Path) -> None:
+    packaged = load_questions(None)
+    assert {question.domain for question in packaged} == {"chat", "math", "code", "instructions"}
+    share = tmp_path / "share.json"
+    share.write_text(
+        json.dumps(
+            [
+                {
+                    "domain": "code",
+                    "conversations": [
+                        {"from": "system", "value": "Be brief."},
+                        {"from": "human", "value": "Say hello."},
+                        {"from": "gpt", "value": "Hello."},
+                        {"from": "human", "value": "Again."},
+                    ],
+                }
+            ]
+        )
+    )
+    assert load_questions(share) == [
+        Question(
+            "code",
+            [
+                {"role": "system", "content": "Be brief."},
+                {"role": "user", "content": "Say hello."},
+            ],
+        )
+    ]
+
+
+def test_a_server_that_is_not_ours_is_refused() -> None:
+    with pytest.raises(ServerError, match="did not answer usefully"):
+        served.counters("http://127.0.0.1:9")
+
+
+def test_counters_of_a_domain_are_differences() -> None:
+    before = {"rounds": 5, "position_reached": [5, 2, 1], "position_kept": [2, 1, 0]}
+    after = {"rounds": 9, "position_reached": [9, 4, 2], "position_kept": [4, 2, 1]}
+    walk = served._difference(before, after, tokens=8)
+    assert walk.accept_length == 2.0
+    assert walk.per_position == [0.5, 0.5, 1.0]
+    assert (nothing(GAMMA) + walk).rounds == 4

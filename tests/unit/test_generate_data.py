@@ -1,0 +1,621 @@
+"""``dspark generate-data`` against a real HTTP server that answers well, badly, or not at all."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from drafter_samples import actionable
+from fake_endpoint import FakeEndpoint, Request, Response, chat, completion, running_endpoint
+from tokenizer_samples import CHATML, GEMMA, LLAMA3, QWEN3, tokenizer
+
+from dspark_sglang.cli import main
+from dspark_sglang.errors import DataError
+from dspark_sglang.training.chat_template import (
+    accepts_system,
+    opens_thinking,
+    user_turn_prefix,
+)
+from dspark_sglang.training.conversations import (
+    Conversation,
+    ConversationWriter,
+    load_conversations,
+)
+from dspark_sglang.training.generate import Draft, Generator, Options, Tally, draw_draft
+from dspark_sglang.training.recipe import load_recipe
+
+ENOUGH = 10**9
+
+
+@pytest.fixture
+def endpoint() -> Iterator[FakeEndpoint]:
+    with running_endpoint() as running:
+        yield running
+
+
+def listed(*drafts: Draft) -> Callable[[random.Random], Draft | None]:
+    queue = iter(drafts)
+    return lambda rng: next(queue, None)
+
+
+def questions(count: int) -> list[Draft]:
+    return [Draft("chat", None, (f"question {number}",)) for number in range(count)]
+
+
+def generate(
+    endpoint: FakeEndpoint,
+    out: Path,
+    drafts: Callable[[random.Random], Draft | None],
+    *,
+    tokens: int = ENOUGH,
+    template: str = CHATML,
+    **options: Any,
+) -> Tally:
+    """Run the real generator against the endpoint."""
+    chosen = Options(**{"url": endpoint.url, "follow_up_share": 0.0, "backoff": 0.01} | options)
+
+    async def run() -> Tally:
+        async with httpx.AsyncClient() as client:
+            with ConversationWriter(out) as writer:
+                generator = Generator(client, chosen, tokenizer(template))
+                return await generator.run(drafts, writer, tokens)
+
+    return asyncio.run(run())
+
+
+def made(out: Path) -> list[Conversation]:
+    return load_conversations([out]).conversations
+
+
+def texts(conversation: Conversation) -> list[str]:
+    return [message.content for message in conversation.messages]
+
+
+# --- what is asked and kept ----------------------------------------------------------------------
+
+
+def test_prompts_are_answered(endpoint: FakeEndpoint, tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    drafts = listed(Draft("math", "Be brief", ("2+2?",)), Draft("chat", None, ("Why?",)))
+    tally = generate(endpoint, out, drafts, model="mine", api_key="secret", max_tokens=33)
+    assert tally == Tally(written=2, tokens=20)
+    by_domain = {conversation.domain: conversation for conversation in made(out)}
+    assert texts(by_domain["math"]) == ["Be brief", "2+2?", "About 2+2?: yes."]
+    assert texts(by_domain["chat"]) == ["Why?", "About Why?: yes."]
+    for request in endpoint.requests:
+        assert request.chat and request.headers["Authorization"] == "Bearer secret"
+        assert request.body["model"] == "mine" and request.body["max_tokens"] == 33
+        assert request.body["top_p"] == 1.0
+        assert "separate_reasoning" not in request.body
+
+
+def test_turns_are_answered_one_after_the_other(endpoint: FakeEndpoint, tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    assert generate(endpoint, out, listed(Draft("chat", None, ("One?", "Two?")))).written == 1
+    first, second = (request.body["messages"] for request in endpoint.requests)
+    answers = ("About One?: yes.", "About Two?: yes.")
+    assert second == [*first, {"role": "assistant", "content": answers[0]}, second[-1]]
+    (conversation,) = made(out)
+    assert texts(conversation) == ["One?", answers[0], "Two?", answers[1]]
+    assert conversation.completion_tokens == 20
+
+
+def test_the_target_writes_its_own_prompts(endpoint: FakeEndpoint, tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    draft = Draft("code", "Be brief", ("Explain how",), continued=True)
+    endpoint.reply = lambda request: (
+        completion(" a queue works.\n\nAnd more") if not request.chat else chat("So.")
+    )
+    generate(endpoint, out, listed(draft))
+    written = endpoint.requests[0].body
+    prefix = "<|im_start|>system\nBe brief<|im_end|>\n<|im_start|>user\n"
+    assert written["prompt"] == f"{prefix}Explain how" and written["stop"] == ["<|im_end|>"]
+    assert texts(made(out)[0]) == ["Be brief", "Explain how a queue works.", "So."]
+
+
+def test_the_target_asks_back(endpoint: FakeEndpoint, tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+
+    def reply(request: Request) -> Response:
+        if request.chat:
+            cut = "Two" in request.asked
+            return chat("Answer", finish="length" if cut else "stop")
+        return completion("Question Two?")
+
+    endpoint.reply = reply
+    generate(endpoint, out, listed(Draft("chat", None, ("Why?",))), follow_up_share=1.0)
+    assert [request.chat for request in endpoint.requests] == [True, False, True]
+    assert endpoint.requests[1].asked.endswith("Answer<|im_end|>\n<|im_start|>user\n")
+    assert texts(made(out)[0]) == ["Why?", "Answer", "Question Two?", "Answer"]
+
+
+@pytest.mark.parametrize(
+    "written",
+    [completion("  "), completion("x" * 200, finish="length"), (400, {"error": "too long"})],
+    ids=["empty", "cut", "refused"],
+)
+def test_a_follow_up_that_fails_ends_the_conversation(
+    endpoint: FakeEndpoint, tmp_path: Path, written: Response
+) -> None:
+    out = tmp_path / "out.jsonl"
+    endpoint.reply = lambda request: chat("Because.") if request.chat else written
+    tally = generate(endpoint, out, listed(Draft("chat", None, ("Why?",))), follow_up_share=1.0)
+    assert tally.written == 1 and texts(made(out)[0]) == ["Why?", "Because."]
+
+
+def test_a_cut_answer_ends_the_conversation(endpoint: FakeEndpoint, tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    endpoint.reply = lambda request: chat("Once upon \ufffd", finish="length")
+    drafts = listed(Draft("chat", None, ("One?", "Two?")))
+    generate(endpoint, out, drafts, follow_up_share=1.0)
+    assert endpoint.asked == ["One?"]
+    (conversation,) = made(out)
+    # Half a character is no text, and would be other tokens than the target wrote.
+    assert texts(conversation) == ["One?", "Once upon "]
+    assert conversation.finish_reason == "length"
+
+
+@pytest.mark.parametrize(
+    "second",
+    [chat("", finish="length"), chat(None), chat("cut off", finish="abort"), (400, b"too long")],
+    ids=["empty", "none", "aborted", "refused"],
+)
+def test_a_turn_without_an_answer_leaves_those_before_it(
+    endpoint: FakeEndpoint, tmp_path: Path, second: Response
+) -> None:
+    out = tmp_path / "out.jsonl"
+    endpoint.reply = lambda request: second if request.asked == "Two?" else chat("Yes.")
+    generate(endpoint, out, listed(Draft("chat", None, ("One?", "Two?"))))
+    (conversation,) = made(out)
+    assert texts(conversation) == ["One?", "Yes."]
+    assert conversation.finish_reason == "stop" and conversation.completion_tokens == 10
+
+
+def test_tokens_are_counted_where_the_server_does_not(
+    endpoint: FakeEndpoint, tmp_path: Path
+) -> None:
+    out = tmp_path / "out.jsonl"
+    answer = {"choices": [{"finish_reason": "stop", "message": {"content": "seven b"}}]}
+    endpoint.reply = lambda request: (200, answer)
+    generate(endpoint, out, listed(Draft("chat", None, ("Why?",))))
+    assert made(out)[0].completion_tokens == 7
+
+
+# --- thinking ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("answer", "kept"),
+    [
+        (chat("\n\nYes.", reasoning_content="\nHm.\n"), "<think>\nHm.\n</think>\n\nYes."),
+        (chat("\n\nYes.", reasoning="\nHm.\n"), "<think>\nHm.\n</think>\n\nYes."),
+        (chat("<think>\nHm.\n</think>\n\nYes."), "<think>\nHm.\n</think>\n\nYes."),
+        (chat(None, reasoning_content="\nHm", finish="length"), "<think>\nHm"),
+        (chat("\n\nYe", reasoning_content="H", finish="length"), "<think>H</think>\n\nYe"),
+        (chat("Yes.", reasoning_content=None), "Yes."),
+    ],
+    ids=["split", "newer-name", "whole", "cut-thinking", "cut-answer", "none"],
+)
+def test_thinking_is_part_of_the_answer(
+    endpoint: FakeEndpoint, tmp_path: Path, answer: Response, kept: str
+) -> None:
+    out = tmp_path / "out.jsonl"
+    endpoint.reply = lambda request: answer
+    generate(endpoint, out, listed(Draft("chat", None, ("Why?",))), template=QWEN3)
+    assert texts(made(out)[0]) == ["Why?", kept]
+    # SGLang splits thinking off, and strips it, unless told otherwise.
+    assert endpoint.requests[0].body["separate_reasoning"] is False
+
+
+def test_thinking_that_the_template_begins(endpoint: FakeEndpoint, tmp_path: Path) -> None:
+    out, opening = tmp_path / "out.jsonl", tokenizer(CHATML)
+    opening.chat_template = CHATML.replace("assistant\n' }}", "assistant\n<think>\n' }}")
+    assert opens_thinking(opening) and not opens_thinking(tokenizer(CHATML))
+    endpoint.reply = lambda request: chat("\n\nYes.", reasoning_content="Hm.\n")
+
+    async def run() -> None:
+        async with httpx.AsyncClient() as client:
+            with ConversationWriter(out) as writer:
+                options = Options(url=endpoint.url, follow_up_share=0.0)
+                generator = Generator(client, options, opening)
+                await generator.run(listed(Draft("chat", None, ("Why?",))), writer, ENOUGH)
+
+    asyncio.run(run())
+    assert texts(made(out)[0])[1] == "Hm.\n</think>\n\nYes."
+
+
+# --- chat templates ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("template", "prefix", "end"),
+    [
+        (CHATML, "<|im_start|>system\nYou are SmolLM<|im_end|>\n<|im_start|>user\n", "<|im_end|>"),
+        (LLAMA3, "<|begin|><|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>"),
+        (GEMMA, "<bos><start_of_turn>user\n", "<end_of_turn>"),
+    ],
+    ids=["chatml", "llama3", "gemma"],
+)
+def test_the_text_around_a_user_turn(template: str, prefix: str, end: str) -> None:
+    assert user_turn_prefix(tokenizer(template), []) == (prefix, end)
+
+
+def test_bos_is_left_to_a_server_that_adds_it() -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    adding = tokenizer(LLAMA3)
+    adding.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|begin|> $A", special_tokens=[("<|begin|>", adding.bos_token_id)]
+    )
+    prefix, _ = user_turn_prefix(adding, [])
+    assert prefix == "<|start_header_id|>user<|end_header_id|>\n\n"
+
+
+def test_a_template_that_changes_the_users_text() -> None:
+    shouting = tokenizer(CHATML)
+    shouting.chat_template = CHATML.replace("message['content']", "message['content'] | upper")
+    with pytest.raises(DataError) as caught:
+        user_turn_prefix(shouting, [])
+    actionable(caught.value, found="does not keep the user's text", expected="verbatim")
+
+
+def test_system_messages_are_left_out_where_the_template_takes_none(
+    endpoint: FakeEndpoint, tmp_path: Path
+) -> None:
+    assert accepts_system(tokenizer(CHATML)) and accepts_system(tokenizer(LLAMA3))
+    assert not accepts_system(tokenizer(GEMMA))
+    out, recipe = tmp_path / "out.jsonl", load_recipe("perfectblend")
+    drafts = listed(*(draw_draft(recipe, random.Random(seed), 1.0) for seed in range(20)))
+    generate(endpoint, out, drafts, template=GEMMA)
+    assert made(out)
+    for request in endpoint.requests:
+        assert not request.chat or request.body["messages"][0]["role"] == "user"
+
+
+# --- rounds --------------------------------------------------------------------------------------
+
+
+def test_rounds_take_the_temperatures_in_turn(endpoint: FakeEndpoint, tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    generate(endpoint, out, listed(*questions(20)), concurrency=2, temperatures=(0.0, 0.7))
+    temperatures = [request.body["temperature"] for request in endpoint.requests]
+    assert temperatures == [0.0] * 8 + [0.7] * 8 + [0.0] * 4
+    assert sorted(c.temperature for c in made(out)) == [0.0] * 12 + [0.7] * 8
+
+
+def test_prompts_of_a_round_come_before_its_answers(endpoint: FakeEndpoint, tmp_path: Path) -> None:
+    opening = Draft("chat", None, ("Tell me about",), continued=True)
+    generate(endpoint, tmp_path / "out.jsonl", listed(*[opening] * 16), concurrency=2)
+    kinds = [request.chat for request in endpoint.requests]
+    assert kinds == [False] * 8 + [True] * 8 + [False] * 8 + [True] * 8
+
+
+@pytest.mark.parametrize("concurrency", [1, 5])
+def test_concurrency_is_reached_and_never_exceeded(
+    endpoint: FakeEndpoint, tmp_path: Path, concurrency: int
+) -> None:
+    endpoint.delay = 0.02
+    generate(endpoint, tmp_path / "out.jsonl", listed(*questions(20)), concurrency=concurrency)
+    assert endpoint.peak == concurrency
+
+
+def test_it_stops_at_enough_tokens(endpoint: FakeEndpoint, tmp_path: Path) -> None:
+    out, recipe = tmp_path / "out.jsonl", load_recipe("perfectblend")
+    tally = generate(
+        endpoint, out, lambda rng: draw_draft(recipe, rng), tokens=95, concurrency=2, seed=3
+    )
+    assert 95 <= tally.tokens == sum(c.completion_tokens for c in made(out)) <= 110
+    assert tally.written == len(made(out)) == tally.tokens // 10
+
+
+def test_equal_prompts_are_kept_once(endpoint: FakeEndpoint, tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    drafts = listed(*questions(3), *questions(3))
+    tally = generate(endpoint, out, drafts, concurrency=6)
+    assert tally.written == 3 and tally.duplicates == 3 and len(made(out)) == 3
+    before = len(endpoint.requests)
+    assert generate(endpoint, out, listed(*questions(4))).duplicates == 3
+    assert endpoint.asked[before:] == ["question 3"], "what is answered is not asked again"
+
+
+def test_a_new_start_draws_other_prompts(endpoint: FakeEndpoint, tmp_path: Path) -> None:
+    out, recipe = tmp_path / "out.jsonl", load_recipe("perfectblend")
+    for tokens in (200, 400):
+        generate(endpoint, out, lambda rng: draw_draft(recipe, rng), tokens=tokens, concurrency=1)
+    assert len(endpoint.asked) == len(set(endpoint.asked)) == len(made(out)) == 40
+
+
+# --- a server in trouble -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "trouble",
+    [(500, b"oops"), (503, b""), (429, b"slow down"), (200, b"<html>"), (200, {"choices": []})],
+    ids=["500", "503", "429", "html", "no-choices"],
+)
+def test_a_server_in_trouble_is_asked_again(
+    endpoint: FakeEndpoint, tmp_path: Path, trouble: Response
+) -> None:
+    endpoint.reply = lambda request: (
+        trouble if len(endpoint.requests) <= 2 else endpoint.usual(request)
+    )
+    tally = generate(endpoint, tmp_path / "out.jsonl", listed(*questions(1)))
+    assert tally == Tally(written=1, tokens=10, failed=2)
+    assert len({json.dumps(request.body) for request in endpoint.requests}) == 1
+
+
+def failed(
+    endpoint: FakeEndpoint, out: Path, *, drafts: list[Draft] | None = None, **options: Any
+) -> DataError:
+    with pytest.raises(DataError) as caught:
+        generate(endpoint, out, listed(*(drafts or questions(1))), **options)
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        ((500, b"out of memory"), "500 out of memory"),
+        ((200, b"<html>"), "JSON is malformed"),
+        ((200, {"error": "no"}), "missing required field `choices`"),
+    ],
+    ids=["500", "html", "no-choices"],
+)
+def test_a_server_that_stays_in_trouble(
+    endpoint: FakeEndpoint, tmp_path: Path, answer: Response, says: str
+) -> None:
+    endpoint.reply = lambda request: answer
+    error = failed(endpoint, tmp_path / "out.jsonl", drafts=questions(4), concurrency=1)
+    actionable(error, found=f"{endpoint.url}/chat/completions failed: ", expected="OpenAI")
+    assert says in error.found and "goes on where it stopped" in error.fix
+    assert len(endpoint.requests) == 4, "four attempts, then no other prompt is tried"
+
+
+def test_no_server(endpoint: FakeEndpoint, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    error = failed(endpoint, tmp_path / "out.jsonl", url=f"http://127.0.0.1:{port}/v1")
+    actionable(error, found="ConnectError", expected="an OpenAI-compatible endpoint")
+
+
+def test_a_server_that_is_too_slow(endpoint: FakeEndpoint, tmp_path: Path) -> None:
+    endpoint.delay = 0.3
+    error = failed(endpoint, tmp_path / "out.jsonl", timeout=0.02)
+    actionable(error, found="ReadTimeout", expected="an OpenAI-compatible endpoint")
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_a_wrong_address_or_key_is_said_at_once(
+    endpoint: FakeEndpoint, tmp_path: Path, status: int
+) -> None:
+    endpoint.reply = lambda request: (status, b"no")
+    error = failed(endpoint, tmp_path / "out.jsonl")
+    actionable(error, found=f"failed: {status} no", expected="OpenAI")
+    assert "/v1" in error.fix and "OPENAI_API_KEY" in error.fix
+    assert len(endpoint.requests) == 1
+
+
+def test_a_refused_prompt_is_skipped(endpoint: FakeEndpoint, tmp_path: Path) -> None:
+    endpoint.reply = lambda request: (
+        (400, b"longer than the context") if request.asked == "question 1" else chat("Yes.")
+    )
+    tally = generate(endpoint, tmp_path / "out.jsonl", listed(*questions(3)))
+    assert tally == Tally(written=2, tokens=20, unusable=1)
+
+
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        ((400, b"no such model"), "refused a request: 400 no such model"),
+        (chat(""), "an empty or aborted answer (finish_reason stop)"),
+        (chat("x", finish="abort"), "an empty or aborted answer (finish_reason abort)"),
+    ],
+    ids=["refused", "empty", "aborted"],
+)
+@pytest.mark.parametrize("endless", [False, True], ids=["file", "recipe"])
+def test_a_target_that_never_answers(
+    endpoint: FakeEndpoint, tmp_path: Path, answer: Response, says: str, endless: bool
+) -> None:
+    endpoint.reply = lambda request: answer if request.chat else completion(" of that?")
+    drafts = questions(10_000 if endless else 3)
+    error = failed(endpoint, tmp_path / "out.jsonl", drafts=drafts, concurrency=20)
+    count = 80 if endless else 3
+    actionable(error, found=f"The last {count} prompts got no answer", expected="most prompts")
+    assert says in error.found and len(endpoint.requests) == count
+
+
+def test_a_full_disk_stops_at_once(endpoint: FakeEndpoint) -> None:
+    error = failed(endpoint, Path("/dev/full"), drafts=questions(40), concurrency=2)
+    actionable(error, found="No space left on device", expected="space")
+    assert len(endpoint.requests) < 10
+
+
+# --- the command ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("target")
+    tokenizer(CHATML).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.txt"
+    path.write_text("".join(f"question {number}\n" for number in range(40)))
+    return path
+
+
+def arguments(target: Path, out: Path, url: str, *more: object) -> list[str]:
+    given = ["--target", target, "--out", out, "--url", url, "--concurrency", 2, *more]
+    return ["generate-data", *map(str, given)]
+
+
+def dspark(monkeypatch: pytest.MonkeyPatch, given: list[str]) -> int:
+    """The exit code of ``dspark`` in this process."""
+    monkeypatch.setattr(sys, "argv", ["dspark", *given])
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        main.main()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return 0
+
+
+def test_the_command_says_what_it_did(
+    endpoint: FakeEndpoint,
+    target: Path,
+    prompts: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    out = tmp_path / "out [bold].jsonl"
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text("{no\n")
+    given = ("--prompts", prompts, "--prompts", bad, "--temperatures", "0,0.5,1")
+    assert dspark(monkeypatch, arguments(target, out, endpoint.url + "/", *given)) == 0
+    said = capsys.readouterr().out
+    assert "40 prompts, 1 broken entries skipped" in said and f"{bad}:1: " in said
+    conversations = made(out)
+    tokens = sum(c.completion_tokens for c in conversations)
+    assert f"{out}: {tokens} tokens in 40 conversations (40 new, 0 duplicates" in said
+    assert {c.temperature for c in conversations} == {0.0, 0.5, 1.0}
+    assert endpoint.requests[0].headers["Authorization"] == "Bearer secret"
+
+    with out.open("a") as stream:
+        stream.write("broken\n")
+    before = len(endpoint.requests)
+    assert dspark(monkeypatch, arguments(target, out, endpoint.url, *given)) == 0
+    said = capsys.readouterr().out
+    assert f"{out}: 40 conversations, {tokens} tokens already, 1 broken lines skipped" in said
+    assert "(0 new, 40 duplicates" in said
+    assert len(endpoint.requests) == before
+
+
+@pytest.mark.parametrize("mode", ["prompts", "recipe"])
+def test_killed_and_started_again(
+    endpoint: FakeEndpoint,
+    target: Path,
+    prompts: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    mode: str,
+) -> None:
+    out = tmp_path / "out.jsonl"
+    more = ("--prompts", prompts) if mode == "prompts" else ("--tokens", 300)
+    given = arguments(target, out, endpoint.url, *more)
+    endpoint.delay = 0.02
+    running = subprocess.Popen(
+        [sys.executable, "-m", "dspark_sglang.cli.main", *given], stdout=subprocess.DEVNULL
+    )
+    try:
+        while not out.exists() or out.read_bytes().count(b"\n") < 10:
+            assert running.poll() is None
+            time.sleep(0.002)
+    finally:
+        running.send_signal(signal.SIGKILL)
+        running.wait()
+    with out.open("r+b") as stream:  # as if it had been killed inside the last line
+        stream.truncate(out.stat().st_size - 7)
+    kept = {texts(c)[0] for c in made(out)}
+    assert len(kept) >= 9
+    endpoint.delay, before = 0.0, len(endpoint.asked)
+
+    assert dspark(monkeypatch, given) == 0
+    again = endpoint.asked[before:]
+    assert not kept & set(again), "nothing that was kept is asked again"
+    scan = load_conversations([out])
+    assert scan.broken == 0 and scan.duplicates == 0
+    assert kept < {texts(c)[0] for c in scan.conversations}
+    if mode == "prompts":
+        answered = sorted(texts(c)[0] for c in scan.conversations)
+        assert answered == sorted(prompts.read_text().splitlines())
+    else:
+        assert sum(c.completion_tokens for c in scan.conversations) >= 300
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"--temperatures": "0,warm"}, "--temperatures is '0,warm'"),
+        ({"--temperatures": "-1"}, "--temperatures is '-1'"),
+        ({"--temperatures": "nan"}, "--temperatures is 'nan'"),
+        ({"--temperatures": ""}, "--temperatures is ''"),
+        ({"--url": "127.0.0.1:1/v1"}, "--url is '127.0.0.1:1/v1'"),
+        ({"--url": "localhost/v1"}, "--url is 'localhost/v1'"),
+        ({"--url": "http://[::1"}, "--url is 'http://[::1'"),
+        ({"--recipe": "perfectbland"}, "Cannot use recipe perfectbland"),
+        ({"--prompts": "/nowhere/prompts.txt"}, "/nowhere/prompts.txt cannot be read"),
+        ({"--target": "/nowhere/target"}, "tokenizer of /nowhere/target cannot be loaded"),
+        ({"--out": "/dev/null/data.jsonl"}, "/dev/null/data.jsonl cannot be written"),
+    ],
+    ids=lambda value: "=".join(*value.items()) if isinstance(value, dict) else "",
+)
+def test_a_wrong_argument_is_one_line_and_exit_code_2(
+    endpoint: FakeEndpoint,
+    target: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    changes: dict[str, str],
+    says: str,
+) -> None:
+    usual = {"--target": str(target), "--out": str(tmp_path / "out.jsonl"), "--url": endpoint.url}
+    given = [text for pair in (usual | changes).items() for text in pair]
+    assert dspark(monkeypatch, ["generate-data", *given]) == 2
+    line = capsys.readouterr().err
+    assert line.startswith("dspark: error: ") and line.count("\n") == 1
+    assert says in line and " Expected " in line
+    assert not endpoint.requests and not (tmp_path / "out.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("status", "says"),
+    [(400, "got no answer"), (404, "failed: 404")],
+)
+def test_a_server_that_refuses_is_exit_code_2(
+    endpoint: FakeEndpoint,
+    target: Path,
+    prompts: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    status: int,
+    says: str,
+) -> None:
+    endpoint.reply = lambda request: (status, b"no")
+    out = tmp_path / "out.jsonl"
+    given = arguments(target, out, endpoint.url, "--prompts", prompts)
+    assert dspark(monkeypatch, given) == 2
+    line = capsys.readouterr().err
+    assert line.startswith("dspark: error: ") and line.count("\n") == 1 and says in line
+
+
+def test_a_base_model(
+    target: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    bare = tokenizer(CHATML)
+    bare.chat_template = None
+    bare.save_pretrained(tmp_path / "base")
+    given = arguments(tmp_path / "base", tmp_path / "out.jsonl", "http://127.0.0.1:9/v1")
+    assert dspark(monkeypatch, given) == 2
+    assert "base has no chat template. Expected a chat model." in capsys.readouterr().err

@@ -1,0 +1,645 @@
+"""Drafter layouts: what is trained is what is stored, and what others stored can be gone on from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_training import write_target, write_tokenizer
+from torch.nn.functional import scaled_dot_product_attention
+
+from dspark_sglang.checkpoint import (
+    DrafterConfig,
+    check_served,
+    check_tensors,
+    dense_tensors,
+    parse_drafter_config,
+    read_config,
+)
+from dspark_sglang.core.drafter import DenseDrafter, DenseShape
+from dspark_sglang.errors import CheckpointError, ConfigError
+from dspark_sglang.training import layouts
+from dspark_sglang.training.config import DataSpec, DrafterSpec, TrainConfig, check
+from dspark_sglang.training.existing import read_existing
+from dspark_sglang.training.layouts import drafter_config, read_drafter, write_drafter
+from dspark_sglang.training.model import Drafter
+from dspark_sglang.training.packing import Packed, visible
+from dspark_sglang.training.start import Copied, from_drafter, from_target, initialise, prepare
+from dspark_sglang.training.states import Target
+
+TOKENIZER = SimpleNamespace(added_tokens_encoder={"<mask>": 3}, pad_token_id=0)
+HIDDEN, VOCAB = 32, 97
+
+
+def text_config(**changes: Any) -> Any:
+    """A target's configuration, as Hugging Face gives it."""
+    from transformers import LlamaConfig
+
+    sizes = {
+        "vocab_size": VOCAB,
+        "hidden_size": HIDDEN,
+        "intermediate_size": 48,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5e4},
+    }
+    return LlamaConfig(**(sizes | changes))
+
+
+def gemma4_config(*, shared_kv: bool = True) -> Any:
+    from transformers import Gemma4TextConfig
+
+    return Gemma4TextConfig(
+        vocab_size=VOCAB,
+        hidden_size=HIDDEN,
+        intermediate_size=48,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        global_head_dim=16,
+        num_global_key_value_heads=1,
+        attention_k_eq_v=shared_kv,
+        hidden_size_per_layer_input=0,
+        layer_types=["sliding_attention", "full_attention"] * 3,
+    )
+
+
+def randomise(drafter: Drafter) -> Drafter:
+    """Every parameter random, norm gains around one."""
+    with torch.no_grad():
+        for name, value in drafter.state_dict().items():
+            noise = torch.randn_like(value)
+            value.copy_(1 + 0.1 * noise if value.ndim == 1 and "head" not in name else 0.2 * noise)
+    return drafter
+
+
+def make(spec: DrafterSpec, target: Any = None, start: str = "") -> tuple[dict[str, Any], Drafter]:
+    raw = drafter_config(spec, target or text_config(), TOKENIZER, start)
+    model = Drafter(parse_drafter_config(raw), markov=spec.markov_head != "none")
+    return raw, randomise(model)
+
+
+def stored(
+    folder: Path, spec: DrafterSpec, target: Any = None, **changes: Any
+) -> tuple[Path, Drafter]:
+    """A drafter on disk, its configuration changed afterwards, and the same in memory."""
+    raw, model = make(spec, target)
+    with torch.no_grad():
+        for value in model.state_dict().values():
+            value.copy_(value.bfloat16())
+    write_drafter(folder, raw, model.state_dict())
+    if changes:
+        raw = json.loads((folder / "config.json").read_text()) | changes
+        (folder / "config.json").write_text(
+            json.dumps({key: value for key, value in raw.items() if value is not None})
+        )
+    return folder, model
+
+
+def blocks(config: DrafterConfig, rows: int) -> dict[str, torch.Tensor]:
+    """Random inputs of one sequence: 11 positions, blocks at three anchors."""
+    anchors = torch.tensor([[2, 7, 10]])
+    packed = Packed(torch.zeros(1, 11), anchors, *[torch.empty(0)] * 4, source=(0,))
+    return {
+        "states": torch.randn(1, 11, len(config.target_layer_ids) * HIDDEN),
+        "anchors": anchors,
+        "embedded": torch.randn(1, 3, HIDDEN),
+        "mask_embedding": torch.randn(HIDDEN),
+        "mask": visible(packed, rows),
+    }
+
+
+# --- the forward pass -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gamma", [1, 5, 7])
+@pytest.mark.parametrize("kv_heads", [0, 4])
+def test_the_trained_model_is_the_reference(gamma: int, kv_heads: int) -> None:
+    _, model = make(DrafterSpec(gamma=gamma, kv_heads=kv_heads, markov_rank=4))
+    config, given = model.config, blocks(model.config, gamma)
+    shape = DenseShape(
+        gamma=gamma,
+        hidden=HIDDEN,
+        heads=4,
+        kv_heads=config.num_kv_heads,
+        head_dim=8,
+        layers=2,
+        mask_token=3,
+        eps=config.rms_norm_eps,
+        rope_theta=config.rope_theta,
+    )
+    tensors = {**model.state_dict(), "mask_embedding": given["mask_embedding"]}
+    reference = DenseDrafter(tensors, shape)
+    context = reference.context(given["states"][0])
+    wanted = reference.hidden(context, given["anchors"][0], given["embedded"][0])
+    found = model(**given)
+    assert found.shape == (1, 3, gamma, HIDDEN)
+    torch.testing.assert_close(found[0], wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_without_the_anchor_the_mask_rows_predict_their_own_positions() -> None:
+    """gamma + 1 rows run, and the last gamma are what comes out."""
+    _, model = make(DrafterSpec(gamma=4, sample_from_anchor=False, markov_rank=4))
+    assert model.rows == 5
+    given = blocks(model.config, 5)
+    _, wider = make(DrafterSpec(gamma=5, markov_rank=4))
+    wider.load(model.state_dict())
+    torch.testing.assert_close(model(**given), wider(**given)[:, :, 1:])
+
+
+def gemma4_reference(model: Drafter, hf: Any, given: dict[str, torch.Tensor]) -> torch.Tensor:
+    """One pass with Hugging Face's Gemma 4 norms, MLP and RoPE, block by block."""
+    from transformers.models.gemma4 import modeling_gemma4 as gemma
+
+    config, tensors = model.config, model.state_dict()
+    rotary = gemma.Gemma4TextRotaryEmbedding(hf)
+
+    def norm(x: torch.Tensor, name: str) -> torch.Tensor:
+        module = gemma.Gemma4RMSNorm(x.shape[-1], hf.rms_norm_eps, with_scale=bool(name))
+        if name:
+            module.load_state_dict({"weight": tensors[f"{name}.weight"]})
+        return module(x)
+
+    def heads(x: torch.Tensor, name: str) -> torch.Tensor:
+        return (x @ tensors[f"{name}.weight"].T).unflatten(-1, (-1, config.head_dim))
+
+    context = norm(given["states"][0] @ tensors["fc.weight"].T, "hidden_norm")
+    made = []
+    for block, anchor in enumerate(given["anchors"][0].tolist()):
+        x = given["mask_embedding"].repeat(model.rows, 1)
+        x[0] = given["embedded"][0, block]
+        places = torch.arange(anchor + model.rows)[None]
+        for layer in range(config.num_layers):
+            p = f"layers.{layer}"
+            h = norm(x, f"{p}.input_layernorm")
+            source = torch.cat([context[:anchor], h])
+            cos, sin = rotary(h, places, "full_attention")
+            raw = heads(source, f"{p}.self_attn.k_proj")
+            value = raw if config.shared_kv else heads(source, f"{p}.self_attn.v_proj")
+            query = norm(heads(h, f"{p}.self_attn.q_proj"), f"{p}.self_attn.q_norm")[None]
+            key = norm(raw, f"{p}.self_attn.k_norm")[None]
+            turned = slice(anchor, None)
+            query = gemma.apply_rotary_pos_emb(query, cos[:, turned], sin[:, turned], 2)
+            key = gemma.apply_rotary_pos_emb(key, cos, sin, 2)
+            q, k, v = (t.transpose(1, 2) for t in (query, key, norm(value, "")[None]))
+            out = scaled_dot_product_attention(q, k, v, scale=1.0, enable_gqa=True)
+            out = out[0].transpose(0, 1).flatten(1) @ tensors[f"{p}.self_attn.o_proj.weight"].T
+            x = x + norm(out, f"{p}.post_attention_layernorm")
+            mlp = gemma.Gemma4TextMLP(hf, 0)
+            names = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
+            mlp.load_state_dict({name: tensors[f"{p}.mlp.{name}"] for name in names})
+            out = mlp(norm(x, f"{p}.pre_feedforward_layernorm"))
+            x = x + norm(out, f"{p}.post_feedforward_layernorm")
+            x = x * tensors[f"{p}.layer_scalar"]
+        made.append(norm(x, "norm"))
+    return torch.stack(made)
+
+
+@pytest.mark.parametrize("gamma", [1, 5])
+@pytest.mark.parametrize("shared_kv", [True, False], ids=["k=v", "v_proj"])
+@torch.no_grad()
+def test_gemma4_layers_are_hugging_faces(gamma: int, shared_kv: bool) -> None:
+    hf = gemma4_config(shared_kv=shared_kv)
+    _, model = make(DrafterSpec(gamma=gamma, layout="gemma4", markov_rank=4), hf)
+    assert model.config.shared_kv == shared_kv
+    assert (model.config.head_dim, model.config.rope_share) == (16, 0.25)
+    given = blocks(model.config, gamma)
+    wanted = gemma4_reference(model, hf, given)
+    torch.testing.assert_close(model(**given)[0], wanted, rtol=1e-5, atol=1e-5)
+
+
+def write_gemma4(folder: Path) -> Target:
+    """A random Gemma 4 target."""
+    from transformers import AutoModelForCausalLM
+
+    AutoModelForCausalLM.from_config(gemma4_config()).save_pretrained(folder)
+    write_tokenizer(folder)
+    return Target(str(folder), bf16=False)
+
+
+# --- target states --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma", "gemma4"])
+@torch.no_grad()
+def test_captured_states_are_the_models_own(kind: str, tmp_path: Path) -> None:
+    if kind == "gemma4":
+        target = write_gemma4(tmp_path)
+    else:
+        target = Target(str(write_target(tmp_path, kind)), bf16=False)
+    tokens, last = torch.randint(4, 90, (2, 9)), len(target.layers) - 1
+    found = target.states(tokens, [-1, 0, 2, last])
+    out = target.decoder(tokens, output_hidden_states=True)
+    layers = found.layers.split(32, dim=-1)
+    for layer, place in ((0, 0), (1, 1), (2, 3)):
+        torch.testing.assert_close(layers[layer], out.hidden_states[place])
+    # Hugging Face norms the last layer's output before it lists it; the drafter reads it raw.
+    torch.testing.assert_close(target.decoder.norm(layers[3]), out.hidden_states[last + 1])
+    assert not torch.allclose(layers[3], out.hidden_states[last + 1])
+    torch.testing.assert_close(found.final, out.last_hidden_state)
+    logits = target.model(tokens).logits
+    torch.testing.assert_close(found.final @ target.head.T, logits)
+
+
+@torch.no_grad()
+def test_gemmas_embedding_is_scaled(tmp_path: Path) -> None:
+    """As SGLang's DSPARK embeds: through the target's own module."""
+    target = Target(str(write_target(tmp_path, "gemma")), bf16=False)
+    tokens = torch.tensor([5, 9])
+    weight = target.model.get_input_embeddings().weight
+    torch.testing.assert_close(target.embed(tokens), weight[tokens] * 32**0.5)
+
+
+# --- from the target ------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_a_gemma_targets_norms_and_scale_are_copied_as_they_act(tmp_path: Path) -> None:
+    """Gains are one more than Gemma 3 stores; the norm before its MLP has another name."""
+    target = Target(str(write_target(tmp_path, "gemma")), bf16=False)
+    for parameter in target.model.parameters():
+        if parameter.ndim == 1:
+            parameter.normal_(std=0.1)
+    model = Drafter(
+        parse_drafter_config(drafter_config(DrafterSpec(layers=1), target.config, TOKENIZER))
+    )
+    initialise(model, 0)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    done = from_target(model, target)
+    theirs: Any = target.layers[-1]
+    own = model.state_dict()
+    pairs = {
+        "layers.0.input_layernorm": theirs.input_layernorm.weight + 1,
+        "layers.0.post_attention_layernorm": theirs.pre_feedforward_layernorm.weight + 1,
+        "layers.0.self_attn.k_norm": theirs.self_attn.k_norm.weight + 1,
+        "layers.0.self_attn.q_norm": (theirs.self_attn.q_norm.weight + 1) * (8 / 256) ** 0.5,
+        "layers.0.self_attn.v_proj": theirs.self_attn.v_proj.weight,
+        "norm": target.decoder.norm.weight + 1,
+    }
+    for name, wanted in pairs.items():
+        torch.testing.assert_close(own[f"{name}.weight"], wanted.float())
+        assert f"{name}.weight" in done
+    # Behind these, Gemma has norms that a dense layer has not.
+    for name in ("layers.0.self_attn.o_proj.weight", "layers.0.mlp.down_proj.weight"):
+        assert name not in done
+        torch.testing.assert_close(own[name], before[name])
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+@torch.no_grad()
+def test_a_plain_targets_layers_are_copied_whole(kind: str, tmp_path: Path) -> None:
+    target = Target(str(write_target(tmp_path, kind)), bf16=False)
+    model = Drafter(
+        parse_drafter_config(drafter_config(DrafterSpec(layers=2), target.config, TOKENIZER))
+    )
+    done = from_target(model, target)
+    own = model.state_dict()
+    for index, layer in enumerate(target.layers[-2:]):
+        for name, value in layer.named_parameters():
+            torch.testing.assert_close(own[f"layers.{index}.{name}"], value)
+            assert f"layers.{index}.{name}" in done
+    torch.testing.assert_close(own["norm.weight"], target.decoder.norm.weight)
+
+
+@torch.no_grad()
+def test_a_gemma4_drafter_copies_the_full_attention_layers(tmp_path: Path) -> None:
+    target = write_gemma4(tmp_path)
+    raw = drafter_config(DrafterSpec(layout="gemma4"), target.config, TOKENIZER)
+    model = Drafter(parse_drafter_config(raw))
+    done = from_target(model, target)
+    own = model.state_dict()
+    for index, layer in enumerate((target.layers[3], target.layers[5])):
+        for name, value in layer.named_parameters():
+            torch.testing.assert_close(own[f"layers.{index}.{name}"], value)
+            assert f"layers.{index}.{name}" in done
+
+
+# --- configurations -------------------------------------------------------------------------------
+
+
+def test_a_gemma_target_with_dense_layers_keeps_the_full_attention_rope(tmp_path: Path) -> None:
+    target = Target(str(write_target(tmp_path, "gemma")), bf16=False)
+    raw = drafter_config(DrafterSpec(), target.config, TOKENIZER)
+    assert raw["architectures"] == ["Qwen3DSparkModel"] and raw["hidden_act"] == "silu"
+    assert raw["rope_parameters"]["rope_theta"] == 1e6
+
+
+def test_a_gemma4_target_with_dense_layers() -> None:
+    """Some of its widths differ between layers; a dense drafter takes the sliding ones'."""
+    config = parse_drafter_config(drafter_config(DrafterSpec(), gemma4_config(), TOKENIZER))
+    assert (config.num_heads, config.num_kv_heads, config.head_dim) == (4, 2, 8)
+    assert not config.gemma4 and config.rope_theta == 1e6
+    check_served(config)
+
+
+@pytest.mark.parametrize(
+    ("spec", "found"),
+    [
+        ({"target_layer_ids": (-1, 2)}, "[-1, 2]"),
+        ({"target_layer_ids": (2, 6)}, "[2, 6]"),
+        ({"mask_token_id": VOCAB}, f"mask_token_id {VOCAB}"),
+        ({"kv_heads": 3}, "kv_heads is 3"),
+        ({"layout": "gemma4"}, "model_type is llama"),
+    ],
+    ids=["embedding", "layer", "mask", "kv_heads", "gemma4"],
+)
+def test_what_the_target_has_not(spec: dict[str, Any], found: str) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        drafter_config(DrafterSpec(**spec), text_config(), TOKENIZER)
+    assert found in caught.value.found and caught.value.expected and caught.value.fix
+
+
+@pytest.mark.parametrize("other", [{"sample_from_anchor": True}, {"layout": "gemma4"}])
+def test_what_could_not_be_exported_is_not_trained(other: dict[str, Any]) -> None:
+    spec = DrafterSpec(markov_head="none", **other)
+    with pytest.raises(ConfigError, match="markov_head none"):
+        check(TrainConfig(target="t", out="o", data=DataSpec(files=("f",)), drafter=spec))
+
+
+def test_serving_refuses_what_sglang_has_no_class_for() -> None:
+    raw, _ = make(DrafterSpec(layout="gemma4"), gemma4_config())
+    with pytest.raises(CheckpointError) as caught:
+        check_served(parse_drafter_config(raw))
+    assert "Gemma4DSparkModel" in caught.value.found and "qwen3" in caught.value.fix
+    raw, _ = make(DrafterSpec())
+    with pytest.raises(CheckpointError, match="embedding"):
+        check_served(parse_drafter_config(raw | {"target_layer_ids": [-1, 2]}))
+
+
+# --- round trips ----------------------------------------------------------------------------------
+
+LAYOUTS = {
+    "vanilla": (DrafterSpec(markov_rank=4), None),
+    "gated": (DrafterSpec(markov_head="gated", markov_rank=4), None),
+    "rnn": (DrafterSpec(markov_head="rnn", markov_rank=4), None),
+    "from-masks": (DrafterSpec(sample_from_anchor=False, markov_rank=4), None),
+    "gemma4": (DrafterSpec(layout="gemma4", markov_rank=4), gemma4_config()),
+    "gemma4-v": (DrafterSpec(layout="gemma4", markov_rank=4), gemma4_config(shared_kv=False)),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_what_is_written_is_read(name: str, tmp_path: Path) -> None:
+    folder, model = stored(tmp_path / "drafter", *LAYOUTS[name])
+    config, tensors = read_drafter(folder)
+    assert config == model.config
+    check_tensors(folder, config)
+    assert {n: tuple(t.shape) for n, t in tensors.items()} == dense_tensors(config)
+    other = Drafter(config)
+    assert other.load(tensors) == []
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(other.state_dict()[key], value, rtol=0, atol=0)
+
+
+def test_copies_of_the_targets_matrices_are_not_read(tmp_path: Path) -> None:
+    """DeepSpec's checkpoints carry them; names may start with ``model.``."""
+    folder, model = stored(tmp_path / "drafter", LAYOUTS["vanilla"][0])
+    path = folder / layouts.WEIGHTS
+    tensors = {f"model.{name}": value for name, value in load_file(path).items()}
+    tensors |= {"embed_tokens.weight": torch.ones(VOCAB, HIDDEN)}
+    tensors |= {"lm_head.weight": torch.ones(VOCAB, HIDDEN)}
+    save_file(tensors, path)
+    _, read = read_drafter(folder)
+    assert read.keys() == model.state_dict().keys()
+
+
+def test_gains_stored_one_less_are_read_as_they_multiply(tmp_path: Path) -> None:
+    folder, model = stored(tmp_path / "drafter", LAYOUTS["vanilla"][0], use_gemma_norm=True)
+    path = folder / layouts.WEIGHTS
+    tensors = {
+        name: value.float() - 1 if name.endswith("norm.weight") else value.float()
+        for name, value in load_file(path).items()
+    }
+    save_file(tensors, path)
+    _, read = read_drafter(folder)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(read[name], value)
+
+
+def test_without_heads_a_dflash_drafter_is_written(tmp_path: Path) -> None:
+    folder, model = stored(tmp_path / "drafter", DrafterSpec(gamma=4, markov_head="none"))
+    raw = read_config(folder, role="drafter")
+    assert raw["architectures"] == ["DFlashDraftModel"]
+    assert raw["block_size"] == 5  # rows: the anchor and four masks
+    assert raw["dflash_config"]["target_layer_ids"] == list(model.config.target_layer_ids)
+    found = read_existing(folder)
+    assert not found.markov and not found.config.sample_from_anchor
+    assert found.config.gamma == 4
+    backbone = {name for name in model.state_dict() if "_head." not in name}
+    assert found.tensors.keys() == backbone
+    with pytest.raises(CheckpointError):
+        read_drafter(folder)  # not a DSpark drafter
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        DrafterSpec(markov_head="none", sample_from_anchor=True),
+        DrafterSpec(markov_head="none", layout="gemma4"),
+    ],
+    ids=["from-anchor", "gemma4"],
+)
+def test_without_heads_only_what_dflash_runs_is_written(spec: DrafterSpec, tmp_path: Path) -> None:
+    raw, model = make(spec, gemma4_config() if spec.layout == "gemma4" else None)
+    with pytest.raises(CheckpointError, match="DFLASH"):
+        write_drafter(tmp_path, raw, model.state_dict())
+    assert not list(tmp_path.iterdir())
+
+
+# --- starting from another drafter ----------------------------------------------------------------
+
+
+def start_from(folder: Path, spec: DrafterSpec, target: Any = None) -> tuple[Drafter, Copied]:
+    raw = drafter_config(spec, target or text_config(), TOKENIZER, str(folder))
+    model = Drafter(parse_drafter_config(raw), markov=spec.markov_head != "none")
+    initialise(model, 0)
+    return model, from_drafter(model, folder)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_fine_tuning_starts_as_the_same_function(name: str, tmp_path: Path) -> None:
+    spec, target = LAYOUTS[name]
+    folder, model = stored(tmp_path / "drafter", spec, target)
+    again, copied = start_from(folder, spec, target)
+    assert copied == Copied(layers=2, of=2, new=[], unused=[])
+    given = blocks(model.config, model.rows)
+    torch.testing.assert_close(again(**given), model(**given), rtol=0, atol=0)
+    assert "2 of its 2 layers" in prepare(
+        again, SimpleNamespace(), start=str(folder), use_target=True, seed=0
+    )  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["vanilla", "gemma4"])
+def test_more_layers_start_as_no_ops(name: str, tmp_path: Path) -> None:
+    spec, target = LAYOUTS[name]
+    folder, model = stored(tmp_path / "drafter", spec, target)
+    longer = DrafterSpec(layers=3, markov_rank=4, layout=spec.layout)
+    again, copied = start_from(folder, longer, target)
+    assert (copied.layers, copied.of) == (2, 2)
+    assert copied.new and all(n.startswith("layers.2.") for n in copied.new)
+    assert f"{len(copied.new)} tensors new (layers.2." in str(copied)
+    given = blocks(model.config, model.rows)
+    torch.testing.assert_close(again(**given), model(**given))
+
+
+def test_fewer_layers_keep_the_first(tmp_path: Path) -> None:
+    folder, model = stored(tmp_path / "drafter", LAYOUTS["vanilla"][0])
+    again, copied = start_from(folder, DrafterSpec(layers=1, markov_rank=4))
+    assert (copied.layers, copied.of, copied.new) == (1, 2, [])
+    assert copied.unused and all(n.startswith("layers.1.") for n in copied.unused)
+    assert str(copied) == f"1 of its 2 layers, {len(copied.unused)} of its tensors unused"
+    for name, value in again.state_dict().items():
+        torch.testing.assert_close(value, model.state_dict()[name], rtol=0, atol=0)
+
+
+def test_more_key_and_value_heads_are_the_same_function(tmp_path: Path) -> None:
+    folder, model = stored(tmp_path / "drafter", LAYOUTS["vanilla"][0])
+    again, copied = start_from(folder, DrafterSpec(kv_heads=4, markov_rank=4))
+    assert copied.new == []
+    given = blocks(model.config, model.rows)
+    torch.testing.assert_close(again(**given), model(**given))
+
+
+def test_fewer_tokens_a_block_may_be_trained(tmp_path: Path) -> None:
+    folder, _ = stored(tmp_path / "drafter", DrafterSpec(gamma=7, markov_rank=4))
+    again, copied = start_from(folder, DrafterSpec(gamma=3, markov_rank=4))
+    assert again.rows == 3 and copied.new == []
+
+
+def test_a_confidence_head_that_reads_less_is_the_same_function(tmp_path: Path) -> None:
+    folder, model = stored(
+        tmp_path / "drafter", DrafterSpec(markov_rank=4), confidence_head_with_markov=False
+    )
+    path = folder / layouts.WEIGHTS
+    tensors = load_file(path)
+    tensors["confidence_head.proj.weight"] = tensors["confidence_head.proj.weight"][:, :HIDDEN]
+    save_file({name: value.contiguous() for name, value in tensors.items()}, path)
+    again, copied = start_from(folder, DrafterSpec(markov_rank=4))
+    assert copied.new == []
+    proj = again.confidence_head.proj.weight
+    torch.testing.assert_close(proj[:, :HIDDEN], model.confidence_head.proj.weight[:, :HIDDEN])
+    assert not proj[:, HIDDEN:].any()
+
+
+# z-lab's DFlash: nested keys, the mask's id and the layers there, no heads.
+@pytest.mark.parametrize("named", [True, False], ids=["layers-named", "layers-implied"])
+def test_a_dflash_start_brings_the_backbone_and_its_convention(named: bool, tmp_path: Path) -> None:
+    spec = DrafterSpec(gamma=7, markov_head="none", target_layer_ids=(1, 3), mask_token_id=9)
+    nested = {"mask_token_id": 9} | ({"target_layer_ids": [1, 3]} if named else {})
+    folder, model = stored(tmp_path / "drafter", spec, dflash_config=nested, block_size=8)
+    again, copied = start_from(folder, DrafterSpec(gamma=5, markov_rank=4))
+    assert not again.config.sample_from_anchor and again.rows == 6
+    assert (again.config.mask_token_id, again.config.target_layer_ids) == (9, (1, 3))
+    assert sorted(copied.new) == sorted(n for n in again.state_dict() if "_head." in n)
+    assert copied.unused == []
+    wider = Drafter(again.config)
+    wider.load(model.state_dict())
+    given = blocks(again.config, 6)
+    torch.testing.assert_close(again(**given), wider(**given), rtol=0, atol=0)
+    # Heads that add nothing yet: the first drafts are DFlash's.
+    assert again.markov_head is not None and not again.markov_head.markov_w2.weight.any()
+
+
+def test_deepspecs_dflash_predicts_from_the_anchor(tmp_path: Path) -> None:
+    """Its architecture is DSpark's with rank 0, and gamma rows."""
+    folder, model = stored(tmp_path / "drafter", DrafterSpec(gamma=7, markov_rank=4))
+    path = folder / layouts.WEIGHTS
+    save_file({n: t for n, t in load_file(path).items() if "_head." not in n}, path)
+    raw = read_config(folder, role="drafter") | {"markov_rank": 0, "enable_confidence_head": False}
+    del raw["sample_from_anchor"], raw["markov_head_type"], raw["confidence_head_with_markov"]
+    (folder / "config.json").write_text(json.dumps(raw))
+    again, copied = start_from(folder, DrafterSpec(gamma=7, markov_rank=4))
+    assert again.config == model.config
+    assert copied.new and all("_head." in name for name in copied.new)
+
+
+MISFITS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "hidden": ({}, {"hidden_size": 64}, "hidden_size 32"),
+    "vocab": ({}, {"vocab_size": 90}, "vocab_size 97"),
+    "gamma": ({"gamma": 7}, {}, "5 tokens"),
+    "layers": ({"target_layer_ids": (1, 2)}, {}, "target_layer_ids"),
+    "same-count": ({"target_layer_ids": (1, 2, 3)}, {}, "target_layer_ids"),
+    "mask": ({"mask_token_id": 8}, {}, "mask_token_id 3"),
+    "convention": ({"sample_from_anchor": False}, {}, "sample_from_anchor True"),
+    "rank": ({"markov_rank": 6}, {}, "markov_head.markov_w1.weight"),
+}
+
+
+@pytest.mark.parametrize("case", MISFITS)
+def test_a_start_that_does_not_fit_is_an_error(case: str, tmp_path: Path) -> None:
+    changes, target, found = MISFITS[case]
+    given = {"target_layer_ids": (0, 2, 4), "markov_rank": 4}
+    folder, _ = stored(tmp_path / "drafter", DrafterSpec(**given))
+    spec = DrafterSpec(**({"markov_rank": 4} | changes))
+    with pytest.raises(CheckpointError) as caught:
+        start_from(folder, spec, text_config(**target))
+    assert found in caught.value.found and caught.value.expected and caught.value.fix
+
+
+def test_without_the_start_the_configuration_must_still_agree(tmp_path: Path) -> None:
+    """Heads, RoPE and epsilon are the start's; a run that was not told is refused."""
+    folder, _ = stored(tmp_path / "drafter", LAYOUTS["vanilla"][0])
+    other = text_config(rope_parameters={"rope_type": "default", "rope_theta": 1e4})
+    raw = drafter_config(DrafterSpec(markov_rank=4), other, TOKENIZER)
+    with pytest.raises(CheckpointError, match="rope_theta"):
+        from_drafter(Drafter(parse_drafter_config(raw)), folder)
+    told = drafter_config(DrafterSpec(markov_rank=4), other, TOKENIZER, str(folder))
+    from_drafter(Drafter(parse_drafter_config(told)), folder)
+
+
+def test_a_start_of_the_other_layout_is_an_error(tmp_path: Path) -> None:
+    folder, _ = stored(tmp_path / "drafter", *LAYOUTS["gemma4"])
+    with pytest.raises(CheckpointError) as caught:
+        start_from(folder, DrafterSpec(markov_rank=4))
+    assert "gemma4" in caught.value.found and "gemma4" in caught.value.fix
+
+
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        ({"architectures": ["DFlash2DraftModel"]}, "DFlash2DraftModel"),
+        ({"hidden_act": "swigluoai"}, "swigluoai"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"layer_types": ["sliding_attention"] * 2}, "sliding"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "yarn"),
+        ({"partial_rotary_factor": 0.5}, "partial"),
+        ({"rope_is_neox_style": False}, "interleaved"),
+        ({"is_causal": True}, "causal"),
+        ({"quantization_config": {"quant_algo": "FP8"}}, "quantised"),
+        ({"dflash_config": {"attention_value_scale": 0.5}}, "attention_value_scale"),
+        ({"dflash_config": {"projector_type": "domino"}}, "projector_type"),
+    ],
+    ids=lambda value: value.split()[0] if isinstance(value, str) else "",
+)
+def test_layers_of_another_kind_are_refused(
+    changes: dict[str, Any], found: str, tmp_path: Path
+) -> None:
+    """They would load, and compute something else."""
+    folder, _ = stored(tmp_path / "drafter", LAYOUTS["vanilla"][0], **changes)
+    with pytest.raises(CheckpointError) as caught:
+        read_existing(folder)
+    assert found in caught.value.found
+
+
+@pytest.mark.parametrize("change", ["missing", "unknown", "shape"])
+def test_weights_that_are_not_the_configurations_are_refused(change: str, tmp_path: Path) -> None:
+    folder, _ = stored(tmp_path / "drafter", LAYOUTS["vanilla"][0])
+    path = folder / layouts.WEIGHTS
+    tensors = load_file(path)
+    if change == "missing":
+        del tensors["layers.1.mlp.up_proj.weight"]
+    elif change == "unknown":
+        tensors["layers.1.self_attn.sinks"] = torch.zeros(4)
+    else:
+        tensors["layers.1.mlp.up_proj.weight"] = torch.zeros(3, 3)
+    save_file(tensors, path)
+    with pytest.raises(CheckpointError, match=r"layers\.1\."):
+        read_existing(folder)

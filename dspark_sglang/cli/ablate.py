@@ -36,8 +36,8 @@ def ablate(
     path = out / "ablations.json"
     for outcome in ablation.run(settings, path, log=console.print, minutes=minutes):
         console.print(
-            f"{outcome.name} (seed {outcome.seed}): {outcome.accept_length_greedy:.3f} greedy, "
-            f"{outcome.accept_length_t1:.3f} at temperature 1"
+            f"{outcome.name} (seed {outcome.seed}): {_length(outcome.accept_length_greedy)} "
+            f"greedy, {_length(outcome.accept_length_t1)} at temperature 1"
         )
     results = ablation.read_results(path)
     if results is None:
@@ -50,6 +50,10 @@ def ablate(
         console.print(f"DSpark over DFlash: {gain:+.1f}%")
 
 
+def _length(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.3f}"
+
+
 def _table(outcomes: list[Outcome]) -> Table:
     view = Table(title="Ablations: equal data, states and steps")
     for heading in ("variant", "seed", "parameters", "greedy", "T=1", "seconds"):
@@ -59,8 +63,8 @@ def _table(outcomes: list[Outcome]) -> Table:
             outcome.name,
             str(outcome.seed),
             f"{outcome.parameters / 1e6:.1f} M",
-            f"{outcome.accept_length_greedy:.3f}",
-            f"{outcome.accept_length_t1:.3f}",
+            _length(outcome.accept_length_greedy),
+            _length(outcome.accept_length_t1),
             f"{outcome.seconds:.0f}",
         )
     return view

@@ -34,6 +34,7 @@ def calibrate(
     from dspark_sglang.evaluation import standalone
     from dspark_sglang.evaluation.questions import calibration_questions, load_questions
     from dspark_sglang.provenance import provenance
+    from dspark_sglang.training.walk import nothing
 
     console = Console()
     questions = load_questions(prompts) if prompts else calibration_questions()
@@ -111,6 +112,6 @@ def calibrate(
             f"{held[1][:, k].mean():.3f}",
         )
     console.print(view)
-    expected = 1 + np.cumprod(held[1], axis=1).sum(axis=1).mean()
-    console.print(f"Expected accepted length at temperature 1: {expected:.2f}")
+    rounds = sum(standalone.replay(scored, greedy=False, seed=seed), nothing(gamma))
+    console.print(f"Accepted length at temperature 1: {rounds.accept_length:.2f}")
     console.print(f"Written: {destination}")

@@ -68,8 +68,13 @@ def evaluate(
     console = Console(stderr=as_json)
     questions = load_questions(prompts)
     questions = questions[:limit] if limit else questions
+    if record:
+        _check_domains(questions)
     where = target or targets.ensure_target(progress=console.print)
-    session = Session(console, where, artifact, questions, max_tokens, dtype, seed)
+    flags = ["--engine", engine]
+    flags += ["--prompts", prompts.name] if prompts else []
+    flags += ["--limit", str(limit)] if limit else []
+    session = Session(console, where, artifact, questions, max_tokens, dtype, seed, flags)
     rows: list[Lengths] = []
     answers: list[Answer] = []
     if engine != "server":
@@ -86,6 +91,19 @@ def evaluate(
         typer.echo(msgspec.json.format(msgspec.json.encode(result), indent=2).decode())
         return
     _show(console, result)
+
+
+def _check_domains(questions: list[Question]) -> None:
+    """Raise ConfigError where prompts have domains a card does not know."""
+    from dspark_packaging.card import KINDS
+
+    unknown = {question.domain for question in questions} - set(KINDS)
+    if unknown:
+        raise ConfigError(
+            f"The prompts are of domains {', '.join(sorted(unknown))}.",
+            expected=", ".join(KINDS),
+            fix="Give each prompt one of these as its domain, or leave --record out.",
+        )
 
 
 def _advance(bar: Progress, task: TaskID, done: int) -> None:
@@ -119,12 +137,13 @@ class Session:
         max_tokens: int,
         dtype: str,
         seed: int,
+        flags: list[str],
     ) -> None:
         from dspark_sglang.training.layouts import read_drafter
 
         self._console, self._target, self._drafter = console, target, drafter
         self._questions, self._max_tokens = questions, max_tokens
-        self._dtype, self._seed = dtype, seed
+        self._dtype, self._seed, self._flags = dtype, seed, flags
         self._gamma = read_drafter(drafter)[0].gamma
         self._digest = weights_digest(drafter)
         sts = drafter / STS_FILE
@@ -223,7 +242,7 @@ class Session:
         greedy, sampled = rows[:2]  # at the temperatures in order
         command = ["dspark", "eval", "--artifact", self._drafter.name, "--target"]
         command += [self._target.name, "--max-tokens", str(self._max_tokens)]
-        command += ["--dtype", self._dtype, "--seed", str(self._seed)]
+        command += ["--dtype", self._dtype, "--seed", str(self._seed), *self._flags]
         return Evaluation(
             schema_version=SCHEMA_VERSION,
             gamma=self._gamma,
@@ -244,23 +263,11 @@ class Session:
         )
 
     def record(self, result: Evaluation) -> None:
-        """Write eval.json, from which the card's acceptance table is made.
-
-        Raises:
-            ConfigError: the prompts have domains a card does not know.
-        """
-        from dspark_packaging.card import KINDS
+        """Write eval.json, from which the card's acceptance table is made."""
         from dspark_packaging.schemas import EVAL_FILE, EvalArtifact
         from dspark_sglang.demo.report import machine
         from dspark_sglang.evaluation.report import card_artifact
 
-        unknown = {name for row in result.lengths for name in row.by_domain} - set(KINDS)
-        if unknown:
-            raise ConfigError(
-                f"The prompts are of domains {', '.join(sorted(unknown))}.",
-                expected=", ".join(KINDS),
-                fix="Give each prompt one of these as its domain, or leave --record out.",
-            )
         artifact = msgspec.convert(card_artifact(result, machine()), EvalArtifact)
         write_json(self._drafter / EVAL_FILE, artifact)
         self._console.print(f"Written: {self._drafter / EVAL_FILE}")

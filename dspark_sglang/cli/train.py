@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import msgspec
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -58,7 +59,8 @@ def train(
     from dspark_sglang.training.memory import keep_freed_memory
 
     settings = read_config(config, tuple(assign or ()))
-    world = distributed.join()
+    world, device = distributed.join(settings.device)
+    settings = msgspec.structs.replace(settings, device=device)
     console = Console(quiet=not world.first)
     if settings.device == "cpu":
         keep_freed_memory()
@@ -102,6 +104,7 @@ def _row(report: StepReport) -> dict[str, object]:
 
 
 def _run(console: Console, trainer: Trainer, minutes: float) -> None:
+    from dspark_sglang.artifacts import write_json
     from dspark_sglang.training import curves
 
     settings, world = trainer.config, trainer.world
@@ -109,6 +112,7 @@ def _run(console: Console, trainer: Trainer, minutes: float) -> None:
     columns, checks = _columns(settings.drafter.gamma)
     tables: list[Any] = []
     if world.first:
+        write_json(trainer.folder / "corpus.json", {**trainer.corpus.summary})
         tables = [
             curves.Table(trainer.folder / curves.STEPS, columns, after=trainer.step),
             curves.Table(trainer.folder / curves.VALIDATIONS, checks, after=trainer.step),
@@ -126,15 +130,17 @@ def _run(console: Console, trainer: Trainer, minutes: float) -> None:
                 tables[0].add(_row(report))
                 _show(bar, task, report)
             late = bool(minutes) and world.sum_flag(time.monotonic() - started > 60 * minutes)
-            last = trainer.step >= settings.optim.steps or late
+            last = trainer.step >= settings.optim.steps
+            # Not when time is up: a stretch must not add validations of its own.
             if trainer.step % settings.validate_every == 0 or last:
-                enough = _validate(console, trainer, tables)
-                last = last or enough
+                last = _validate(console, trainer, tables) or last
+            last = last or late
             if trainer.step % settings.checkpoint_every == 0 or last:
                 trainer.save()
             if last:
                 break
     if world.first:
+        trainer.export(trainer.folder / "drafter")
         curves.plot(trainer.folder)
         reused, computed = trainer.source.reused, trainer.source.computed
         console.print(

@@ -24,7 +24,7 @@ def counters(url: str) -> dict[str, Any]:
     try:
         info = httpx.get(f"{url}/server_info", timeout=60.0).json()
         record = info["internal_states"][0].get("dspark_info_record")
-    except (httpx.HTTPError, ValueError, LookupError) as error:
+    except (httpx.HTTPError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ServerError(
             f"{url}/server_info did not answer usefully: {error!r}.",
             expected="an SGLang server",
@@ -81,6 +81,7 @@ def _answer(
         "top_p": 1.0,
         "top_k": -1,
         "min_p": 0.0,
+        "repetition_penalty": 1.0,
         "max_tokens": max_tokens,
     }
     try:

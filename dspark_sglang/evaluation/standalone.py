@@ -91,6 +91,8 @@ def write_answers(
         at_once: answers written together.
         progress: told how many are done.
     """
+    from transformers import GenerationConfig
+
     torch.manual_seed(seed)
     tokenizer, model = target.tokenizer, target.model
     tokenizer.padding_side = "left"
@@ -100,6 +102,15 @@ def write_answers(
     choice: dict[str, Any] = {"do_sample": False}
     if temperature:
         choice = {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": temperature}
+    ends = model.generation_config.eos_token_id
+    # A fresh configuration: a model's own may filter or penalise, and that is another law.
+    law = GenerationConfig(
+        **choice,
+        max_new_tokens=max_tokens,
+        eos_token_id=ends,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    stops = {ends} if isinstance(ends, int) else set(ends or ())
     for begin in range(0, len(questions), at_once):
         part = questions[begin : begin + at_once]
         texts = [
@@ -107,16 +118,12 @@ def write_answers(
             for q in part
         ]
         given = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
-        out = model.generate(
-            **given, max_new_tokens=max_tokens, pad_token_id=tokenizer.pad_token_id, **choice
-        )
+        out = model.generate(**given.to(model.device), generation_config=law)
         width = given["input_ids"].shape[1]
-        ends = model.generation_config.eos_token_id
-        ends = {ends} if isinstance(ends, int) else set(ends or ())
         for row, (tokens, mask) in enumerate(zip(out, given["attention_mask"], strict=True)):
             prompt = tokens[:width][mask.bool()].tolist()
             answer = tokens[width:].tolist()
-            stop = next((i for i, token in enumerate(answer) if token in ends), len(answer) - 1)
+            stop = next((i for i, token in enumerate(answer) if token in stops), len(answer) - 1)
             answer = answer[: stop + 1]
             made.append(
                 TokenSequence(

@@ -40,15 +40,20 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     markov_head: str
     parameters: int
     steps: int
-    accept_length_greedy: float
-    accept_length_t1: float
+    #: None where no validation conversation was written at that temperature.
+    accept_length_greedy: float | None
+    accept_length_t1: float | None
     per_position_greedy: list[float]
     per_position_t1: list[float]
     seconds: float
 
 
 def variants(base: DrafterSpec, seed: int) -> list[Variant]:
-    """The set: heads (two seeds for DFlash and vanilla), depths and block sizes."""
+    """The set: heads (two seeds for DFlash and vanilla), depths and block sizes.
+
+    All predict from the anchor, the drafter without a head too, so that only the head differs.
+    """
+    base = msgspec.structs.replace(base, sample_from_anchor=True)
 
     def vary(group: str, name: str, seed: int = seed, **changes: object) -> Variant:
         spec = msgspec.structs.replace(base, **changes)
@@ -152,8 +157,8 @@ def _train(
         markov_head=variant.drafter.markov_head,
         parameters=sum(parameter.numel() for parameter in trainer.model.parameters()),
         steps=trainer.step,
-        accept_length_greedy=round(greedy.accept_length, 4),
-        accept_length_t1=round(sampled.accept_length, 4),
+        accept_length_greedy=round(greedy.accept_length, 4) if greedy.rounds else None,
+        accept_length_t1=round(sampled.accept_length, 4) if sampled.rounds else None,
         per_position_greedy=[round(value, 4) for value in greedy.per_position],
         per_position_t1=[round(value, 4) for value in sampled.per_position],
         seconds=round(time.monotonic() - began, 1),
@@ -168,8 +173,10 @@ def gain_over_dflash(outcomes: list[Outcome]) -> float | None:
     for (name, seed), outcome in by.items():
         other = by.get(("DFlash (no head)", seed))
         if name == "DSpark (vanilla)" and other is not None:
-            gains.append(outcome.accept_length_greedy / other.accept_length_greedy)
-            gains.append(outcome.accept_length_t1 / other.accept_length_t1)
+            for field in ("accept_length_greedy", "accept_length_t1"):
+                ours, theirs = getattr(outcome, field), getattr(other, field)
+                if ours and theirs:
+                    gains.append(ours / theirs)
     return round(100 * (sum(gains) / len(gains) - 1), 2) if gains else None
 
 
@@ -186,8 +193,11 @@ def plot(outcomes: list[Outcome], path: Path) -> None:
         (-0.2, "accept_length_greedy", "temperature 0"),
         (0.2, "accept_length_t1", "temperature 1"),
     ):
-        values = [[getattr(o, field) for o in outcomes if o.name == name] for name in names]
-        means = [sum(part) / len(part) for part in values]
+        values = [
+            [getattr(o, field) for o in outcomes if o.name == name and getattr(o, field)]
+            for name in names
+        ]
+        means = [sum(part) / len(part) if part else 0.0 for part in values]
         left.barh([i + offset for i in range(len(names))], means, height=0.36, label=label)
         for i, part in enumerate(values):
             left.plot(part, [i + offset] * len(part), "k.", markersize=4)

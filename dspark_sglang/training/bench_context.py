@@ -96,7 +96,9 @@ class Step:
                 attention = cast(Layer, module).self_attn
                 assert attention.v_proj is not None
                 keys = linear(context, attention.k_proj.weight)
-                keys = attention.k_norm(keys.view(1, -1, self.config.num_kv_heads, 64))
+                keys = attention.k_norm(
+                    keys.view(1, -1, self.config.num_kv_heads, self.config.head_dim)
+                )
                 total = total + keys.sum() + linear(context, attention.v_proj.weight).sum()
         torch.autograd.backward(total)
 

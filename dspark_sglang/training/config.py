@@ -140,14 +140,14 @@ def read_config(path: Path, overrides: tuple[str, ...] = ()) -> TrainConfig:
     fix = "See docs/training.md for every field, or `dspark train --example` for a file."
     try:
         raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_loader())
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(
             f"{path} cannot be read: {error}.", expected="a YAML file", fix=fix
         ) from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} holds no mapping.", expected="fields of a run", fix=fix)
     for assignment in overrides:
-        _assign(raw, assignment, yaml.load, fix)
+        _assign(raw, assignment, fix)
     try:
         config = msgspec.convert(raw, TrainConfig)
     except msgspec.ValidationError as error:
@@ -168,7 +168,9 @@ def _loader() -> Any:
     return Loader
 
 
-def _assign(raw: dict[str, Any], assignment: str, load: Any, fix: str) -> None:
+def _assign(raw: dict[str, Any], assignment: str, fix: str) -> None:
+    import yaml
+
     name, equals, value = assignment.partition("=")
     if not equals:
         raise ConfigError(f"--set {assignment}.", expected="FIELD=VALUE", fix=fix)
@@ -178,7 +180,12 @@ def _assign(raw: dict[str, Any], assignment: str, load: Any, fix: str) -> None:
         place = place.setdefault(section, {})
         if not isinstance(place, dict):
             raise ConfigError(f"--set {assignment}.", expected="a known field", fix=fix)
-    place[field] = load(value, Loader=_loader())
+    try:
+        place[field] = yaml.load(value, Loader=_loader())
+    except yaml.YAMLError as error:
+        raise ConfigError(
+            f"--set {assignment}: {error}.", expected="a YAML value", fix=fix
+        ) from error
 
 
 def check(config: TrainConfig, fix: str = "Correct the config file.") -> None:
@@ -199,10 +206,16 @@ def check(config: TrainConfig, fix: str = "Correct the config file.") -> None:
         ),
         "data.files (at least one)": not config.data.files,
         "data.validation_per_mille (1 to 500)": not 1 <= config.data.validation_per_mille <= 500,
+        "data.validation_conversations (at least 2)": config.data.validation_conversations < 2,
         "data.max_length (at least 16)": config.data.max_length < 16,
         "batch (at least 1 each)": min(batch.sequences, batch.anchors, batch.accumulate) < 1,
         "optim.steps (at least 1)": optim.steps < 1,
         "optim.lr (above 0)": optim.lr <= 0,
+        "optim.clip (above 0)": optim.clip <= 0,
+        "optim.weight_decay (at least 0)": optim.weight_decay < 0,
+        "seed (at least 0)": config.seed < 0,
+        "patience (at least 0)": config.patience < 0,
+        "device (cpu or cuda)": not re.fullmatch(r"cpu|cuda(:\d+)?", config.device),
         "optim.decay (0 to 1)": not 0 <= optim.decay <= 1,
         "loss weights (at least 0)": min(loss.ce, loss.tv, loss.confidence, loss.decay) < 0,
         "loss.blend (0 to 1)": not 0 <= loss.blend <= 1,

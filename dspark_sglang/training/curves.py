@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from dspark_sglang.artifacts import write_bytes
 from dspark_sglang.errors import DataError
 
 STEPS = "steps.csv"
@@ -19,11 +21,11 @@ class Table:
     def __init__(self, path: Path, columns: Sequence[str], *, after: int) -> None:
         self._path, self._columns = path, list(columns)
         kept = [row for row in read(path) if int(row["step"]) <= after] if path.exists() else []
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w", newline="") as stream:
-            writer = csv.DictWriter(stream, self._columns, extrasaction="ignore", restval="")
-            writer.writeheader()
-            writer.writerows(kept)
+        stream = io.StringIO(newline="")
+        writer = csv.DictWriter(stream, self._columns, extrasaction="ignore", restval="")
+        writer.writeheader()
+        writer.writerows(kept)
+        write_bytes(path, stream.getvalue().encode())
 
     def add(self, row: Mapping[str, object]) -> None:
         """Append one row.

@@ -7,6 +7,7 @@ on the same global batch.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from datetime import timedelta
 from typing import NamedTuple
 
 import torch
@@ -46,13 +47,27 @@ class World(NamedTuple):
         return bool(self.sum(torch.tensor(float(flag))) > 0)
 
 
-def join() -> World:
-    """Join the process group ``torchrun`` describes; a single process needs none."""
+def join(device: str) -> tuple[World, str]:
+    """Join the process group ``torchrun`` describes; a single process needs none.
+
+    Args:
+        device: of the run; ``cuda`` becomes this process's own.
+
+    Returns:
+        This process among its peers, and its device.
+    """
     if not dist.is_torchelastic_launched():
-        return World()
+        return World(), device
+    cuda = device.startswith("cuda")
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    return World(dist.get_rank(), dist.get_world_size())
+        # Counts travel as CPU tensors; the others wait while the first process validates.
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=2))
+    world = World(dist.get_rank(), dist.get_world_size())
+    if cuda:
+        device = f"cuda:{dist.get_node_local_rank()}"
+        torch.cuda.set_device(device)
+    return world, device
 
 
 def leave() -> None:

@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-#: Logits of one chunk: small enough for a core's second-level cache and its neighbours.
-_CHUNK_ELEMENTS = 1 << 20
+#: Logits of one chunk: on a processor small enough for its caches, on a GPU large enough that
+#: reading the head again for every chunk does not count.
+_CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 27}
 
 
 class Mix(NamedTuple):
@@ -104,7 +105,7 @@ class _Fused(torch.autograd.Function):
         low_wanted = wanted.to(kind)
         grads = (torch.empty_like(low), torch.empty_like(low_latent), torch.zeros_like(w2))
         stats = hidden.new_zeros((5, rows), dtype=torch.float32)
-        step = max(1, min(rows, _CHUNK_ELEMENTS // size))
+        step = max(1, min(rows, _CHUNK_ELEMENTS[hidden.device.type] // size))
         for begin in range(0, rows, step):
             part = slice(begin, begin + step)
             target = (low_wanted[part] @ head.T).float()

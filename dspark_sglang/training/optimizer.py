@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from dspark_sglang.errors import NumericsError
 from dspark_sglang.training.config import OptimSpec
 from dspark_sglang.training.model import Drafter
 
@@ -30,7 +31,7 @@ class Optimizer:
             (matrices if inside and spec.muon else rest).append(parameter)
         decay = spec.weight_decay
         self._parts: list[torch.optim.Optimizer] = [
-            torch.optim.AdamW(rest, lr=spec.lr, betas=(0.9, 0.95), weight_decay=decay)
+            torch.optim.AdamW(rest, lr=spec.lr, betas=(0.9, 0.95), weight_decay=decay, fused=True)
         ]
         if matrices:
             self._parts.append(
@@ -41,8 +42,18 @@ class Optimizer:
         self._parameters = matrices + rest
 
     def step(self, step: int) -> float:
-        """Clip, apply and clear the gradients; returns their norm before clipping."""
+        """Clip, apply and clear the gradients; returns their norm before clipping.
+
+        Raises:
+            NumericsError: the norm is not finite; nothing was applied.
+        """
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._spec.clip)
+        if not torch.isfinite(norm):
+            raise NumericsError(
+                f"The gradient norm of step {step + 1} is {float(norm)}.",
+                expected="finite gradients",
+                fix="Lower optim.lr and run again; the run's folder keeps the last good state.",
+            )
         rate = self.rate(step)
         for part in self._parts:
             for group in part.param_groups:

@@ -60,7 +60,7 @@ def pack(
     """Pack the blocks at ``anchors`` of each sequence."""
     rows = len(sequences)
     length = max(len(sequence.tokens) for sequence in sequences)
-    width = max(1, *(len(chosen) for chosen in anchors)) if rows else 1
+    width = max(1, *(len(chosen) for chosen in anchors))
     tokens = np.zeros((rows, length), dtype=np.int64)
     written = np.zeros((rows, length), dtype=np.bool_)
     start = np.zeros((rows, width), dtype=np.int64)

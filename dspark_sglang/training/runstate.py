@@ -7,6 +7,7 @@ in training is decided by (seed, step), so weights, optimiser and step are all t
 from __future__ import annotations
 
 import os
+import pickle
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -36,9 +37,10 @@ def save_state(folder: Path, state: dict[str, Any]) -> None:
     Raises:
         DataError: the disk is full; the previous state is still there.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=folder, prefix=f".{STATE}.")
+    name = ""
     try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=folder, prefix=f".{STATE}.")
         with os.fdopen(handle, "wb") as stream:
             torch.save(state, stream)
             stream.flush()
@@ -51,7 +53,8 @@ def save_state(folder: Path, state: dict[str, Any]) -> None:
             fix="Free some space and run the same command again; it goes on from the last state.",
         ) from error
     finally:
-        Path(name).unlink(missing_ok=True)
+        if name:
+            Path(name).unlink(missing_ok=True)
 
 
 def load_state(folder: Path, config: TrainConfig) -> dict[str, Any] | None:
@@ -60,13 +63,23 @@ def load_state(folder: Path, config: TrainConfig) -> dict[str, Any] | None:
     Raises:
         DataError: damaged, or of a run with another configuration.
     """
+    for left in folder.glob(f".{STATE}.*"):  # a kill while saving
+        left.unlink()
     path = folder / STATE
     if not path.exists():
         return None
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         kept = msgspec.json.decode(state["config"], type=TrainConfig)
-    except (OSError, RuntimeError, KeyError, ValueError, msgspec.DecodeError) as error:
+    except (
+        OSError,
+        EOFError,
+        RuntimeError,
+        KeyError,
+        ValueError,
+        pickle.UnpicklingError,
+        msgspec.DecodeError,
+    ) as error:
         raise DataError(
             f"{path} cannot be read: {error}.",
             expected="the state of a run",

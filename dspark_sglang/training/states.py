@@ -114,15 +114,6 @@ class Target:
         return States(layers, out.last_hidden_state)
 
 
-def pad_tokens(sequences: Sequence[TokenSequence]) -> torch.Tensor:
-    """``[B, S]`` int64, right-padded with token 0."""
-    length = max(len(sequence.tokens) for sequence in sequences)
-    padded = np.zeros((len(sequences), length), dtype=np.int64)
-    for row, sequence in enumerate(sequences):
-        padded[row, : len(sequence.tokens)] = sequence.tokens
-    return torch.from_numpy(padded)
-
-
 class StateSource:
     """Target states of numbered sequences: from the cache, or computed and then cached.
 
@@ -192,36 +183,30 @@ class StateSource:
         sequences = [self._sequences[i] for i in index]
         length = max(len(sequence.tokens) for sequence in sequences)
         out = torch.zeros((len(index), length, self.width), dtype=torch.bfloat16)
-        missing = []
         for row, (number, sequence) in enumerate(zip(index, sequences, strict=True)):
+            count = len(sequence.tokens)
             place = self._place.get(number)
             if place is None:
-                missing.append(row)
-                continue
-            count = len(sequence.tokens)
-            out[row, :count] = self._store[place : place + count]
-            self.reused += count
-        if missing:
-            self._compute(out, missing, index, sequences)
+                out[row, :count] = self._compute(number, sequence)
+            else:
+                out[row, :count] = self._store[place : place + count]
+                self.reused += count
         split = self.width - self._target.hidden
         return States(out[..., :split], out[..., split:])
 
-    def _compute(
-        self,
-        out: torch.Tensor,
-        missing: list[int],
-        index: Sequence[int],
-        sequences: Sequence[TokenSequence],
-    ) -> None:
-        chosen = [sequences[row] for row in missing]
-        device = self._target.head.device
-        states = self._target.states(pad_tokens(chosen).to(device), self._layer_ids)
-        joined = torch.cat([states.layers, states.final], dim=-1).to("cpu", torch.bfloat16)
-        for made, row, sequence in zip(joined, missing, chosen, strict=True):
-            count = len(sequence.tokens)
-            out[row, :count] = made[:count]
-            self.computed += count
-            if index[row] not in self._place and self._used + count <= self.capacity:
-                self._store[self._used : self._used + count] = made[:count]
-                self._place[index[row]] = self._used
-                self._used += count
+    def _compute(self, number: int, sequence: TokenSequence) -> torch.Tensor:
+        """Run the target over one sequence, and keep its states while there is room.
+
+        One at a time: what a sequence's states round to must not depend on its neighbours in a
+        batch, or a resumed run would not repeat what the cache once held.
+        """
+        count = len(sequence.tokens)
+        tokens = torch.from_numpy(sequence.tokens[None].astype(np.int64))
+        states = self._target.states(tokens.to(self._target.head.device), self._layer_ids)
+        made = torch.cat([states.layers[0], states.final[0]], dim=-1).to("cpu", torch.bfloat16)
+        self.computed += count
+        if number not in self._place and self._used + count <= self.capacity:
+            self._store[self._used : self._used + count] = made
+            self._place[number] = self._used
+            self._used += count
+        return made

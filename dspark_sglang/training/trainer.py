@@ -218,6 +218,11 @@ class Trainer:
             self.export(self.folder / "best")
         else:
             self.stale += 1
+        return self.finished
+
+    @property
+    def finished(self) -> bool:
+        """Whether validation has not improved for as long as patience lasts."""
         return 0 < self.config.patience <= self.stale
 
     def vocabulary(self, step: int) -> Vocabulary:
@@ -248,7 +253,7 @@ class Trainer:
                 fix="Generate more data, or lower batch.sequences or batch.accumulate.",
             )
         for index in step_batches(lengths, size, self.config.seed, self.step):
-            if self.step >= self.config.optim.steps:
+            if self.step >= self.config.optim.steps or self.finished:
                 return
             yield self._train_step(index, size / len(lengths))
 

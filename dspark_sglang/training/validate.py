@@ -63,7 +63,8 @@ def score_blocks(
     gamma = drafter.config.gamma
     hidden = block_hidden(drafter, target, packed, states)
     latent = drafter.latents(hidden, packed.previous)
-    confidence = drafter.confidence_logits(hidden, packed.previous)
+    with torch.autocast(hidden.device.type, enabled=False):  # as serving computes it
+        confidence = drafter.confidence_logits(hidden, packed.previous)
     valid = packed.valid
     rows = hidden[valid]
     wanted = gather_final(states.final, packed.place)[valid]

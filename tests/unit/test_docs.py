@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import get_type_hints
 
+import msgspec
 import pytest
 
+from dspark_sglang.cli.main import app
 from dspark_sglang.config import PREFIX, Settings
 from dspark_sglang.demo import report
+from dspark_sglang.training.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 SUMMARY = json.loads((ROOT / "docs" / "results" / "demo.json").read_text())
@@ -44,3 +48,21 @@ def test_every_make_target_named_exists(document: Path) -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
     named = set(re.findall(r"`make ([a-z-]+)`", document.read_text()))
     assert named <= targets
+
+
+def test_every_training_field_is_documented_with_its_section() -> None:
+    text = (ROOT / "docs" / "training.md").read_text()
+    named = set(re.findall(r"`([a-z_0-9.]+)`", text))
+    for field in msgspec.structs.fields(TrainConfig):
+        section = get_type_hints(TrainConfig)[field.name]
+        if isinstance(section, type) and issubclass(section, msgspec.Struct):
+            for inner in section.__struct_fields__:
+                assert f"{field.name}.{inner}" in named
+        else:
+            assert field.name in named
+
+
+def test_every_command_is_in_the_documents() -> None:
+    text = "\n".join(document.read_text() for document in DOCUMENTS)
+    for command in app.registered_commands:
+        assert f"dspark {command.name}" in text, command.name

@@ -121,6 +121,11 @@ def test_greedy_answers_are_the_targets_own(pair: Any) -> None:
 def test_the_seed_decides_sampled_answers(pair: Any) -> None:
     texts = [[a.tokens.tolist() for a in answered(pair, 1.0)[1]] for _ in range(2)]
     assert texts[0] == texts[1]
+    loaded = standalone.load_pair(*pair, bf16=False)
+    other = standalone.write_answers(
+        loaded.target, QUESTIONS, temperature=1.0, max_tokens=20, seed=2, at_once=3
+    )
+    assert [answer.tokens.tolist() for answer in other] != texts[0]
 
 
 def test_the_command_prints_what_it_measured(pair: Any, tmp_path: Path) -> None:

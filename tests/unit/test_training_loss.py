@@ -51,7 +51,7 @@ def make(rows: int, seed: int = 0) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("mix", MIXES.values(), ids=MIXES.keys())
 @pytest.mark.parametrize("rows", [1, 7])
 def test_loss_and_gradients(monkeypatch, rows, mix, chunk):
-    monkeypatch.setattr(module, "_CHUNK_ELEMENTS", chunk)
+    monkeypatch.setitem(module._CHUNK_ELEMENTS, "cpu", chunk)
     given = make(rows)
     head = given.pop("head")
     learn = {name: given[name].float().requires_grad_() for name in ("hidden", "latent", "w2")}

@@ -53,8 +53,19 @@ def calibration_error(predicted: Floats, observed: Floats, *, bins: int = BINS) 
     return float(np.abs(gap).sum() / predicted.size)
 
 
+def log_loss(predicted: Floats, observed: Floats) -> float:
+    """Mean cross-entropy of predictions ``[N]`` in [0, 1] against outcomes, 0 for none."""
+    if not predicted.size:
+        return 0.0
+    safe = np.clip(predicted, 1e-9, 1 - 1e-9)
+    return float(-(observed * np.log(safe) + (1 - observed) * np.log1p(-safe)).mean())
+
+
 def fit_sts(logits: Float64, acceptance: Float64, *, grid: Float64 = GRID) -> STSFit:
     """Fit one temperature a position.
+
+    A flat prediction near the mean has next to no calibration error and says nothing. So only
+    temperatures count under which survival is predicted no worse, in cross-entropy, than without.
 
     Args:
         logits: ``[N, gamma]`` uncalibrated confidence logits of ``N`` blocks.
@@ -71,10 +82,18 @@ def fit_sts(logits: Float64, acceptance: Float64, *, grid: Float64 = GRID) -> ST
     product = np.ones(len(logits))
     temperatures, after = np.ones(gamma), np.zeros(gamma)
     for k in range(gamma):
-        errors = [calibration_error(product * sigmoid(logits[:, k] / t), truth[:, k]) for t in grid]
+        limit = log_loss(product * sigmoid(logits[:, k]), truth[:, k]) + 1e-12
+        errors = []
+        for temperature in grid:
+            survival = product * sigmoid(logits[:, k] / temperature)
+            allowed = log_loss(survival, truth[:, k]) <= limit
+            errors.append(calibration_error(survival, truth[:, k]) if allowed else np.inf)
+        if not np.isfinite(errors).any():  # 1 itself lies between two candidates
+            errors = [abs(np.log(temperature)) for temperature in grid]
         best = int(np.argmin(errors))
-        temperatures[k], after[k] = grid[best], errors[best]
+        temperatures[k] = grid[best]
         product = product * sigmoid(logits[:, k] / grid[best])
+        after[k] = calibration_error(product, truth[:, k])
     before = np.array([calibration_error(plain[:, k], truth[:, k]) for k in range(gamma)])
     return STSFit(temperatures=temperatures, before=before, after=after)
 

@@ -81,7 +81,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     results = Path("docs/results")
     parser.add_argument("--artifact", type=Path, required=True)
-    parser.add_argument("--evaluation", type=Path, default=results / "evaluation" / "evaluation.json")
+    parser.add_argument(
+        "--evaluation", type=Path, default=results / "evaluation" / "evaluation.json"
+    )
     parser.add_argument("--ablations", type=Path, default=results / "ablations.json")
     parser.add_argument("--context", type=Path, default=results / "training-context.json")
     parser.add_argument("--demo", type=Path, default=results / "demo.json")

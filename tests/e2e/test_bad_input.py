@@ -125,7 +125,12 @@ def test_interrupt_leaves_no_process(target: Path, tmp_path: Path, when: str) ->
             time.sleep(8)
         family = [psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)]
         os.kill(server.pid, signal.SIGINT)
-        _, alive = psutil.wait_procs(family, timeout=45)
+        _, alive = psutil.wait_procs(family, timeout=20)
+        if alive and when == "starting":
+            # Python drops an interrupt that lands in a callback of a library being imported;
+            # a person presses Ctrl-C again.
+            os.kill(server.pid, signal.SIGINT)
+            _, alive = psutil.wait_procs(alive, timeout=45)
         assert not alive
     finally:
         server.stop()

@@ -19,16 +19,13 @@ from dspark_sglang.evaluation.questions import Question
 from dspark_sglang.training.layouts import read_drafter
 from dspark_sglang.training.loss import Vocabulary, whole
 from dspark_sglang.training.model import Drafter
-from dspark_sglang.training.packing import pack
 from dspark_sglang.training.sequences import TokenSequence
 from dspark_sglang.training.states import Target
-from dspark_sglang.training.validate import Scores, score_blocks
+from dspark_sglang.training.validate import Scores, score_sequence
 from dspark_sglang.training.walk import Walk, walk
 
 Float64 = npt.NDArray[np.float64]
 Progress = Callable[[int], None]
-
-_ANCHORS_AT_ONCE = 64
 
 
 class Pair(NamedTuple):
@@ -147,9 +144,8 @@ def score_answers(
     """Score a block at every anchor of every answer; answers without an anchor are left out."""
     scored = []
     for number, sequence in enumerate(answers):
-        anchors = sequence.anchors()
-        if len(anchors):
-            scores = _score(pair, sequence, anchors)
+        if len(sequence.anchors()):
+            scores = _score(pair, sequence)
             match, ratio, confidence, acceptance = (field.double().numpy() for field in scores)
             scored.append(
                 Answer(
@@ -166,16 +162,12 @@ def score_answers(
     return scored
 
 
-def _score(pair: Pair, sequence: TokenSequence, anchors: npt.NDArray[np.int64]) -> Scores:
-    tokens = torch.from_numpy(sequence.tokens[None].astype(np.int64))
+def _score(pair: Pair, sequence: TokenSequence) -> Scores:
+    tokens = torch.from_numpy(sequence.tokens[None].astype(np.int64)).to(pair.target.head.device)
     states = pair.target.states(tokens, pair.drafter.config.target_layer_ids)
-    parts = []
-    for begin in range(0, len(anchors), _ANCHORS_AT_ONCE):
-        chosen = anchors[begin : begin + _ANCHORS_AT_ONCE]
-        packed = pack([sequence], [chosen], [0], pair.drafter.config.gamma)
-        with torch.autocast("cpu", torch.bfloat16, enabled=pair.bf16):
-            parts.append(score_blocks(pair.drafter, pair.target, packed, states, pair.vocabulary))
-    return Scores(*(torch.cat(field) for field in zip(*parts, strict=True)))
+    return score_sequence(
+        pair.drafter, pair.target, sequence, states, pair.vocabulary, bf16=pair.bf16
+    )
 
 
 def replay(answers: Sequence[Answer], *, greedy: bool, seed: int = 0) -> list[Walk]:

@@ -95,6 +95,31 @@ def score_blocks(
     return Scores(match, ratio, confidence.float().cpu().view(-1, gamma), acceptance)
 
 
+def score_sequence(
+    drafter: Drafter,
+    target: Target,
+    sequence: TokenSequence,
+    states: States,
+    vocabulary: Vocabulary,
+    *,
+    bf16: bool,
+) -> Scores:
+    """Score a block at every anchor of one sequence, ``[A, gamma]`` each.
+
+    Args:
+        states: of this sequence alone, on the target's device.
+        bf16: whether matrix products are in bfloat16.
+    """
+    device = states.final.device
+    anchors, parts = sequence.anchors(), []
+    for begin in range(0, len(anchors), _ANCHORS_AT_ONCE):
+        chosen = anchors[begin : begin + _ANCHORS_AT_ONCE]
+        packed = pack([sequence], [chosen], [0], drafter.config.gamma).to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            parts.append(score_blocks(drafter, target, packed, states, vocabulary))
+    return Scores(*(torch.cat(field) for field in zip(*parts, strict=True)))
+
+
 class Validator:
     """Scores a drafter on fixed conversations, greedy and sampled ones apart.
 
@@ -138,10 +163,6 @@ class Validator:
         states = self._source.get([self._first + number])
         kind = torch.bfloat16 if self._bf16 else torch.float32
         states = States(states.layers.to(device, kind), states.final.to(device, kind))
-        anchors, parts = sequence.anchors(), []
-        for begin in range(0, len(anchors), _ANCHORS_AT_ONCE):
-            chosen = anchors[begin : begin + _ANCHORS_AT_ONCE]
-            packed = pack([sequence], [chosen], [number], drafter.config.gamma).to(device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=self._bf16):
-                parts.append(score_blocks(drafter, self._target, packed, states, self._vocabulary))
-        return Scores(*(torch.cat(field) for field in zip(*parts, strict=True)))
+        return score_sequence(
+            drafter, self._target, sequence, states, self._vocabulary, bf16=self._bf16
+        )

@@ -25,9 +25,9 @@ def ablate(
     ] = 0.0,
 ) -> None:
     """Train one drafter per variant and compare them; the same command goes on where it stopped."""
+    from dspark_sglang.memory import keep_freed_memory
     from dspark_sglang.training import ablation
     from dspark_sglang.training.config import read_config
-    from dspark_sglang.training.memory import keep_freed_memory
 
     console = Console()
     settings = read_config(config, tuple(assign or ()))

@@ -156,7 +156,7 @@ class Session:
         """Rows at both temperatures, and the sampled answers' scores for calibration."""
         from dspark_sglang.evaluation import standalone
         from dspark_sglang.evaluation.report import Domain, lengths
-        from dspark_sglang.training.memory import keep_freed_memory
+        from dspark_sglang.memory import keep_freed_memory
 
         keep_freed_memory()
         with self._console.status("loading target and drafter"):

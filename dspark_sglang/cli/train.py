@@ -54,9 +54,9 @@ def train(
             expected="a YAML file",
             fix="Start from `dspark train --example > train.yaml`.",
         )
+    from dspark_sglang.memory import keep_freed_memory
     from dspark_sglang.training import distributed
     from dspark_sglang.training.config import read_config
-    from dspark_sglang.training.memory import keep_freed_memory
 
     settings = read_config(config, tuple(assign or ()))
     world, device = distributed.join(settings.device)

@@ -20,9 +20,9 @@ import torch
 from torch.nn.functional import linear, scaled_dot_product_attention
 
 from dspark_sglang.checkpoint import DrafterConfig, parse_drafter_config
+from dspark_sglang.memory import keep_freed_memory
 from dspark_sglang.training.layers import Layer
 from dspark_sglang.training.loss import Mix, vocabulary_loss, whole
-from dspark_sglang.training.memory import keep_freed_memory
 from dspark_sglang.training.model import Drafter
 from dspark_sglang.training.packing import Packed, visible
 

@@ -18,6 +18,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 _BIDIRECTIONAL = (AttentionType.ENCODER_ONLY, AttentionType.DECODER_BIDIRECTIONAL)
 
+#: Requests in a batch from which on keys are padded to twice their number at most, not four times.
+_FINE = 32
+
 
 class Group(NamedTuple):
     """Requests attended in one call, padded to ``q`` query rows and ``kv`` keys."""
@@ -75,14 +78,17 @@ def group_requests(
 ) -> list[Group]:
     """Partition a ragged batch so that padding at most doubles queries and quadruples keys.
 
+    Keys at most double from ``_FINE`` requests on, where a group more costs less than the padding.
+
     Args:
         q_lens: query rows of each request.
         kv_lens: cached positions of each request, its own rows included.
         slots: ``[kv]`` KV slots of each request.
     """
+    coarse = 1 if len(q_lens) >= _FINE else 2
     buckets: dict[tuple[int, int], list[int]] = {}
     for request, (q, kv) in enumerate(zip(q_lens, kv_lens, strict=True)):
-        key = (q.bit_length(), (max(kv, 64) - 1).bit_length() // 2)
+        key = (q.bit_length(), (max(kv, 64) - 1).bit_length() // coarse)
         buckets.setdefault(key, []).append(request)
     starts = [0]
     for q in q_lens:

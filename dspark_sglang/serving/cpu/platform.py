@@ -12,6 +12,7 @@ from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.interface import PlatformCapabilities, PlatformEnum, SRTPlatform
 
 from dspark_sglang.config import read_settings
+from dspark_sglang.memory import keep_freed_memory
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +93,7 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
     def init_backend(self) -> None:
         threads = read_settings().cpu_threads or len(os.sched_getaffinity(0))
         torch.set_num_threads(threads)
+        keep_freed_memory()
 
     def post_load_model(self, model: torch.nn.Module) -> None:
         from dspark_sglang.serving.cpu.packing import pack_model

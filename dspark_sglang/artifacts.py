@@ -1,4 +1,4 @@
-"""Small JSON artifacts that travel with a drafter: calibration and cost.
+"""Small JSON artifacts that travel with a drafter: calibration and draft vocabulary.
 
 Each carries ``schema_version``, its kind, the drafter and target it belongs to, γ and its
 provenance. Reading one for something else is an error, never a warning.
@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 import tempfile
+from itertools import pairwise
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 
@@ -16,6 +18,9 @@ from dspark_sglang.errors import ArtifactError
 
 SCHEMA_VERSION = 1
 STS_FILE = "sts.json"
+DRAFT_VOCAB_FILE = "draft_vocab.json"
+
+Artifact = TypeVar("Artifact", "STSArtifact", "DraftVocabArtifact")
 
 
 class Provenance(msgspec.Struct, frozen=True, kw_only=True):
@@ -44,6 +49,25 @@ class STSArtifact(msgspec.Struct, frozen=True, kw_only=True, tag="sts", tag_fiel
     ece_after: float | None = None
 
 
+class DraftVocabArtifact(
+    msgspec.Struct, frozen=True, kw_only=True, tag="draft_vocab", tag_field="kind"
+):
+    """The tokens a drafter drafts: the most frequent ones of the text it was trained on.
+
+    The drafted law is ours to choose, so restricting it leaves the output's law as it is; the LM
+    head and the Markov stage then read these rows instead of the whole vocabulary.
+    """
+
+    schema_version: int
+    #: Size of the target's vocabulary.
+    vocab_size: int
+    #: Ascending, without repetition.
+    tokens: list[int]
+    #: Tokens of training text that were counted, and the share of them that is in ``tokens``.
+    counted: int
+    coverage: float
+
+
 def write_json(path: Path, value: msgspec.Struct | dict[str, object]) -> None:
     """Write ``value`` as indented JSON, all or nothing."""
     data = msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n"
@@ -66,6 +90,35 @@ def write_bytes(path: Path, data: bytes) -> None:
         raise
 
 
+def _read(path: Path, kind: type[Artifact], what: str, fix: str) -> Artifact:
+    """Decode an artifact and check its kind and schema.
+
+    Raises:
+        ArtifactError: missing, damaged, of another kind or another schema.
+    """
+    try:
+        data = path.read_bytes()
+        artifact = msgspec.json.decode(data, type=kind)
+        # msgspec takes a missing tag for the right one
+        tagged = "kind" in msgspec.json.decode(data)
+    except FileNotFoundError:
+        raise ArtifactError(f"{path} does not exist.", expected=what, fix=fix) from None
+    except (msgspec.DecodeError, OSError) as error:
+        raise ArtifactError(f"{path} cannot be read: {error}.", expected=what, fix=fix) from error
+    if not tagged:
+        tag = kind.__struct_config__.tag
+        raise ArtifactError(
+            f"{path} cannot be read: it names no kind.", expected=f'"kind": "{tag}"', fix=fix
+        )
+    if artifact.schema_version != SCHEMA_VERSION:
+        raise ArtifactError(
+            f"{path} has schema_version {artifact.schema_version}.",
+            expected=str(SCHEMA_VERSION),
+            fix=fix,
+        )
+    return artifact
+
+
 def read_sts(path: Path, *, gamma: int, drafter_sha256: str | None = None) -> STSArtifact:
     """Read an STS artifact and check that it belongs here.
 
@@ -78,30 +131,7 @@ def read_sts(path: Path, *, gamma: int, drafter_sha256: str | None = None) -> ST
         ArtifactError: missing, damaged, another schema, γ or drafter, or a bad temperature.
     """
     fix = "Fit it again with `dspark calibrate`, or unset DSPARK_STS to serve without it."
-    try:
-        data = path.read_bytes()
-        artifact = msgspec.json.decode(data, type=STSArtifact)
-        tagged = "kind" in msgspec.json.decode(
-            data
-        )  # msgspec takes a missing tag for the right one
-    except FileNotFoundError:
-        raise ArtifactError(
-            f"{path} does not exist.", expected="an STS calibration file", fix=fix
-        ) from None
-    except (msgspec.DecodeError, OSError) as error:
-        raise ArtifactError(
-            f"{path} cannot be read: {error}.", expected="an STS calibration file", fix=fix
-        ) from error
-    if not tagged:
-        raise ArtifactError(
-            f"{path} cannot be read: it names no kind.", expected='"kind": "sts"', fix=fix
-        )
-    if artifact.schema_version != SCHEMA_VERSION:
-        raise ArtifactError(
-            f"{path} has schema_version {artifact.schema_version}.",
-            expected=str(SCHEMA_VERSION),
-            fix=fix,
-        )
+    artifact = _read(path, STSArtifact, "an STS calibration file", fix)
     if artifact.gamma != gamma or len(artifact.temperatures) != gamma:
         raise ArtifactError(
             f"{path} was fitted for gamma {artifact.gamma} "
@@ -119,6 +149,36 @@ def read_sts(path: Path, *, gamma: int, drafter_sha256: str | None = None) -> ST
         raise ArtifactError(
             f"{path} was fitted for drafter {artifact.drafter_sha256[:12]}.",
             expected=f"{drafter_sha256[:12]}, the weights beside it",
+            fix=fix,
+        )
+    return artifact
+
+
+def read_draft_vocab(path: Path, *, vocab_size: int) -> DraftVocabArtifact:
+    """Read a draft vocabulary and check that it belongs here.
+
+    Args:
+        path: the artifact.
+        vocab_size: of the running target.
+
+    Raises:
+        ArtifactError: missing, damaged, another schema or vocabulary, or tokens that are not
+            ascending within it.
+    """
+    fix = "Take it out of the drafter's directory to draft over the whole vocabulary."
+    artifact = _read(path, DraftVocabArtifact, "a draft vocabulary", fix)
+    if artifact.vocab_size != vocab_size:
+        raise ArtifactError(
+            f"{path} is for a vocabulary of {artifact.vocab_size} tokens.",
+            expected=f"{vocab_size}, the target's",
+            fix=fix,
+        )
+    tokens = artifact.tokens
+    ascending = all(low < high for low, high in pairwise(tokens))
+    if not tokens or not ascending or tokens[0] < 0 or tokens[-1] >= vocab_size:
+        raise ArtifactError(
+            f"{path} holds {len(tokens)} tokens that are not ascending within the vocabulary.",
+            expected=f"at least one, ascending, below {vocab_size}",
             fix=fix,
         )
     return artifact

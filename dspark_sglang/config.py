@@ -21,6 +21,7 @@ PREFIX = "DSPARK_"
 
 Schedule = Literal["adaptive", "all"]
 Plugin = Literal["auto", "off"]
+DraftVocab = Literal["auto", "whole"]
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -33,6 +34,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     schedule: Schedule = "adaptive"
     #: STS calibration file. Empty: ``sts.json`` beside the drafter's weights, if present.
     sts: str = ""
+    #: ``auto``: draft over the tokens of ``draft_vocab.json`` beside the drafter's weights, if there.
+    #: ``whole``: over the target's whole vocabulary.
+    draft_vocab: DraftVocab = "auto"
     #: Seed of draft sampling and acceptance. Negative: SGLang's ``--random-seed``.
     seed: int = -1
     #: Torch threads of the CPU platform. 0: the cores this process may run on.

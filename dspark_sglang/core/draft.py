@@ -19,7 +19,7 @@ class DraftBlock(NamedTuple):
     #: ``[B, gamma]`` int64: the token before each drafted one, the anchor first.
     previous: torch.Tensor
     #: ``[S, gamma, V]`` float32 drafted laws of the sampled rows in order; None if all greedy.
-    #: With a shortlist ``[S, gamma, M]``, over the tokens of ``support``.
+    #: With a shortlist or a draft vocabulary ``[S, gamma, M]``, over the tokens of ``support``.
     probs: torch.Tensor | None
     #: ``[S, gamma, M]`` int64 tokens the laws are over; None: the whole vocabulary.
     support: torch.Tensor | None = None
@@ -35,6 +35,7 @@ def draft_block(
     sampled: torch.Tensor | None = None,
     uniforms: torch.Tensor | None = None,
     shortlist: int | None = None,
+    vocabulary: torch.Tensor | None = None,
 ) -> DraftBlock:
     """Draft ``gamma`` tokens a request, left to right.
 
@@ -43,18 +44,20 @@ def draft_block(
     for greedy ones.
 
     With a ``shortlist`` of ``M``, only the ``M`` tokens of largest base logit can be drafted at a
-    position. The drafted law is ours to choose, so acceptance stays exact; the Markov stage then
-    reads ``M`` rows of ``W2`` a step instead of ``V``.
+    position; with a ``vocabulary``, only its tokens. The drafted law is ours to choose, so
+    acceptance stays exact; the Markov stage then reads ``M`` rows of ``W2`` a step instead of ``V``,
+    the LM head only the rows of the vocabulary.
 
     Args:
-        base_logits: ``[B, gamma, V]`` logits of the parallel stage.
+        base_logits: ``[B, gamma, V]`` logits of the parallel stage, of the ``vocabulary`` if given.
         anchors: ``[B]`` int64 last committed tokens.
         hidden: ``[B, gamma, d]`` draft hidden states.
         head: the Markov head.
         temperatures: ``[S]`` above 0, of the sampled rows; None when all rows are greedy.
         sampled: ``[S]`` int64 indices of the sampled rows.
         uniforms: ``[S, gamma]`` in [0, 1).
-        shortlist: candidates a position; None for the whole vocabulary.
+        shortlist: candidates a position; None for all of them.
+        vocabulary: int64 token of each base logit; None: every token in order.
 
     Returns:
         The block. Tokens of sampled row ``i`` were drawn from ``probs[i]``.
@@ -65,6 +68,9 @@ def draft_block(
     base = base_logits.float()
     if shortlist is not None and shortlist < base.shape[-1]:
         base, support = base.topk(shortlist, dim=-1, sorted=False)
+        support = support if vocabulary is None else vocabulary[support]
+    elif vocabulary is not None:
+        support = vocabulary.expand(base.shape)
     previous = anchors
     tokens, before, laws = [], [], []
     for step in range(gamma):

@@ -14,10 +14,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from dspark_sglang.artifacts import DRAFT_VOCAB_FILE, read_draft_vocab
 from dspark_sglang.checkpoint import check_fits, read_config
 from dspark_sglang.evaluation.questions import Question
 from dspark_sglang.training.layouts import read_drafter
-from dspark_sglang.training.loss import Vocabulary, whole
+from dspark_sglang.training.loss import Vocabulary, drafting
 from dspark_sglang.training.model import Drafter
 from dspark_sglang.training.sequences import TokenSequence
 from dspark_sglang.training.states import Target
@@ -60,6 +61,7 @@ def load_pair(target: Path, drafter: Path, *, bf16: bool = True) -> Pair:
 
     Raises:
         CheckpointError: either is damaged, or they do not fit together.
+        ArtifactError: the draft vocabulary beside the weights is damaged or another target's.
     """
     config, tensors = read_drafter(drafter)
     check_fits(config, read_config(target, role="target"), name=str(target))
@@ -67,7 +69,11 @@ def load_pair(target: Path, drafter: Path, *, bf16: bool = True) -> Pair:
     model = Drafter(config)
     model.load(tensors)
     kind = torch.bfloat16 if bf16 else torch.float32
-    return Pair(loaded, model.eval(), whole(loaded.head.to(kind), loaded.softcap), bf16)
+    head, tokens = loaded.head.to(kind), None
+    path = drafter / DRAFT_VOCAB_FILE
+    if path.is_file():
+        tokens = torch.tensor(read_draft_vocab(path, vocab_size=len(head)).tokens)
+    return Pair(loaded, model.eval(), drafting(head, tokens, loaded.softcap), bf16)
 
 
 @torch.inference_mode()

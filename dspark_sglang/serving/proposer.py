@@ -15,6 +15,7 @@ from sglang.srt.speculative.spec_tp_sync import SpecTpSyncSite
 
 from dspark_sglang.core.draft import draft_block
 from dspark_sglang.core.heads import ConfidenceHead, MarkovHead
+from dspark_sglang.serving.draft_head import DraftHead
 from dspark_sglang.serving.telemetry import Telemetry
 
 #: Candidates a position: the Markov stage reads this many rows of W2 instead of the vocabulary.
@@ -70,12 +71,14 @@ class Proposer(DraftBlockProposer):
         telemetry: Telemetry,
         generator: torch.Generator,
         confidence: ConfidenceHead,
+        head: DraftHead | None,
         implementation: str,
     ) -> None:
         """Attach what our part needs; called once after construction."""
         self._telemetry = telemetry
         self._generator = generator
         self._confidence = confidence
+        self._head = head
         self._markov = MarkovHead.from_module(self.draft_model.markov_head)
         self._implementation = implementation
 
@@ -106,8 +109,7 @@ class Proposer(DraftBlockProposer):
             anchor_prepared=anchor_prepared,
         )
         with self._telemetry.timed("draft_head"):
-            with self._base_logits_context():
-                logits, features = self.draft_model.compute_base_logits(forward.raw_hidden)
+            logits, features = self._base_logits(forward.raw_hidden)
             rows = SampledRows.of(sampling_info)
             anchors = forward.draft_block_ids[:, 0]
             block = draft_block(
@@ -119,6 +121,7 @@ class Proposer(DraftBlockProposer):
                 sampled=None if rows is None else rows.index,
                 uniforms=None if rows is None else self._uniforms(len(rows.index)),
                 shortlist=SHORTLIST,
+                vocabulary=None if self._head is None else self._head.tokens,
             )
             # One broadcast of the block, so that no rank verifies another rank's draft.
             tokens = self._tp_sync.sync(SpecTpSyncSite.DSPARK_DRAFT, block.tokens)
@@ -146,6 +149,14 @@ class Proposer(DraftBlockProposer):
             folded=False,
             verify_ids=torch.cat([anchors[:, None], block.tokens], dim=1),
         )
+
+    def _base_logits(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits of the parallel stage and the features that confidence reads."""
+        if self._head is not None:
+            return self._head.logits(hidden), hidden
+        with self._base_logits_context():
+            logits, features = self.draft_model.compute_base_logits(hidden)
+        return logits, features
 
     def _uniforms(self, rows: int) -> torch.Tensor:
         return torch.rand(

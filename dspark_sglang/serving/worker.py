@@ -18,6 +18,7 @@ from dspark_sglang.config import Settings, read_settings
 from dspark_sglang.core.cost import OnlineCost
 from dspark_sglang.core.heads import ConfidenceHead
 from dspark_sglang.errors import CompatibilityError
+from dspark_sglang.serving.draft_head import DraftHead
 from dspark_sglang.serving.planner import Planner
 from dspark_sglang.serving.proposer import Proposer
 from dspark_sglang.serving.telemetry import StepObservers, Telemetry
@@ -56,6 +57,7 @@ class DSparkWorker(DSparkWorkerV2):
     _verify_planner: Any
     _verify_executor: Any
     _verify_epilogue: Any
+    _draft_head: DraftHead | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -80,13 +82,20 @@ class DSparkWorker(DSparkWorkerV2):
         self._install_parts(settings, temperatures)
         if get_parallel().tp_rank == 0:
             logger.info(
-                "dspark %s is serving DSPARK: gamma=%d, markov=%s, schedule=%s, sts=%s",
+                "dspark %s is serving DSPARK: gamma=%d, markov=%s, schedule=%s, sts=%s, "
+                "draft vocabulary=%s",
                 __version__,
                 self.gamma,
                 self._proposer._markov.kind,
                 "all" if self.cost is None else "adaptive",
                 self._sts_source,
+                self._drafted_tokens or "whole",
             )
+
+    @property
+    def _drafted_tokens(self) -> int | None:
+        """Size of the draft vocabulary; None for the whole vocabulary."""
+        return None if self._draft_head is None else len(self._draft_head.tokens)
 
     def _require_known_heads(self) -> None:
         """Refuse drafters whose heads this plugin would read wrongly.
@@ -122,7 +131,10 @@ class DSparkWorker(DSparkWorkerV2):
         generator = torch.Generator(device=self.device)
         seed = settings.seed if settings.seed >= 0 else int(self.target_worker.random_seed)
         generator.manual_seed((seed ^ _SEED_DOMAIN) & 0x7FFFFFFFFFFFFFFF)
-        head = ConfidenceHead.from_module(self.draft_model.confidence_head, temperatures)
+        confidence = ConfidenceHead.from_module(self.draft_model.confidence_head, temperatures)
+        if settings.draft_vocab == "auto":
+            folder = Path(get_spec().speculative_draft_model_path)
+            self._draft_head = DraftHead.beside(folder, self.draft_model)
         proposer = Proposer(
             draft_model=self.draft_model,
             draft_model_runner=self.draft_model_runner,
@@ -137,7 +149,8 @@ class DSparkWorker(DSparkWorkerV2):
         proposer.bind(
             telemetry=self.telemetry,
             generator=generator,
-            confidence=head,
+            confidence=confidence,
+            head=self._draft_head,
             implementation=implementation,
         )
         planner = Planner(
@@ -187,6 +200,7 @@ class DSparkWorker(DSparkWorkerV2):
             },
             "markov": self._proposer._markov.kind,
             "sts": self._sts_source,
+            "draft_vocabulary": self._drafted_tokens,
             "schedule": "all" if self.cost is None else "adaptive",
             "cost": None if self.cost is None else self.cost.coefficients,
             **self.telemetry.snapshot(),

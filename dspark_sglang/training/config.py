@@ -38,6 +38,9 @@ class DrafterSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     #: Token whose embedding fills rows 2..gamma. Negative: as in ``start``, else an unused special
     #: token is looked up.
     mask_token_id: int = -1
+    #: Draft only so many tokens, the most frequent ones the target wrote; 0: the whole vocabulary.
+    #: Unset: the tokens ``start`` drafts.
+    draft_vocabulary: int | None = None
 
 
 class DataSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -204,6 +207,7 @@ def check(config: TrainConfig, fix: str = "Correct the config file.") -> None:
             drafter.markov_head == "none"
             and (drafter.sample_from_anchor is True or drafter.layout != "qwen3")
         ),
+        "drafter.draft_vocabulary (at least 0)": (drafter.draft_vocabulary or 0) < 0,
         "data.files (at least one)": not config.data.files,
         "data.validation_per_mille (1 to 500)": not 1 <= config.data.validation_per_mille <= 500,
         "data.validation_conversations (at least 2)": config.data.validation_conversations < 2,

@@ -13,10 +13,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from safetensors.torch import save
 
-from dspark_sglang.artifacts import write_bytes
+from dspark_sglang.artifacts import DRAFT_VOCAB_FILE, DraftVocabArtifact, write_bytes
 from dspark_sglang.checkpoint import (
     GEMMA4,
     DrafterConfig,
@@ -253,11 +254,14 @@ def dflash_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write_drafter(
-    directory: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor]
+    directory: Path,
+    config: dict[str, Any],
+    tensors: dict[str, torch.Tensor],
+    vocabulary: DraftVocabArtifact | None = None,
 ) -> None:
     """Write a drafter in bfloat16, each file all or nothing, weights first.
 
-    Without a Markov head it is written as a DFlash one, for SGLang's DFLASH algorithm.
+    ``vocabulary`` is written beside it; without one an earlier one there is removed. Without a Markov head it is written as a DFlash one, for SGLang's DFLASH algorithm.
 
     Raises:
         CheckpointError: the disk is full or the directory cannot be written.
@@ -265,6 +269,7 @@ def write_drafter(
     if "markov_head.markov_w1.weight" not in tensors:
         config = dflash_config(config)
         tensors = {name: value for name, value in tensors.items() if "_head." not in name}
+        vocabulary = None  # nothing that runs DFlash reads it
     stored = {
         name: value.detach().to("cpu", torch.bfloat16).contiguous()
         for name, value in sorted(tensors.items())
@@ -274,6 +279,10 @@ def write_drafter(
         write_bytes(directory / WEIGHTS, save(stored, metadata))
         text = json.dumps(config, indent=1) + "\n"
         write_bytes(directory / "config.json", text.encode())
+        if vocabulary is None:
+            (directory / DRAFT_VOCAB_FILE).unlink(missing_ok=True)
+        else:
+            write_bytes(directory / DRAFT_VOCAB_FILE, msgspec.json.encode(vocabulary))
     except OSError as error:
         raise CheckpointError(
             f"{directory} cannot be written: {error.strerror}.",

@@ -42,10 +42,37 @@ class Vocabulary(NamedTuple):
     rows: torch.Tensor | None
     #: Final logit soft-capping of the target (0: none).
     softcap: float = 0.0
+    #: ``[V, d]`` the whole LM head where the target's law is over all tokens and only the drafted
+    #: one over these; None: both are.
+    outer: torch.Tensor | None = None
 
     def labels(self, tokens: torch.Tensor) -> torch.Tensor:
         """Rows of some tokens; -1 where the vocabulary has none."""
         return tokens if self.rows is None else self.rows[tokens]
+
+    @property
+    def width(self) -> int:
+        """Tokens that the widest of the laws is over."""
+        return (self.head if self.outer is None else self.outer).shape[0]
+
+    def target_log_law(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The target's law from final hidden states ``[n, d]``.
+
+        Returns:
+            Its logarithm ``[n, Vs]`` float32, of mass below 1 where tokens outside this
+            vocabulary have some, and ``[n]`` int64 row of the most probable token, -1 outside.
+        """
+        head = self.head if self.outer is None else self.outer
+        logits = (hidden.to(head.dtype) @ head.T).float()
+        if self.softcap:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        log_z = torch.logsumexp(logits, dim=-1, keepdim=True)
+        best = logits.max(dim=-1).indices
+        if self.outer is not None:
+            assert self.tokens is not None
+            best = self.labels(best)
+            logits = logits.index_select(-1, self.tokens)
+        return logits.sub_(log_z), best
 
 
 def whole(head: torch.Tensor, softcap: float = 0.0) -> Vocabulary:
@@ -56,19 +83,25 @@ def whole(head: torch.Tensor, softcap: float = 0.0) -> Vocabulary:
 def frequent(
     head: torch.Tensor, counts: torch.Tensor, limit: int, softcap: float = 0.0
 ) -> Vocabulary:
-    """The ``limit`` most frequent tokens by ``counts`` ``[V]``; all where that is no fewer."""
-    size = head.shape[0]
-    if limit <= 0 or limit >= size:
+    """Both laws over the ``limit`` most frequent tokens by ``counts`` ``[V]``; all where that is
+    no fewer, or 0."""
+    if limit <= 0 or limit >= head.shape[0]:
         return whole(head, softcap)
-    tokens = counts.topk(limit).indices.sort().values
-    rows = torch.full((size,), -1, dtype=torch.int64)
-    rows[tokens] = torch.arange(limit)
-    return Vocabulary(
-        head[tokens.to(head.device)].contiguous(),
-        tokens.to(head.device),
-        rows.to(head.device),
-        softcap,
-    )
+    return _subset(head, counts.topk(limit).indices.sort().values, softcap)
+
+
+def drafting(head: torch.Tensor, tokens: torch.Tensor | None, softcap: float = 0.0) -> Vocabulary:
+    """The drafted law over ``tokens`` (ascending ``[M]``), the target's over all; None: all."""
+    if tokens is None:
+        return whole(head, softcap)
+    return _subset(head, tokens, softcap)._replace(outer=head)
+
+
+def _subset(head: torch.Tensor, tokens: torch.Tensor, softcap: float) -> Vocabulary:
+    rows = torch.full((head.shape[0],), -1, dtype=torch.int64)
+    rows[tokens] = torch.arange(len(tokens))
+    chosen = tokens.to(head.device)
+    return Vocabulary(head[chosen].contiguous(), chosen, rows.to(head.device), softcap)
 
 
 class Terms(NamedTuple):
@@ -99,21 +132,18 @@ class _Fused(torch.autograd.Function):
         mix: Mix,
     ) -> tuple[torch.Tensor, ...]:
         head = vocabulary.head
-        rows, size = hidden.shape[0], head.shape[0]
+        rows = hidden.shape[0]
         kind = head.dtype
         low, low_latent, low_w2 = hidden.to(kind), latent.to(kind), w2.to(kind)
-        low_wanted = wanted.to(kind)
         grads = (torch.empty_like(low), torch.empty_like(low_latent), torch.zeros_like(w2))
         stats = hidden.new_zeros((5, rows), dtype=torch.float32)
-        step = max(1, min(rows, _CHUNK_ELEMENTS[hidden.device.type] // size))
+        step = max(1, min(rows, _CHUNK_ELEMENTS[hidden.device.type] // vocabulary.width))
         for begin in range(0, rows, step):
             part = slice(begin, begin + step)
-            target = (low_wanted[part] @ head.T).float()
-            if vocabulary.softcap:
-                target = vocabulary.softcap * torch.tanh(target / vocabulary.softcap)
+            target, best = vocabulary.target_log_law(wanted[part])
             drafted = (low[part] @ head.T).float()
             drafted += (low_latent[part] @ low_w2.T).float()
-            row_stats, gradient = _rows(target, drafted, labels[part], weights[part], mix)
+            row_stats, gradient = _rows(target, best, drafted, labels[part], weights[part], mix)
             stats[:, part] = row_stats
             gradient = gradient.to(kind)
             torch.mm(gradient, head, out=grads[0][part])
@@ -134,30 +164,35 @@ class _Fused(torch.autograd.Function):
 
 def _rows(
     target: torch.Tensor,
+    best: torch.Tensor,
     drafted: torch.Tensor,
     labels: torch.Tensor,
     weights: torch.Tensor,
     mix: Mix,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Statistics ``[5, n]`` of some rows and the gradient ``[n, Vs]`` of the drafted logits."""
-    match = target.max(dim=-1).indices == drafted.max(dim=-1).indices
-    p = torch.softmax(target, dim=-1)
+    """Statistics ``[5, n]`` of some rows and the gradient ``[n, Vs]`` of the drafted logits.
+
+    ``target`` is a log law, perhaps of less than all mass; the rest lies on tokens that are never
+    drafted, where it adds to the distance and nothing to the gradient.
+    """
+    match = best == drafted.max(dim=-1).indices
+    p = target.exp()
+    inside = p.sum(-1)
     log_z = torch.logsumexp(drafted, dim=-1, keepdim=True)
-    target_log_z = torch.logsumexp(target, dim=-1, keepdim=True)
-    # KL in logits: the sum of p (t - d), with both normalisers outside.
-    kl = (p * (target - drafted)).sum(-1) + (log_z - target_log_z).squeeze(-1)
+    # KL: the sum of p (log p - d), with the drafted normaliser outside.
+    kl = (p * (target - drafted)).sum(-1) + inside * log_z.squeeze(-1)
     known = labels >= 0
     at = labels.clamp(min=0)[:, None]
     ce = (log_z - drafted.gather(1, at)).squeeze(-1) * known
     q = drafted.sub_(log_z).exp_()
     gap = q - p
-    tv = gap.abs().sum(-1)
+    tv = gap.abs().sum(-1) + (1.0 - inside).clamp(min=0.0)
     sign = gap.sign_()
     lean = (sign * q).sum(-1, keepdim=True)
-    # q (mix.tv (s - <s, q>) + ce + kl) - kl p - ce 1[x], all times the row's weight
+    # q (mix.tv (s - <s, q>) + ce + kl <p, 1>) - kl p - ce 1[x], all times the row's weight
     scale = weights[:, None]
     ce_scale = mix.ce * known[:, None]
-    gradient = sign.sub_(lean).mul_(mix.tv).add_(ce_scale + mix.kl).mul_(q)
+    gradient = sign.sub_(lean).mul_(mix.tv).add_(ce_scale + mix.kl * inside[:, None]).mul_(q)
     if mix.kl:
         gradient.sub_(p, alpha=mix.kl)
     gradient.scatter_add_(1, at, -ce_scale.to(gradient.dtype))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +15,12 @@ import numpy.typing as npt
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+from dspark_sglang.artifacts import (
+    DRAFT_VOCAB_FILE,
+    SCHEMA_VERSION,
+    DraftVocabArtifact,
+    read_draft_vocab,
+)
 from dspark_sglang.checkpoint import parse_drafter_config
 from dspark_sglang.errors import DataError, NumericsError
 from dspark_sglang.training import runstate
@@ -21,7 +28,14 @@ from dspark_sglang.training.config import TrainConfig
 from dspark_sglang.training.conversations import is_validation, load_conversations
 from dspark_sglang.training.distributed import World
 from dspark_sglang.training.layouts import drafter_config, write_drafter
-from dspark_sglang.training.loss import Mix, Terms, Vocabulary, frequent, vocabulary_loss, whole
+from dspark_sglang.training.loss import (
+    Mix,
+    Terms,
+    Vocabulary,
+    drafting,
+    frequent,
+    vocabulary_loss,
+)
 from dspark_sglang.training.model import Drafter
 from dspark_sglang.training.optimizer import Optimizer
 from dspark_sglang.training.packing import Packed, pack, sample_anchors, step_batches
@@ -44,6 +58,14 @@ class Corpus(NamedTuple):
     #: ``[V]`` how often the target wrote each token.
     counts: npt.NDArray[np.int64]
     summary: dict[str, int]
+
+    def digest(self) -> str:
+        """SHA-256 of the sequences to learn from, in order."""
+        total = hashlib.sha256()
+        for sequence in self.train:
+            total.update(sequence.tokens.tobytes())
+            total.update(sequence.written.tobytes())
+        return total.hexdigest()
 
 
 def load_corpus(config: TrainConfig, target: Target) -> Corpus:
@@ -98,6 +120,26 @@ def load_corpus(config: TrainConfig, target: Target) -> Corpus:
     )
 
 
+def draft_vocabulary(config: TrainConfig, corpus: Corpus) -> DraftVocabArtifact | None:
+    """The tokens to draft: counted, or those of the drafter started from; None for all."""
+    limit, size = config.drafter.draft_vocabulary, len(corpus.counts)
+    if limit is None:
+        path = Path(config.start) / DRAFT_VOCAB_FILE
+        known = bool(config.start) and path.is_file()
+        return read_draft_vocab(path, vocab_size=size) if known else None
+    if not 0 < limit < size:
+        return None
+    chosen = np.sort(np.argsort(-corpus.counts, kind="stable")[:limit])
+    total = int(corpus.counts.sum())
+    return DraftVocabArtifact(
+        schema_version=SCHEMA_VERSION,
+        vocab_size=size,
+        tokens=chosen.tolist(),
+        counted=total,
+        coverage=round(float(corpus.counts[chosen].sum()) / max(total, 1), 6),
+    )
+
+
 class StepReport(NamedTuple):
     """What a step did, summed over processes."""
 
@@ -131,6 +173,7 @@ class Trainer:
         self.config, self.target, self.world = config, target, world
         self.folder = Path(config.out)
         self.corpus = corpus or load_corpus(config, target)
+        self._digest = self.corpus.digest()
         self.device = torch.device(config.device)
         spec = config.drafter
         self.drafter_config = drafter_config(spec, target.config, target.tokenizer, config.start)
@@ -156,7 +199,9 @@ class Trainer:
         kind = torch.bfloat16 if config.bf16 else torch.float32
         head = target.head.to(kind)
         counts = torch.from_numpy(self.corpus.counts)
-        self._whole = whole(head, target.softcap)
+        self.drafted = draft_vocabulary(config, self.corpus)
+        tokens = None if self.drafted is None else torch.tensor(self.drafted.tokens)
+        self._final = drafting(head, tokens, target.softcap)
         self._frequent = frequent(head, counts, config.loss.frequent_tokens, target.softcap)
         self.validator = Validator(
             target,
@@ -164,7 +209,7 @@ class Trainer:
             len(self.corpus.train),
             self.corpus.validation,
             self.corpus.greedy,
-            self._whole,
+            self._final,
             bf16=config.bf16,
         )
         decay = config.loss.decay or spec.gamma
@@ -188,6 +233,13 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.best, self.stale = state["step"], state["best"], state["stale"]
         log(f"resumed after step {self.step}")
+        # Going on is what the user wants; it is not the run that was begun, and is told so.
+        for name, before, now in (
+            ("conversations", state.get("corpus"), self._digest),
+            ("number of processes", state.get("processes"), self.world.size),
+        ):
+            if before is not None and before != now:
+                log(f"the {name} changed since: from here on the batches are others")
 
     def save(self) -> None:
         """Keep the state of the run (first process only)."""
@@ -201,13 +253,16 @@ class Trainer:
                     "step": self.step,
                     "best": self.best,
                     "stale": self.stale,
+                    "corpus": self._digest,
+                    "processes": self.world.size,
                 },
             )
 
     def export(self, folder: Path) -> None:
         """Write the drafter in the published layout (first process only)."""
         if self.world.first:
-            write_drafter(folder, self.drafter_config, dict(self.model.state_dict()))
+            tensors = dict(self.model.state_dict())
+            write_drafter(folder, self.drafter_config, tensors, self.drafted)
 
     def judge(self, walks: dict[str, Walk]) -> bool:
         """Keep the drafter if it is the best so far; True when patience has run out."""
@@ -228,7 +283,7 @@ class Trainer:
     def vocabulary(self, step: int) -> Vocabulary:
         """The tokens the laws of a step are over."""
         early = step < self.config.loss.full_from * self.config.optim.steps
-        return self._frequent if early else self._whole
+        return self._frequent if early else self._final
 
     def mix(self, step: int) -> Mix:
         """Weights of the loss terms at a step."""

@@ -71,23 +71,23 @@ def score_blocks(
     labels = packed.labels[valid]
     head = vocabulary.head
     made = torch.zeros((3, len(rows)))
-    step = max(1, _LOGITS_AT_ONCE // head.shape[0])
+    step = max(1, _LOGITS_AT_ONCE // vocabulary.width)
     for begin in range(0, len(rows), step):
         part = slice(begin, begin + step)
         drafted = (rows[part].to(head.dtype) @ head.T).float()
         if latent is not None:
             assert drafter.markov_head is not None
             w2 = drafter.markov_head.markov_w2.weight
+            w2 = w2 if vocabulary.tokens is None else w2[vocabulary.tokens]
             drafted += (latent[valid][part].to(head.dtype) @ w2.to(head.dtype).T).float()
-        truth = (wanted[part].to(head.dtype) @ head.T).float()
-        if vocabulary.softcap:
-            truth = vocabulary.softcap * torch.tanh(truth / vocabulary.softcap)
-        at = labels[part, None]
-        log_q = (drafted.gather(1, at) - drafted.logsumexp(-1, keepdim=True)).squeeze(1)
-        log_p = (truth.gather(1, at) - truth.logsumexp(-1, keepdim=True)).squeeze(1)
-        made[0, part] = (drafted.max(dim=-1).indices == labels[part]).float().cpu()
-        made[1, part] = (log_q - log_p).exp().clamp(max=1.0).cpu()
-        overlap = torch.minimum(drafted.softmax(-1), truth.softmax(-1)).sum(-1)
+        log_q = drafted.log_softmax(-1)
+        log_p, _ = vocabulary.target_log_law(wanted[part])
+        at = vocabulary.labels(labels[part])
+        known, index = at >= 0, at.clamp(min=0)[:, None]
+        gain = (log_q.gather(1, index) - log_p.gather(1, index)).squeeze(1)
+        made[0, part] = (drafted.max(dim=-1).indices == at).float().cpu()
+        made[1, part] = (gain.exp().clamp(max=1.0) * known).cpu()
+        overlap = torch.minimum(log_q, log_p).exp_().sum(-1)
         made[2, part] = overlap.clamp(max=1.0).cpu()
     spread = torch.zeros((3, *valid.shape))
     spread[:, valid.cpu()] = made

@@ -34,7 +34,7 @@ def build_artifact(source: Path, out: Path) -> Verified:
     """Package the drafter in ``source`` as ``out``; both may be the same folder.
 
     ``source`` holds ``config.json``, safetensors weights and ``provenance.json``, and may hold
-    ``sts.json``, ``eval.json``, an index of shards and a ``LICENSE``; anything else there is
+    ``sts.json``, ``draft_vocab.json``, ``eval.json``, an index of shards and a ``LICENSE``; anything else there is
     left behind. ``out`` appears complete and verified, or is not touched. Building twice gives
     the same bytes.
 

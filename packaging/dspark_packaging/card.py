@@ -25,7 +25,13 @@ from dspark_packaging.schemas import (
     read_provenance,
 )
 from dspark_packaging.weights import read_sizes
-from dspark_sglang.artifacts import STS_FILE, read_sts, write_bytes
+from dspark_sglang.artifacts import (
+    DRAFT_VOCAB_FILE,
+    STS_FILE,
+    read_draft_vocab,
+    read_sts,
+    write_bytes,
+)
 from dspark_sglang.checkpoint import parse_drafter_config, read_config, weights_digest
 
 #: How a card made by this module is told from one written by hand.
@@ -112,6 +118,10 @@ def render_card(directory: Path) -> str:
         if eval_path.exists()
         else None
     )
+    vocab_path = directory / DRAFT_VOCAB_FILE
+    vocabulary = (
+        read_draft_vocab(vocab_path, vocab_size=config.vocab_size) if vocab_path.exists() else None
+    )
     kv_elements = 2 * config.num_layers * config.num_kv_heads * config.head_dim
     card = (
         _environment()
@@ -126,12 +136,14 @@ def render_card(directory: Path) -> str:
             kv_bytes_per_token=round(kv_elements * sizes.element_bytes),
             digest=digest,
             sts=sts,
+            vocabulary=vocabulary,
             eval=measured,
             kinds=KINDS,
             interval=_INTERVAL,
             paper=PAPER,
             files={
                 "sts": STS_FILE,
+                "vocabulary": DRAFT_VOCAB_FILE,
                 "eval": EVAL_FILE,
                 "provenance": PROVENANCE_FILE,
                 "manifest": MANIFEST_FILE,

@@ -12,7 +12,7 @@ from pathlib import Path
 from dspark_packaging.errors import PackageError
 from dspark_packaging.manifest import MANIFEST_FILE
 from dspark_packaging.schemas import EVAL_FILE, PROVENANCE_FILE
-from dspark_sglang.artifacts import STS_FILE
+from dspark_sglang.artifacts import DRAFT_VOCAB_FILE, STS_FILE
 
 CARD_FILE = "README.md"
 LICENSE_FILE = "LICENSE"
@@ -21,7 +21,7 @@ INDEX_FILE = "model.safetensors.index.json"
 #: Written by packaging; everything else is carried from the source.
 GENERATED = (CARD_FILE, MANIFEST_FILE)
 REQUIRED = (CONFIG_FILE, PROVENANCE_FILE, CARD_FILE, LICENSE_FILE, MANIFEST_FILE)
-OPTIONAL = (INDEX_FILE, STS_FILE, EVAL_FILE)
+OPTIONAL = (INDEX_FILE, STS_FILE, DRAFT_VOCAB_FILE, EVAL_FILE)
 WEIGHT_NAME = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz"}
 

@@ -18,7 +18,7 @@ from dspark_packaging.schemas import (
     read_provenance,
 )
 from dspark_packaging.weights import check_shards
-from dspark_sglang.artifacts import STS_FILE, read_sts
+from dspark_sglang.artifacts import DRAFT_VOCAB_FILE, STS_FILE, read_draft_vocab, read_sts
 from dspark_sglang.checkpoint import (
     check_tensors,
     parse_drafter_config,
@@ -67,6 +67,8 @@ def verify_artifact(directory: Path) -> Verified:
     sts, measured = directory / STS_FILE, directory / EVAL_FILE
     if sts.exists():
         read_sts(sts, gamma=config.gamma, drafter_sha256=digest)
+    if (directory / DRAFT_VOCAB_FILE).exists():
+        read_draft_vocab(directory / DRAFT_VOCAB_FILE, vocab_size=config.vocab_size)
     if measured.exists():
         read_eval(measured, gamma=config.gamma, drafter_sha256=digest)
     _check_card(directory / CARD_FILE, provenance)

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sglang.srt.layers.linear import ReplicatedLinear
 
-from dspark_sglang.serving.cpu.packing import PackedLinearMethod, _pack, pack_model, packed_linear
+from dspark_sglang.serving.cpu.packing import PackedLinearMethod, pack, pack_model, packed_linear
 from dspark_sglang.serving.cpu.platform import assign_slots, cache_slots
 
 # --- slots ----------------------------------------------------------------------------------------
@@ -65,7 +65,7 @@ def close(found: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: Any)
 def test_packed_linear_is_linear(rows: int, bias: bool) -> None:
     weight, x = torch.randn(96, 48).bfloat16(), torch.randn(rows, 48).bfloat16()
     added = torch.randn(96).bfloat16() if bias else None
-    found = packed_linear(x, _pack(weight), added)
+    found = packed_linear(x, pack(weight), added)
     assert found.shape == (rows, 96)
     close(found, x, weight, None if added is None else added.double())
 
@@ -74,7 +74,7 @@ def test_packed_linear_is_linear(rows: int, bias: bool) -> None:
 def test_packed_linear_takes_strided_rows() -> None:
     weight, wide = torch.randn(96, 48).bfloat16(), torch.randn(5, 100).bfloat16()
     x = wide[:, 20:68]
-    close(packed_linear(x, _pack(weight), None), x, weight, None)
+    close(packed_linear(x, pack(weight), None), x, weight, None)
 
 
 @needs_onednn

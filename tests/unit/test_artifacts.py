@@ -13,9 +13,12 @@ import msgspec
 import pytest
 
 from dspark_sglang.artifacts import (
+    DRAFT_VOCAB_FILE,
     SCHEMA_VERSION,
+    DraftVocabArtifact,
     Provenance,
     STSArtifact,
+    read_draft_vocab,
     read_sts,
     write_bytes,
     write_json,
@@ -184,3 +187,44 @@ def test_artifacts_do_not_change(break_: Callable[[STSArtifact], None]) -> None:
     with pytest.raises((AttributeError, TypeError)):
         break_(artifact())
     assert isinstance(artifact(), msgspec.Struct)
+
+
+# --- draft vocabulary -----------------------------------------------------------------------------
+
+
+def vocabulary(**changes: Any) -> DraftVocabArtifact:
+    fields = {"schema_version": SCHEMA_VERSION, "vocab_size": 9, "tokens": [0, 3, 8]}
+    return DraftVocabArtifact(**{**fields, "counted": 100, "coverage": 0.9, **changes})
+
+
+def test_draft_vocabulary_round_trip(tmp_path: Path) -> None:
+    write_json(tmp_path / DRAFT_VOCAB_FILE, vocabulary())
+    assert read_draft_vocab(tmp_path / DRAFT_VOCAB_FILE, vocab_size=9) == vocabulary()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tokens": []}, "0 tokens"),
+        ({"tokens": [3, 3]}, "not ascending"),
+        ({"tokens": [3, 0]}, "not ascending"),
+        ({"tokens": [-1, 0]}, "not ascending"),
+        ({"tokens": [0, 9]}, "not ascending"),
+        ({"vocab_size": 10}, "vocabulary of 10"),
+        ({"schema_version": SCHEMA_VERSION + 1}, "schema_version"),
+    ],
+)
+def test_a_wrong_draft_vocabulary_is_refused(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    path = tmp_path / DRAFT_VOCAB_FILE
+    write_json(path, vocabulary(**changes))
+    with pytest.raises(ArtifactError, match=message) as caught:
+        read_draft_vocab(path, vocab_size=9)
+    assert str(path) in caught.value.found
+    assert "whole vocabulary" in caught.value.fix
+
+
+def test_calibration_is_no_draft_vocabulary(path: Path) -> None:
+    with pytest.raises(ArtifactError, match="cannot be read"):
+        read_draft_vocab(path, vocab_size=9)

@@ -173,6 +173,35 @@ def test_sampled_tokens_follow_the_recorded_laws() -> None:
     assert min(grouped_p_values(block.tokens[:, 0], block.tokens[:, 1], shifted)) < THRESHOLD
 
 
+@pytest.mark.parametrize("shortlist", [None, 3])
+def test_a_draft_vocabulary_is_the_block_of_the_other_tokens_masked(shortlist: int | None) -> None:
+    head = make_head("rnn")
+    base, anchors, hidden = batch(6)
+    vocabulary = torch.tensor([1, 4, 5, 9, 10])
+    masked = torch.full_like(base, -1e30)
+    masked[..., vocabulary] = base[..., vocabulary]
+    sampling = {
+        "temperatures": torch.tensor([0.7, 1.3]),
+        "sampled": torch.tensor([1, 4]),
+        "uniforms": uniforms(torch.Generator().manual_seed(3), 2, GAMMA),
+    }
+    found = draft_block(
+        base[..., vocabulary], anchors, hidden, head,
+        **sampling, shortlist=shortlist, vocabulary=vocabulary,
+    )  # fmt: skip
+    wanted = draft_block(masked, anchors, hidden, head, **sampling, shortlist=shortlist)
+    greedy = [0, 2, 3, 5]
+    assert torch.equal(found.tokens[greedy], wanted.tokens[greedy])
+    assert found.probs is not None and found.support is not None and wanted.probs is not None
+    assert set(found.support.unique().tolist()) <= set(vocabulary.tolist())
+    laws = torch.zeros(2, GAMMA, VOCAB).scatter_(-1, found.support, found.probs)
+    other = wanted.probs
+    if wanted.support is not None:
+        other = torch.zeros(2, GAMMA, VOCAB).scatter_(-1, wanted.support, wanted.probs)
+    # Candidates come in any order, so equal uniforms may draw different first tokens.
+    torch.testing.assert_close(laws[:, 0], other[:, 0])
+
+
 def test_gamma_one() -> None:
     head = make_head("gated")
     base, anchors, hidden = batch(2)

@@ -13,7 +13,13 @@ from safetensors.torch import load_file
 from tiny_training import write_config, write_conversations, write_target
 from typer.testing import CliRunner
 
-from dspark_sglang.artifacts import SCHEMA_VERSION, STSArtifact, write_json
+from dspark_sglang.artifacts import (
+    DRAFT_VOCAB_FILE,
+    SCHEMA_VERSION,
+    STSArtifact,
+    read_draft_vocab,
+    write_json,
+)
 from dspark_sglang.checkpoint import parse_drafter_config, read_config, weights_digest
 from dspark_sglang.cli.main import app
 from dspark_sglang.core.drafter import DenseDrafter, DenseShape
@@ -35,13 +41,16 @@ QUESTIONS = [
 ]
 
 
-@pytest.fixture(scope="module", params=["vanilla", "rnn"])
+@pytest.fixture(scope="module", params=["vanilla", "rnn", "vanilla over 30 tokens"])
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A tiny target and a drafter trained on it for a few steps."""
     folder = tmp_path_factory.mktemp(request.param)
     target = write_target(folder / "target")
     data = write_conversations(folder / "data.jsonl", 40)
-    drafter = {"gamma": GAMMA, "layers": 1, "markov_rank": 8, "markov_head": request.param}
+    head, *limited = request.param.split()
+    drafter = {"gamma": GAMMA, "layers": 1, "markov_rank": 8, "markov_head": head}
+    if limited:
+        drafter["draft_vocabulary"] = 30
     settings = configs.read_config(write_config(folder, target, data, drafter=drafter))
     trainer = Trainer(settings, Target(str(target), bf16=False), World(), log=lambda line: None)
     list(trainer.steps())
@@ -74,13 +83,20 @@ def reference(pair: Any, loaded: standalone.Pair, tokens: torch.Tensor, anchor: 
     hidden = drafter.hidden(
         drafter.context(states), torch.tensor([anchor]), table[tokens[anchor]][None]
     )
+    vocabulary = pair[1] / DRAFT_VOCAB_FILE
+    allowed = torch.arange(len(model.lm_head.weight))
+    if vocabulary.is_file():
+        allowed = torch.tensor(read_draft_vocab(vocabulary, vocab_size=len(allowed)).tokens)
+        assert len(allowed) == 30
     drafted, confidences = [], []
     state = drafter.markov.start(1)
     for k in range(config.gamma):
         previous = tokens[min(anchor + k, len(tokens) - 1)][None]
         latent, state = drafter.markov.step(previous, hidden[:, k], state)
         logits = hidden[:, k] @ model.lm_head.weight.T + latent @ drafter.markov.w2.T
-        drafted.append(logits[0].softmax(-1))
+        law = torch.zeros_like(logits[0])
+        law[allowed] = logits[0, allowed].softmax(-1)
+        drafted.append(law)
         confidences.append(drafter.confidence.logits(hidden[:, k], previous, drafter.markov))
     return drafted, torch.cat(confidences), out.logits[0].softmax(-1)
 

@@ -21,6 +21,7 @@ from packaging_samples import (
     GAMMA,
     add_measurements,
     contents,
+    draft_vocabulary,
     edit,
     evaluation,
     provenance,
@@ -286,6 +287,10 @@ def _other_drafters_sts(folder: Path) -> None:
     put(folder / "sts.json", sts("f" * 64))
 
 
+def _other_vocabulary(folder: Path) -> None:
+    put(folder / "draft_vocab.json", draft_vocabulary() | {"vocab_size": 7})
+
+
 def _other_drafters_eval(folder: Path) -> None:
     put(folder / "eval.json", evaluation("f" * 64))
 
@@ -348,6 +353,7 @@ def _card_of_another_target(folder: Path) -> None:
         (_truncated, CheckpointError, "damaged"),
         (_other_gamma, ArtifactError, "fitted for gamma 5"),
         (_other_drafters_sts, ArtifactError, "fitted for drafter"),
+        (_other_vocabulary, ArtifactError, "vocabulary of 7 tokens"),
         (_other_drafters_eval, ArtifactError, r"eval\.json has drafter_sha256"),
         (_rising_positions, ArtifactError, "never rise"),
         (_impossible_length, ArtifactError, "accepted length 4.5"),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import packaging_samples
 import pytest
-from packaging_samples import COMMITTED, add_measurements, put
+from packaging_samples import COMMITTED, add_measurements, draft_vocabulary, put
 from safetensors.numpy import load_file
 
 import dspark_packaging
@@ -66,6 +66,14 @@ def test_measured_sections_print_the_artifacts(packed: Path) -> None:
     assert "| Temperature | 1.125 | 0.875 | 1.500 |" in calibration
     assert "0.0625 before, 0.0123 after" in calibration
     assert "costs less than 2.34 plain decoding steps" in section(card, "Limits")
+
+
+def test_a_draft_vocabulary_is_on_the_card(packed: Path) -> None:
+    assert "draft_vocab.json" not in render_card(packed)
+    put(packed / "draft_vocab.json", draft_vocabulary())
+    card = render_card(packed)
+    assert "| Tokens it drafts | the 3 most frequent, 93.1% of 1,000 counted;" in card
+    assert "`draft_vocab.json`: the tokens it drafts" in section(card, "Files")
 
 
 def test_every_table_is_rectangular(packed: Path) -> None:

@@ -11,11 +11,13 @@ import time
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_training import write_config, write_conversations, write_target
 
+from dspark_sglang.artifacts import DRAFT_VOCAB_FILE, read_draft_vocab
 from dspark_sglang.checkpoint import check_tensors, parse_drafter_config, read_config
 from dspark_sglang.errors import CheckpointError, ConfigError, DataError, NumericsError
 from dspark_sglang.training import config as configs
@@ -92,6 +94,50 @@ def test_the_command_writes_a_drafter_that_our_loader_takes(tmp_path, workshop):
     assert [step for step, _ in losses(folder)] == [1, 2, 3, 4, 5, 6]
     assert (folder / "curves.png").stat().st_size > 5000
     assert not list(folder.glob(".*"))
+
+
+def test_resuming_over_other_text_says_so(tmp_path, workshop):
+    target, data = workshop
+    own = tmp_path / "data.jsonl"
+    own.write_bytes(data.read_bytes())
+    config = write_config(tmp_path, target, own)
+    trainer = build(config)
+    next(trainer.steps())
+    trainer.save()
+    notes: list[str] = []
+    settings = configs.read_config(config)
+    Trainer(settings, trainer.target, World(), log=notes.append)
+    assert not any("changed since" in note for note in notes)
+    own.write_bytes(
+        own.read_bytes() + write_conversations(tmp_path / "more", 9, seed=5).read_bytes()
+    )
+    again = Trainer(settings, trainer.target, World(), log=notes.append)
+    assert again.step == 1
+    assert any("conversations changed since" in note for note in notes)
+
+
+def test_a_draft_vocabulary_is_counted_kept_and_dropped(tmp_path, workshop):
+    drafter = {"gamma": 3, "layers": 1, "markov_rank": 8, "draft_vocabulary": 30}
+    trainer = build(write_config(tmp_path, *workshop, drafter=drafter))
+    early, late = trainer.vocabulary(0), trainer.vocabulary(10**6)
+    assert early.outer is None and late.outer is not None
+    list(trainer.steps())
+    trainer.export(tmp_path / "made")
+    size = len(trainer.corpus.counts)
+    written = read_draft_vocab(tmp_path / "made" / DRAFT_VOCAB_FILE, vocab_size=size)
+    chosen = np.zeros(size, dtype=bool)
+    chosen[written.tokens] = True
+    counts = trainer.corpus.counts
+    assert len(written.tokens) == 30 and counts[chosen].min() >= counts[~chosen].max()
+    assert written.coverage == pytest.approx(counts[chosen].sum() / counts.sum(), abs=1e-6)
+    # Fine-tuning keeps its tokens unless told otherwise.
+    del drafter["draft_vocabulary"]
+    config = write_config(tmp_path, *workshop, drafter=drafter)
+    start = f"start={tmp_path / 'made'}"
+    assert build(config, start).drafted == written
+    dropped = build(config, start, "drafter.draft_vocabulary=0")
+    dropped.export(tmp_path / "made")
+    assert not (tmp_path / "made" / DRAFT_VOCAB_FILE).exists()
 
 
 def test_kill_9_and_resume_is_exact(tmp_path, workshop):

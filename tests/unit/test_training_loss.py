@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dspark_sglang.training import loss as module
-from dspark_sglang.training.loss import Mix, frequent, vocabulary_loss, whole
+from dspark_sglang.training.loss import Mix, drafting, frequent, vocabulary_loss, whole
 
 VOCAB, WIDTH, RANK = 53, 12, 5
 MIXES = {
@@ -16,16 +16,21 @@ MIXES = {
 }
 
 
-def naive(hidden, latent, w2, wanted, labels, weights, head, mix, softcap=0.0):
-    """The loss of the module's docstring."""
+def naive(hidden, latent, w2, wanted, labels, weights, head, mix, softcap=0.0, drafted=None):
+    """The loss of the module's docstring; only the tokens ``drafted`` (None: all) are drafted."""
     target = wanted @ head.T
     if softcap:
         target = softcap * torch.tanh(target / softcap)
     p = torch.softmax(target, -1)
-    log_q = torch.log_softmax(hidden @ head.T + latent @ w2.T, -1)
-    known = labels >= 0
-    ce = -log_q.gather(1, labels.clamp(min=0)[:, None]).squeeze(1) * known
-    kl = (p * (p.log() - log_q)).sum(-1)
+    logits = hidden @ head.T + latent @ w2.T
+    inside = torch.ones(len(head), dtype=torch.bool)
+    if drafted is not None:
+        inside = torch.zeros(len(head), dtype=torch.bool)
+        inside[drafted] = True
+    log_q = torch.log_softmax(logits.masked_fill(~inside, -1e30), -1)
+    known = (labels >= 0) & inside[labels]
+    ce = -(log_q.gather(1, labels.clamp(min=0)[:, None]).squeeze(1)).where(known, 0.0)
+    kl = (p * (p.log() - log_q))[:, inside].sum(-1)
     tv = (p - log_q.exp()).abs().sum(-1)
     return (weights * (mix.ce * ce + mix.kl * kl + mix.tv * tv)).sum(), tv, ce, kl
 
@@ -50,7 +55,8 @@ def make(rows: int, seed: int = 0) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("chunk", [VOCAB, 3 * VOCAB, 1 << 20], ids=["row", "three", "all"])
 @pytest.mark.parametrize("mix", MIXES.values(), ids=MIXES.keys())
 @pytest.mark.parametrize("rows", [1, 7])
-def test_loss_and_gradients(monkeypatch, rows, mix, chunk):
+@pytest.mark.parametrize("drafted", [None, [0, 3, 4, 11, 30, 31, 52]], ids=["all", "some"])
+def test_loss_and_gradients(monkeypatch, drafted, rows, mix, chunk):
     monkeypatch.setitem(module._CHUNK_ELEMENTS, "cpu", chunk)
     given = make(rows)
     head = given.pop("head")
@@ -63,10 +69,10 @@ def test_loss_and_gradients(monkeypatch, rows, mix, chunk):
         given["wanted"].float(),
         given["labels"],
         given["weights"].float(),
-        vocabulary=whole(head.float()),
+        vocabulary=drafting(head.float(), None if drafted is None else torch.tensor(drafted)),
         mix=mix,
     )
-    expected, tv, ce, kl = naive(**given, head=head, mix=mix)
+    expected, tv, ce, kl = naive(**given, head=head, mix=mix, drafted=drafted)
     torch.autograd.backward(3.0 * terms.loss)
     torch.autograd.backward(3.0 * expected)
     assert terms.loss.item() == pytest.approx(expected.item(), rel=1e-5)
@@ -99,6 +105,17 @@ def test_frequent_vocabulary_is_the_loss_over_those_tokens():
     given["w2"] = given["w2"][:20]
     expected, *_ = naive(**given, head=head[:20], mix=MIXES["blend"])
     assert terms.loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_a_best_token_that_is_never_drafted_is_never_matched():
+    head = torch.eye(4)
+    wanted = torch.tensor([[0.0, 9.0, 1.0, 0.0], [0.0, 1.0, 9.0, 0.0]])
+    terms = vocabulary_loss(
+        wanted, None, None, wanted, torch.tensor([1, 2]), torch.ones(2),
+        vocabulary=drafting(head, torch.tensor([0, 2])), mix=MIXES["paper"],
+    )  # fmt: skip
+    assert terms.match.tolist() == [False, True]
+    assert terms.acceptance[0] < 0.01 < 0.98 < terms.acceptance[1]
 
 
 def test_rare_tokens_get_no_gradient_until_the_full_end():

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch.nn.functional import linear
 
-from dspark_sglang.serving.cpu.packing import _pack, packed_linear
+from dspark_sglang.serving.cpu.packing import pack, packed_linear
 
 #: Inputs and outputs of SmolLM2-135M's projections, and its layers.
 SHAPES = ((576, 960), (576, 576), (576, 3072), (1536, 576))
@@ -34,7 +34,7 @@ def best_ms(run: Callable[[], None], *, repetitions: int = 9) -> float:
 def main() -> None:
     """Print milliseconds of one forward through all projections by rows and layout."""
     weights = [torch.randn(out, width).bfloat16() for _ in range(LAYERS) for width, out in SHAPES]
-    packed = [_pack(weight) for weight in weights]
+    packed = [pack(weight) for weight in weights]
     print(
         f"{torch.get_num_threads()} threads, {sum(w.nbytes for w in weights) / 1e6:.0f} MB, bfloat16"
     )

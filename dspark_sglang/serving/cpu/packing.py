@@ -28,7 +28,13 @@ _PLANNED_ROWS = 8
 _MEMORY_SHARE = 0.25
 
 
-def _pack(weight: torch.Tensor) -> torch.Tensor:
+def can_pack(weight: torch.Tensor) -> bool:
+    """Whether this machine has bfloat16 matrix kernels for ``weight``."""
+    return weight.dtype is torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def pack(weight: torch.Tensor) -> torch.Tensor:
+    """``weight`` ``[out, in]`` in oneDNN's layout."""
     packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _PLANNED_ROWS)
     return packed
 
@@ -46,7 +52,7 @@ class _Packed:
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Pack (again) after SGLang loaded weights into ``layer``."""
-        self.packed = _pack(layer.weight)
+        self.packed = pack(layer.weight)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         if x.dtype is not torch.bfloat16:

@@ -32,9 +32,9 @@ def calibrate(
     """Fit STS on half of the prompts and report calibration on the other half."""
     from dspark_sglang.core.sts import fit_sts, survival_errors
     from dspark_sglang.evaluation import standalone
+    from dspark_sglang.evaluation.drafted import draft_blocks
     from dspark_sglang.evaluation.questions import calibration_questions, load_questions
     from dspark_sglang.provenance import provenance
-    from dspark_sglang.training.walk import nothing
 
     console = Console()
     questions = load_questions(prompts) if prompts else calibration_questions()
@@ -58,23 +58,16 @@ def calibrate(
             progress=lambda done: bar.update(task, completed=done),
         )
         task = bar.add_task("drafting", total=len(questions))
-        scored = standalone.score_answers(
-            pair, answers, questions, progress=lambda done: bar.update(task, completed=done)
+        logits, acceptance, owner = draft_blocks(
+            pair, answers, seed=seed, progress=lambda done: bar.update(task, completed=done)
         )
-    if not scored:
-        raise ConfigError(
-            "Every answer of the target ended at once.",
-            expected="answers of at least two tokens",
-            fix="Use other prompts, or check the target's chat template.",
-        )
-    logits, acceptance, owner = standalone.calibration_blocks(scored)
     # By prompt, so that no block of a checked answer was fitted on.
     fitted = owner % 2 == 0
     if not fitted.any() or fitted.all():
         raise ConfigError(
-            "The target's answers hold too few whole blocks to fit and to check.",
-            expected=f"answers longer than {gamma} tokens on both halves",
-            fix="Raise --max-tokens or add prompts.",
+            "The target's answers are too short to fit and to check.",
+            expected="answers of at least two tokens on both halves of the prompts",
+            fix="Use other prompts, or check the target's chat template.",
         )
     fit = fit_sts(logits[fitted], acceptance[fitted])
     held = logits[~fitted], acceptance[~fitted]
@@ -94,8 +87,9 @@ def calibrate(
         ece_after=round(float(after.mean()), 5),
         provenance=provenance(
             command,
-            data=f"{len(questions)} {'packaged' if prompts is None else prompts.name} prompts answered by the target at temperature 1; even "
-            "prompts fitted, odd ones checked; labels 1 - TV(p, q)",
+            data=f"{len(questions)} {'packaged' if prompts is None else prompts.name} prompts "
+            "answered by the target at temperature 1, a block drafted at every position; even "
+            "prompts fitted, odd ones checked; labels min(1, p/q) of the drafted tokens",
         ),
     )
     destination = out or drafter / STS_FILE
@@ -112,6 +106,4 @@ def calibrate(
             f"{held[1][:, k].mean():.3f}",
         )
     console.print(view)
-    rounds = sum(standalone.replay(scored, greedy=False, seed=seed), nothing(gamma))
-    console.print(f"Accepted length at temperature 1: {rounds.accept_length:.2f}")
     console.print(f"Written: {destination}")

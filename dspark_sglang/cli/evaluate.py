@@ -16,9 +16,9 @@ from dspark_sglang.checkpoint import weights_digest
 from dspark_sglang.errors import ConfigError
 
 if TYPE_CHECKING:
+    from dspark_sglang.evaluation.drafted import Blocks
     from dspark_sglang.evaluation.questions import Question
     from dspark_sglang.evaluation.report import Evaluation, Lengths
-    from dspark_sglang.evaluation.standalone import Answer
 
 Engine = Literal["standalone", "server", "both"]
 _TEMPERATURES = (0.0, 1.0)
@@ -76,15 +76,15 @@ def evaluate(
     flags += ["--limit", str(limit)] if limit else []
     session = Session(console, where, artifact, questions, max_tokens, dtype, seed, flags)
     rows: list[Lengths] = []
-    answers: list[Answer] = []
+    blocks: Blocks | None = None
     if engine != "server":
-        made, answers = session.standalone()
+        made, blocks = session.standalone()
         rows += made
     if engine != "standalone":
         rows += session.server(url)
-    result = session.result(rows, answers, name=prompts.name if prompts else "packaged prompts")
+    result = session.result(rows, blocks, name=prompts.name if prompts else "packaged prompts")
     if out is not None:
-        session.save(out, result, answers)
+        session.save(out, result, blocks)
     if record:
         session.record(result)
     if as_json:
@@ -152,9 +152,10 @@ class Session:
             artifact = read_sts(sts, gamma=self._gamma, drafter_sha256=self._digest)
             self._sts = artifact.temperatures
 
-    def standalone(self) -> tuple[list[Lengths], list[Answer]]:
-        """Rows at both temperatures, and the sampled answers' scores for calibration."""
+    def standalone(self) -> tuple[list[Lengths], Blocks]:
+        """Rows at both temperatures, and drafted blocks to judge confidences by."""
         from dspark_sglang.evaluation import standalone
+        from dspark_sglang.evaluation.drafted import draft_blocks
         from dspark_sglang.evaluation.report import Domain, lengths
         from dspark_sglang.memory import keep_freed_memory
 
@@ -162,7 +163,6 @@ class Session:
         with self._console.status("loading target and drafter"):
             pair = standalone.load_pair(self._target, self._drafter, bf16=self._dtype == "bfloat16")
         rows: list[Lengths] = []
-        scored: list[Answer] = []
         count = len(self._questions)
         with Progress(console=self._console) as bar:
             for temperature in _TEMPERATURES:
@@ -191,7 +191,10 @@ class Session:
                 walks = standalone.replay(scored, greedy=temperature == 0, seed=self._seed)
                 entries = [Domain(a.domain, w) for a, w in zip(scored, walks, strict=True)]
                 rows.append(lengths("standalone", temperature, entries, by_prompt=True))
-        return rows, scored
+            task = bar.add_task("judging confidences", total=count)
+            shown = partial(_advance, bar, task)
+            blocks = draft_blocks(pair, answers, seed=self._seed, progress=shown)
+        return rows, blocks
 
     def server(self, url: str) -> list[Lengths]:
         """Rows as a server counted them; one is started here without ``url``."""
@@ -229,16 +232,14 @@ class Session:
                 rows.append(lengths("server", temperature, entries, by_prompt=False))
         return rows
 
-    def result(self, rows: list[Lengths], answers: list[Answer], *, name: str) -> Evaluation:
+    def result(self, rows: list[Lengths], blocks: Blocks | None, *, name: str) -> Evaluation:
         """Everything in one struct; the headline numbers are the first engine's."""
         from dspark_sglang.evaluation.report import Evaluation, calibration
-        from dspark_sglang.evaluation.standalone import calibration_blocks
         from dspark_sglang.provenance import provenance
 
         judged = None
-        if answers:
-            logits, truth, _ = calibration_blocks(answers)
-            judged = calibration(logits, truth, self._sts) if len(logits) else None
+        if blocks is not None:
+            judged = calibration(blocks.confidence, blocks.acceptance, self._sts)
         greedy, sampled = rows[:2]  # at the temperatures in order
         command = ["dspark", "eval", "--artifact", self._drafter.name, "--target"]
         command += [self._target.name, "--max-tokens", str(self._max_tokens)]
@@ -272,13 +273,12 @@ class Session:
         write_json(self._drafter / EVAL_FILE, artifact)
         self._console.print(f"Written: {self._drafter / EVAL_FILE}")
 
-    def save(self, folder: Path, result: Evaluation, answers: list[Answer]) -> None:
+    def save(self, folder: Path, result: Evaluation, blocks: Blocks | None) -> None:
         """Write evaluation.json and, where confidences were judged, reliability.png."""
         from dspark_sglang.evaluation.report import reliability_plot
-        from dspark_sglang.evaluation.standalone import calibration_blocks
 
         write_json(folder / "evaluation.json", result)
-        if result.calibration is not None:
-            logits, truth, _ = calibration_blocks(answers)
-            reliability_plot(folder / "reliability.png", logits, truth, self._sts)
+        if blocks is not None:
+            path = folder / "reliability.png"
+            reliability_plot(path, blocks.confidence, blocks.acceptance, self._sts)
         self._console.print(f"Written: {folder}")

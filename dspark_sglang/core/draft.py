@@ -10,6 +10,9 @@ from torch.nn.functional import linear
 from dspark_sglang.core.heads import MarkovHead
 from dspark_sglang.core.sampling import sample
 
+#: Candidates a position in serving: the Markov stage reads this many rows of W2, not all.
+SHORTLIST = 128
+
 
 class DraftBlock(NamedTuple):
     """A drafted block and the law each token was drawn from."""

@@ -46,14 +46,8 @@ class Answer(NamedTuple):
     #: ``[A, gamma]``, see :class:`dspark_sglang.training.validate.Scores`.
     match: Float64
     ratio: Float64
-    confidence: Float64
-    acceptance: Float64
     #: ``[A]`` tokens of the answer that follow each anchor.
     remaining: npt.NDArray[np.int64]
-
-    def whole_blocks(self) -> npt.NDArray[np.bool_]:
-        """``[A]``: the answer goes on for at least a block."""
-        return np.greater_equal(self.remaining, self.match.shape[1])
 
 
 def load_pair(target: Path, drafter: Path, *, bf16: bool = True) -> Pair:
@@ -152,15 +146,13 @@ def score_answers(
     for number, sequence in enumerate(answers):
         if len(sequence.anchors()):
             scores = _score(pair, sequence)
-            match, ratio, confidence, acceptance = (field.double().numpy() for field in scores)
+            match, ratio = (field.double().numpy() for field in scores)
             scored.append(
                 Answer(
                     question=sequence.source,
                     domain=questions[sequence.source].domain,
                     match=match,
                     ratio=ratio,
-                    confidence=confidence,
-                    acceptance=acceptance,
                     remaining=sequence.remaining(),
                 )
             )
@@ -184,18 +176,3 @@ def replay(answers: Sequence[Answer], *, greedy: bool, seed: int = 0) -> list[Wa
         chance = answer.match if greedy else answer.ratio
         walks.append(walk(chance, rng.random(chance.shape), answer.remaining))
     return walks
-
-
-def calibration_blocks(answers: Sequence[Answer]) -> tuple[Float64, Float64, npt.NDArray[np.int64]]:
-    """Whole blocks of all answers, for fitting and judging confidences.
-
-    Returns:
-        ``[N, gamma]`` confidence logits, ``[N, gamma]`` acceptance ``1 - TV(p, q)`` and ``[N]``
-        question numbers.
-    """
-    keep = [answer.whole_blocks() for answer in answers]
-    pairs = list(zip(answers, keep, strict=True))
-    logits = np.concatenate([answer.confidence[rows] for answer, rows in pairs])
-    truth = np.concatenate([answer.acceptance[rows] for answer, rows in pairs])
-    owner = np.concatenate([np.full(int(rows.sum()), answer.question) for answer, rows in pairs])
-    return logits, truth.clip(0.0, 1.0), owner

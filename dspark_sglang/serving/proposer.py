@@ -13,13 +13,10 @@ from sglang.srt.speculative.dspark_components.dspark_draft import (
 )
 from sglang.srt.speculative.spec_tp_sync import SpecTpSyncSite
 
-from dspark_sglang.core.draft import draft_block
+from dspark_sglang.core.draft import SHORTLIST, draft_block
 from dspark_sglang.core.heads import ConfidenceHead, MarkovHead
 from dspark_sglang.serving.draft_head import DraftHead
 from dspark_sglang.serving.telemetry import Telemetry
-
-#: Candidates a position: the Markov stage reads this many rows of W2 instead of the vocabulary.
-SHORTLIST = 128
 
 
 class SampledRows(msgspec.Struct, frozen=True):

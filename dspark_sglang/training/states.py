@@ -113,6 +113,57 @@ class Target:
         layers = torch.cat([found[layer] for layer in layer_ids], dim=-1)
         return States(layers, out.last_hidden_state)
 
+    @torch.inference_mode()
+    def after_blocks(
+        self, tokens: torch.Tensor, anchors: torch.Tensor, blocks: torch.Tensor
+    ) -> torch.Tensor:
+        """Final hidden states at some anchors of one sequence, and after the tokens of a block each.
+
+        All blocks go through the model together: each sees the sequence up to its anchor and itself.
+
+        Args:
+            tokens: ``[S]`` int64.
+            anchors: ``[A]`` int64 positions.
+            blocks: ``[A, n]`` int64 tokens that follow them; ``n`` may be 0.
+
+        Returns:
+            ``[A, n + 1, d]``.
+        """
+        length, (count, width) = len(tokens), blocks.shape
+        own = anchors[:, None] + 1 + torch.arange(width, device=tokens.device)
+        positions = torch.cat([torch.arange(length, device=tokens.device), own.view(-1)])
+        limit = torch.cat([positions[:length], anchors.repeat_interleave(width)])
+        block = torch.arange(count, device=tokens.device).repeat_interleave(width)
+        block = torch.cat([block.new_full((length,), -1), block])
+        # A row sees context up to its limit, and of the blocks its own up to itself.
+        context = (block < 0)[None] & (positions[None] <= limit[:, None])
+        inside = (block[:, None] == block[None]) & (positions[None] <= positions[:, None])
+        out = self.decoder(
+            input_ids=torch.cat([tokens, blocks.reshape(-1)])[None],
+            position_ids=positions[None],
+            attention_mask=self._masks(context | inside, positions),
+            use_cache=False,
+        )
+        final = torch.as_tensor(out.last_hidden_state)[0]
+        after = final[length:].view(count, width, self.hidden)
+        return torch.cat([final[anchors][:, None], after], dim=1)
+
+    def _masks(self, seen: torch.Tensor, positions: torch.Tensor) -> Any:
+        """``seen`` ``[N, N]`` as the decoder takes it: one mask, or one for each kind of layer."""
+        kind = self.model.dtype
+
+        def additive(visible: torch.Tensor) -> torch.Tensor:
+            mask = torch.zeros(visible.shape, dtype=kind, device=visible.device)
+            return mask.masked_fill_(~visible, torch.finfo(kind).min)[None, None]
+
+        kinds = set(getattr(self.config, "layer_types", None) or ())
+        if not kinds:
+            return additive(seen)
+        near = positions[:, None] - positions[None] < (self.config.sliding_window or len(seen))
+        return {
+            name: additive(seen & near if name == "sliding_attention" else seen) for name in kinds
+        }
+
 
 class StateSource:
     """Target states of numbered sequences: from the cache, or computed and then cached.

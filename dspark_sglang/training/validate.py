@@ -26,11 +26,6 @@ class Scores(NamedTuple):
     match: torch.Tensor
     #: ``[N, gamma]`` float32: ``min(1, q(x) / p(x))`` of the next token.
     ratio: torch.Tensor
-    #: ``[N, gamma]`` float32 confidence logits.
-    confidence: torch.Tensor
-    #: ``[N, gamma]`` float32 overlap ``1 - TV(p, q)``: the chance of acceptance before the next
-    #: token is known.
-    acceptance: torch.Tensor
 
 
 def block_hidden(drafter: Drafter, target: Target, packed: Packed, states: States) -> torch.Tensor:
@@ -63,14 +58,12 @@ def score_blocks(
     gamma = drafter.config.gamma
     hidden = block_hidden(drafter, target, packed, states)
     latent = drafter.latents(hidden, packed.previous)
-    with torch.autocast(hidden.device.type, enabled=False):  # as serving computes it
-        confidence = drafter.confidence_logits(hidden, packed.previous)
     valid = packed.valid
     rows = hidden[valid]
     wanted = gather_final(states.final, packed.place)[valid]
     labels = packed.labels[valid]
     head = vocabulary.head
-    made = torch.zeros((3, len(rows)))
+    made = torch.zeros((2, len(rows)))
     step = max(1, _LOGITS_AT_ONCE // vocabulary.width)
     for begin in range(0, len(rows), step):
         part = slice(begin, begin + step)
@@ -87,12 +80,9 @@ def score_blocks(
         gain = (log_q.gather(1, index) - log_p.gather(1, index)).squeeze(1)
         made[0, part] = (drafted.max(dim=-1).indices == at).float().cpu()
         made[1, part] = (gain.exp().clamp(max=1.0) * known).cpu()
-        overlap = torch.minimum(log_q, log_p).exp_().sum(-1)
-        made[2, part] = overlap.clamp(max=1.0).cpu()
-    spread = torch.zeros((3, *valid.shape))
+    spread = torch.zeros((2, *valid.shape))
     spread[:, valid.cpu()] = made
-    match, ratio, acceptance = spread.view(3, -1, gamma)
-    return Scores(match, ratio, confidence.float().cpu().view(-1, gamma), acceptance)
+    return Scores(*spread.view(2, -1, gamma))
 
 
 def score_sequence(

@@ -22,8 +22,10 @@ from dspark_sglang.artifacts import (
 )
 from dspark_sglang.checkpoint import parse_drafter_config, read_config, weights_digest
 from dspark_sglang.cli.main import app
+from dspark_sglang.core.draft import DraftBlock, draft_block
 from dspark_sglang.core.drafter import DenseDrafter, DenseShape
 from dspark_sglang.errors import ServerError
+from dspark_sglang.evaluation import drafted as drafted_blocks
 from dspark_sglang.evaluation import served, standalone
 from dspark_sglang.evaluation.questions import Question, load_questions
 from dspark_sglang.evaluation.report import Domain, calibration, lengths
@@ -108,17 +110,58 @@ def test_scores_are_the_reference_drafters(pair: Any, temperature: float) -> Non
     for sequence, answer in zip(answers, scored, strict=True):
         tokens = torch.from_numpy(sequence.tokens.astype(np.int64))
         for row, anchor in enumerate(sequence.anchors()[:6]):
-            drafted, confidence, truth = reference(pair, loaded, tokens, int(anchor))
-            np.testing.assert_allclose(answer.confidence[row], confidence, atol=1e-4)
+            drafted, _, truth = reference(pair, loaded, tokens, int(anchor))
             for k in range(min(GAMMA, int(answer.remaining[row]))):
                 follows = int(tokens[anchor + k + 1])
                 p, q = truth[anchor + k], drafted[k]
                 assert answer.match[row, k] == float(int(q.argmax()) == follows)
                 ratio = min(1.0, float(q[follows] / p[follows]))
                 assert answer.ratio[row, k] == pytest.approx(ratio, abs=1e-4)
-                overlap = float(torch.minimum(p, q).sum())
-                assert answer.acceptance[row, k] == pytest.approx(overlap, abs=1e-4)
             assert not answer.match[row, int(answer.remaining[row]) :].any()
+
+
+@torch.no_grad()
+def test_drafted_blocks_are_scored_as_serving_scores_them(pair: Any, monkeypatch: Any) -> None:
+    loaded, answers, _ = answered(pair, 1.0)
+    made: list[DraftBlock] = []
+
+    def kept(*args: Any, **kwargs: Any) -> DraftBlock:
+        made.append(draft_block(*args, **kwargs))
+        return made[-1]
+
+    monkeypatch.setattr(drafted_blocks, "draft_block", kept)
+    blocks = drafted_blocks.draft_blocks(loaded, answers, seed=3)
+    assert blocks.owner.tolist() == [a.source for a in answers for _ in a.anchors()]
+    tokens = torch.cat([block.tokens for block in made])
+    row = 0
+    for sequence in answers:
+        for anchor in sequence.anchors():
+            text = torch.tensor([*sequence.tokens[: anchor + 1].tolist(), *tokens[row].tolist()])
+            laws, confidence, truth = reference(pair, loaded, text, int(anchor))
+            np.testing.assert_allclose(blocks.confidence[row], confidence, atol=1e-4)
+            for k, token in enumerate(tokens[row].tolist()):
+                ratio = float(truth[anchor + k, token] / laws[k][token])
+                assert blocks.acceptance[row, k] == pytest.approx(min(1.0, ratio), abs=1e-4)
+            row += 1
+    assert row == len(tokens) == len(blocks.acceptance)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma"])
+@torch.no_grad()
+def test_blocks_run_together_are_blocks_run_alone(kind: str, tmp_path: Path) -> None:
+    target = Target(str(write_target(tmp_path / "target", kind)), bf16=False)
+    if kind == "gemma":  # a window short enough to matter
+        target.config.sliding_window = 6
+        for layer in target.layers:
+            layer.self_attn.sliding_window = 6 if layer.self_attn.sliding_window else None
+    tokens = torch.randint(4, 90, (20,))
+    anchors, blocks = torch.tensor([0, 7, 18, 19]), torch.randint(4, 90, (4, 3))
+    together = target.after_blocks(tokens, anchors, blocks)
+    for number, anchor in enumerate(anchors.tolist()):
+        alone = torch.cat([tokens[: anchor + 1], blocks[number]])
+        final = target.states(alone[None], [0]).final[0, anchor:]
+        torch.testing.assert_close(together[number], final, atol=2e-5, rtol=1e-4)
+    assert target.after_blocks(tokens, anchors, blocks[:, :0]).shape == (4, 1, target.hidden)
 
 
 def test_greedy_answers_are_the_targets_own(pair: Any) -> None:

@@ -92,6 +92,11 @@ def generate_data(
         f"({tally.written} new, {tally.duplicates} duplicates and {tally.unusable} unusable "
         f"skipped, {tally.failed} requests retried)"
     )
+    if tally.own_defaults:
+        console.print(
+            "The endpoint refuses top_k, min_p and repetition_penalty. If it has defaults for them, "
+            "the text does not follow the target's plain law."
+        )
 
 
 def _temperatures(text: str) -> tuple[float, ...]:

@@ -122,6 +122,9 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     start: str = ""
     #: Start the layers from the target's last ones (without ``start``).
     from_target: bool = True
+    #: Fit the Markov embeddings to neighbouring tokens of the text before training. Unset: unless
+    #: ``start`` brings a Markov head.
+    markov_from_text: bool | None = None
     seed: int = 0
     #: cpu or cuda. bf16: matrix products in bfloat16, weights and optimiser in float32.
     device: str = "cpu"

@@ -32,6 +32,12 @@ class World(NamedTuple):
             dist.all_reduce(values)
         return values
 
+    def share(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Give every process the first one's values."""
+        if self.size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, src=0)
+
     def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """Replace every gradient by its sum over all processes, in one message."""
         if self.size == 1:

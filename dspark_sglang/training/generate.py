@@ -33,6 +33,9 @@ from dspark_sglang.training.recipe import Recipe
 _MIN_PROMPT_CHARACTERS = 8
 #: Ends of answers that are not the target's own.
 _ABORTED = ("abort", "content_filter", "error", "function_call", "tool_calls")
+#: Answers follow the target's plain law at their temperature, whatever defaults a server has (SGLang
+#: takes those of the model's generation_config.json). Not every endpoint knows these fields.
+_PLAIN = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 #: At least so many prompts in a row without an answer, and something is wrong.
 _MAX_BARREN = 64
 
@@ -82,6 +85,8 @@ class Tally(msgspec.Struct):
     unusable: int = 0
     #: Requests that were sent again.
     failed: int = 0
+    #: The endpoint refuses top_k, min_p and repetition_penalty: its own defaults apply.
+    own_defaults: bool = False
 
 
 class Answer(NamedTuple):
@@ -127,6 +132,8 @@ class Generator:
         self._think = "" if opens_thinking(tokenizer) else "<think>"
         # Only reasoning models: other servers than SGLang may refuse a field they do not know.
         self._split = False if "think" in str(tokenizer.chat_template) else None
+        self._plain: dict[str, Any] = dict(_PLAIN)
+        self._plain_taken = False
         #: Prompts in a row without an answer, and why the last one had none.
         self._barren = 0
         self._reason = ""
@@ -326,7 +333,15 @@ class Generator:
     async def _ask(self, path: str, body: dict[str, Any]) -> Reply | None:
         """The endpoint's reply; None, and the reason noted, where it refuses this request."""
         try:
-            return await self._endpoint.post(path, body)
+            try:
+                reply = await self._endpoint.post(path, body | self._plain)
+                self._plain_taken = True
+            except Refusal:
+                if self._plain_taken:
+                    raise
+                reply = await self._endpoint.post(path, body)
+                self._plain, self.tally.own_defaults = {}, True
+            return reply
         except Refusal as error:
             self._reason = error.found.rstrip(".")
             return None

@@ -234,11 +234,22 @@ def from_drafter(drafter: Drafter, directory: Path) -> Copied:
     )
 
 
-def prepare(drafter: Drafter, target: Target, *, start: str, use_target: bool, seed: int) -> str:
-    """Set the weights training begins with; returns what was done, for the log."""
+class Begun(NamedTuple):
+    """How a drafter's weights were made."""
+
+    #: For the log.
+    text: str
+    #: Whether its Markov head, if any, came from another drafter.
+    markov: bool
+
+
+def prepare(drafter: Drafter, target: Target, *, start: str, use_target: bool, seed: int) -> Begun:
+    """Set the weights training begins with."""
     initialise(drafter, seed)
     if start:
-        return f"weights from {start}: {from_drafter(drafter, Path(start))}"
+        copied = from_drafter(drafter, Path(start))
+        new_head = any(name.startswith("markov_head.") for name in copied.new)
+        return Begun(f"weights from {start}: {copied}", not new_head)
     if use_target:
-        return f"{len(from_target(drafter, target))} tensors from the target"
-    return "random weights"
+        return Begun(f"{len(from_target(drafter, target))} tensors from the target", False)
+    return Begun("random weights", False)

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -23,7 +23,7 @@ from dspark_sglang.artifacts import (
 )
 from dspark_sglang.checkpoint import parse_drafter_config
 from dspark_sglang.errors import DataError, NumericsError
-from dspark_sglang.training import runstate
+from dspark_sglang.training import bigram, runstate
 from dspark_sglang.training.config import TrainConfig
 from dspark_sglang.training.conversations import is_validation, load_conversations
 from dspark_sglang.training.distributed import World
@@ -179,27 +179,22 @@ class Trainer:
         self.drafter_config = drafter_config(spec, target.config, target.tokenizer, config.start)
         parsed = parse_drafter_config(self.drafter_config)
         self.model = Drafter(parsed, markov=spec.markov_head != "none")
-        begun = prepare(
-            self.model,
-            target,
-            start=config.start,
-            use_target=config.from_target,
-            seed=config.seed,
-        )
-        log(begun)
+        self.drafted = draft_vocabulary(config, self.corpus)
+        state = runstate.load_state(self.folder, config) if resume else None
+        if state is None:
+            self._begin(log)
         self.model.to(self.device)
         self.optimizer = Optimizer(self.model, config.optim)
         self.step = 0
         self.best = -math.inf
         self.stale = 0
-        if resume:
-            self._resume(log)
+        if state is not None:
+            self._resume(state, log)
         sequences = self.corpus.train + self.corpus.validation
         self.source = source or self._state_source(parsed.target_layer_ids, sequences)
         kind = torch.bfloat16 if config.bf16 else torch.float32
         head = target.head.to(kind)
         counts = torch.from_numpy(self.corpus.counts)
-        self.drafted = draft_vocabulary(config, self.corpus)
         tokens = None if self.drafted is None else torch.tensor(self.drafted.tokens)
         self._final = drafting(head, tokens, target.softcap)
         self._frequent = frequent(head, counts, config.loss.frequent_tokens, target.softcap)
@@ -225,10 +220,45 @@ class Trainer:
         limit = 0 if cache.kind == "none" else int(cache.gib * _GIB) // self.world.size
         return StateSource(self.target, layer_ids, sequences, limit=limit, folder=folder)
 
-    def _resume(self, log: Callable[[str], None]) -> None:
-        state = runstate.load_state(self.folder, self.config)
-        if state is None:
-            return
+    @torch.no_grad()
+    def _begin(self, log: Callable[[str], None]) -> None:
+        """The weights training begins with; every process gets the first one's."""
+        config, head = self.config, self.model.markov_head
+        begun = prepare(
+            self.model,
+            self.target,
+            start=config.start,
+            use_target=config.from_target,
+            seed=config.seed,
+        )
+        log(begun.text)
+        wanted = not begun.markov if config.markov_from_text is None else config.markov_from_text
+        if head is not None and wanted and self.world.first:
+            log("fitting the Markov embeddings to neighbouring tokens")
+            found = bigram.fit(
+                bigram.pairs_of(self.corpus.train),
+                self.model.config.vocab_size,
+                self.model.config.markov_rank,
+                tokens=self._fitted_tokens(),
+                seed=config.seed,
+            )
+            bigram.start_head(head, found)
+            log(
+                f"-log p of the next token, by frequency {found.unigram:.2f},"
+                f" given the one before {found.bigram:.2f}"
+            )
+        self.world.share(self.model.state_dict().values())
+
+    def _fitted_tokens(self) -> torch.Tensor | None:
+        """Tokens whose ``W2`` is worth fitting: those drafted, or those the loss begins with."""
+        if self.drafted is not None:
+            return torch.tensor(self.drafted.tokens)
+        limit = self.config.loss.frequent_tokens
+        if not 0 < limit < len(self.corpus.counts):
+            return None
+        return torch.from_numpy(self.corpus.counts).topk(limit).indices.sort().values
+
+    def _resume(self, state: dict[str, Any], log: Callable[[str], None]) -> None:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.best, self.stale = state["step"], state["best"], state["stale"]

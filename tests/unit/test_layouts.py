@@ -472,9 +472,15 @@ def test_fine_tuning_starts_as_the_same_function(name: str, tmp_path: Path) -> N
     assert copied == Copied(layers=2, of=2, new=[], unused=[])
     given = blocks(model.config, model.rows)
     torch.testing.assert_close(again(**given), model(**given), rtol=0, atol=0)
-    assert "2 of its 2 layers" in prepare(
-        again, SimpleNamespace(), start=str(folder), use_target=True, seed=0
-    )  # type: ignore[arg-type]
+    begun = prepare(
+        again,
+        SimpleNamespace(),  # type: ignore[arg-type]
+        start=str(folder),
+        use_target=True,
+        seed=0,
+    )
+    assert "2 of its 2 layers" in begun.text
+    assert begun.markov
 
 
 @pytest.mark.parametrize("name", ["vanilla", "gemma4"])

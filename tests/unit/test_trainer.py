@@ -140,6 +140,32 @@ def test_a_draft_vocabulary_is_counted_kept_and_dropped(tmp_path, workshop):
     assert not (tmp_path / "made" / DRAFT_VOCAB_FILE).exists()
 
 
+def test_the_markov_head_starts_from_the_text_where_it_is_new(tmp_path, workshop):
+    def begin(*overrides: str) -> tuple[Trainer, bool]:
+        notes: list[str] = []
+        settings = configs.read_config(config, overrides)
+        trainer = Trainer(settings, Target(settings.target), World(), log=notes.append)
+        return trainer, any("given the one before" in note for note in notes)
+
+    drafter = {"gamma": 3, "layers": 1, "markov_rank": 8}
+    config = write_config(tmp_path, *workshop, drafter=drafter)
+    trainer, fitted = begin()
+    assert fitted
+    bias = trainer.model.markov_head.markov_w2.weight.detach().clone()
+    assert bias.abs().max() > 0.1
+    assert not begin("markov_from_text=false")[1]
+    trainer.export(tmp_path / "made")
+    start = f"start={tmp_path / 'made'}"
+    again, fitted = begin(start)
+    assert not fitted
+    torch.testing.assert_close(again.model.markov_head.markov_w2.weight, bias, atol=0.02, rtol=0.02)
+    assert begin(start, "markov_from_text=true")[1]
+    # What was resumed was begun already.
+    next(trainer.steps())
+    trainer.save()
+    assert not begin()[1]
+
+
 def test_kill_9_and_resume_is_exact(tmp_path, workshop):
     whole = tmp_path / "whole"
     whole.mkdir()

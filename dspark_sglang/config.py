@@ -22,6 +22,7 @@ PREFIX = "DSPARK_"
 Schedule = Literal["adaptive", "all"]
 Plugin = Literal["auto", "off"]
 DraftVocab = Literal["auto", "whole"]
+Verification = Literal["rejection", "block"]
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -37,6 +38,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     #: ``auto``: draft over the tokens of ``draft_vocab.json`` beside the drafter's weights, if there.
     #: ``whole``: over the target's whole vocabulary.
     draft_vocab: DraftVocab = "auto"
+    #: ``rejection``: sampled tokens are accepted one by one. ``block``: a block together, which
+    #: never keeps fewer (also chosen by SGLang's ``--speculative-use-block-verification``).
+    verification: Verification = "rejection"
     #: Seed of draft sampling and acceptance. Negative: SGLang's ``--random-seed``.
     seed: int = -1
     #: Torch threads of the CPU platform. 0: the cores this process may run on.

@@ -8,6 +8,7 @@ law after the first ``j`` drafted tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -43,15 +44,57 @@ def accept_greedy(
     return Accepted(count=count, token=choice[first + count])
 
 
-def accept_sampled(
-    weights: torch.Tensor,
-    drafted: torch.Tensor,
-    laws: torch.Tensor,
-    lens: torch.Tensor,
-    first: torch.Tensor,
-    uniforms: torch.Tensor,
-    support: torch.Tensor | None = None,
-) -> Accepted:
+class Round(NamedTuple):
+    """What verification of sampled requests starts from."""
+
+    #: ``[N, V]`` target weights of every row (need not be normalised).
+    weights: torch.Tensor
+    #: ``[R, gamma]`` int64 drafted tokens.
+    drafted: torch.Tensor
+    #: ``[R, gamma, V]`` the law each drafted token was drawn from.
+    laws: torch.Tensor
+    #: ``[R]`` int64 drafted tokens sent to verification.
+    lens: torch.Tensor
+    #: ``[R]`` int64 row of each request's anchor.
+    first: torch.Tensor
+    #: ``[R, gamma, M]`` int64 tokens that ``laws`` (then ``[R, gamma, M]``) are over; None: the
+    #: whole vocabulary.
+    support: torch.Tensor | None = None
+
+    def target(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """``[R, gamma]`` rows that judge each drafted token, and ``[N]`` total weight of each row."""
+        position = torch.arange(self.drafted.shape[1], device=self.drafted.device)
+        rows = (self.first[:, None] + position).clamp(max=self.weights.shape[0] - 1)
+        return rows, self.weights.sum(-1)
+
+    def chances(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """``[R, gamma]`` probability of each drafted token under the target and under the drafter."""
+        rows, total = self.target()
+        p = self.weights[rows, self.drafted] / total[rows]
+        if self.support is None:
+            q = self.laws.gather(-1, self.drafted[..., None]).squeeze(-1)
+        else:
+            q = (self.laws * (self.support == self.drafted[..., None])).sum(-1)
+        return p, q
+
+    def excess(
+        self, target: torch.Tensor, request: torch.Tensor, position: torch.Tensor
+    ) -> torch.Tensor:
+        """``max(0, target - q)``: what the drafter of ``(request, position)`` leaves of a law.
+
+        Args:
+            target: ``[n, V]``; overwritten.
+            request, position: ``[n]`` int64.
+        """
+        laws = self.laws[request, position]
+        if self.support is None:
+            target -= laws
+        else:
+            target.scatter_add_(-1, self.support[request, position], -laws)
+        return target.clamp_(min=0.0)
+
+
+def accept_sampled(round_: Round, uniforms: torch.Tensor) -> Accepted:
     """Rejection sampling: the committed tokens follow the target's law exactly.
 
     ``x_k`` is kept with probability ``min(1, p(x_k) / q(x_k))``; at the first rejection the token
@@ -59,40 +102,66 @@ def accept_sampled(
     (Leviathan et al. 2023, theorem 1, applied to a ragged batch).
 
     Args:
-        weights: ``[N, V]`` target weights of every row (need not be normalised).
-        drafted: ``[R, gamma]`` int64 drafted tokens.
-        laws: ``[R, gamma, V]`` the law each drafted token was drawn from.
-        lens: ``[R]`` int64 drafted tokens sent to verification.
-        first: ``[R]`` int64 row of each request's anchor.
         uniforms: ``[R, gamma + 1]`` in [0, 1): one per test, the last for the final token.
-        support: ``[R, gamma, M]`` int64 tokens that ``laws`` (then ``[R, gamma, M]``) are over;
-            None: the whole vocabulary.
     """
-    gamma = drafted.shape[1]
-    position = torch.arange(gamma, device=drafted.device)
-    sent = position < lens[:, None]
-    rows = (first[:, None] + position).clamp(max=weights.shape[0] - 1)
-    total = weights.sum(-1)
-    p = weights[rows, drafted] / total[rows]
-    if support is None:
-        q = laws.gather(-1, drafted[..., None]).squeeze(-1)
-    else:
-        q = (laws * (support == drafted[..., None])).sum(-1)
+    lens, gamma = round_.lens, round_.drafted.shape[1]
+    p, q = round_.chances()
+    sent = torch.arange(gamma, device=lens.device) < lens[:, None]
     kept = (uniforms[:, :gamma] * q < p) & sent
     count = kept.long().cumprod(dim=1).sum(dim=1)
-    row = first + count
-    final = weights[row] / total[row][:, None]
-    rejected = (count < lens).nonzero().view(-1)
-    if rejected.numel():
-        where = rejected, count[rejected]
-        if support is None:
-            excess = final[rejected] - laws[where]
-        else:
-            excess = final[rejected].scatter_add(-1, support[where], -laws[where])
-        residual = excess.clamp_(min=0.0)
+    return _finish(round_, count, torch.ones_like(uniforms[:, 0]), uniforms[:, gamma])
+
+
+def accept_block(round_: Round, uniforms: torch.Tensor) -> Accepted:
+    """Block verification: tokens are kept together, never fewer than by rejection sampling.
+
+    With ``w_0 = 1`` and ``w_k = min(1, w_{k-1} p(x_k) / q(x_k))`` the chance that prefix ``k`` is
+    kept, the longest prefix whose test succeeds is taken; prefix ``k`` of a longer block is tested
+    with ``h_k = r_k / (r_k + 1 - w_k)``, ``r_k = sum_x max(0, w_k p(x) - q(x))`` over the next
+    token, the whole block with ``w``. The token after prefix ``k`` comes from ``max(0, w_k p - q)``
+    normalised, after the whole block from the target (Sun et al., "Block Verification
+    Accelerates Speculative Decoding", 2024, algorithm 2; the whole block is here what was sent).
+
+    Args:
+        uniforms: ``[R, gamma + 1]`` in [0, 1): one per test, the last for the final token.
+    """
+    lens, (requests, gamma) = round_.lens, round_.drafted.shape
+    p, q = round_.chances()
+    rows, total = round_.target()
+    survives = p.new_ones((requests, gamma + 1))
+    for k in range(gamma):
+        ratio = torch.where(q[:, k] > 0, p[:, k] / q[:, k], 1.0)
+        survives[:, k + 1] = (survives[:, k] * ratio).clamp(max=1.0)
+    # Prefix k <= lens - 1 of each request is followed by a drafted token.
+    request, prefix = (torch.arange(gamma, device=lens.device) < lens[:, None]).nonzero().unbind(1)
+    row = rows[request, prefix]
+    weight = survives[request, prefix]
+    law = round_.weights[row] * (weight / total[row])[:, None]
+    left = round_.excess(law, request, prefix).sum(-1)
+    chance = torch.zeros_like(survives)
+    chance[request, prefix] = left / (left + 1.0 - weight).clamp(min=torch.finfo(p.dtype).tiny)
+    chance.scatter_(1, lens[:, None], survives.gather(1, lens[:, None]))
+    position = torch.arange(1, gamma + 1, device=lens.device)
+    kept = (uniforms[:, :gamma] < chance[:, 1:]) & (position <= lens[:, None])
+    count = (kept * position).max(dim=1).values if gamma else torch.zeros_like(lens)
+    return _finish(round_, count, survives.gather(1, count[:, None])[:, 0], uniforms[:, gamma])
+
+
+def _finish(
+    round_: Round, count: torch.Tensor, scale: torch.Tensor, uniforms: torch.Tensor
+) -> Accepted:
+    """The token after ``count`` kept ones: from ``max(0, scale p - q)``, or from the target."""
+    row = round_.first + count
+    final = round_.weights[row]
+    final = final / final.sum(-1, keepdim=True)
+    stopped = (count < round_.lens).nonzero().view(-1)
+    if stopped.numel():
+        own = final[stopped]
+        scaled = own * scale[stopped, None].to(own.dtype)
+        residual = round_.excess(scaled, stopped, count[stopped])
         # p = q up to rounding leaves no residual mass; a rejection then had probability zero, and
         # the target's own law is the continuous answer.
         empty = residual.sum(-1) <= 0
-        residual[empty] = final[rejected][empty]
-        final = final.index_copy(0, rejected, residual)
-    return Accepted(count=count, token=sample(final, uniforms[:, gamma]))
+        residual[empty] = own[empty]
+        final = final.index_copy(0, stopped, residual)
+    return Accepted(count=count, token=sample(final, uniforms))

@@ -9,6 +9,7 @@ from torch.nn.functional import linear
 
 from dspark_sglang.core.heads import MarkovHead
 from dspark_sglang.core.sampling import sample
+from dspark_sglang.core.seeded import Noise, seeded_draw
 
 #: Candidates a position in serving: the Markov stage reads this many rows of W2, not all.
 SHORTLIST = 128
@@ -37,6 +38,7 @@ def draft_block(
     temperatures: torch.Tensor | None = None,
     sampled: torch.Tensor | None = None,
     uniforms: torch.Tensor | None = None,
+    noise: Noise | None = None,
     shortlist: int | None = None,
     vocabulary: torch.Tensor | None = None,
 ) -> DraftBlock:
@@ -58,7 +60,9 @@ def draft_block(
         head: the Markov head.
         temperatures: ``[S]`` above 0, of the sampled rows; None when all rows are greedy.
         sampled: ``[S]`` int64 indices of the sampled rows.
-        uniforms: ``[S, gamma]`` in [0, 1).
+        uniforms: ``[S, gamma]`` in [0, 1); not read with ``noise``.
+        noise: keys of the sampled rows where they are seeded: each token is then the drafted law's
+            draw with the target's own noise, and no law is recorded.
         shortlist: candidates a position; None for all of them.
         vocabulary: int64 token of each base logit; None: every token in order.
 
@@ -86,10 +90,17 @@ def draft_block(
         logits = base[:, step] + bias
         # max() beats argmax() threefold on CPU and breaks ties the same way.
         chosen = logits.max(dim=-1).indices
-        if sampled is not None and temperatures is not None and uniforms is not None:
+        if sampled is not None and temperatures is not None:
             law = torch.softmax(logits[sampled] / temperatures[:, None], dim=-1)
-            chosen = chosen.index_copy(0, sampled, sample(law, uniforms[:, step]))
-            laws.append(law)
+            if noise is not None:
+                known = None if support is None else support[sampled, step]
+                keys = noise._replace(positions=noise.positions + step)
+                drawn = seeded_draw(law, keys, known)
+            else:
+                assert uniforms is not None
+                drawn = sample(law, uniforms[:, step])
+                laws.append(law)
+            chosen = chosen.index_copy(0, sampled, drawn)
         if support is not None:
             chosen = support[:, step].gather(-1, chosen[:, None]).squeeze(-1)
         tokens.append(chosen)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from dspark_sglang.errors import NumericsError
@@ -40,30 +42,95 @@ def sample(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     return torch.minimum(tokens, last).squeeze(1).clamp_(max=weights.shape[-1] - 1)
 
 
-def filter_weights(
-    probs: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor
-) -> torch.Tensor:
-    """Apply top-k, top-p and min-p jointly, as SGLang's ``pytorch`` sampling backend does.
+def best(logits: torch.Tensor) -> torch.Tensor:
+    """The most probable token of each row, the first among equals.
+
+    Args:
+        logits: ``[N, V]``.
+
+    Returns:
+        ``[N]`` int64.
+
+    Raises:
+        NumericsError: a row whose largest logit is not finite (checked where it needs no device
+            sync).
+    """
+    # max() beats argmax() threefold on CPU and breaks ties the same way; NaN counts as largest.
+    values, tokens = logits.max(dim=-1)
+    if logits.device.type == "cpu" and not bool(values.isfinite().all()):
+        raise NumericsError(
+            "The target's logits are NaN or infinite, or every token is excluded.",
+            expected="finite logits with at least one allowed token",
+            fix="Check the model's weights and dtype, and the request's grammar and logit_bias.",
+        )
+    return tokens
+
+
+class Filters(NamedTuple):
+    """Sampling filters of some rows."""
+
+    #: ``[N]`` integers, at least 1; ``V`` or more filters nothing.
+    top_k: torch.Tensor
+    #: ``[N]`` in (0, 1]; 1 filters nothing.
+    top_p: torch.Tensor
+    #: ``[N]`` in [0, 1]; 0 filters nothing.
+    min_p: torch.Tensor
+
+    @classmethod
+    def of(
+        cls,
+        like: torch.Tensor,
+        top_k: torch.Tensor | None,
+        top_p: torch.Tensor | None,
+        min_p: torch.Tensor | None,
+    ) -> Filters | None:
+        """Filters of the rows of ``like`` ``[N, V]``; None where no row uses any."""
+        if top_k is None and top_p is None and min_p is None:
+            return None
+        rows, size = like.shape
+        return cls(
+            torch.full((rows,), size, device=like.device) if top_k is None else top_k,
+            torch.ones(rows, device=like.device) if top_p is None else top_p,
+            torch.zeros(rows, device=like.device) if min_p is None else min_p,
+        )
+
+    def idle(self, size: int) -> torch.Tensor:
+        """``[N]`` bool: rows that filter nothing of a vocabulary of ``size``."""
+        return (self.top_k >= size) & (self.top_p >= 1.0) & (self.min_p <= 0.0)
+
+    def take(self, rows: torch.Tensor) -> Filters:
+        """The filters of some rows, ``[M]`` int64."""
+        return Filters(self.top_k[rows], self.top_p[rows], self.min_p[rows])
+
+
+def sorted_weights(probs: torch.Tensor, filters: Filters) -> tuple[torch.Tensor, torch.Tensor]:
+    """Apply the filters to each row's probabilities in descending order.
 
     All three thresholds refer to the unfiltered law: a token stays when its rank is below
     ``top_k``, the mass of the tokens ranked before it is at most ``top_p``, and its probability
-    is at least ``min_p`` times the largest.
+    is at least ``min_p`` times the largest. So does SGLang's ``pytorch`` sampling backend.
 
     Args:
         probs: ``[N, V]`` probabilities.
-        top_k: ``[N]`` integers, at least 1.
-        top_p: ``[N]`` in (0, 1].
-        min_p: ``[N]`` in [0, 1].
 
     Returns:
-        ``[N, V]`` weights: ``probs`` with the filtered tokens set to 0, not renormalised.
+        ``[N, V]`` descending probabilities with those filtered set to 0, not renormalised, and
+        ``[N, V]`` int64 token of each.
     """
     ordered, index = probs.sort(dim=-1, descending=True)
     rank = torch.arange(probs.shape[-1], device=probs.device)
     before = ordered.cumsum(-1) - ordered
-    drop = (rank >= top_k[:, None]) | (before > top_p[:, None])
-    drop |= ordered < ordered[:, :1] * min_p[:, None]
-    return torch.zeros_like(probs).scatter_(-1, index, ordered.masked_fill(drop, 0.0))
+    drop = (rank >= filters.top_k[:, None]) | (before > filters.top_p[:, None])
+    drop |= ordered < ordered[:, :1] * filters.min_p[:, None]
+    return ordered.masked_fill(drop, 0.0), index
+
+
+def filter_weights(
+    probs: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor
+) -> torch.Tensor:
+    """:func:`sorted_weights` in the order of the vocabulary: ``[N, V]`` weights."""
+    ordered, index = sorted_weights(probs, Filters(top_k, top_p, min_p))
+    return torch.zeros_like(probs).scatter_(-1, index, ordered)
 
 
 def target_weights(
@@ -85,13 +152,5 @@ def target_weights(
         ``[N, V]`` float32 weights.
     """
     probs = torch.softmax(logits / temperature[:, None], dim=-1)
-    if top_k is None and top_p is None and min_p is None:
-        return probs
-    rows = probs.shape[0]
-    if top_k is None:
-        top_k = torch.full((rows,), probs.shape[-1], device=probs.device)
-    if top_p is None:
-        top_p = torch.ones(rows, device=probs.device)
-    if min_p is None:
-        min_p = torch.zeros(rows, device=probs.device)
-    return filter_weights(probs, top_k, top_p, min_p)
+    filters = Filters.of(probs, top_k, top_p, min_p)
+    return probs if filters is None else filter_weights(probs, *filters)

@@ -76,8 +76,6 @@ def _refuse_ignored_options(view: Any) -> None:
 
     used = {
         "--speculative-dspark-sps-table-path": view.speculative_dspark_sps_table_path,
-        "--speculative-use-block-verification": view.speculative_use_block_verification,
-        "--enable-deterministic-inference": view.enable_deterministic_inference,
         "--disaggregation-mode": view.disaggregation_mode != "null",
         "SGLANG_SIMULATE_ACC_LEN": envs.SGLANG_SIMULATE_ACC_LEN.get() > 0,
         "SGLANG_DSPARK_USE_GREEDY_DRAFT": envs.SGLANG_DSPARK_USE_GREEDY_DRAFT.get(),

@@ -43,6 +43,10 @@ CPU_HOOKS = {
     "draft_attention": "sglang.srt.models.dflash.DFlashAttention.__init__",
     "filtered_sampling": "sglang.srt.layers.sampler.top_k_top_p_min_p_sampling_from_probs_torch",
     "unfiltered_sampling": "sglang.srt.layers.sampler.sampling_from_probs_torch",
+    "seeded_sampling": "sglang.srt.layers.sampler.multinomial_with_seed",
+    "batch_invariance": (
+        "sglang.srt.model_executor.model_runner.ModelRunner.maybe_enable_batch_invariant_mode"
+    ),
 }
 
 ALGORITHM_SYMBOLS = (
@@ -176,6 +180,8 @@ CPU_SYMBOLS = (
         ),
     ),
     Symbol(CPU_HOOKS["unfiltered_sampling"], _split("probs sampling_seed positions")),
+    Symbol(CPU_HOOKS["seeded_sampling"], _split("logprobs seed positions")),
+    Symbol(CPU_HOOKS["batch_invariance"], ()),
     Symbol(f"{_PLATFORM}.get_default_attention_backend", ()),
     Symbol(f"{_PLATFORM}.get_default_speculative_draft_attention_backend", ("algorithm",)),
     Symbol(f"{_PLATFORM}.supports_speculative_algorithm", ("algorithm",)),
@@ -192,6 +198,10 @@ CPU_SYMBOLS = (
     Symbol("sglang.srt.platforms.cpu.CpuDeviceMixin"),
     Symbol("sglang.srt.arg_groups.choices.add_attention_backend_choices"),
     Symbol("sglang.srt.arg_groups.choices.add_draft_attention_backend_choices"),
+    Symbol("sglang.srt.arg_groups.choices.add_deterministic_attention_backend_choices"),
+    Symbol(
+        "sglang.srt.arg_groups.choices.add_radix_supported_deterministic_attention_backend_choices"
+    ),
     Symbol("sglang.srt.layers.attention.attention_registry.register_attention_backend"),
     Symbol("sglang.srt.layers.attention.base_attn_backend.AttentionBackend"),
     Symbol("sglang.srt.layers.radix_attention.AttentionType.ENCODER_ONLY"),

@@ -15,6 +15,8 @@ from sglang.srt.speculative.spec_tp_sync import SpecTpSyncSite
 
 from dspark_sglang.core.draft import SHORTLIST, draft_block
 from dspark_sglang.core.heads import ConfidenceHead, MarkovHead
+from dspark_sglang.core.sampling import Filters
+from dspark_sglang.core.seeded import Noise
 from dspark_sglang.serving.draft_head import DraftHead
 from dspark_sglang.serving.telemetry import Telemetry
 
@@ -29,6 +31,8 @@ class SampledRows(msgspec.Struct, frozen=True):
     top_k: torch.Tensor | None
     top_p: torch.Tensor | None
     min_p: torch.Tensor | None
+    #: ``[S]`` int64 where SGLang samples by seed (``--enable-deterministic-inference``), else None.
+    seeds: torch.Tensor | None = None
 
     @classmethod
     def of(cls, info: Any) -> SampledRows | None:
@@ -47,7 +51,28 @@ class SampledRows(msgspec.Struct, frozen=True):
             top_k=rows(info.top_ks) if info.need_top_k_sampling else None,
             top_p=rows(info.top_ps) if info.need_top_p_sampling else None,
             min_p=rows(info.min_ps) if info.need_min_p_sampling else None,
+            seeds=None if info.sampling_seed is None else rows(info.sampling_seed),
         )
+
+    def noise(
+        self, like: torch.Tensor, positions: torch.Tensor, owner: torch.Tensor | None = None
+    ) -> Noise | None:
+        """Keys of seeded draws; None where SGLang does not sample by seed.
+
+        Args:
+            like: ``[N, M]`` logits of the rows that draw.
+            positions: ``[N]`` position of each row's input token.
+            owner: ``[N]`` int64 sampled row that each belongs to; None: each its own.
+        """
+        if self.seeds is None:
+            return None
+
+        def spread(values: torch.Tensor | None) -> torch.Tensor | None:
+            return values if values is None or owner is None else values[owner]
+
+        seeds = self.seeds if owner is None else self.seeds[owner]
+        filters = Filters.of(like, spread(self.top_k), spread(self.top_p), spread(self.min_p))
+        return Noise(seeds, positions.to(torch.int64), filters)
 
 
 class OurDraftBlock(DraftBlockResult, frozen=True):  # type: ignore[call-arg]
@@ -109,6 +134,11 @@ class Proposer(DraftBlockProposer):
             logits, features = self._base_logits(forward.raw_hidden)
             rows = SampledRows.of(sampling_info)
             anchors = forward.draft_block_ids[:, 0]
+            noise = uniforms = None
+            if rows is not None:
+                start = verify_window.positions_2d[rows.index, 0]
+                noise = rows.noise(logits[: len(rows.index)], start)
+                uniforms = self._uniforms(len(rows.index)) if noise is None else None
             block = draft_block(
                 logits.view(bs, self.gamma, -1),
                 anchors,
@@ -116,7 +146,8 @@ class Proposer(DraftBlockProposer):
                 self._markov,
                 temperatures=None if rows is None else rows.temperatures,
                 sampled=None if rows is None else rows.index,
-                uniforms=None if rows is None else self._uniforms(len(rows.index)),
+                uniforms=uniforms,
+                noise=noise,
                 shortlist=SHORTLIST,
                 vocabulary=None if self._head is None else self._head.tokens,
             )

@@ -17,13 +17,22 @@ from sglang.srt.speculative.dspark_components.dspark_verify import (
 )
 from sglang.srt.speculative.spec_tp_sync import SpecTpSyncSite
 
-from dspark_sglang.core.accept import Accepted, accept_greedy, accept_sampled
+from dspark_sglang.config import Verification
+from dspark_sglang.core.accept import (
+    Accepted,
+    Round,
+    accept_block,
+    accept_greedy,
+    accept_sampled,
+)
 from dspark_sglang.core.penalties import Penalties
-from dspark_sglang.core.sampling import target_weights
+from dspark_sglang.core.sampling import best, target_weights
+from dspark_sglang.core.seeded import seeded_draw
 from dspark_sglang.serving.proposer import OurDraftBlock, SampledRows
 from dspark_sglang.serving.telemetry import Telemetry
 
 _KEPT = "_dspark_penalties"
+_METHODS = {"rejection": accept_sampled, "block": accept_block}
 
 
 def request_penalties(request: Any) -> Penalties:
@@ -63,9 +72,15 @@ class Verifier(TargetVerifyExecutor):
     """Overrides packing, acceptance and commit; the target forward stays SGLang's."""
 
     def bind(
-        self, *, telemetry: Telemetry, generator: torch.Generator, implementation: str
+        self,
+        *,
+        telemetry: Telemetry,
+        generator: torch.Generator,
+        implementation: str,
+        verification: Verification,
     ) -> None:
         """Attach what our part needs; called once after construction."""
+        self._verification = verification
         self._telemetry = telemetry
         self._generator = generator
         self._implementation = implementation
@@ -229,7 +244,7 @@ class Verifier(TargetVerifyExecutor):
         lens = self._drafted_lens(layout, bs, target_logits.device)
         first = self._first_rows(lens)
         with self._telemetry.timed("accept"):
-            outcome = self._accept(target_logits, draft_block, lens, first)
+            outcome = self._accept(target_logits, draft_block, lens, first, prefix_lens)
         packed = torch.stack([outcome.count, outcome.token])
         site = (
             SpecTpSyncSite.DSPARK_ACCEPT_GREEDY
@@ -261,21 +276,59 @@ class Verifier(TargetVerifyExecutor):
         block: OurDraftBlock,
         lens: torch.Tensor,
         first: torch.Tensor,
+        anchors: torch.Tensor,
     ) -> Accepted:
         rows, implementation = block.rows, self._implementation
+        if rows is not None and rows.seeds is not None:
+            choice = best(logits)
+            index, drawn = self._seeded_choice(logits, rows, lens, first, anchors)
+            self._telemetry.ran[f"accept:{implementation}-seeded"] += 1
+            choice = choice.index_copy(0, index, drawn)
+            return accept_greedy(choice, block.draft_tokens, lens, first)
         if rows is None or len(rows.index) < len(lens):
-            outcome = accept_greedy(logits.max(dim=-1).indices, block.draft_tokens, lens, first)
+            outcome = accept_greedy(best(logits), block.draft_tokens, lens, first)
             self._telemetry.ran[f"accept:{implementation}-greedy"] += 1
         if rows is None:
             return outcome
         sampled = self._accept_rows(logits, block, rows, lens[rows.index], first[rows.index])
-        self._telemetry.ran[f"accept:{implementation}-sampled"] += 1
+        self._telemetry.ran[f"accept:{implementation}-{self._verification}"] += 1
         if len(rows.index) == len(lens):
             return sampled
         return Accepted(
             count=outcome.count.index_copy(0, rows.index, sampled.count),
             token=outcome.token.index_copy(0, rows.index, sampled.token),
         )
+
+    @staticmethod
+    def _rows_of(
+        lens: torch.Tensor, first: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Logits rows of some requests, one after the other.
+
+        Returns:
+            ``[n]`` int64 row in the logits, ``[n]`` int64 request it belongs to and ``[R]`` int64
+            place of each request's first.
+        """
+        owner = torch.repeat_interleave(torch.arange(len(lens), device=lens.device), lens + 1)
+        start = (lens + 1).cumsum(0) - (lens + 1)
+        row = first[owner] + torch.arange(len(owner), device=lens.device) - start[owner]
+        return row, owner, start
+
+    def _seeded_choice(
+        self,
+        logits: torch.Tensor,
+        rows: SampledRows,
+        lens: torch.Tensor,
+        first: torch.Tensor,
+        anchors: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The target's own draw at every row of the sampled requests: rows and tokens."""
+        row, owner, start = self._rows_of(lens[rows.index], first[rows.index])
+        probs = torch.softmax(logits[row].float() / rows.temperatures[owner, None], dim=-1)
+        within = torch.arange(len(owner), device=row.device) - start[owner]
+        noise = rows.noise(probs, anchors[rows.index][owner] + within, owner)
+        assert noise is not None
+        return row, seeded_draw(probs, noise)
 
     def _accept_rows(
         self,
@@ -285,10 +338,8 @@ class Verifier(TargetVerifyExecutor):
         lens: torch.Tensor,
         first: torch.Tensor,
     ) -> Accepted:
-        """Rejection sampling of the sampled requests, over their own logits rows."""
-        owner = torch.repeat_interleave(torch.arange(len(lens), device=lens.device), lens + 1)
-        start = (lens + 1).cumsum(0) - (lens + 1)
-        row = first[owner] + torch.arange(len(owner), device=lens.device) - start[owner]
+        """Verification of the sampled requests, over their own logits rows."""
+        row, owner, start = self._rows_of(lens, first)
 
         def spread(values: torch.Tensor | None) -> torch.Tensor | None:
             return None if values is None else values[owner]
@@ -307,15 +358,10 @@ class Verifier(TargetVerifyExecutor):
             generator=self._generator,
         )
         assert block.laws is not None
-        return accept_sampled(
-            weights,
-            block.draft_tokens[rows.index],
-            block.laws,
-            lens,
-            start,
-            uniforms,
-            block.support,
+        round_ = Round(
+            weights, block.draft_tokens[rows.index], block.laws, lens, start, block.support
         )
+        return _METHODS[self._verification](round_, uniforms)
 
     def commit_hidden(
         self,

@@ -14,7 +14,7 @@ from sglang.srt.speculative.dspark_components.dspark_worker_v2 import DSparkWork
 from dspark_sglang import __version__
 from dspark_sglang.artifacts import STS_FILE, read_sts
 from dspark_sglang.checkpoint import weights_digest
-from dspark_sglang.config import Settings, read_settings
+from dspark_sglang.config import Settings, Verification, read_settings
 from dspark_sglang.core.cost import OnlineCost
 from dspark_sglang.core.heads import ConfidenceHead
 from dspark_sglang.errors import CompatibilityError
@@ -171,7 +171,14 @@ class DSparkWorker(DSparkWorkerV2):
             kv_injector=self._kv_injector,
             tp_sync=self._tp_sync,
         )
-        verifier.bind(telemetry=self.telemetry, generator=generator, implementation=implementation)
+        blocks = get_spec().speculative_use_block_verification
+        self._verification: Verification = "block" if blocks else settings.verification
+        verifier.bind(
+            telemetry=self.telemetry,
+            generator=generator,
+            implementation=implementation,
+            verification=self._verification,
+        )
         self._proposer, self._verify_planner, self._verify_executor = proposer, planner, verifier
         self._observers = StepObservers(self.telemetry)
 
@@ -202,6 +209,7 @@ class DSparkWorker(DSparkWorkerV2):
             "sts": self._sts_source,
             "draft_vocabulary": self._drafted_tokens,
             "schedule": "all" if self.cost is None else "adaptive",
+            "verification": self._verification,
             "cost": None if self.cost is None else self.cost.coefficients,
             **self.telemetry.snapshot(),
         }

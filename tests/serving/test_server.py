@@ -175,7 +175,7 @@ def test_sampled_and_greedy_requests_share_a_batch(servers: Pair) -> None:
         answers = list(pool.map(run, jobs))
     assert answers[::2] == greedy
     after = ran(servers.dspark)
-    assert after["accept:torch-sampled"] > before.get("accept:torch-sampled", 0)
+    assert after["accept:torch-rejection"] > before.get("accept:torch-rejection", 0)
     assert len(set(answers[1::2])) == 4
 
 

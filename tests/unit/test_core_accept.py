@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from laws import THRESHOLD, draw, grouped_p_values, p_value, uniforms
 
-from dspark_sglang.core.accept import Accepted, accept_greedy, accept_sampled
+from dspark_sglang.core.accept import Accepted, Round, accept_block, accept_greedy, accept_sampled
 
 #: The largest float64 below 1, the largest uniform there is.
 LAST = 1.0 - 2.0**-53
@@ -81,7 +81,7 @@ def test_greedy_keeps_a_fully_matching_block_and_adds_the_bonus() -> None:
 # --- sampled -------------------------------------------------------------------------------
 
 
-class Round:
+class Case:
     """Many requests, each with a block drawn from the draft after anchor 0, ragged lengths."""
 
     def __init__(
@@ -106,7 +106,9 @@ class Round:
         self._scale = uniforms(generator, requests, GAMMA + 1) * 9 + 1
         self._before = torch.cat([torch.zeros(requests, 1).long(), self.drafted], 1)
 
-    def arguments(self, *, strided: bool = False, shortlist: int = 0) -> dict[str, torch.Tensor]:
+    def arguments(
+        self, *, strided: bool = False, shortlist: int = 0
+    ) -> tuple[Round, torch.Tensor]:
         # Weights are scaled at random: they need not be normalised.
         rows = self.target[self._before] * self._scale[..., None]
         if strided:
@@ -115,18 +117,10 @@ class Round:
         else:
             weights = rows[torch.arange(GAMMA + 1) <= self.lens[:, None]]
             first = (self.lens + 1).cumsum(0) - (self.lens + 1)
-        arguments = {
-            "weights": weights,
-            "drafted": self.drafted,
-            "laws": self.laws,
-            "lens": self.lens,
-            "first": first,
-            "uniforms": self.uniforms,
-        }
+        laws, support = self.laws, None
         if shortlist:
             laws, support = self.laws.topk(shortlist, sorted=False)
-            arguments |= {"laws": laws, "support": support}
-        return arguments
+        return Round(weights, self.drafted, laws, self.lens, first, support), self.uniforms
 
     def committed(self, outcome: Accepted) -> torch.Tensor:
         """``[R, GAMMA + 1]`` committed tokens, -1 where a request committed fewer."""
@@ -137,7 +131,7 @@ class Round:
 
     def worst_p_value(self, accept: Accept, *, shortlist: int = 0) -> float:
         """The smallest p-value over positions, sent lengths and previous tokens."""
-        outcome = accept(**self.arguments(shortlist=shortlist))
+        outcome = accept(*self.arguments(shortlist=shortlist))
         committed = self.committed(outcome)
         before = torch.cat([torch.zeros(len(self.lens), 1).long(), committed], 1)
         worst = 1.0
@@ -154,14 +148,8 @@ class Round:
 def variant(*, test: str = "p/q", residual: str = "p-q", bonus: str = "own") -> Accept:
     """Rejection sampling one request at a time in spirit, vectorised; options plant one defect."""
 
-    def accept(
-        weights: torch.Tensor,
-        drafted: torch.Tensor,
-        laws: torch.Tensor,
-        lens: torch.Tensor,
-        first: torch.Tensor,
-        uniforms: torch.Tensor,
-    ) -> Accepted:
+    def accept(round_: Round, uniforms: torch.Tensor) -> Accepted:
+        weights, drafted, laws, lens, first, _ = round_
         generator = torch.Generator().manual_seed(7)
         p = weights / weights.sum(-1, keepdim=True)
         count = torch.zeros_like(lens)
@@ -186,7 +174,7 @@ def variant(*, test: str = "p/q", residual: str = "p-q", bonus: str = "own") -> 
     return accept
 
 
-ROUND = Round(240_000, seed=11)
+CASE = Case(240_000, seed=11)
 MUTANTS = {
     "inverted-ratio": variant(test="q/p"),
     "residual-not-subtracted": variant(residual="p"),
@@ -195,22 +183,22 @@ MUTANTS = {
 
 
 def test_committed_tokens_follow_the_target() -> None:
-    assert ROUND.worst_p_value(accept_sampled) > THRESHOLD
+    assert CASE.worst_p_value(accept_sampled) > THRESHOLD
 
 
 def test_the_check_accepts_another_correct_version() -> None:
-    assert ROUND.worst_p_value(variant()) > THRESHOLD
+    assert CASE.worst_p_value(variant()) > THRESHOLD
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_the_check_rejects(mutant: str) -> None:
-    assert ROUND.worst_p_value(MUTANTS[mutant]) < THRESHOLD
+    assert CASE.worst_p_value(MUTANTS[mutant]) < THRESHOLD
 
 
 def test_acceptance_is_as_often_as_the_laws_overlap() -> None:
     """Sum of min(p, q): a smaller rate would be correct but slow, a larger one biased."""
-    outcome = accept_sampled(**ROUND.arguments())
-    sent = ROUND.lens > 0
+    outcome = accept_sampled(*CASE.arguments())
+    sent = CASE.lens > 0
     overlap = float(torch.minimum(TARGET[0], DRAFT[0]).sum())
     kept = int((outcome.count[sent] > 0).sum())
     total = int(sent.sum())
@@ -219,9 +207,9 @@ def test_acceptance_is_as_often_as_the_laws_overlap() -> None:
 
 
 def test_compact_and_strided_rows_decide_alike() -> None:
-    case = Round(5_000, seed=3)
-    compact = accept_sampled(**case.arguments())
-    strided = accept_sampled(**case.arguments(strided=True))
+    case = Case(5_000, seed=3)
+    compact = accept_sampled(*case.arguments())
+    strided = accept_sampled(*case.arguments(strided=True))
     assert torch.equal(compact.count, strided.count)
     assert torch.equal(compact.token, strided.token)
 
@@ -234,22 +222,22 @@ SHORT = torch.tensor(
 
 
 def test_a_shortlisted_draft_leaves_the_target_law_alone() -> None:
-    case = Round(120_000, seed=19, draft=SHORT)
+    case = Case(120_000, seed=19, draft=SHORT)
     assert case.worst_p_value(accept_sampled, shortlist=2) > THRESHOLD
 
 
 @pytest.mark.parametrize("size", [2, 3, VOCAB])
 def test_laws_over_a_support_decide_like_laws_over_the_vocabulary(size: int) -> None:
-    case = Round(5_000, seed=23, draft=SHORT)
-    dense = accept_sampled(**case.arguments())
-    short = accept_sampled(**case.arguments(shortlist=size))
+    case = Case(5_000, seed=23, draft=SHORT)
+    dense = accept_sampled(*case.arguments())
+    short = accept_sampled(*case.arguments(shortlist=size))
     assert torch.equal(dense.count, short.count)
     assert torch.equal(dense.token, short.token)
 
 
 def test_counts_never_pass_what_was_sent() -> None:
-    outcome = accept_sampled(**ROUND.arguments())
-    assert bool((outcome.count <= ROUND.lens).all())
+    outcome = accept_sampled(*CASE.arguments())
+    assert bool((outcome.count <= CASE.lens).all())
     assert bool((outcome.count >= 0).all())
 
 
@@ -257,18 +245,18 @@ def test_counts_never_pass_what_was_sent() -> None:
 def test_equal_laws_accept_everything(edge: float) -> None:
     # Dyadic probabilities stay exact through the normalisation.
     law = torch.tensor([[0.5, 0.25, 0.125, 0.125]], dtype=torch.float64).expand(VOCAB, -1)
-    case = Round(4_000, seed=5, target=law, draft=law)
+    case = Case(4_000, seed=5, target=law, draft=law)
     case._scale = torch.full_like(case._scale, 4.0)
     case.uniforms[:, :GAMMA] = edge
-    assert torch.equal(accept_sampled(**case.arguments()).count, case.lens)
+    assert torch.equal(accept_sampled(*case.arguments()).count, case.lens)
 
 
 @pytest.mark.parametrize("edge", [None, 0.0, LAST], ids=["u=any", "u=0", "u=1-eps"])
 def test_impossible_tokens_are_never_committed(edge: float | None) -> None:
-    case = Round(200_000 if edge is None else 5_000, seed=13)
+    case = Case(200_000 if edge is None else 5_000, seed=13)
     if edge is not None:
         case.uniforms.fill_(edge)
-    committed = case.committed(accept_sampled(**case.arguments()))
+    committed = case.committed(accept_sampled(*case.arguments()))
     before = torch.cat([torch.zeros(len(committed), 1).long(), committed[:, :-1]], 1)
     real = committed >= 0
     assert bool((TARGET[before[real], committed[real]] > 0).all())
@@ -279,8 +267,8 @@ def test_impossible_tokens_are_never_committed(edge: float | None) -> None:
 def test_disjoint_supports_always_reject_and_emit_from_the_target() -> None:
     target = torch.tensor([[0.7, 0.3, 0.0, 0.0]], dtype=torch.float64).expand(VOCAB, -1)
     draft = torch.tensor([[0.0, 0.0, 0.5, 0.5]], dtype=torch.float64).expand(VOCAB, -1)
-    case = Round(40_000, seed=17, target=target, draft=draft)
-    outcome = accept_sampled(**case.arguments())
+    case = Case(40_000, seed=17, target=target, draft=draft)
+    outcome = accept_sampled(*case.arguments())
     assert outcome.count.max() == 0
     assert p_value(torch.bincount(outcome.token, minlength=VOCAB), target[0]) > THRESHOLD
 
@@ -290,11 +278,44 @@ def test_rejection_without_residual_mass_falls_back_to_the_target() -> None:
     weights = torch.tensor([[0.25, 0.75], [1.0, 0.0]])
     laws = torch.tensor([[[0.2500001, 0.7500001]]])
     outcome = accept_sampled(
-        weights,
-        torch.tensor([[0]]),
-        laws,
-        torch.tensor([1]),
-        torch.tensor([0]),
+        Round(weights, torch.tensor([[0]]), laws, torch.tensor([1]), torch.tensor([0])),
         torch.tensor([[LAST, 0.9]], dtype=torch.float64),
     )
     assert (outcome.count.item(), outcome.token.item()) == (0, 1)
+
+
+# --- block verification --------------------------------------------------------------------
+
+
+def test_a_block_of_one_is_rejection_sampling() -> None:
+    case = Case(20_000, seed=29)
+    case.lens = case.lens.clamp(max=1)
+    ours, theirs = accept_block(*case.arguments()), accept_sampled(*case.arguments())
+    assert torch.equal(ours.count, theirs.count)
+    assert torch.equal(ours.token, theirs.token)
+
+
+def test_a_block_keeps_at_least_as_many_tokens() -> None:
+    blocks, tokens = accept_block(*CASE.arguments()), accept_sampled(*CASE.arguments())
+    gain = (blocks.count - tokens.count)[CASE.lens == GAMMA].double().mean()
+    assert float(gain) > 0.02  # standard error 0.004
+
+
+def test_block_verification_of_compact_strided_and_shortlisted_rows_is_alike() -> None:
+    case = Case(5_000, seed=31, draft=SHORT)
+    expected = accept_block(*case.arguments())
+    for outcome in (
+        accept_block(*case.arguments(strided=True)),
+        accept_block(*case.arguments(shortlist=2)),
+    ):
+        assert torch.equal(expected.count, outcome.count)
+        assert torch.equal(expected.token, outcome.token)
+
+
+@pytest.mark.parametrize("edge", [0.0, LAST], ids=["u=0", "u=1-eps"])
+def test_equal_laws_keep_the_whole_block(edge: float) -> None:
+    law = torch.tensor([[0.5, 0.25, 0.125, 0.125]], dtype=torch.float64).expand(VOCAB, -1)
+    case = Case(4_000, seed=5, target=law, draft=law)
+    case._scale = torch.full_like(case._scale, 4.0)
+    case.uniforms[:, :GAMMA] = edge
+    assert torch.equal(accept_block(*case.arguments()).count, case.lens)

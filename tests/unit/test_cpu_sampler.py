@@ -82,16 +82,33 @@ def test_hooks_draw_without_the_builtin() -> None:
     assert sampler.unfiltered(never, sure).tolist() == [0, 1, 2]
 
 
-@pytest.mark.parametrize("request_", ["seeded", "mask"])
-def test_hooks_leave_the_rest_to_the_builtin(request_: str) -> None:
+def test_a_request_for_its_mask_is_left_to_the_builtin() -> None:
     probs = probabilities(2)
-    top_k, top_p, min_p = filters(*[(4, 1.0, 0.0)] * 2)
     answer = torch.tensor([7, 8])
-    seed = torch.tensor([1, 2]) if request_ == "seeded" else None
     found = sampler.filtered(
-        lambda *args, **kwargs: answer, probs, top_k, top_p, min_p, False, seed, None,
-        return_filtered_probs=request_ == "mask",
+        lambda *args, **kwargs: answer, probs, *filters(*[(4, 1.0, 0.0)] * 2), False, None, None,
+        return_filtered_probs=True,
     )  # fmt: skip
     assert found is answer
-    if seed is not None:
-        assert sampler.unfiltered(lambda *args: answer, probs, seed, None) is answer
+
+
+def test_seeded_draws_are_the_builtins(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sglang.srt.layers import sampler as builtin
+
+    monkeypatch.setattr(builtin, "multinomial_with_seed", sampler.seeded)
+    rows = 200
+    probs = probabilities(rows, seed=4)
+    seeds, positions = torch.arange(rows) - 100, torch.arange(rows) * 7
+    top_k, top_p, min_p = filters(*[(6, 0.9, 0.0)] * rows)
+    given = (top_k, top_p, min_p, False, seeds, positions)
+    wanted = builtin.top_k_top_p_min_p_sampling_from_probs_torch(probs.clone(), *given)
+    assert torch.equal(sampler.filtered(never, probs, *given), wanted)
+    wanted = builtin.sampling_from_probs_torch(probs, seeds, positions)
+    unfiltered = builtin.sampling_from_probs_torch
+    assert torch.equal(sampler.unfiltered(unfiltered, probs, seeds, positions), wanted)
+    # One that filters nothing, in a batch where others filter, is drawn as if they did not.
+    top_k[:] = ALL
+    top_p[:] = 1.0
+    top_k[0] = 2
+    mixed = sampler.filtered(never, probs, top_k, top_p, min_p, False, seeds, positions)
+    assert torch.equal(mixed[1:], wanted[1:])

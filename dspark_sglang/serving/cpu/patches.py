@@ -20,6 +20,8 @@ def register_backend() -> None:
 
     choices.add_attention_backend_choices([BACKEND])
     choices.add_draft_attention_backend_choices([BACKEND])
+    choices.add_deterministic_attention_backend_choices([BACKEND])
+    choices.add_radix_supported_deterministic_attention_backend_choices([BACKEND])
 
     def create(runner: Any) -> Any:
         from dspark_sglang.serving.cpu.attention import CpuAttentionBackend
@@ -54,6 +56,13 @@ def _plain_draft_attention(result: Any, self: Any, *args: Any, **kwargs: Any) ->
     self.use_table_qk_norm_rope = False
 
 
+def _no_batch_invariant_kernels(self: Any) -> None:
+    """SGLang's batch-invariant operators are Triton kernels for accelerators.
+
+    Seeded requests then repeat up to rounding: a near-tie may fall otherwise in another batch.
+    """
+
+
 def hooks(targets: Mapping[str, str]) -> list[tuple[str, str, Callable[..., Any], str]]:
     """The hooks of this module as (name, target, function, kind)."""
     return [
@@ -62,4 +71,11 @@ def hooks(targets: Mapping[str, str]) -> list[tuple[str, str, Callable[..., Any]
         ("draft_attention", targets["draft_attention"], _plain_draft_attention, "AFTER"),
         ("filtered_sampling", targets["filtered_sampling"], sampler.filtered, "AROUND"),
         ("unfiltered_sampling", targets["unfiltered_sampling"], sampler.unfiltered, "AROUND"),
+        ("seeded_sampling", targets["seeded_sampling"], sampler.seeded, "REPLACE"),
+        (
+            "batch_invariance",
+            targets["batch_invariance"],
+            _no_batch_invariant_kernels,
+            "REPLACE",
+        ),
     ]

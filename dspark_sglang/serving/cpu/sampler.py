@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from dspark_sglang.core.sampling import filter_weights, sample
+from dspark_sglang.core.sampling import Filters, filter_weights, sample
+from dspark_sglang.core.seeded import Noise, gumbel, seeded_draw
 
 
 def draw(
@@ -58,13 +59,18 @@ def draw(
 def filtered(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """In place of SGLang's filtered sampling where nothing but a token is asked for."""
     names = ("probs", "top_ks", "top_ps", "min_ps", "need_min_p_sampling", "sampling_seed")
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
-    if given.get("sampling_seed") is not None or given.get("return_filtered_probs"):
+    given = {**dict(zip((*names, "positions"), args, strict=False)), **kwargs}
+    if given.get("return_filtered_probs"):
         return original(*args, **kwargs)
-    probs = given["probs"]
+    probs, top_ks, top_ps = given["probs"], given["top_ks"], given["top_ps"]
     min_ps = given["min_ps"] if given["need_min_p_sampling"] else None
+    seeds = given.get("sampling_seed")
+    if seeds is not None:
+        filters = Filters.of(probs, top_ks, top_ps, min_ps)
+        noise = Noise(seeds, given["positions"].to(torch.int64), filters)
+        return seeded_draw(probs, noise).to(torch.int32)
     uniforms = torch.rand(probs.shape[0], dtype=torch.float64)
-    return draw(probs.float(), given["top_ks"], given["top_ps"], min_ps, uniforms)
+    return draw(probs.float(), top_ks, top_ps, min_ps, uniforms)
 
 
 def unfiltered(
@@ -78,3 +84,18 @@ def unfiltered(
         return torch.as_tensor(original(probs, sampling_seed, positions))
     uniforms = torch.rand(probs.shape[0], dtype=torch.float64)
     return sample(probs, uniforms).to(torch.int32)
+
+
+def seeded(logprobs: torch.Tensor, seed: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """In place of SGLang's seeded draw, whose hash is a kernel of sgl_kernel.
+
+    Args:
+        logprobs: ``[N, V]``.
+        seed, positions: ``[N]`` integers.
+
+    Returns:
+        ``[N, 1]`` int64 columns.
+    """
+    columns = torch.arange(logprobs.shape[1], device=logprobs.device)
+    noise = gumbel(seed.to(torch.int64), positions.to(torch.int64), columns)
+    return (noise + logprobs.to(torch.float64)).max(dim=1, keepdim=True).indices

@@ -19,7 +19,7 @@ from dspark_sglang.errors import ConfigError
 
 PREFIX = "DSPARK_"
 
-Schedule = Literal["adaptive", "all"]
+Schedule = Literal["adaptive", "lagged", "all"]
 Plugin = Literal["auto", "off"]
 DraftVocab = Literal["auto", "whole"]
 Verification = Literal["rejection", "block"]
@@ -30,7 +30,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     #: ``auto``: replace SGLang's DSPARK when it is asked for. ``off``: leave the builtin.
     plugin: Plugin = "auto"
-    #: ``adaptive``: verify what pays, by the step times this server measures.
+    #: ``adaptive``: verify what pays, by the step times this server measures. ``lagged``: how much
+    #: is decided from confidences two steps old, as overlap scheduling needs it.
     #: ``all``: always verify the whole drafted block.
     schedule: Schedule = "adaptive"
     #: STS calibration file. Empty: ``sts.json`` beside the drafter's weights, if present.

@@ -30,9 +30,7 @@ def _mix(state: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     return (_rotate(state ^ key, 13) * 5 + 0xE6546B64) & _MASK
 
 
-def hash32(
-    seeds: torch.Tensor, positions: torch.Tensor, columns: torch.Tensor
-) -> torch.Tensor:
+def hash32(seeds: torch.Tensor, positions: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     """MurmurHash3 (32 bits) of (seed, position, column).
 
     Args:

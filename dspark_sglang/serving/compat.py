@@ -109,6 +109,8 @@ ALGORITHM_SYMBOLS = (
         f"{_DSPARK}.dspark_planner.DSparkVerifyPlanner._schedule_verify_lens",
         _split("req_pool_indices prefix_lens device confidence budget"),
     ),
+    Symbol(f"{_DSPARK}.dspark_planner.ragged_capture_num_tokens", ("model_runner",)),
+    Symbol("sglang.srt.mem_cache.memory_pool.ReqToTokenPool.__init__"),
     Symbol(
         f"{_DSPARK}.dspark_verify.TargetVerifyExecutor.__init__",
         _split(

@@ -5,12 +5,22 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
-from sglang.srt.speculative.dspark_components.dspark_planner import DSparkVerifyPlanner
+from sglang.srt.speculative.dspark_components.dspark_planner import (
+    DSparkVerifyPlanner,
+    ragged_capture_num_tokens,
+)
 from sglang.srt.speculative.spec_tp_sync import SpecTpSyncSite
 
 from dspark_sglang.core.cost import StepCost
-from dspark_sglang.core.schedule import admission_order, early_stop_budget, lengths
+from dspark_sglang.core.schedule import (
+    History,
+    admission_order,
+    early_stop_budget,
+    global_budget,
+    lengths,
+)
 from dspark_sglang.core.survival import survival
 from dspark_sglang.serving.telemetry import Telemetry
 
@@ -20,14 +30,20 @@ class Planner(DSparkVerifyPlanner):
 
     _budget_planner: Any
 
-    def bind(self, *, cost: StepCost | None, telemetry: Telemetry) -> None:
+    def bind(self, *, cost: StepCost | None, lagged: bool, telemetry: Telemetry) -> None:
         """Attach the scheduler; called once after construction.
 
         Args:
             cost: step cost shared with whoever measures it; None verifies every drafted token.
+            lagged: take the budget from confidences two steps old (the asynchronous form).
         """
         self._cost = cost
         self._telemetry = telemetry
+        self._pool = self.model_runner.req_to_token_pool
+        self._history: History | None = None
+        if lagged and cost is not None:
+            slots = int(self._pool.req_to_token.shape[0])
+            self._history = History(slots=slots, gamma=self.gamma)
         #: Admission order of the step being planned: the budget is taken along it.
         self._order = np.empty(0, dtype=np.int64)
         self._is_verify_all = cost is None
@@ -42,7 +58,7 @@ class Planner(DSparkVerifyPlanner):
         prefix_lens: torch.Tensor,
         req_pool_indices: torch.Tensor,
     ) -> int | None:
-        """Algorithm 1 on the confidences of this step (no overlap: the host has them)."""
+        """The budget of this step, decided on the host (no overlap: the host has confidences)."""
         if self._cost is None:
             return None
         with self._telemetry.timed("plan"):
@@ -51,11 +67,23 @@ class Planner(DSparkVerifyPlanner):
             forced = self._budget_planner.forced_budget_frac
             if forced is not None:
                 budget = int(float(forced) * values.size)
-            else:
+            elif self._history is None:
                 budget = early_stop_budget(values, self._order, self._cost)
+            else:
+                budget = self._lagged_budget(values, req_pool_indices.cpu(), self._history)
         # Every rank times its own rounds; all must run the same forward.
         agreed = torch.tensor([budget], device=confidence.device)
         return int(self._tp_sync.sync(SpecTpSyncSite.DSPARK_PLAN, agreed))
+
+    def _lagged_budget(
+        self, values: npt.NDArray[np.float64], slots: torch.Tensor, history: History
+    ) -> int:
+        assert self._cost is not None
+        generations = self._pool.req_generation[slots.long()].numpy()
+        earlier = history.advance(slots.long().numpy(), generations, values)
+        captured = ragged_capture_num_tokens(model_runner=self.model_runner)
+        buckets = None if captured is None else np.asarray(captured, dtype=np.int64)
+        return global_budget(earlier, self._cost, buckets)
 
     def _schedule_verify_lens(
         self,
@@ -71,5 +99,6 @@ class Planner(DSparkVerifyPlanner):
         drafted = lengths(self._order, budget, requests=len(confidence), gamma=self.gamma)
         verify_lens = torch.from_numpy(drafted + 1).to(device=device, dtype=torch.int32)
         self._tp_sync.sync(SpecTpSyncSite.DSPARK_PLAN, verify_lens)
-        self._telemetry.ran["schedule:early-stop"] += 1
+        form = "early-stop" if self._history is None else "lagged"
+        self._telemetry.ran[f"schedule:{form}"] += 1
         return verify_lens

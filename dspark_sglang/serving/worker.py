@@ -67,8 +67,9 @@ class DSparkWorker(DSparkWorkerV2):
         self.telemetry = Telemetry(gamma=self.gamma)
         # Under overlap the host only launches a round and cannot time it: verify everything.
         times_rounds = bool(get_schedule().disable_overlap_schedule)
-        adaptive = times_rounds and settings.schedule == "adaptive"
+        adaptive = times_rounds and settings.schedule != "all"
         self.cost = OnlineCost() if adaptive else None
+        self._schedule = settings.schedule if adaptive else "all"
         self._remove_folded_parts()
         self._require_known_heads()
         given = get_spec().speculative_dspark_confidence_sts_path
@@ -87,7 +88,7 @@ class DSparkWorker(DSparkWorkerV2):
                 __version__,
                 self.gamma,
                 self._proposer._markov.kind,
-                "all" if self.cost is None else "adaptive",
+                self._schedule,
                 self._sts_source,
                 self._drafted_tokens or "whole",
             )
@@ -162,7 +163,8 @@ class DSparkWorker(DSparkWorkerV2):
             verify_num_draft_tokens=self.verify_num_draft_tokens,
             tp_sync=self._tp_sync,
         )
-        planner.bind(cost=self.cost, telemetry=self.telemetry)
+        lagged = settings.schedule == "lagged"
+        planner.bind(cost=self.cost, lagged=lagged, telemetry=self.telemetry)
         verifier = Verifier(
             target_worker=self.target_worker,
             gamma=self.gamma,
@@ -208,7 +210,7 @@ class DSparkWorker(DSparkWorkerV2):
             "markov": self._proposer._markov.kind,
             "sts": self._sts_source,
             "draft_vocabulary": self._drafted_tokens,
-            "schedule": "all" if self.cost is None else "adaptive",
+            "schedule": self._schedule,
             "verification": self._verification,
             "cost": None if self.cost is None else self.cost.coefficients,
             **self.telemetry.snapshot(),

@@ -106,9 +106,7 @@ class Case:
         self._scale = uniforms(generator, requests, GAMMA + 1) * 9 + 1
         self._before = torch.cat([torch.zeros(requests, 1).long(), self.drafted], 1)
 
-    def arguments(
-        self, *, strided: bool = False, shortlist: int = 0
-    ) -> tuple[Round, torch.Tensor]:
+    def arguments(self, *, strided: bool = False, shortlist: int = 0) -> tuple[Round, torch.Tensor]:
         # Weights are scaled at random: they need not be normalised.
         rows = self.target[self._before] * self._scale[..., None]
         if strided:

@@ -13,6 +13,7 @@ from hypothesis.extra import numpy as hnp
 
 from dspark_sglang.core.cost import FlatCost, OnlineCost
 from dspark_sglang.core.schedule import (
+    History,
     admission_order,
     early_stop_budget,
     global_budget,
@@ -239,6 +240,99 @@ def test_gamma_one_admits_the_likely_requests() -> None:
     order = admission_order(values)
     assert order.tolist() == [1, 2, 0]
     assert lengths(order, 2, requests=3, gamma=1).tolist() == [0, 1, 1]
+
+
+# --- buckets -------------------------------------------------------------------------------
+
+
+@given(
+    values=TIED,
+    steps=st.lists(st.integers(1, 9), min_size=1, max_size=6),
+    seed=st.integers(0, 9),
+)
+def test_a_budget_is_priced_at_the_bucket_that_runs_and_fills_it(
+    values: np.ndarray, steps: list[int], seed: int
+) -> None:
+    buckets = np.cumsum(steps)
+    requests = len(values)
+    most = requests + values.size
+    table = np.sort(np.random.default_rng(seed).uniform(1, 3, max(most, buckets[-1]) + 1))
+
+    def runs(tokens: int) -> int:
+        return next((int(b) for b in buckets if b >= tokens), tokens)
+
+    found = global_budget(values, TableCost(table), buckets)
+    gains = sorted(values.reshape(-1).tolist(), reverse=True)
+    theta = [(requests + sum(gains[:k])) / table[runs(requests + k)] for k in range(len(gains) + 1)]
+    assert theta[found] >= max(theta) * (1 - 1e-12)
+    # Whatever is admitted beyond comes with the same bucket.
+    assert found == len(gains) or runs(requests + found + 1) > runs(requests + found)
+
+
+def test_pricing_at_the_bucket_below_loses() -> None:
+    """The builtin prices at the probe below and runs the bucket above."""
+    values = survival(np.full((4, 3), 0.6))
+    cost = staircase(16, step=4, base=3.0, rise=1.0)
+    buckets = np.array([4, 8, 12, 16])
+    budget = global_budget(values, cost, buckets)
+    assert (4 + budget) in buckets
+
+
+# --- history -------------------------------------------------------------------------------
+
+
+def advance(history: History, slots: list[int], values: list[float], generation: int = 1):
+    survivals = np.array(values)[:, None]
+    generations = np.full(len(slots), generation)
+    return history.advance(np.array(slots), generations, survivals)[:, 0].tolist()
+
+
+def test_survivals_come_back_after_two_steps() -> None:
+    history = History(slots=4, gamma=1)
+    assert advance(history, [2, 0], [0.1, 0.2]) == [1.0, 1.0]  # nothing known: assume the best
+    assert advance(history, [2, 0], [0.3, 0.4]) == [1.0, 1.0]
+    assert advance(history, [0, 2], [0.5, 0.6]) == [0.2, 0.1]
+    assert advance(history, [0], [0.7]) == [0.4]
+
+
+def test_a_slot_with_a_new_owner_has_no_past() -> None:
+    history = History(slots=2, gamma=1)
+    for _ in range(4):
+        advance(history, [0, 1], [0.0, 0.5], generation=1)
+    found = advance(history, [0], [0.9], generation=2)
+    assert found[0] not in (0.0, 0.9)
+    assert 0.0 < found[0] < 1.0  # the mean of those that had a past
+
+
+def test_the_mean_of_others_is_of_earlier_steps() -> None:
+    """What stands for an unknown request must not come from the step it budgets."""
+    calm, wild = History(slots=3, gamma=1), History(slots=3, gamma=1)
+    for history, now in ((calm, 0.2), (wild, 0.9)):
+        for _ in range(3):
+            advance(history, [0, 1], [0.5, 0.4])
+        last = advance(history, [0, 1, 2], [now, now, now])
+        if history is calm:
+            expected = last
+    assert last == expected
+
+
+@given(
+    steps=st.lists(
+        st.tuples(st.lists(st.integers(0, 3), unique=True, min_size=1), st.integers(0, 2)),
+        min_size=3,
+        max_size=12,
+    )
+)
+def test_nothing_of_the_last_two_steps_is_read(
+    steps: list[tuple[list[int], int]],
+) -> None:
+    one, other = History(slots=4, gamma=1), History(slots=4, gamma=1)
+    rng = np.random.default_rng(0)
+    for at, (slots, generation) in enumerate(steps):
+        values = rng.uniform(size=len(slots)).tolist()
+        # The last two steps differ between the histories; their answers must not.
+        changed = [1 - v for v in values] if at >= len(steps) - 2 else values
+        assert advance(one, slots, values, generation) == advance(other, slots, changed, generation)
 
 
 # --- the paper's counterexample (appendix A) --------------------------------------------------

@@ -110,7 +110,9 @@ def cells(edges: list[float]) -> tuple[list[float], list[float]]:
     return [(a + b) / 2 for a, b in pairs], [b - a for a, b in pairs]
 
 
-def edges_of(model: Model, block: tuple[int, ...], sent: int) -> tuple[list[list[float]], list[float]]:
+def edges_of(
+    model: Model, block: tuple[int, ...], sent: int
+) -> tuple[list[list[float]], list[float]]:
     """Where a decision may change: for each test, and for the final token.
 
     Every quantity that either method compares a uniform with, by the formulas; an implementation
@@ -171,7 +173,9 @@ def completion(model: Model, done: tuple[int, ...]) -> Float64:
     law = np.empty([model.size] * missing)
     for rest in itertools.product(range(model.size), repeat=missing):
         full = done + rest
-        law[rest] = np.prod([float(model.law(full[:i])[full[i]]) for i in range(len(done), len(full))])
+        law[rest] = np.prod(
+            [float(model.law(full[:i])[full[i]]) for i in range(len(done), len(full))]
+        )
     return law
 
 
@@ -330,7 +334,7 @@ def test_filters_are_plain_decodings(method: str) -> None:
 
     filtered = []
     for model in models:
-        spread = {p: random_law(np.random.default_rng(len(p) + 1), 5) for p in model.target}
+        spread = {p: random_law(rng, 5) for p in model.target}
         expected = {p: kept(law) for p, law in spread.items()}
         for prefix, law in spread.items():
             ours = filter_weights(law[None], *filters)[0]
@@ -391,8 +395,6 @@ def appendix_a() -> tuple[Model, Model]:
     return Model(2, 2, law, even, own), Model(2, 2, law, even, dict.fromkeys(own, 0.0))
 
 
-
-
 def first_request(values: Float64, cost: TableCost) -> int:
     """Retrospective: the budget of the first request by itself."""
     return global_budget(values[:1], cost)
@@ -405,7 +407,9 @@ def test_the_retrospective_scheduler_of_appendix_a_is_caught() -> None:
     chance = law.sum(1).reshape(2, 2, 2)[0].sum()
     assert chance == pytest.approx(0.85, abs=1e-12)
     right = output_law(
-        models, accept_sampled, lambda v, o: early_stop_budget(v[:1], admission_order(v[:1]), seconds)
+        models,
+        accept_sampled,
+        lambda v, o: early_stop_budget(v[:1], admission_order(v[:1]), seconds),
     )
     assert right.sum(1).reshape(2, 2, 2)[0].sum() == pytest.approx(0.70, abs=1e-12)
 
@@ -413,9 +417,7 @@ def test_the_retrospective_scheduler_of_appendix_a_is_caught() -> None:
 def test_a_retrospective_budget_is_caught_over_random_models() -> None:
     # A cliff after which tokens are all but free: worth crossing only for a long survivor.
     cliff = TableCost(np.array([1.0, 1.0, 1.0, 1.8, 1.81, 1.82, 1.83]))
-    gaps = [
-        worst(pair(seed, 2, 2)[0], accept_sampled, retrospective(cliff)) for seed in range(12)
-    ]
+    gaps = [worst(pair(seed, 2, 2)[0], accept_sampled, retrospective(cliff)) for seed in range(12)]
     assert max(gaps) > 0.01
     assert worst(pair(0, 2, 2)[0], accept_sampled, early_stop(cliff)) < 1e-12
 

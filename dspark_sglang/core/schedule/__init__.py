@@ -2,5 +2,6 @@
 
 from dspark_sglang.core.schedule.admission import admission_order, lengths
 from dspark_sglang.core.schedule.budget import early_stop_budget, global_budget
+from dspark_sglang.core.schedule.history import History
 
-__all__ = ["admission_order", "early_stop_budget", "global_budget", "lengths"]
+__all__ = ["History", "admission_order", "early_stop_budget", "global_budget", "lengths"]

@@ -41,16 +41,27 @@ def early_stop_budget(survival: Float64, order: Int64, cost: StepCost) -> int:
     return int(falls[0]) if falls.size else len(order)
 
 
-def global_budget(survival: Float64, cost: StepCost) -> int:
+def global_budget(survival: Float64, cost: StepCost, buckets: Int64 | None = None) -> int:
     """The asynchronous form: the global argmax of Θ over confidences **two steps old**.
 
-    Must not be given anything of the current step.
+    With ``buckets``, a forward of ``B`` tokens runs and costs as the smallest bucket that holds
+    it; the budget then fills the bucket it pays for. Must not be given anything of the current step.
 
     Args:
         survival: ``[R, gamma]`` carried from two steps earlier.
-        cost: the step cost, priced at the graph bucket that will run.
+        cost: the step cost.
+        buckets: ascending tokens of the captured graphs; None: every size runs as it is.
     """
     gains = -np.sort(-survival.reshape(-1))
     if not gains.size:
         return 0
-    return int(np.argmax(_throughput(gains, survival.shape[0], cost)))
+    requests = survival.shape[0]
+    tokens = requests + np.arange(len(gains) + 1)
+    if buckets is None:
+        return int(np.argmax(_throughput(gains, requests, cost)))
+    place = np.searchsorted(buckets, tokens)
+    # Beyond the last graph a forward runs uncaptured, at its own size.
+    run = np.where(place < len(buckets), buckets[np.minimum(place, len(buckets) - 1)], tokens)
+    expected = requests + np.concatenate([[0.0], np.cumsum(gains)])
+    best = int(np.argmax(expected / cost.seconds(run)))
+    return int(min(run[best] - requests, len(gains)))

@@ -24,14 +24,14 @@ def survival(confidence: npt.NDArray[np.floating]) -> Float64:
         NumericsError: a confidence that is NaN or outside [0, 1].
     """
     values = np.asarray(confidence, dtype=np.float64)
-    if values.size and not (np.all(values >= 0.0) and np.all(values <= 1.0)):
+    # NaN is neither.
+    if values.size and not (values.min() >= 0.0 and values.max() <= 1.0):
         bad = values[~((values >= 0.0) & (values <= 1.0))][0]
         raise NumericsError(
             f"A drafter's confidence is {bad}.",
             expected="values in [0, 1]",
             fix="Check the drafter's confidence_head weights and the STS file with `dspark verify`.",
         )
-    result = values.copy()
-    for position in range(1, result.shape[1]):
-        result[:, position] *= result[:, position - 1]
+    # An accumulation is sequential by definition: one product after the other, along each row.
+    result: Float64 = np.multiply.accumulate(values, axis=1)
     return result

@@ -72,7 +72,7 @@ def test_an_unknown_name_without_a_neighbour_says_to_unset_it() -> None:
     [
         ("DSPARK_PLUGIN", "maybe", "auto or off"),
         ("DSPARK_PLUGIN", "", "auto or off"),
-        ("DSPARK_SCHEDULE", "ADAPTIVE", "adaptive or all"),
+        ("DSPARK_SCHEDULE", "ADAPTIVE", "adaptive or lagged or all"),
         ("DSPARK_SEED", "1.5", "an integer"),
         ("DSPARK_CPU_THREADS", "many", "an integer"),
         ("DSPARK_ALLOW_OTHER_SGLANG", "yes", "0 or 1"),

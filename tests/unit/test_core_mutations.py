@@ -155,10 +155,10 @@ MUTATIONS = {
     ),
     "survival multiplied in another order at every other position": Mutation(
         "dspark_sglang.core.survival",
-        "result[:, position] *= result[:, position - 1]",
-        "left = result[:, position] * result[:, position - 1]\n"
-        "        right = np.multiply.reduce(values[:, position::-1], axis=1)\n"
-        "        result[:, position] = right if position % 2 else left",
+        "    return result\n",
+        "    for position in range(3, values.shape[1], 2):\n"
+        "        result[:, position] = np.multiply.reduce(values[:, position::-1], axis=1)\n"
+        "    return result\n",
         ("survival",),
         test_core_schedule,
         monotone_survival,

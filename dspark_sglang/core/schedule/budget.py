@@ -16,10 +16,18 @@ Int64 = npt.NDArray[np.int64]
 
 
 def _throughput(gains: Float64, requests: int, cost: StepCost) -> Float64:
-    expected = requests + np.concatenate([[0.0], np.cumsum(gains)])
-    tokens = requests + np.arange(len(gains) + 1)
-    result: Float64 = expected / cost.seconds(tokens)
+    tokens = np.arange(requests, requests + len(gains) + 1)
+    result: Float64 = _expected(gains, requests) / cost.seconds(tokens)
     return result
+
+
+def _expected(gains: Float64, requests: int) -> Float64:
+    """τ of every budget from 0 to all."""
+    expected = np.empty(len(gains) + 1)
+    expected[0] = 0.0
+    np.cumsum(gains, out=expected[1:])
+    expected += requests
+    return expected
 
 
 def early_stop_budget(survival: Float64, order: Int64, cost: StepCost) -> int:
@@ -62,6 +70,5 @@ def global_budget(survival: Float64, cost: StepCost, buckets: Int64 | None = Non
     place = np.searchsorted(buckets, tokens)
     # Beyond the last graph a forward runs uncaptured, at its own size.
     run = np.where(place < len(buckets), buckets[np.minimum(place, len(buckets) - 1)], tokens)
-    expected = requests + np.concatenate([[0.0], np.cumsum(gains)])
-    best = int(np.argmax(expected / cost.seconds(run)))
+    best = int(np.argmax(_expected(gains, requests) / cost.seconds(run)))
     return int(min(run[best] - requests, len(gains)))

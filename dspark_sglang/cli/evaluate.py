@@ -123,6 +123,8 @@ def _show(console: Console, result: Evaluation) -> None:
             f"{result.calibration.ece_before:.1%} before STS"
             + (f", {after:.1%} after" if after is not None else "; no sts.json beside the weights")
         )
+        ranked = " ".join(f"{value:.2f}" for value in result.calibration.per_position_auc or ())
+        console.print(f"Area under the ROC curve of survival, by position: {ranked}")
 
 
 class Session:

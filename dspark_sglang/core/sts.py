@@ -53,6 +53,29 @@ def calibration_error(predicted: Floats, observed: Floats, *, bins: int = BINS) 
     return float(np.abs(gap).sum() / predicted.size)
 
 
+def area_under_curve(predicted: Floats, observed: Floats) -> float:
+    """Area under the ROC curve: how well predictions rank, whatever their temperature.
+
+    The chance that a random success was predicted above a random failure, ties counting half
+    (Mann-Whitney). An outcome of ``o`` counts as ``o`` of a success and ``1 - o`` of a failure.
+
+    Args:
+        predicted: ``[N]`` scores.
+        observed: ``[N]`` outcomes, 0 or 1 or probabilities.
+
+    Returns:
+        In [0, 1]; 0.5 where all succeed or all fail.
+    """
+    _, group = np.unique(predicted, return_inverse=True)
+    won = np.bincount(group, weights=observed)
+    lost = np.bincount(group, weights=1.0 - observed)
+    pairs = won.sum() * lost.sum()
+    if not pairs > 0:
+        return 0.5
+    below = np.cumsum(lost) - lost
+    return float((won * (below + 0.5 * lost)).sum() / pairs)
+
+
 def log_loss(predicted: Floats, observed: Floats) -> float:
     """Mean cross-entropy of predictions ``[N]`` in [0, 1] against outcomes, 0 for none."""
     if not predicted.size:

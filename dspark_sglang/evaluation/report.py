@@ -12,7 +12,7 @@ import numpy.typing as npt
 from rich.table import Table
 
 from dspark_sglang.artifacts import Provenance
-from dspark_sglang.core.sts import BINS, sigmoid, survival_errors
+from dspark_sglang.core.sts import BINS, area_under_curve, sigmoid, survival_errors
 from dspark_sglang.training.walk import Walk, nothing
 
 Float64 = npt.NDArray[np.float64]
@@ -45,6 +45,8 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True):
     ece_after: float | None
     per_position_before: list[float]
     per_position_after: list[float] | None
+    #: Area under the ROC curve of survival, by position; STS hardly moves it.
+    per_position_auc: list[float] | None = None
 
 
 class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
@@ -122,6 +124,12 @@ def calibration(
         ece_after=None if after is None else round(float(after.mean()), 5),
         per_position_before=[round(float(value), 5) for value in before],
         per_position_after=None if after is None else [round(float(value), 5) for value in after],
+        per_position_auc=[
+            round(area_under_curve(predicted, observed), 4)
+            for predicted, observed in zip(
+                np.cumprod(sigmoid(logits), axis=1).T, np.cumprod(acceptance, axis=1).T, strict=True
+            )
+        ],
     )
 
 

@@ -5,7 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dspark_sglang.core.sts import calibration_error, fit_sts, sigmoid, survival_errors
+from dspark_sglang.core.sts import (
+    area_under_curve,
+    calibration_error,
+    fit_sts,
+    sigmoid,
+    survival_errors,
+)
 
 TRUE = np.array([2.0, 0.5, 4.0])
 
@@ -52,3 +58,29 @@ def test_calibration_error_of_known_cases() -> None:
     assert calibration_error(predicted, np.array([0.0, 0.0, 0.0, 0.0])) == pytest.approx(0.5)
     assert calibration_error(np.ones(4), np.zeros(4)) == 1.0
     assert calibration_error(np.empty(0), np.empty(0)) == 0.0
+
+
+def test_area_under_the_curve_counts_pairs() -> None:
+    predicted = np.array([0.9, 0.8, 0.8, 0.3, 0.1])
+    observed = np.array([1.0, 0.0, 1.0, 1.0, 0.0])
+    pairs = [
+        (p > q) + 0.5 * (p == q)
+        for p, o in zip(predicted, observed, strict=True)
+        for q, u in zip(predicted, observed, strict=True)
+        if o == 1 and u == 0
+    ]
+    assert area_under_curve(predicted, observed) == pytest.approx(np.mean(pairs))
+    # Half an outcome is half of each.
+    twice = area_under_curve(np.repeat(predicted, 2), np.tile([1.0, 0.0], 5))
+    assert area_under_curve(predicted, np.full(5, 0.5)) == pytest.approx(twice) == 0.5
+    assert area_under_curve(predicted, np.ones(5)) == 0.5
+
+
+def test_temperatures_leave_the_ranking_of_a_position_alone(
+    blocks: tuple[np.ndarray, np.ndarray],
+) -> None:
+    logits, outcomes = blocks
+    plain = area_under_curve(logits[:, 0], outcomes[:, 0])
+    scaled = area_under_curve(sigmoid(logits[:, 0] / 3.0), outcomes[:, 0])
+    assert plain == pytest.approx(scaled, abs=1e-6)
+    assert plain > 0.7

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
+import numpy as np
 
 from dspark_sglang.artifacts import write_json
 from dspark_sglang.errors import DataError
@@ -208,8 +209,11 @@ def plot(outcomes: list[Outcome], path: Path) -> None:
     for outcome in outcomes:
         if outcome.group == "head" and outcome.seed == outcomes[0].seed:
             at = range(1, outcome.gamma + 1)
-            right.plot(at, outcome.per_position_greedy, marker="o", label=outcome.name)
-    right.set(xlabel="position", ylabel="acceptance given the ones before (temperature 0)")
+            # Later positions are reached in few rounds; of all rounds they are comparable.
+            kept = np.cumprod(outcome.per_position_greedy)
+            right.plot(at, kept, marker="o", label=outcome.name)
+    right.set(xlabel="position", ylabel="share of rounds that accept it (temperature 0)")
+    right.set_ylim(bottom=0)
     right.legend(frameon=False, fontsize=8)
     for axes in (left, right):
         axes.grid(alpha=0.3)

@@ -165,7 +165,7 @@ MUTATIONS = {
     ),
     "the walk looks past the first fall": Mutation(
         f"{SCHEDULE}.budget",
-        "return int(falls[0]) if falls.size else len(order)",
+        "return first if falls[first] else len(order)",
         "return int(np.argmax(theta))",
         ("early_stop_budget",),
         test_core_schedule,

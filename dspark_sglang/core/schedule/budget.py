@@ -45,8 +45,9 @@ def early_stop_budget(survival: Float64, order: Int64, cost: StepCost) -> int:
     if not order.size:
         return 0
     theta = _throughput(survival.reshape(-1)[order], survival.shape[0], cost)
-    falls = np.flatnonzero(theta[1:] <= theta[:-1])
-    return int(falls[0]) if falls.size else len(order)
+    falls = theta[1:] <= theta[:-1]
+    first = int(falls.argmax())
+    return first if falls[first] else len(order)
 
 
 def global_budget(survival: Float64, cost: StepCost, buckets: Int64 | None = None) -> int:

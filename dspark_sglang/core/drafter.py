@@ -31,6 +31,14 @@ class DenseShape:
     mask_token: int
     eps: float
     rope_theta: float
+    #: Whether the anchor's row predicts the first token. If not, a block has one more row, and
+    #: each mask row predicts the token at its own position.
+    sample_from_anchor: bool = True
+
+    @property
+    def rows(self) -> int:
+        """Input rows a block."""
+        return self.gamma + (0 if self.sample_from_anchor else 1)
 
 
 def rotate(
@@ -70,6 +78,11 @@ class DenseDrafter:
             temperatures=torch.ones(shape.gamma),
         )
 
+    @property
+    def gamma(self) -> int:
+        """Tokens drafted a round."""
+        return self.shape.gamma
+
     def _pair(self, name: str) -> tuple[torch.Tensor, torch.Tensor] | None:
         if f"{name}.weight" not in self._t:
             return None
@@ -97,7 +110,7 @@ class DenseDrafter:
         Returns:
             ``[A, gamma, d]``; row ``k`` predicts the token at ``anchor + k + 1``.
         """
-        shape, blocks, rows = self.shape, anchors.shape[0], self.shape.gamma
+        shape, blocks, rows = self.shape, anchors.shape[0], self.shape.rows
         mask_row = self._t["mask_embedding"]
         x = mask_row.expand(blocks, rows, -1).clone()
         x[:, 0] = embedding
@@ -106,7 +119,11 @@ class DenseDrafter:
         visible = torch.cat([seen, torch.ones(blocks, rows, dtype=torch.bool)], dim=1)
         for layer in range(shape.layers):
             x = self._layer(layer, x, context, own, visible)
-        return self._norm(x, "norm")
+        return self._norm(x, "norm")[:, rows - shape.gamma :]
+
+    def base_logits(self, hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+        """``[..., d]`` final hidden states through the target's ``[V, d]`` LM head."""
+        return linear(hidden, head)
 
     def _layer(
         self,

@@ -1,0 +1,337 @@
+"""A complete engine over plain tensors: draft, score, schedule, verify, accept, commit.
+
+It states what serving must compute, not how fast. The target runs over each whole sequence in every
+round and keeps no cache; the drafter drafts for one request at a time. Everything that decides a
+token is the code that serving calls: ``draft``, ``survival``, ``schedule``, ``penalties``,
+``sampling`` and ``accept``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+
+from dspark_sglang.core.accept import Accepted, Round, accept_greedy, accept_sampled
+from dspark_sglang.core.cost import FlatCost, StepCost
+from dspark_sglang.core.draft import DraftBlock, draft_block
+from dspark_sglang.core.heads import ConfidenceHead, MarkovHead
+from dspark_sglang.core.penalties import Penalties
+from dspark_sglang.core.sampling import best, sample, target_weights
+from dspark_sglang.core.schedule import admission_order, early_stop_budget, lengths
+from dspark_sglang.core.survival import Float64, survival
+from dspark_sglang.errors import ConfigError
+
+#: Numbers in [0, 1), float64, of a given shape.
+Uniforms = Callable[[tuple[int, ...]], torch.Tensor]
+#: Decides the sampled requests of a round; the uniforms are ``[R, gamma + 1]``.
+Accept = Callable[[Round, torch.Tensor], Accepted]
+
+
+class Target(Protocol):
+    """The model whose law the engine samples from."""
+
+    #: ``[V, d]`` input embedding.
+    embedding: torch.Tensor
+    #: ``[V, d]`` LM head.
+    head: torch.Tensor
+
+    def forward(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """``[n]`` int64 tokens to ``[n, V]`` float32 logits and ``[n, L * d]`` states."""
+        ...
+
+
+class Drafter(Protocol):
+    """What drafts: :class:`~.drafter.DenseDrafter` or :class:`~.v4.V4Drafter`."""
+
+    markov: MarkovHead
+    confidence: ConfidenceHead
+
+    @property
+    def gamma(self) -> int: ...
+
+    def context(self, target_hidden: torch.Tensor) -> torch.Tensor:
+        """``[S, L * d]`` target states to ``[S, d]`` context rows."""
+        ...
+
+    def hidden(
+        self, context: torch.Tensor, anchors: torch.Tensor, embedding: torch.Tensor
+    ) -> torch.Tensor:
+        """``[A, gamma, d]`` final hidden states of the blocks at ``anchors``."""
+        ...
+
+    def base_logits(self, hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+        """``[..., V]`` logits of hidden states through the target's head."""
+        ...
+
+
+@dataclass(slots=True)
+class Request:
+    """One request; the engine appends to ``output``.
+
+    Attributes:
+        prompt: at least one token.
+        max_new_tokens: length of ``output`` at which it ends.
+        temperature: 0 is greedy.
+        top_k, top_p, min_p: filters of sampling; None filters nothing.
+        penalties: as in SGLang's sampling parameters.
+        stop_tokens: end the output, and are part of it.
+        output: generated tokens.
+        states: ``[n, L * d]`` target states of all tokens but the last; None before the first round.
+    """
+
+    prompt: list[int]
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    penalties: Penalties = field(default_factory=Penalties)
+    stop_tokens: tuple[int, ...] = ()
+    output: list[int] = field(default_factory=list)
+    states: torch.Tensor | None = None
+
+    @property
+    def tokens(self) -> list[int]:
+        """Prompt and output."""
+        return self.prompt + self.output
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing more is to be generated."""
+        ended = bool(self.output) and self.output[-1] in self.stop_tokens
+        return ended or len(self.output) >= self.max_new_tokens
+
+
+class RoundReport(NamedTuple):
+    """What one round did with each unfinished request."""
+
+    #: ``[R, gamma]`` int64 drafted tokens.
+    drafted: torch.Tensor
+    #: ``[R, gamma]`` float64 chance that the first ``j`` are all accepted.
+    survival: Float64
+    #: ``[R]`` int64 drafted tokens sent to verification.
+    sent: torch.Tensor
+    #: ``[R]`` int64 drafted tokens kept.
+    kept: torch.Tensor
+
+
+class Engine:
+    """Generates text with the target's law.
+
+    Args:
+        target: the model.
+        drafter: made for it.
+        uniforms: where randomness comes from: a generator, or a function of a shape.
+        cost: seconds of a round, for the schedule.
+        temperatures: ``[gamma]`` float32 of sequential temperature scaling; None: the drafter's.
+        accept: how sampled requests are verified.
+        limit: most drafted tokens a round sends to verification, over all requests; None: no limit.
+
+    Raises:
+        ConfigError: not one temperature a position.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        drafter: Drafter,
+        uniforms: torch.Generator | Uniforms,
+        *,
+        cost: StepCost | None = None,
+        temperatures: torch.Tensor | None = None,
+        accept: Accept = accept_sampled,
+        limit: int | None = None,
+    ) -> None:
+        self.target = target
+        self.drafter = drafter
+        self.cost = cost or FlatCost()
+        self.accept = accept
+        self.limit = limit
+        self._uniforms = _drawing(uniforms) if isinstance(uniforms, torch.Generator) else uniforms
+        self._confidence = drafter.confidence
+        if temperatures is not None:
+            if tuple(temperatures.shape) != (drafter.gamma,):
+                raise ConfigError(
+                    f"The confidence temperatures have shape {list(temperatures.shape)}.",
+                    expected=f"[{drafter.gamma}], one a drafted position",
+                    fix="Fit them with `dspark calibrate` for this drafter.",
+                )
+            self._confidence = replace(drafter.confidence, temperatures=temperatures)
+
+    @torch.no_grad()
+    def generate(self, requests: Sequence[Request]) -> list[RoundReport]:
+        """Run rounds until every request is finished; outputs are in the requests."""
+        reports = []
+        while any(not request.finished for request in requests):
+            reports.append(self.step(requests))
+        return reports
+
+    @torch.no_grad()
+    def step(self, requests: Sequence[Request]) -> RoundReport:
+        """One round for the unfinished requests; those that are new get their first token before.
+
+        Raises:
+            ConfigError: a prompt without tokens.
+            NumericsError: logits or confidences from which nothing can be decided.
+        """
+        for request in requests:
+            if request.states is None and not request.finished:
+                self._prefill(request)
+        running = [request for request in requests if not request.finished]
+        if not running:
+            none = torch.empty(0, dtype=torch.int64)
+            shape = (0, self.drafter.gamma)
+            return RoundReport(none.view(shape), np.zeros(shape), none, none)
+        block, chance = self._draft(running)
+        sent = self._schedule(chance)
+        kept = self._verify(running, block, sent)
+        return RoundReport(block.tokens, chance, sent, kept)
+
+    def _prefill(self, request: Request) -> None:
+        """The target's own first token, as plain decoding finds it."""
+        if not request.prompt:
+            raise ConfigError(
+                "A request has an empty prompt.",
+                expected="at least one token to continue",
+                fix="Begin the prompt with the model's beginning-of-sequence token.",
+            )
+        logits, request.states = self.target.forward(torch.tensor(request.tokens))
+        rows = logits[-1:].clone()
+        request.penalties.apply(rows, request.output, [])
+        token = best(rows)
+        if request.temperature > 0:
+            token = sample(_weights(rows, [request], [1]), self._uniforms((1,)))
+        request.output.append(int(token))
+
+    def _draft(self, running: Sequence[Request]) -> tuple[DraftBlock, Float64]:
+        """A block for every request, and the survival of its tokens."""
+        drafter = self.drafter
+        anchors = torch.tensor([request.tokens[-1] for request in running])
+        hidden = torch.cat(
+            [
+                drafter.hidden(
+                    drafter.context(request.states),
+                    torch.tensor([request.states.shape[0]]),
+                    self.target.embedding[anchor][None],
+                )
+                for request, anchor in zip(running, anchors, strict=True)
+                if request.states is not None
+            ]
+        )
+        sampled = _sampled(running)
+        block = draft_block(
+            drafter.base_logits(hidden, self.target.head),
+            anchors,
+            hidden,
+            drafter.markov,
+            temperatures=torch.tensor([running[i].temperature for i in sampled]),
+            sampled=torch.tensor(sampled) if sampled else None,
+            uniforms=self._uniforms((len(sampled), drafter.gamma)) if sampled else None,
+        )
+        logits = self._confidence.logits(hidden, block.previous, drafter.markov)
+        return block, survival(self._confidence.calibrate(logits).numpy())
+
+    def _schedule(self, chance: Float64) -> torch.Tensor:
+        """``[R]`` drafted tokens of each request to verify."""
+        order = admission_order(chance)
+        budget = early_stop_budget(chance, order, self.cost)
+        if self.limit is not None:
+            budget = min(budget, self.limit)
+        requests, gamma = chance.shape
+        return torch.from_numpy(lengths(order, budget, requests=requests, gamma=gamma))
+
+    def _verify(
+        self, running: Sequence[Request], block: DraftBlock, sent: torch.Tensor
+    ) -> torch.Tensor:
+        """Run the target over anchors and admitted tokens, decide, and commit what is kept."""
+        made, states = [], []
+        for request, drafted, count in zip(running, block.tokens, sent.tolist(), strict=True):
+            own = drafted[:count]
+            logits, state = self.target.forward(torch.cat([torch.tensor(request.tokens), own]))
+            rows = logits[-1 - count :].clone()
+            request.penalties.apply(rows, request.output, own.tolist())
+            made.append(rows)
+            states.append(state)
+        result = self._accept(running, block, sent, made)
+        for i, request in enumerate(running):
+            kept = int(result.count[i])
+            # Its last token's state is computed by the next round: the anchor's row.
+            request.states = states[i][: len(request.tokens) + kept]
+            _extend(request, [*block.tokens[i, :kept].tolist(), int(result.token[i])])
+        return result.count
+
+    def _accept(
+        self,
+        running: Sequence[Request],
+        block: DraftBlock,
+        sent: torch.Tensor,
+        made: Sequence[torch.Tensor],
+    ) -> Accepted:
+        """Greedy requests keep the prefix that is the target's argmax; the others are tested."""
+        widths = sent + 1
+        rows = torch.cat(list(made))
+        result = accept_greedy(best(rows), block.tokens, sent, widths.cumsum(0) - widths)
+        sampled = _sampled(running)
+        if not sampled:
+            return result
+        assert block.probs is not None
+        index = torch.tensor(sampled)
+        requests = [running[i] for i in sampled]
+        weights = _weights(torch.cat([made[i] for i in sampled]), requests, widths[index].tolist())
+        tested = self.accept(
+            Round(
+                weights=weights,
+                drafted=block.tokens[index],
+                laws=block.probs,
+                lens=sent[index],
+                first=widths[index].cumsum(0) - widths[index],
+            ),
+            self._uniforms((len(sampled), self.drafter.gamma + 1)),
+        )
+        return Accepted(
+            count=result.count.index_copy(0, index, tested.count),
+            token=result.token.index_copy(0, index, tested.token),
+        )
+
+
+def _drawing(generator: torch.Generator) -> Uniforms:
+    def uniforms(shape: tuple[int, ...]) -> torch.Tensor:
+        return torch.rand(shape, dtype=torch.float64, generator=generator)
+
+    return uniforms
+
+
+def _sampled(requests: Sequence[Request]) -> list[int]:
+    return [i for i, request in enumerate(requests) if request.temperature > 0]
+
+
+def _weights(
+    rows: torch.Tensor, requests: Sequence[Request], widths: Sequence[int]
+) -> torch.Tensor:
+    """What plain decoding samples from: ``[N, V]``; request ``i`` owns ``widths[i]`` rows."""
+    repeats = torch.tensor(list(widths))
+
+    def each(values: Sequence[float]) -> torch.Tensor:
+        return torch.tensor(list(values)).repeat_interleave(repeats)
+
+    size = rows.shape[-1]
+    filtered = any(r.top_k or r.top_p or r.min_p for r in requests)
+    return target_weights(
+        rows,
+        each([r.temperature for r in requests]),
+        top_k=each([r.top_k or size for r in requests]) if filtered else None,
+        top_p=each([r.top_p or 1.0 for r in requests]) if filtered else None,
+        min_p=each([r.min_p or 0.0 for r in requests]) if filtered else None,
+    )
+
+
+def _extend(request: Request, tokens: Sequence[int]) -> None:
+    """Append the committed tokens up to the end of the request."""
+    for token in tokens:
+        if request.finished:
+            return
+        request.output.append(token)

@@ -1,0 +1,122 @@
+"""The V4 drafter in plain torch: a reference for the module bundled in DeepSeek-V4 checkpoints.
+
+Context rows are target states, projected and normed once; each layer makes its latents from them
+directly, without hyper-connections or the layer's norm. Block rows run through three layers of
+attention and experts, each between hyper-connections. Every row of a block sees the last
+``window`` context positions before the anchor and all rows of its block.
+
+A V4 target has several residual streams itself; the states read are their mean over the streams.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.functional import linear, rms_norm
+
+from dspark_sglang.core.heads import ConfidenceHead, MarkovHead
+from dspark_sglang.core.v4.attention import Attention
+from dspark_sglang.core.v4.hyper import Collapse, HyperConnection, read, write
+from dspark_sglang.core.v4.moe import MixtureOfExperts
+from dspark_sglang.core.v4.shape import V4Shape
+from dspark_sglang.core.v4.tensors import Tensors, check_tensors
+
+
+class V4Drafter:
+    """Forward passes over a V4 checkpoint's ``mtp.*`` tensors."""
+
+    def __init__(self, tensors: Tensors, shape: V4Shape, mask_row: torch.Tensor) -> None:
+        """Args:
+        tensors: as :func:`~dspark_sglang.core.v4.tensors.check_tensors` returns them.
+        mask_row: ``[d]`` embedding of the mask token.
+        """
+        self.shape = shape
+        self._t = tensors
+        self._mask_row = mask_row
+        self._last = f"mtp.{shape.layers - 1}."
+        self._attention = [Attention(tensors, f"mtp.{i}.attn.", shape) for i in range(shape.layers)]
+        self._experts = [
+            MixtureOfExperts(tensors, f"mtp.{i}.ffn.", shape) for i in range(shape.layers)
+        ]
+        self.markov = MarkovHead(
+            w1=tensors[f"{self._last}markov_head.markov_w1.weight"],
+            w2=tensors[f"{self._last}markov_head.markov_w2.weight"],
+        )
+        weight = tensors[f"{self._last}confidence_head.proj.weight"].float().view(-1)
+        self.confidence = ConfidenceHead(
+            weight=weight,
+            bias=weight.new_zeros(()),  # V4's confidence head has none
+            with_markov=shape.confidence_with_markov,
+            temperatures=torch.ones(shape.gamma),
+        )
+
+    @classmethod
+    def load(cls, tensors: Tensors, shape: V4Shape, embedding: torch.Tensor) -> V4Drafter:
+        """Build from checkpoint tensors and the target's ``[V, d]`` embedding.
+
+        Raises:
+            CheckpointError: a tensor is missing, unknown, quantised or of the wrong shape.
+        """
+        return cls(check_tensors(tensors, shape), shape, embedding[shape.mask_token])
+
+    @property
+    def gamma(self) -> int:
+        """Tokens drafted a round."""
+        return self.shape.gamma
+
+    def _norm(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        return rms_norm(x, (x.shape[-1],), self._t[f"{name}.weight"], self.shape.eps)
+
+    def context(self, target_hidden: torch.Tensor) -> torch.Tensor:
+        """``[S, layers * d]`` concatenated target states to ``[S, d]`` context rows."""
+        projected = linear(target_hidden, self._t["mtp.0.main_proj.weight"])
+        return self._norm(projected, "mtp.0.main_norm")
+
+    def hidden(
+        self, context: torch.Tensor, anchors: torch.Tensor, embedding: torch.Tensor
+    ) -> torch.Tensor:
+        """Final hidden states of one block at every anchor of one sequence, before the last norm.
+
+        Args:
+            context: ``[S, d]`` context rows of positions 0..S-1.
+            anchors: ``[A]`` int64 anchor positions; the block at anchor ``a`` sees context
+                ``a - window .. a - 1``.
+            embedding: ``[A, d]`` embedding of the token at each anchor.
+
+        Returns:
+            ``[A, gamma, d]``; row ``k`` predicts the token at ``anchor + k + 1``. The confidence
+            head reads these; :meth:`base_logits` norms them first.
+        """
+        shape = self.shape
+        rows = self._mask_row.to(context.dtype).repeat(len(anchors), shape.rows, 1)
+        rows[:, 0] = embedding.to(context.dtype)
+        own = anchors[:, None] + torch.arange(shape.rows, device=anchors.device)
+        positions = torch.arange(context.shape[0], device=anchors.device)
+        age = anchors[:, None] - positions
+        visible = (age >= 1) & (age <= shape.window)
+        streams = rows[:, :, None].repeat(1, 1, shape.streams, 1)
+        for layer, (attention, experts) in enumerate(
+            zip(self._attention, self._experts, strict=True)
+        ):
+            latents = attention.latents(context, positions)
+            mappings = self._connection(layer, "attn").mappings(streams)
+            x = self._norm(read(streams, mappings.pre), f"mtp.{layer}.attn_norm")
+            streams = write(attention(x, own, latents, visible), streams, mappings)
+            mappings = self._connection(layer, "ffn").mappings(streams)
+            x = self._norm(read(streams, mappings.pre), f"mtp.{layer}.ffn_norm")
+            streams = write(experts(x), streams, mappings)
+        return self._collapse()(streams)[:, shape.rows - shape.gamma :]
+
+    def base_logits(self, hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+        """``[..., d]`` final hidden states, normed, through the target's ``[V, d]`` LM head."""
+        return linear(self._norm(hidden, f"{self._last}norm"), head)
+
+    def _connection(self, layer: int, part: str) -> HyperConnection:
+        weight, base, scale = (
+            self._t[f"mtp.{layer}.hc_{part}_{name}"] for name in ("fn", "base", "scale")
+        )
+        shape = self.shape
+        return HyperConnection(weight, base, scale, shape.sinkhorn_iters, shape.hc_eps, shape.eps)
+
+    def _collapse(self) -> Collapse:
+        weight, base, scale = (self._t[f"{self._last}hc_head_{n}"] for n in ("fn", "base", "scale"))
+        return Collapse(weight, base, scale, self.shape.hc_eps, self.shape.eps)

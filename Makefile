@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.dspark-installed
 SOURCES := dspark_sglang kernels packaging loadtests tests requirements
 
-.PHONY: help install demo test test-unit test-server lint format typecheck bench gpu lock wheel clean
+.PHONY: help install demo test test-unit test-server lint format typecheck bench lossless gpu lock wheel clean
 
 help:  ## Show what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -44,6 +44,9 @@ typecheck: install  ## Check types, strictly
 
 bench: install  ## Measure a round against a plain step, and where its time goes
 	$(BIN)/dspark bench-round
+
+lossless: install  ## Prove through the real server that the output law is plain decoding's
+	$(BIN)/dspark lossless
 
 gpu: install  ## On a CUDA machine: run what needs one and save the results
 	mkdir -p runs/gpu

@@ -18,6 +18,7 @@ from dspark_sglang.cli import (
     evaluate,
     fetch_target,
     generate_data,
+    lossless,
     package,
     train,
 )
@@ -55,6 +56,7 @@ app.command("generate-data")(generate_data.generate_data)
 app.command("train")(train.train)
 app.command("ablate")(ablate.ablate)
 app.command("eval")(evaluate.evaluate)
+app.command("lossless")(lossless.lossless)
 app.command("calibrate")(calibrate.calibrate)
 app.command("package")(package.package)
 app.command("card")(package.card)

@@ -97,15 +97,14 @@ def _real(
 def _show(console: Console, summary: dict[str, Any]) -> None:
     if summary["options"]:
         view = Table(title=f"Output laws (family-wise level {summary['level']})")
-        for heading in ("option", "samples", "p-value", "", "mutant", "p-value", ""):
+        for heading in ("option", "samples", "p-value", "law", "mutant's p-value", "mutant"):
             view.add_column(heading)
         for name, entry in summary["options"].items():
             view.add_row(
                 name,
                 _number(entry["samples"], "{:,}"),
                 _number(entry["p_value"], "{:.3g}"),
-                _verdict(entry["passed"], "follows the law", "WRONG LAW"),
-                entry["mutant"],
+                _verdict(entry["passed"], "ok", "WRONG LAW"),
                 _number(entry["mutant_p_value"], "{:.1e}"),
                 _verdict(entry["mutant_rejected"], "rejected", "NOT NOTICED"),
             )

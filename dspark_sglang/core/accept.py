@@ -44,6 +44,24 @@ def accept_greedy(
     return Accepted(count=count, token=choice[first + count])
 
 
+def stop_at(outcome: Accepted, drafted: torch.Tensor, stops: torch.Tensor) -> Accepted:
+    """End each run at its first stop token, where plain decoding ends.
+
+    Args:
+        drafted: ``[R, gamma]`` int64 drafted tokens.
+        stops: ``[R, S]`` int64 stop tokens of each request, padded with -1.
+    """
+    width = drafted.shape[1]
+    position = torch.arange(width, device=drafted.device)
+    ends = (drafted[..., None] == stops[:, None]).any(-1)
+    first = torch.where(ends, position, width).min(dim=1).values
+    cut = first < outcome.count
+    last = drafted.gather(1, first.clamp(max=width - 1)[:, None]).squeeze(1)
+    return Accepted(
+        count=torch.where(cut, first, outcome.count), token=torch.where(cut, last, outcome.token)
+    )
+
+
 class Round(NamedTuple):
     """What verification of sampled requests starts from."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from dspark_sglang.core.accept import (
     accept_block,
     accept_greedy,
     accept_sampled,
+    stop_at,
 )
 from dspark_sglang.core.penalties import Penalties
 from dspark_sglang.core.sampling import best, target_weights
@@ -32,7 +34,21 @@ from dspark_sglang.serving.proposer import OurDraftBlock, SampledRows
 from dspark_sglang.serving.telemetry import Telemetry
 
 _KEPT = "_dspark_penalties"
+_STOPS = "_dspark_stops"
 _METHODS = {"rejection": accept_sampled, "block": accept_block}
+
+
+def stop_tokens(request: Any) -> tuple[int, ...]:
+    """Tokens that end an SGLang request unless it ignores them, read once and kept on it."""
+    known: tuple[int, ...] | None = getattr(request, _STOPS, None)
+    if known is None:
+        given, tokenizer = request.sampling_params, request.tokenizer
+        stops = set(given.stop_token_ids or ()) | set(request.eos_token_ids or ())
+        stops |= set(getattr(tokenizer, "additional_stop_token_ids", None) or ())
+        stops |= {getattr(tokenizer, "eos_token_id", None)}
+        known = tuple(sorted(token for token in stops if token is not None))
+        setattr(request, _STOPS, known)
+    return known
 
 
 def request_penalties(request: Any) -> Penalties:
@@ -40,19 +56,26 @@ def request_penalties(request: Any) -> Penalties:
     known: Penalties | None = getattr(request, _KEPT, None)
     if known is not None:
         return known
-    given, tokenizer = request.sampling_params, request.tokenizer
-    stops = set(given.stop_token_ids or ()) | set(request.eos_token_ids or ())
-    stops |= set(getattr(tokenizer, "additional_stop_token_ids", None) or ())
-    stops |= {getattr(tokenizer, "eos_token_id", None)}
+    given = request.sampling_params
     penalties = Penalties(
         frequency=given.frequency_penalty,
         presence=given.presence_penalty,
         repetition=given.repetition_penalty,
         min_new_tokens=given.min_new_tokens,
-        stop_tokens=tuple(token for token in stops if token is not None),
+        stop_tokens=stop_tokens(request),
     )
     setattr(request, _KEPT, penalties)
     return penalties
+
+
+def batch_stops(requests: Sequence[Any], device: Any) -> torch.Tensor | None:
+    """``[R, S]`` int64 stop tokens of each request, padded with -1; None where nothing stops one."""
+    stops = [() if r.sampling_params.ignore_eos else stop_tokens(r) for r in requests]
+    width = max(map(len, stops), default=0)
+    if not width:
+        return None
+    padded = [(*own, *(-1,) * (width - len(own))) for own in stops]
+    return torch.tensor(padded, device=device)
 
 
 def packed_index(verify_lens: torch.Tensor, width: int) -> torch.Tensor:
@@ -86,6 +109,8 @@ class Verifier(TargetVerifyExecutor):
         self._implementation = implementation
         #: Positions of the packed rows in the window of the running step; None: strided rows.
         self._packed: torch.Tensor | None = None
+        #: Stop tokens of the running step's requests.
+        self._stops: torch.Tensor | None = None
 
     def run_compact(
         self,
@@ -128,6 +153,7 @@ class Verifier(TargetVerifyExecutor):
         output.next_token_logits = output.next_token_logits[: len(index)]
         output.hidden_states = output.hidden_states[: len(index)]
         self._packed = index
+        self._stops = batch_stops(batch.reqs, device)
         if self._needs_strided(batch, sampling_info):
             self._spread(output, layout)
         self._adjust(batch, output.next_token_logits, draft_tokens, layout, sampling_info)
@@ -144,6 +170,7 @@ class Verifier(TargetVerifyExecutor):
     ) -> TargetVerifyResult:
         """SGLang's way for batches beyond its captured graphs: whole blocks, strided rows."""
         self._packed = None
+        self._stops = batch_stops(batch.reqs, verify_ids_2d.device)
         result = super().run_non_compact(
             batch=batch,
             draft_input=draft_input,
@@ -245,6 +272,9 @@ class Verifier(TargetVerifyExecutor):
         first = self._first_rows(lens)
         with self._telemetry.timed("accept"):
             outcome = self._accept(target_logits, draft_block, lens, first, prefix_lens)
+            if self._stops is not None:
+                # SGLang prefers a stop string anywhere in a run to a stop token before it.
+                outcome = stop_at(outcome, draft_block.draft_tokens, self._stops)
         packed = torch.stack([outcome.count, outcome.token])
         site = (
             SpecTpSyncSite.DSPARK_ACCEPT_GREEDY

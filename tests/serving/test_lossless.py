@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
 import pytest
 
 from dspark_sglang.lossless import sampled
@@ -9,16 +12,20 @@ from dspark_sglang.lossless.law import Law, Model
 from dspark_sglang.lossless.models import PROMPT
 from dspark_sglang.lossless.options import choose
 from dspark_sglang.lossless.sampled import Setting
-from dspark_sglang.lossless.store import Clock
+from dspark_sglang.lossless.store import Clock, Judged, Sampled
 
 pytestmark = pytest.mark.server
 #: A correct server fails a check at this level once in ten thousand seeds; the seeds are fixed.
 THRESHOLD = 1e-4
+OPTIONS = choose("all_filters,frequency_penalty,grammar")
+MUTATED = choose("temperature")[0]
 
 
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
-    return Setting(tmp_path_factory.mktemp("lossless"), 0, 2_000, 1_024)
+    made = Setting(tmp_path_factory.mktemp("lossless"), 0, 2_000, 1_024)
+    made.models()
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -26,18 +33,30 @@ def model(setting: Setting) -> Model:
     return Model(setting.models()[0], PROMPT)
 
 
-def test_sampled_output_follows_plain_decodings_law(setting: Setting, model: Model) -> None:
-    options = choose("all_filters,frequency_penalty,grammar")
-    drawn = sampled.draw(setting, options, clock=Clock(0), advance=lambda *_: None)
-    for option in options:
+Both = tuple[Future[dict[str, Sampled]], Future[Judged | None]]
+
+
+@pytest.fixture(scope="module")
+def both(setting: Setting, model: Model) -> Iterator[Both]:
+    """The server and the one with a mutant, side by side: most of their time is the start."""
+    with ThreadPoolExecutor(2) as pool:
+        more = {"clock": Clock(0), "advance": lambda *_: None}
+        yield (
+            pool.submit(sampled.draw, setting, OPTIONS, **more),
+            pool.submit(sampled.challenge, setting, MUTATED, model, **more),
+        )
+
+
+def test_sampled_output_follows_plain_decodings_law(both: Both, model: Model) -> None:
+    drawn = both[0].result()
+    for option in OPTIONS:
         counts = drawn[option.name].outputs()
         verdict = sampled.judge("", Law(model, option.request), counts)
         assert verdict.samples >= 2_000 and verdict.freedom > 30
         assert verdict.p_value > THRESHOLD, (option.name, verdict)
 
 
-def test_a_wrong_acceptance_is_noticed(setting: Setting, model: Model) -> None:
-    option = choose("temperature")[0]
-    verdict = sampled.challenge(setting, option, model, clock=Clock(0), advance=lambda *_: None)
+def test_a_wrong_acceptance_is_noticed(both: Both) -> None:
+    verdict = both[1].result()
     assert verdict is not None
     assert verdict.p_value < THRESHOLD

@@ -10,7 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from laws import THRESHOLD, draw, grouped_p_values, p_value, uniforms
 
-from dspark_sglang.core.accept import Accepted, Round, accept_block, accept_greedy, accept_sampled
+from dspark_sglang.core.accept import (
+    Accepted,
+    Round,
+    accept_block,
+    accept_greedy,
+    accept_sampled,
+    stop_at,
+)
 
 #: The largest float64 below 1, the largest uniform there is.
 LAST = 1.0 - 2.0**-53
@@ -317,3 +324,15 @@ def test_equal_laws_keep_the_whole_block(edge: float) -> None:
     case._scale = torch.full_like(case._scale, 4.0)
     case.uniforms[:, :GAMMA] = edge
     assert torch.equal(accept_block(*case.arguments()).count, case.lens)
+
+
+# --- stop tokens ---------------------------------------------------------------------------
+
+
+def test_a_run_ends_at_its_first_stop_token() -> None:
+    drafted = torch.tensor([[5, 6, 7], [5, 6, 7], [6, 6, 7], [5, 7, 6], [5, 6, 7], [0, 0, 0]])
+    stops = torch.tensor([[6, -1], [6, 9], [6, 7], [6, -1], [-1, -1], [6, 0]])
+    outcome = Accepted(torch.tensor([3, 1, 2, 1, 3, 0]), torch.tensor([1, 2, 3, 4, 5, 6]))
+    cut = stop_at(outcome, drafted, stops)
+    assert cut.count.tolist() == [1, 1, 0, 1, 3, 0]
+    assert cut.token.tolist() == [6, 2, 6, 4, 5, 6]

@@ -32,6 +32,7 @@ def _split(text: str) -> tuple[str, ...]:
 
 
 HOOKS = {
+    "finish": "sglang.srt.managers.schedule_batch.Req.update_finish_state",
     "arguments": "sglang.srt.arg_groups.speculative_hook._handle_dspark",
     "worker": "sglang.srt.speculative.spec_info.SpeculativeAlgorithm.create_worker",
     # The scheduler's own name for it: that module has imported the function by now.
@@ -50,6 +51,7 @@ CPU_HOOKS = {
 }
 
 ALGORITHM_SYMBOLS = (
+    Symbol(HOOKS["finish"], ("new_accepted_len",)),
     Symbol(HOOKS["arguments"], _split("server_args")),
     Symbol(HOOKS["worker"], _split("server_args")),
     Symbol("sglang.srt.arg_groups.overrides.resolving_view", _split("server_args")),

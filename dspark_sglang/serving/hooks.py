@@ -69,7 +69,13 @@ def _algorithm_hooks() -> list[tuple[str, str, Callable[..., Any], str]]:
 
         return original(req, enable_overlap) or requests.refusal(req, enable_overlap)
 
+    def finish(original: Callable[..., Any], req: Any, new_accepted_len: int = 1) -> None:
+        from dspark_sglang.serving import requests
+
+        requests.finish(original, req, new_accepted_len)
+
     return [
+        ("finish", compat.HOOKS["finish"], finish, "AROUND"),
         ("arguments", compat.HOOKS["arguments"], handle_arguments, "AROUND"),
         ("worker", compat.HOOKS["worker"], create_worker, "AROUND"),
         ("validation", compat.HOOKS["validation"], refuse_inexact, "AROUND"),

@@ -1,7 +1,8 @@
-"""Requests this plugin would not serve exactly, refused instead of served approximately."""
+"""Requests: refused where they would not be served exactly, and finished where plain decoding ends."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from sglang.srt.runtime_context import get_exec
@@ -26,4 +27,36 @@ def refusal(req: Any, enable_overlap: bool) -> str | None:
             "Expected a request without them, or a server started with "
             "--disable-overlap-schedule."
         )
+    return None
+
+
+def finish(original: Callable[..., None], req: Any, new_accepted_len: int = 1) -> None:
+    """End a request at the first of its new tokens at which plain decoding would have.
+
+    SGLang looks at a run of accepted tokens at once: there a stop string later in the run wins over
+    one before it that comes later in the request's list. With stop strings, one token is looked
+    at after the other.
+
+    Args:
+        original: ``Req.update_finish_state``.
+        req: with the new tokens at the end of ``output_ids``.
+        new_accepted_len: how many are new.
+    """
+    given = req.sampling_params
+    watched = bool(given.stop_strs or given.stop_regex_strs)
+    if new_accepted_len <= 1 or not watched or req.finished() or req.to_finish:
+        return original(req, new_accepted_len)
+    whole, grammar = req.output_ids, req.grammar
+    try:
+        for end in range(len(whole) - new_accepted_len + 1, len(whole) + 1):
+            req.output_ids = whole[:end]
+            # The grammar has taken the whole run already.
+            req.grammar = grammar if end == len(whole) else None
+            original(req, 1)
+            if req.finished():
+                if req.finished_len is None:
+                    req.finished_len = end
+                return None
+    finally:
+        req.output_ids, req.grammar = whole, grammar
     return None

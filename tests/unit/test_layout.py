@@ -75,6 +75,8 @@ TOOLS = (
     "dspark_sglang.cli",
     "dspark_sglang.demo",
     "dspark_sglang.training",
+    "dspark_sglang.evaluation",
+    "dspark_sglang.lossless",
     "dspark_sglang.calibration",
     "dspark_sglang.profiling",
     "dspark_sglang.planning",

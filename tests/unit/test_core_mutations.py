@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import sys
 import types
 from collections.abc import Callable
 from typing import NamedTuple
@@ -48,7 +49,6 @@ def greedy_rounds() -> None:
 
 
 def penalties_in_blocks() -> None:
-    test_enumeration.METHODS["rejection"] = test_enumeration.accept_sampled
     test_enumeration.test_penalties_grow_within_a_block_as_in_plain_decoding("rejection")
 
 
@@ -191,7 +191,7 @@ def mutated(module: str, before: str, after: str) -> types.ModuleType:
     made.__file__ = original.__file__
     # Frozen dataclasses look their module up while they are made.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(__import__("sys").modules, module, made)
+        patch.setitem(sys.modules, module, made)
         exec(compile(source.replace(before, after), module, "exec"), made.__dict__)
     return made
 

@@ -259,13 +259,25 @@ def dense_tensors(config: DrafterConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def check_served(config: DrafterConfig) -> None:
-    """Check that SGLang 0.5.23 can run a drafter of this kind at all.
+def check_served(config: DrafterConfig, target: Mapping[str, Any] | None = None) -> None:
+    """Check that SGLang 0.5.23 can run a stand-alone drafter of this kind at all.
+
+    Args:
+        config: the drafter.
+        target: the target's ``config.json``, where it is known.
 
     Raises:
-        CheckpointError: Gemma 4 layers, for which it has no class, or the target's embedding among
-            the layers read, which its loader refuses.
+        CheckpointError: Gemma 4 layers, for which it has no class, the target's embedding among
+            the layers read, which its loader refuses, or the target's last layer, whose output it
+            never captures (the first request would end the server).
     """
+    layers = None if target is None else _text_config(target).get("num_hidden_layers")
+    if layers is not None and max(config.target_layer_ids) == int(layers) - 1:
+        raise CheckpointError(
+            f"The drafter reads target layers {list(config.target_layer_ids)}.",
+            expected=f"layers up to {int(layers) - 2}: SGLang does not capture the last one",
+            fix="Train one with other drafter.target_layer_ids.",
+        )
     if min(config.target_layer_ids) < 0:
         raise CheckpointError(
             f"The drafter reads target layers {list(config.target_layer_ids)}.",
@@ -343,6 +355,12 @@ def check_tensors(directory: Path, config: DrafterConfig) -> None:
             )
 
 
+def _text_config(target: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The language model's part of a ``config.json``, nested or not."""
+    text = target.get("text_config")
+    return text if isinstance(text, Mapping) else target
+
+
 def check_fits(config: DrafterConfig, target: Mapping[str, Any], *, name: str = "target") -> None:
     """Check that a drafter was made for a target of this shape.
 
@@ -354,8 +372,7 @@ def check_fits(config: DrafterConfig, target: Mapping[str, Any], *, name: str = 
     Raises:
         CheckpointError: hidden size, vocabulary, layer ids or mask token do not fit.
     """
-    text = target.get("text_config")
-    shape: Mapping[str, Any] = text if isinstance(text, Mapping) else target
+    shape = _text_config(target)
     fix = f"Use a drafter made for {name}, at the same revision."
     for ours, theirs, what in (
         (config.hidden_size, shape.get("hidden_size"), "hidden_size"),

@@ -241,8 +241,7 @@ class Engine:
         budget = early_stop_budget(chance, order, self.cost)
         if self.limit is not None:
             budget = min(budget, self.limit)
-        requests, gamma = chance.shape
-        return torch.from_numpy(lengths(order, budget, requests=requests, gamma=gamma))
+        return torch.from_numpy(lengths(order, budget, requests=len(chance)))
 
     def _verify(
         self, running: Sequence[Request], block: DraftBlock, sent: torch.Tensor

@@ -23,15 +23,18 @@ def survival(confidence: npt.NDArray[np.floating]) -> Float64:
     Raises:
         NumericsError: a confidence that is NaN or outside [0, 1].
     """
-    values = np.asarray(confidence, dtype=np.float64)
+    # Positions first: that is the order in which admission scans candidates.
+    values = np.array(np.asarray(confidence).T, dtype=np.float64, order="C")
     # NaN is neither.
-    if values.size and not (values.min() >= 0.0 and values.max() <= 1.0):
-        bad = values[~((values >= 0.0) & (values <= 1.0))][0]
+    if values.size and not (
+        np.minimum.reduce(values, axis=None) >= 0.0 and np.maximum.reduce(values, axis=None) <= 1.0
+    ):
+        bad = values.T[~((values.T >= 0.0) & (values.T <= 1.0))][0]
         raise NumericsError(
             f"A drafter's confidence is {bad}.",
             expected="values in [0, 1]",
             fix="Check the drafter's confidence_head weights and the STS file with `dspark verify`.",
         )
-    # An accumulation is sequential by definition: one product after the other, along each row.
-    result: Float64 = np.multiply.accumulate(values, axis=1)
-    return result
+    # An accumulation is sequential by definition: one product after the other, along each request.
+    products: Float64 = np.multiply.accumulate(values, axis=0)
+    return products.T

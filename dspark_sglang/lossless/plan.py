@@ -45,7 +45,7 @@ def _ours(confidence: torch.Tensor, cost: Any) -> np.ndarray[Any, Any]:
     values = survival(confidence.numpy())
     order = admission_order(values)
     budget = early_stop_budget(values, order, cost)
-    return lengths(order, budget, requests=len(confidence), gamma=GAMMA)
+    return lengths(order, budget, requests=len(confidence))
 
 
 def _builtin(requests: int) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -129,9 +129,10 @@ def _check_drafter(view: Any) -> DrafterConfig | None:
         config = parse_drafter_config(read_config(directory, role="drafter"))
         if not config.bundled:
             check_tensors(directory, config)
-            check_served(config)
         if target is not None:
             check_fits(config, target, name=str(view.model_path))
+        if not config.bundled:
+            check_served(config, target)
     if config is not None:
         _check_gamma(view, config)
     return config

@@ -149,15 +149,17 @@ def models(target: Path | None, drafter: Path) -> list[Finding]:
     """A drafter's files, and whether it fits a target."""
     try:
         config = parse_drafter_config(read_config(drafter, role="drafter"))
-        if not config.bundled:
-            check_tensors(drafter, config)
-            check_served(config)
         findings = [
             Finding("ok", f"{drafter}: gamma {config.gamma}, {config.markov_head} Markov head")
         ]
-        if target is not None:
-            check_fits(config, read_config(target, role="target"), name=str(target))
+        shape = None if target is None else read_config(target, role="target")
+        if not config.bundled:
+            check_tensors(drafter, config)
+        if shape is not None:
+            check_fits(config, shape, name=str(target))
             findings.append(Finding("ok", f"it fits {target}"))
+        if not config.bundled:
+            check_served(config, shape)
     except DSparkError as error:
         return [_failed(error)]
     return findings

@@ -96,7 +96,7 @@ class Planner(DSparkVerifyPlanner):
     ) -> torch.Tensor | None:
         if confidence is None or budget is None:
             return None
-        drafted = lengths(self._order, budget, requests=len(confidence), gamma=self.gamma)
+        drafted = lengths(self._order, budget, requests=len(confidence))
         verify_lens = torch.from_numpy(drafted + 1).to(device=device, dtype=torch.int32)
         self._tp_sync.sync(SpecTpSyncSite.DSPARK_PLAN, verify_lens)
         form = "early-stop" if self._history is None else "lagged"

@@ -27,10 +27,10 @@ FLAT: dict[str, Any] = {
     "num_key_value_heads": 1,
     "head_dim": 5,
     "intermediate_size": 12,
-    "num_target_layers": 4,
+    "num_target_layers": 5,
 }
 DSPARK_KEYS = ("block_size", "markov_rank", "markov_head_type", "mask_token_id", "target_layer_ids")
-TARGET = {"hidden_size": 8, "vocab_size": 16, "num_hidden_layers": 4}
+TARGET = {"hidden_size": 8, "vocab_size": 16, "num_hidden_layers": 5}
 
 #: The tensors of FLAT, written out by hand.
 SHAPES: dict[str, tuple[int, ...]] = {

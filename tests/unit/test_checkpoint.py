@@ -256,9 +256,9 @@ def test_a_fitting_target_passes(target: dict[str, Any]) -> None:
     [
         ({"hidden_size": 9}, {}, "hidden_size is 8", "9, as in T"),
         ({"vocab_size": 32}, {}, "vocab_size is 16", "32, as in T"),
-        ({"num_hidden_layers": 5}, {}, "num_target_layers is 4", "5, as in T"),
-        ({}, {"target_layer_ids": [1, 4]}, "layers [4]", "-1 to 3 of T"),
-        ({}, {"target_layer_ids": [-2]}, "layers [-2]", "-1 to 3 of T"),
+        ({"num_hidden_layers": 6}, {}, "num_target_layers is 5", "6, as in T"),
+        ({}, {"target_layer_ids": [1, 5]}, "layers [5]", "-1 to 4 of T"),
+        ({}, {"target_layer_ids": [-2]}, "layers [-2]", "-1 to 4 of T"),
         ({}, {"mask_token_id": 16}, "mask_token_id is 16", "a token below 16"),
         ({}, {"mask_token_id": -1}, "mask_token_id is -1", "a token below 16"),
     ],

@@ -58,7 +58,7 @@ def filtered_laws() -> None:
 
 def tied_order() -> None:
     order = test_core_schedule.admission_order(np.full((2, 2), 0.5)).tolist()
-    assert order == [0, 2, 1, 3]
+    assert order == [0, 1, 2, 3]  # by position, then by request
 
 
 def monotone_survival() -> None:
@@ -146,19 +146,21 @@ MUTATIONS = {
     ),
     "ties go to the earlier request": Mutation(
         f"{SCHEDULE}.admission",
-        'by_position = np.argsort(-survival.T.reshape(-1), kind="stable")',
-        'flat = np.argsort(-survival.reshape(-1), kind="stable")\n'
-        "    by_position = (flat % gamma) * requests + flat // gamma",
+        "    if len(values) < _VECTORISED:\n",
+        "    requests, gamma = survival.shape\n"
+        "    flat = np.argsort(-survival.reshape(-1), kind=\"stable\")\n"
+        "    return (flat % gamma) * requests + flat // gamma\n"
+        "    if len(values) < _VECTORISED:\n",
         ("admission_order",),
         test_core_schedule,
         tied_order,
     ),
     "survival multiplied in another order at every other position": Mutation(
         "dspark_sglang.core.survival",
-        "    return result\n",
-        "    for position in range(3, values.shape[1], 2):\n"
-        "        result[:, position] = np.multiply.reduce(values[:, position::-1], axis=1)\n"
-        "    return result\n",
+        "    return products.T\n",
+        "    for position in range(3, len(values), 2):\n"
+        "        products[position] = np.multiply.reduce(values[position::-1], axis=0)\n"
+        "    return products.T\n",
         ("survival",),
         test_core_schedule,
         monotone_survival,

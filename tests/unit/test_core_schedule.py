@@ -97,7 +97,17 @@ def test_order_is_descending_survival_then_position_then_request(values: np.ndar
         ((r, j) for r in range(requests) for j in range(gamma)),
         key=lambda candidate: (-values[candidate], candidate[1], candidate[0]),
     )
-    assert admission_order(values).tolist() == [r * gamma + j for r, j in wanted]
+    assert admission_order(values).tolist() == [j * requests + r for r, j in wanted]
+
+
+@pytest.mark.parametrize("kinds", [3, 400, 10**6], ids=["many-ties", "ties", "no-ties"])
+def test_large_batches_keep_the_order_of_small_ones(kinds: int) -> None:
+    rng = np.random.default_rng(kinds)
+    values = survival(rng.integers(0, kinds, (301, 5)) / kinds)
+    found = admission_order(values)
+    assert len(found) >= 1024
+    key = [(-values.T.reshape(-1)[i], i) for i in found.tolist()]
+    assert key == sorted(key)
 
 
 @given(values=confidences(64).map(survival))
@@ -106,16 +116,16 @@ def test_every_prefix_of_the_order_admits_prefixes(values: np.ndarray) -> None:
     order = admission_order(values)
     assert sorted(order.tolist()) == list(range(requests * gamma))
     for budget in range(len(order) + 1):
-        lens = lengths(order, budget, requests=requests, gamma=gamma)
+        lens = lengths(order, budget, requests=requests)
         assert lens.sum() == budget
-        admitted = {r * gamma + j for r in range(requests) for j in range(lens[r])}
+        admitted = {j * requests + r for r in range(requests) for j in range(lens[r])}
         assert admitted == set(order[:budget].tolist())
 
 
 @pytest.mark.parametrize(("budget", "total"), [(-3, 0), (0, 0), (5, 5), (6, 6), (99, 6)])
 def test_lengths_clip_the_budget(budget: int, total: int) -> None:
     order = admission_order(np.full((3, 2), 0.5))
-    lens = lengths(order, budget, requests=3, gamma=2)
+    lens = lengths(order, budget, requests=3)
     assert lens.sum() == total
     assert lens.dtype == np.int64
     assert lens.min() >= 0 and lens.max() <= 2
@@ -188,7 +198,7 @@ def test_early_stop_never_looks_ahead(
         order = admission_order(values)
         cost = TableCost([1.0 + 0.2 * tokens for tokens in range(16)])
         budget = early_stop_budget(values, order, cost)
-        return int(lengths(order, budget, requests=3, gamma=4)[request])
+        return int(lengths(order, budget, requests=3)[request])
 
     changed = confidence.copy()
     changed[request, position + 1 :] = later[position + 1 :]
@@ -232,14 +242,14 @@ def test_no_requests(shape: tuple[int, int]) -> None:
     assert order.shape == (0,)
     assert early_stop_budget(values, order, OnlineCost()) == 0
     assert global_budget(values, OnlineCost()) == 0
-    assert lengths(order, 3, requests=0, gamma=shape[1]).shape == (0,)
+    assert lengths(order, 3, requests=0).shape == (0,)
 
 
 def test_gamma_one_admits_the_likely_requests() -> None:
     values = survival(np.array([[0.1], [0.9], [0.4]]))
     order = admission_order(values)
     assert order.tolist() == [1, 2, 0]
-    assert lengths(order, 2, requests=3, gamma=1).tolist() == [0, 1, 1]
+    assert lengths(order, 2, requests=3).tolist() == [0, 1, 1]
 
 
 # --- buckets -------------------------------------------------------------------------------
@@ -356,7 +366,7 @@ def chance_of_a(scheduler: str) -> Fraction:
             budget = early_stop_budget(values, order, APPENDIX_COST)
         else:
             budget = global_budget(values, APPENDIX_COST)
-        if lengths(order, budget, requests=1, gamma=2)[0] == 0:
+        if lengths(order, budget, requests=1)[0] == 0:
             total += DRAFT[first] * TARGET["A"]
             continue
         kept = min(Fraction(1), TARGET[first] / DRAFT[first])

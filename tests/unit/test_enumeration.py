@@ -208,7 +208,7 @@ def output_law(models: tuple[Model, Model], accept: Accept, budget: Budget) -> F
             continue
         values = survival(np.stack([scores[0][i], scores[1][j]]))
         order = admission_order(values)
-        sent = lengths(order, budget(values, order), requests=2, gamma=gamma)
+        sent = lengths(order, budget(values, order), requests=2)
         joint += both * np.outer(law(0, i, int(sent[0])), law(1, j, int(sent[1])))
     return joint
 

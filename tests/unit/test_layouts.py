@@ -372,6 +372,11 @@ def test_serving_refuses_what_sglang_has_no_class_for() -> None:
     raw, _ = make(DrafterSpec())
     with pytest.raises(CheckpointError, match="embedding"):
         check_served(parse_drafter_config(raw | {"target_layer_ids": [-1, 2]}))
+    last = parse_drafter_config(raw | {"target_layer_ids": [1, 3]})
+    check_served(last, {"num_hidden_layers": 5})
+    with pytest.raises(CheckpointError, match="last") as caught:
+        check_served(last, {"text_config": {"num_hidden_layers": 4}})
+    assert "layers up to 2" in caught.value.expected
 
 
 # --- round trips ----------------------------------------------------------------------------------

@@ -8,6 +8,9 @@ import numpy.typing as npt
 Float64 = npt.NDArray[np.float64]
 Int64 = npt.NDArray[np.int64]
 
+#: From so many values on the vectorised sort gains more than looking for ties costs.
+_VECTORISED = 1024
+
 
 def admission_order(survival: Float64) -> Int64:
     """All candidates ``(r, j)`` from most to least likely to survive.
@@ -21,26 +24,30 @@ def admission_order(survival: Float64) -> Int64:
         survival: ``[R, gamma]``, non-increasing along each row.
 
     Returns:
-        ``[R * gamma]`` flat indices ``r * gamma + j``.
+        ``[R * gamma]`` candidates as ``j * R + r``, which index ``survival.T`` flattened.
     """
-    requests, gamma = survival.shape
-    # Column-major scan order is (position, request); a stable sort keeps it among ties.
-    by_position = np.argsort(-survival.T.reshape(-1), kind="stable")
-    position, request = np.divmod(by_position, requests) if requests else (by_position, by_position)
-    order: Int64 = (request * gamma + position).astype(np.int64)
-    return order
+    # Ties stay in the order of the scan.
+    values = -survival.T.reshape(-1)
+    if len(values) < _VECTORISED:
+        return np.argsort(values, kind="stable")
+    # Several times faster, but ties come in any order. They are rare: then sort again.
+    order = np.argsort(values)
+    falling = values[order]
+    tied = (falling[1:] == falling[:-1]).any()
+    return np.argsort(values, kind="stable") if tied else order
 
 
-def lengths(order: Int64, budget: int, *, requests: int, gamma: int) -> Int64:
+def lengths(order: Int64, budget: int, *, requests: int) -> Int64:
     """Drafted tokens each request sends to verification when ``budget`` are admitted.
 
     Args:
         order: the admission order.
         budget: tokens to admit over all requests.
+        requests: R.
 
     Returns:
         ``[R]`` int64 in 0..gamma.
     """
     if not requests:
         return np.zeros(0, dtype=np.int64)
-    return np.bincount(order[: max(budget, 0)] // gamma, minlength=requests).astype(np.int64)
+    return np.bincount(order[: max(budget, 0)] % requests, minlength=requests)

@@ -44,7 +44,7 @@ def early_stop_budget(survival: Float64, order: Int64, cost: StepCost) -> int:
     """
     if not order.size:
         return 0
-    theta = _throughput(survival.reshape(-1)[order], survival.shape[0], cost)
+    theta = _throughput(survival.T.reshape(-1)[order], survival.shape[0], cost)
     falls = theta[1:] <= theta[:-1]
     first = int(falls.argmax())
     return first if falls[first] else len(order)
@@ -61,7 +61,7 @@ def global_budget(survival: Float64, cost: StepCost, buckets: Int64 | None = Non
         cost: the step cost.
         buckets: ascending tokens of the captured graphs; None: every size runs as it is.
     """
-    gains = -np.sort(-survival.reshape(-1))
+    gains = -np.sort(-survival.T.reshape(-1))
     if not gains.size:
         return 0
     requests = survival.shape[0]

@@ -18,24 +18,14 @@ from sglang.srt.speculative.dspark_components.dspark_verify import (
 )
 from sglang.srt.speculative.spec_tp_sync import SpecTpSyncSite
 
-from dspark_sglang.config import Verification
-from dspark_sglang.core.accept import (
-    Accepted,
-    Round,
-    accept_block,
-    accept_greedy,
-    accept_sampled,
-    stop_at,
-)
+from dspark_sglang.core.accept import stop_at
 from dspark_sglang.core.penalties import Penalties
-from dspark_sglang.core.sampling import best, target_weights
-from dspark_sglang.core.seeded import seeded_draw
-from dspark_sglang.serving.proposer import OurDraftBlock, SampledRows
+from dspark_sglang.serving.ops import Ops, Verified
+from dspark_sglang.serving.proposer import OurDraftBlock
 from dspark_sglang.serving.telemetry import Telemetry
 
 _KEPT = "_dspark_penalties"
 _STOPS = "_dspark_stops"
-_METHODS = {"rejection": accept_sampled, "block": accept_block}
 
 
 def stop_tokens(request: Any) -> tuple[int, ...]:
@@ -94,19 +84,10 @@ def packed_index(verify_lens: torch.Tensor, width: int) -> torch.Tensor:
 class Verifier(TargetVerifyExecutor):
     """Overrides packing, acceptance and commit; the target forward stays SGLang's."""
 
-    def bind(
-        self,
-        *,
-        telemetry: Telemetry,
-        generator: torch.Generator,
-        implementation: str,
-        verification: Verification,
-    ) -> None:
+    def bind(self, *, ops: Ops, telemetry: Telemetry) -> None:
         """Attach what our part needs; called once after construction."""
-        self._verification = verification
+        self._ops = ops
         self._telemetry = telemetry
-        self._generator = generator
-        self._implementation = implementation
         #: Positions of the packed rows in the window of the running step; None: strided rows.
         self._packed: torch.Tensor | None = None
         #: Stop tokens of the running step's requests.
@@ -271,7 +252,18 @@ class Verifier(TargetVerifyExecutor):
         lens = self._drafted_lens(layout, bs, target_logits.device)
         first = self._first_rows(lens)
         with self._telemetry.timed("accept"):
-            outcome = self._accept(target_logits, draft_block, lens, first, prefix_lens)
+            outcome = self._ops.accept(
+                Verified(
+                    logits=target_logits,
+                    drafted=draft_block.draft_tokens,
+                    rows=draft_block.rows,
+                    laws=draft_block.laws,
+                    support=draft_block.support,
+                    lens=lens,
+                    first=first,
+                    anchors=prefix_lens,
+                )
+            )
             if self._stops is not None:
                 # SGLang prefers a stop string anywhere in a run to a stop token before it.
                 outcome = stop_at(outcome, draft_block.draft_tokens, self._stops)
@@ -299,99 +291,6 @@ class Verifier(TargetVerifyExecutor):
             return torch.full((bs,), self.gamma, dtype=torch.int64, device=device)
         lens: torch.Tensor = layout.verify_lens[:bs].to(device=device, dtype=torch.int64) - 1
         return lens
-
-    def _accept(
-        self,
-        logits: torch.Tensor,
-        block: OurDraftBlock,
-        lens: torch.Tensor,
-        first: torch.Tensor,
-        anchors: torch.Tensor,
-    ) -> Accepted:
-        rows, implementation = block.rows, self._implementation
-        if rows is not None and rows.seeds is not None:
-            choice = best(logits)
-            index, drawn = self._seeded_choice(logits, rows, lens, first, anchors)
-            self._telemetry.ran[f"accept:{implementation}-seeded"] += 1
-            choice = choice.index_copy(0, index, drawn)
-            return accept_greedy(choice, block.draft_tokens, lens, first)
-        if rows is None or len(rows.index) < len(lens):
-            outcome = accept_greedy(best(logits), block.draft_tokens, lens, first)
-            self._telemetry.ran[f"accept:{implementation}-greedy"] += 1
-        if rows is None:
-            return outcome
-        sampled = self._accept_rows(logits, block, rows, lens[rows.index], first[rows.index])
-        self._telemetry.ran[f"accept:{implementation}-{self._verification}"] += 1
-        if len(rows.index) == len(lens):
-            return sampled
-        return Accepted(
-            count=outcome.count.index_copy(0, rows.index, sampled.count),
-            token=outcome.token.index_copy(0, rows.index, sampled.token),
-        )
-
-    @staticmethod
-    def _rows_of(
-        lens: torch.Tensor, first: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Logits rows of some requests, one after the other.
-
-        Returns:
-            ``[n]`` int64 row in the logits, ``[n]`` int64 request it belongs to and ``[R]`` int64
-            place of each request's first.
-        """
-        owner = torch.repeat_interleave(torch.arange(len(lens), device=lens.device), lens + 1)
-        start = (lens + 1).cumsum(0) - (lens + 1)
-        row = first[owner] + torch.arange(len(owner), device=lens.device) - start[owner]
-        return row, owner, start
-
-    def _seeded_choice(
-        self,
-        logits: torch.Tensor,
-        rows: SampledRows,
-        lens: torch.Tensor,
-        first: torch.Tensor,
-        anchors: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The target's own draw at every row of the sampled requests: rows and tokens."""
-        row, owner, start = self._rows_of(lens[rows.index], first[rows.index])
-        probs = torch.softmax(logits[row].float() / rows.temperatures[owner, None], dim=-1)
-        within = torch.arange(len(owner), device=row.device) - start[owner]
-        noise = rows.noise(probs, anchors[rows.index][owner] + within, owner)
-        assert noise is not None
-        return row, seeded_draw(probs, noise)
-
-    def _accept_rows(
-        self,
-        logits: torch.Tensor,
-        block: OurDraftBlock,
-        rows: SampledRows,
-        lens: torch.Tensor,
-        first: torch.Tensor,
-    ) -> Accepted:
-        """Verification of the sampled requests, over their own logits rows."""
-        row, owner, start = self._rows_of(lens, first)
-
-        def spread(values: torch.Tensor | None) -> torch.Tensor | None:
-            return None if values is None else values[owner]
-
-        weights = target_weights(
-            logits[row].float(),
-            rows.temperatures[owner],
-            top_k=spread(rows.top_k),
-            top_p=spread(rows.top_p),
-            min_p=spread(rows.min_p),
-        )
-        uniforms = torch.rand(
-            (len(lens), self.gamma + 1),
-            dtype=torch.float64,
-            device=self._generator.device,
-            generator=self._generator,
-        )
-        assert block.laws is not None
-        round_ = Round(
-            weights, block.draft_tokens[rows.index], block.laws, lens, start, block.support
-        )
-        return _METHODS[self._verification](round_, uniforms)
 
     def commit_hidden(
         self,

@@ -16,9 +16,11 @@ from dspark_sglang.artifacts import STS_FILE, read_sts
 from dspark_sglang.checkpoint import weights_digest
 from dspark_sglang.config import Settings, Verification, read_settings
 from dspark_sglang.core.cost import OnlineCost
-from dspark_sglang.core.heads import ConfidenceHead
+from dspark_sglang.core.heads import ConfidenceHead, MarkovHead
 from dspark_sglang.errors import CompatibilityError
 from dspark_sglang.serving.draft_head import DraftHead
+from dspark_sglang.serving.ops import Ops
+from dspark_sglang.serving.ops.torch_ops import TorchOps
 from dspark_sglang.serving.planner import Planner
 from dspark_sglang.serving.proposer import Proposer
 from dspark_sglang.serving.telemetry import StepObservers, Telemetry
@@ -87,7 +89,7 @@ class DSparkWorker(DSparkWorkerV2):
                 "draft vocabulary=%s",
                 __version__,
                 self.gamma,
-                self._proposer._markov.kind,
+                self._ops.markov.kind,
                 self._schedule,
                 self._sts_source,
                 self._drafted_tokens or "whole",
@@ -128,11 +130,18 @@ class DSparkWorker(DSparkWorkerV2):
         """SGLang's graph-folded draft sampler is never built; ours drafts after the graph."""
 
     def _install_parts(self, settings: Settings, temperatures: torch.Tensor) -> None:
-        implementation = "torch"
         generator = torch.Generator(device=self.device)
         seed = settings.seed if settings.seed >= 0 else int(self.target_worker.random_seed)
         generator.manual_seed((seed ^ _SEED_DOMAIN) & 0x7FFFFFFFFFFFFFFF)
-        confidence = ConfidenceHead.from_module(self.draft_model.confidence_head, temperatures)
+        blocks = get_spec().speculative_use_block_verification
+        self._verification: Verification = "block" if blocks else settings.verification
+        self._ops: Ops = TorchOps(
+            markov=MarkovHead.from_module(self.draft_model.markov_head),
+            confidence=ConfidenceHead.from_module(self.draft_model.confidence_head, temperatures),
+            generator=generator,
+            verification=self._verification,
+            telemetry=self.telemetry,
+        )
         if settings.draft_vocab == "auto":
             folder = Path(get_spec().speculative_draft_model_path)
             self._draft_head = DraftHead.beside(folder, self.draft_model)
@@ -147,13 +156,7 @@ class DSparkWorker(DSparkWorkerV2):
             greedy_draft=False,
             dp_moe_sync=self._proposer._dp_moe_sync,
         )
-        proposer.bind(
-            telemetry=self.telemetry,
-            generator=generator,
-            confidence=confidence,
-            head=self._draft_head,
-            implementation=implementation,
-        )
+        proposer.bind(ops=self._ops, telemetry=self.telemetry, head=self._draft_head)
         planner = Planner(
             draft_model=self.draft_model,
             gamma=self.gamma,
@@ -173,14 +176,7 @@ class DSparkWorker(DSparkWorkerV2):
             kv_injector=self._kv_injector,
             tp_sync=self._tp_sync,
         )
-        blocks = get_spec().speculative_use_block_verification
-        self._verification: Verification = "block" if blocks else settings.verification
-        verifier.bind(
-            telemetry=self.telemetry,
-            generator=generator,
-            implementation=implementation,
-            verification=self._verification,
-        )
+        verifier.bind(ops=self._ops, telemetry=self.telemetry)
         self._proposer, self._verify_planner, self._verify_executor = proposer, planner, verifier
         self._observers = StepObservers(self.telemetry)
 
@@ -207,7 +203,7 @@ class DSparkWorker(DSparkWorkerV2):
                 "planner": type(self._verify_planner).__module__,
                 "verifier": type(self._verify_executor).__module__,
             },
-            "markov": self._proposer._markov.kind,
+            "markov": self._ops.markov.kind,
             "sts": self._sts_source,
             "draft_vocabulary": self._drafted_tokens,
             "schedule": self._schedule,

@@ -148,7 +148,7 @@ MUTATIONS = {
         f"{SCHEDULE}.admission",
         "    if len(values) < _VECTORISED:\n",
         "    requests, gamma = survival.shape\n"
-        "    flat = np.argsort(-survival.reshape(-1), kind=\"stable\")\n"
+        '    flat = np.argsort(-survival.reshape(-1), kind="stable")\n'
         "    return (flat % gamma) * requests + flat // gamma\n"
         "    if len(values) < _VECTORISED:\n",
         ("admission_order",),

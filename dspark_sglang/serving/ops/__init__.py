@@ -1,0 +1,55 @@
+"""The operations of a round outside the models, behind one interface: PyTorch here, kernels on CUDA."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from dspark_sglang.core.accept import Accepted
+from dspark_sglang.core.draft import DraftBlock
+from dspark_sglang.core.heads import MarkovHead
+from dspark_sglang.serving.ops.rows import SampledRows, Verified
+
+__all__ = ["Ops", "SampledRows", "Verified"]
+
+
+class Ops(Protocol):
+    """What drafting and verification compute between two forwards."""
+
+    #: ``torch`` or ``triton``: what runs, in logs, counters and metrics.
+    name: str
+    markov: MarkovHead
+
+    def draft(
+        self,
+        base: torch.Tensor,
+        hidden: torch.Tensor,
+        anchors: torch.Tensor,
+        positions: torch.Tensor,
+        rows: SampledRows | None,
+        vocabulary: torch.Tensor | None,
+    ) -> DraftBlock:
+        """Draft a block a request.
+
+        Args:
+            base: ``[R, gamma, V]`` base logits, of the ``vocabulary`` if given.
+            hidden: ``[R, gamma, d]`` draft hidden states.
+            anchors: ``[R]`` int64 last committed tokens.
+            positions: ``[R]`` int64 positions of those.
+            rows: the requests that sample; None: all are greedy.
+            vocabulary: int64 token of each base logit; None: every token in order.
+        """
+
+    def confidence(
+        self, features: torch.Tensor, previous: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Calibrated confidences and their raw logits, ``[R, gamma]`` float32.
+
+        Args:
+            features: ``[R, gamma, d]`` draft hidden states.
+            previous: ``[R, gamma]`` int64 token before each drafted one.
+        """
+
+    def accept(self, given: Verified) -> Accepted:
+        """Decide how much of each block is kept, and the token after it."""

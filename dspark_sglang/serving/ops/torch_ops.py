@@ -1,0 +1,150 @@
+"""The operations in plain PyTorch: what runs on a CPU."""
+
+from __future__ import annotations
+
+import torch
+
+from dspark_sglang.config import Verification
+from dspark_sglang.core.accept import Accepted, Round, accept_block, accept_greedy, accept_sampled
+from dspark_sglang.core.draft import SHORTLIST, DraftBlock, draft_block
+from dspark_sglang.core.heads import ConfidenceHead, MarkovHead
+from dspark_sglang.core.sampling import best, target_weights
+from dspark_sglang.core.seeded import seeded_draw
+from dspark_sglang.serving.ops.rows import SampledRows, Verified
+from dspark_sglang.serving.telemetry import Telemetry
+
+_METHODS = {"rejection": accept_sampled, "block": accept_block}
+
+
+class TorchOps:
+    """:class:`dspark_sglang.serving.ops.Ops` by :mod:`dspark_sglang.core`."""
+
+    name = "torch"
+
+    def __init__(
+        self,
+        *,
+        markov: MarkovHead,
+        confidence: ConfidenceHead,
+        generator: torch.Generator,
+        verification: Verification,
+        telemetry: Telemetry,
+    ) -> None:
+        self.markov = markov
+        self._confidence = confidence
+        self._generator = generator
+        self._verification = verification
+        self._telemetry = telemetry
+
+    def draft(
+        self,
+        base: torch.Tensor,
+        hidden: torch.Tensor,
+        anchors: torch.Tensor,
+        positions: torch.Tensor,
+        rows: SampledRows | None,
+        vocabulary: torch.Tensor | None,
+    ) -> DraftBlock:
+        """See :meth:`dspark_sglang.serving.ops.Ops.draft`."""
+        noise = uniforms = None
+        if rows is not None:
+            noise = rows.noise(base[: len(rows.index), 0], positions[rows.index])
+            if noise is None:
+                uniforms = self._uniforms(len(rows.index), base.shape[1])
+        self._telemetry.ran[f"draft:torch-{self.markov.kind}"] += 1
+        return draft_block(
+            base,
+            anchors,
+            hidden,
+            self.markov,
+            temperatures=None if rows is None else rows.temperatures,
+            sampled=None if rows is None else rows.index,
+            uniforms=uniforms,
+            noise=noise,
+            shortlist=SHORTLIST,
+            vocabulary=vocabulary,
+        )
+
+    def confidence(
+        self, features: torch.Tensor, previous: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See :meth:`dspark_sglang.serving.ops.Ops.confidence`."""
+        self._telemetry.ran["confidence:torch"] += 1
+        raw = self._confidence.logits(features, previous, self.markov)
+        return self._confidence.calibrate(raw), raw
+
+    def accept(self, given: Verified) -> Accepted:
+        """See :meth:`dspark_sglang.serving.ops.Ops.accept`."""
+        rows = given.rows
+        if rows is not None and rows.seeds is not None:
+            choice = best(given.logits)
+            index, drawn = _seeded_choice(given, rows)
+            self._telemetry.ran["accept:torch-seeded"] += 1
+            choice = choice.index_copy(0, index, drawn)
+            return accept_greedy(choice, given.drafted, given.lens, given.first)
+        if rows is None or len(rows.index) < len(given.lens):
+            outcome = accept_greedy(best(given.logits), given.drafted, given.lens, given.first)
+            self._telemetry.ran["accept:torch-greedy"] += 1
+        if rows is None:
+            return outcome
+        sampled = self._sampled(given, rows)
+        self._telemetry.ran[f"accept:torch-{self._verification}"] += 1
+        if len(rows.index) == len(given.lens):
+            return sampled
+        return Accepted(
+            count=outcome.count.index_copy(0, rows.index, sampled.count),
+            token=outcome.token.index_copy(0, rows.index, sampled.token),
+        )
+
+    def _sampled(self, given: Verified, rows: SampledRows) -> Accepted:
+        """Verification of the sampled requests, over their own logits rows."""
+        lens, gamma = given.lens[rows.index], given.drafted.shape[1]
+        row, owner, start = _rows_of(lens, given.first[rows.index])
+
+        def spread(values: torch.Tensor | None) -> torch.Tensor | None:
+            return None if values is None else values[owner]
+
+        weights = target_weights(
+            given.logits[row].float(),
+            rows.temperatures[owner],
+            top_k=spread(rows.top_k),
+            top_p=spread(rows.top_p),
+            min_p=spread(rows.min_p),
+        )
+        uniforms = self._uniforms(len(lens), gamma + 1)
+        assert given.laws is not None
+        round_ = Round(weights, given.drafted[rows.index], given.laws, lens, start, given.support)
+        return _METHODS[self._verification](round_, uniforms)
+
+    def _uniforms(self, rows: int, width: int) -> torch.Tensor:
+        return torch.rand(
+            (rows, width),
+            dtype=torch.float64,
+            device=self._generator.device,
+            generator=self._generator,
+        )
+
+
+def _rows_of(
+    lens: torch.Tensor, first: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Logits rows of some requests, one after the other.
+
+    Returns:
+        ``[n]`` int64 row in the logits, ``[n]`` int64 request it belongs to and ``[R]`` int64
+        place of each request's first.
+    """
+    owner = torch.repeat_interleave(torch.arange(len(lens), device=lens.device), lens + 1)
+    start = (lens + 1).cumsum(0) - (lens + 1)
+    row = first[owner] + torch.arange(len(owner), device=lens.device) - start[owner]
+    return row, owner, start
+
+
+def _seeded_choice(given: Verified, rows: SampledRows) -> tuple[torch.Tensor, torch.Tensor]:
+    """The target's own draw at every row of the sampled requests: rows and tokens."""
+    row, owner, start = _rows_of(given.lens[rows.index], given.first[rows.index])
+    probs = torch.softmax(given.logits[row].float() / rows.temperatures[owner, None], dim=-1)
+    within = torch.arange(len(owner), device=row.device) - start[owner]
+    noise = rows.noise(probs, given.anchors[rows.index][owner] + within, owner)
+    assert noise is not None
+    return row, seeded_draw(probs, noise)

@@ -39,6 +39,7 @@ def measure(
     *,
     dtype: str,
     max_tokens: int,
+    temperature: float,
     logs: Path,
 ) -> tuple[Comparison, dict[str, float]]:
     """Run the comparison in one dtype and time the parts of a round."""
@@ -47,7 +48,12 @@ def measure(
         with running_server(servers[1]):
             before = servers[1].dspark() or {"steps": 0, "seconds": {}}
         both = run_comparison(
-            console, servers, prompts, max_tokens=max_tokens, title=f"round cost ({dtype})"
+            console,
+            servers,
+            prompts,
+            max_tokens=max_tokens,
+            title=f"round cost ({dtype})",
+            temperature=temperature,
         )
         with running_server(servers[1]):
             after = servers[1].dspark() or before
@@ -60,13 +66,21 @@ def bench_round(
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
     per_kind: Annotated[int, typer.Option(min=1, max=9, help="Prompts of each kind.")] = 6,
     max_tokens: Annotated[int, typer.Option(min=16, help="Tokens of each answer.")] = 96,
+    temperature: Annotated[float, typer.Option(min=0.0, help="Temperature of the answers.")] = 0.0,
 ) -> None:
     """Measure a verification round against a plain decode step, one request at a time."""
     console = Console()
     target = targets.ensure_target()
     prompts = choose_prompts(per_kind)
     both, parts = measure(
-        console, target, drafter, prompts, dtype=dtype, max_tokens=max_tokens, logs=out / "logs"
+        console,
+        target,
+        drafter,
+        prompts,
+        dtype=dtype,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        logs=out / "logs",
     )
     cost = step_seconds(both.dspark) / step_seconds(both.plain)
     interval = bootstrap(both, lambda plain, ours: step_seconds(ours) / step_seconds(plain))
@@ -74,6 +88,7 @@ def bench_round(
     plain_ms = round(1e3 * step_seconds(both.plain), 2)
     summary: dict[str, Any] = {
         "dtype": dtype,
+        "temperature": temperature,
         "plain_step_ms": plain_ms,
         "round_ms": round(1e3 * step_seconds(both.dspark), 2),
         "round_cost": round(cost, 4),
@@ -88,7 +103,7 @@ def bench_round(
         "max_tokens": max_tokens,
         "machine": report.machine(),
         "command": f"dspark bench-round --dtype {dtype} --per-kind {per_kind} "
-        f"--max-tokens {max_tokens}",
+        f"--max-tokens {max_tokens}" + (f" --temperature {temperature}" if temperature else ""),
     }
     view = Table(title=f"Where a round goes ({dtype})")
     view.add_column("part")
@@ -105,5 +120,6 @@ def bench_round(
         f"{summary['baseline_tok_s']:.1f} → {summary['dspark_tok_s']:.1f} tok/s, accepted length "
         f"{summary['accept_length']:.2f}"
     )
-    write_bytes(out / f"summary-{dtype}.json", report.dumps(summary))
-    console.print(f"Written: {out / f'summary-{dtype}.json'}")
+    name = f"summary-{dtype}{'' if not temperature else f'-t{temperature:g}'}.json"
+    write_bytes(out / name, report.dumps(summary))
+    console.print(f"Written: {out / name}")

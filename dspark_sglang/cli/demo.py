@@ -81,6 +81,7 @@ def run_comparison(
     *,
     max_tokens: int,
     title: str,
+    temperature: float = 0.0,
 ) -> Comparison:
     """Compare the servers under a progress bar, showing the text that streams in."""
     with Progress(*_COLUMNS, console=console, refresh_per_second=4) as progress:
@@ -97,7 +98,14 @@ def run_comparison(
             text = f"{text}{piece}".replace("\n", " ")[-48:]
             progress.update(task, text=text)
 
-        result = compare(*servers, prompts, max_tokens=max_tokens, each=each, show=show)
+        result = compare(
+            *servers,
+            prompts,
+            max_tokens=max_tokens,
+            each=each,
+            temperature=temperature,
+            show=show,
+        )
         progress.update(task, completed=len(prompts), text="")
     return result
 

@@ -117,11 +117,14 @@ def ask(
     prompt: Prompt,
     *,
     max_tokens: int,
+    temperature: float = 0.0,
     show: Callable[[str], None] | None = None,
 ) -> Sample:
-    """Answer one prompt greedily on a running server and measure it."""
+    """Answer one prompt on a running server and measure it."""
     before = (server.dspark() or {}).get("rounds")
-    record, text = stream_text(client, server, prompt, max_tokens=max_tokens, show=show)
+    record, text = stream_text(
+        client, server, prompt, max_tokens=max_tokens, temperature=temperature, show=show
+    )
     tokens = record.completion_tokens or 0
     decode = (record.last_content_at or 0.0) - (record.first_content_at or 0.0)
     # Without speculation every token after the first is a step of its own.
@@ -146,11 +149,13 @@ def compare(
     *,
     max_tokens: int,
     each: Callable[[Prompt], None],
+    temperature: float = 0.0,
     show: Callable[[str], None] | None = None,
 ) -> Comparison:
     """Ask every prompt on both servers, alternating, the idle one paused.
 
     Args:
+        temperature: of the answers; above 0 the two texts differ.
         each: told before every prompt.
         show: shown the text of the DSPARK server as it streams.
     """
@@ -166,7 +171,16 @@ def compare(
             for server, samples in order if index % 2 == 0 else reversed(order):
                 with running(server):
                     sink = show if server is dspark else None
-                    samples.append(ask(client, server, prompt, max_tokens=max_tokens, show=sink))
+                    samples.append(
+                        ask(
+                            client,
+                            server,
+                            prompt,
+                            max_tokens=max_tokens,
+                            temperature=temperature,
+                            show=sink,
+                        )
+                    )
     return result
 
 

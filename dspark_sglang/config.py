@@ -23,6 +23,7 @@ Schedule = Literal["adaptive", "lagged", "all"]
 Plugin = Literal["auto", "off"]
 DraftVocab = Literal["auto", "whole"]
 Verification = Literal["rejection", "block"]
+Kernels = Literal["auto", "triton", "torch"]
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -42,6 +43,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     #: ``rejection``: sampled tokens are accepted one by one. ``block``: a block together, which
     #: never keeps fewer (also chosen by SGLang's ``--speculative-use-block-verification``).
     verification: Verification = "rejection"
+    #: ``auto``: our Triton kernels on CUDA, PyTorch elsewhere. ``torch``: PyTorch everywhere.
+    #: ``triton``: the kernels or nothing (on a CPU in Triton's interpreter, for tests).
+    kernels: Kernels = "auto"
     #: Seed of draft sampling and acceptance. Negative: SGLang's ``--random-seed``.
     seed: int = -1
     #: Torch threads of the CPU platform. 0: the cores this process may run on.

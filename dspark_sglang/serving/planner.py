@@ -19,9 +19,9 @@ from dspark_sglang.core.schedule import (
     admission_order,
     early_stop_budget,
     global_budget,
-    lengths,
 )
 from dspark_sglang.core.survival import survival
+from dspark_sglang.serving.ops import Ops
 from dspark_sglang.serving.telemetry import Telemetry
 
 
@@ -30,21 +30,26 @@ class Planner(DSparkVerifyPlanner):
 
     _budget_planner: Any
 
-    def bind(self, *, cost: StepCost | None, lagged: bool, telemetry: Telemetry) -> None:
+    def bind(self, *, cost: StepCost | None, lagged: bool, ops: Ops, telemetry: Telemetry) -> None:
         """Attach the scheduler; called once after construction.
 
         Args:
+            ops: admits the budget.
             cost: step cost shared with whoever measures it; None verifies every drafted token.
             lagged: take the budget from confidences two steps old (the asynchronous form).
         """
         self._cost = cost
+        self._ops = ops
         self._telemetry = telemetry
+        #: Cells of the window that the running step verifies; None: all of them.
+        self.rows: torch.Tensor | None = None
         self._pool = self.model_runner.req_to_token_pool
         self._history: History | None = None
         if lagged and cost is not None:
             slots = int(self._pool.req_to_token.shape[0])
             self._history = History(slots=slots, gamma=self.gamma)
-        #: Admission order of the step being planned: the budget is taken along it.
+        #: Survivals of the step being planned, and their admission order.
+        self._survival = np.empty((0, self.gamma))
         self._order = np.empty(0, dtype=np.int64)
         self._is_verify_all = cost is None
         if cost is None:
@@ -63,7 +68,7 @@ class Planner(DSparkVerifyPlanner):
             return None
         with self._telemetry.timed("plan"):
             values = survival(confidence.cpu().numpy())
-            self._order = admission_order(values)
+            self._survival, self._order = values, admission_order(values)
             forced = self._budget_planner.forced_budget_frac
             if forced is not None:
                 budget = int(float(forced) * values.size)
@@ -94,11 +99,14 @@ class Planner(DSparkVerifyPlanner):
         confidence: torch.Tensor | None,
         budget: int | None,
     ) -> torch.Tensor | None:
+        self.rows = None
         if confidence is None or budget is None:
             return None
-        drafted = lengths(self._order, budget, requests=len(confidence))
-        verify_lens = torch.from_numpy(drafted + 1).to(device=device, dtype=torch.int32)
-        self._tp_sync.sync(SpecTpSyncSite.DSPARK_PLAN, verify_lens)
+        found = self._ops.admit(self._survival, self._order, budget, torch.device(device))
+        packed = torch.cat([found.lens.to(torch.int64), found.rows])
+        packed = self._tp_sync.sync(SpecTpSyncSite.DSPARK_PLAN, packed)
+        lens, self.rows = packed[: len(found.lens)], packed[len(found.lens) :]
+        verify_lens: torch.Tensor = (lens + 1).to(torch.int32)
         form = "early-stop" if self._history is None else "lagged"
         self._telemetry.ran[f"schedule:{form}"] += 1
         return verify_lens

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from sglang.kernels.ops.speculative.dspark.dspark_verify_window import (
@@ -21,8 +22,12 @@ from sglang.srt.speculative.spec_tp_sync import SpecTpSyncSite
 from dspark_sglang.core.accept import stop_at
 from dspark_sglang.core.penalties import Penalties
 from dspark_sglang.serving.ops import Ops, Verified
+from dspark_sglang.serving.planner import Planner
 from dspark_sglang.serving.proposer import OurDraftBlock
 from dspark_sglang.serving.telemetry import Telemetry
+
+if TYPE_CHECKING:
+    from dspark_sglang.serving.ops.kv_writer import KvWriter
 
 _KEPT = "_dspark_penalties"
 _STOPS = "_dspark_stops"
@@ -68,24 +73,17 @@ def batch_stops(requests: Sequence[Any], device: Any) -> torch.Tensor | None:
     return torch.tensor(padded, device=device)
 
 
-def packed_index(verify_lens: torch.Tensor, width: int) -> torch.Tensor:
-    """Flat positions in a ``[R, width]`` window of the first ``verify_lens[r]`` of each row.
-
-    Args:
-        verify_lens: ``[R]`` integers in 1..width.
-
-    Returns:
-        ``[sum(verify_lens)]`` int64.
-    """
-    inside = torch.arange(width, device=verify_lens.device) < verify_lens[:, None]
-    return inside.view(-1).nonzero().view(-1)
-
-
 class Verifier(TargetVerifyExecutor):
     """Overrides packing, acceptance and commit; the target forward stays SGLang's."""
 
-    def bind(self, *, ops: Ops, telemetry: Telemetry) -> None:
-        """Attach what our part needs; called once after construction."""
+    def bind(self, *, planner: Planner, ops: Ops, telemetry: Telemetry) -> None:
+        """Attach what our part needs; called once after construction.
+
+        Args:
+            planner: knows which rows a step verifies.
+            ops: decide what is accepted.
+        """
+        self._planner = planner
         self._ops = ops
         self._telemetry = telemetry
         #: Positions of the packed rows in the window of the running step; None: strided rows.
@@ -107,7 +105,9 @@ class Verifier(TargetVerifyExecutor):
         inject_gate: bool = False,
     ) -> tuple[TargetVerifyResult, torch.Tensor]:
         width = self.verify_num_draft_tokens
-        index = packed_index(layout.verify_lens, width)
+        index = self._planner.rows
+        if index is None:  # every row of every block
+            index = torch.arange(bs * width, device=layout.verify_lens.device)
         ids = torch.cat([draft_block_ids[:, :1], draft_tokens], dim=1).view(-1)
         window = self._pad(
             RaggedVerifyWindow(
@@ -321,18 +321,37 @@ class Verifier(TargetVerifyExecutor):
                 run_compact=run_compact,
             )
             return
-        # Project and write accepted rows only.
         width = self.verify_num_draft_tokens
         row = torch.div(self._packed, width, rounding_mode="floor")
-        keep = (self._packed - row * width < commit_lens[row]).nonzero().view(-1)
-        index = self._packed[keep]
+        accepted = self._packed - row * width < commit_lens[row]
+        slots = injector.ids_for(verify_window.kv_loc_plan)
+        positions = verify_window.positions_2d.reshape(-1)
         with self._telemetry.timed("commit"):
-            injector.inject_target_hidden(
-                target_hidden=logits_output.hidden_states[keep],
-                cache_loc=injector.ids_for(verify_window.kv_loc_plan)[index],
-                positions=verify_window.positions_2d.reshape(-1)[index],
-            )
-        self._telemetry.ran["commit:accepted-rows"] += 1
+            if self._kv_writer is not None:
+                own = torch.where(accepted, slots[self._packed], -1)
+                self._kv_writer.write(logits_output.hidden_states, positions[self._packed], own)
+            else:
+                keep = accepted.nonzero().view(-1)
+                index = self._packed[keep]
+                injector.inject_target_hidden(
+                    target_hidden=logits_output.hidden_states[keep],
+                    cache_loc=slots[index],
+                    positions=positions[index],
+                )
+        self._telemetry.ran["commit:torch" if self._kv_writer is None else "commit:triton"] += 1
+
+    @functools.cached_property
+    def _kv_writer(self) -> KvWriter | None:
+        """What writes the draft's KV where our kernels run; None leaves it to SGLang.
+
+        Made at the first commit: the pool does not exist before the worker does.
+        """
+        if self._ops.name != "triton":
+            return None
+        from dspark_sglang.serving.ops.kv_writer import KvWriter
+
+        pool = self.kv_injector.draft_model_runner.token_to_kv_pool
+        return KvWriter.of(self.kv_injector.draft_model, pool)
 
     def _strided_hidden(self, hidden: Any, layout: Any) -> Any:
         return ScatterCompactToStrided.execute(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sglang.srt.runtime_context import get_parallel, get_schedule, get_spec
+from sglang.srt.runtime_context import get_observability, get_parallel, get_schedule, get_spec
 from sglang.srt.speculative.dspark_components.dspark_worker_v2 import DSparkWorkerV2
 
 from dspark_sglang import __version__
@@ -19,8 +19,8 @@ from dspark_sglang.core.cost import OnlineCost
 from dspark_sglang.core.heads import ConfidenceHead, MarkovHead
 from dspark_sglang.errors import CompatibilityError
 from dspark_sglang.serving.draft_head import DraftHead
-from dspark_sglang.serving.ops import Ops
-from dspark_sglang.serving.ops.torch_ops import TorchOps
+from dspark_sglang.serving.metrics import announce
+from dspark_sglang.serving.ops import Ops, choose
 from dspark_sglang.serving.planner import Planner
 from dspark_sglang.serving.proposer import Proposer
 from dspark_sglang.serving.telemetry import StepObservers, Telemetry
@@ -84,15 +84,30 @@ class DSparkWorker(DSparkWorkerV2):
             )
         self._install_parts(settings, temperatures)
         if get_parallel().tp_rank == 0:
-            logger.info(
-                "dspark %s is serving DSPARK: gamma=%d, markov=%s, schedule=%s, sts=%s, "
-                "draft vocabulary=%s",
-                __version__,
-                self.gamma,
-                self._ops.markov.kind,
-                self._schedule,
-                self._sts_source,
-                self._drafted_tokens or "whole",
+            self._announce()
+
+    def _announce(self) -> None:
+        """One line in the log, and a metric where SGLang serves metrics."""
+        logger.info(
+            "dspark %s is serving DSPARK: gamma=%d, markov=%s, kernels=%s, schedule=%s, sts=%s, "
+            "draft vocabulary=%s",
+            __version__,
+            self.gamma,
+            self._ops.markov.kind,
+            self._ops.name,
+            self._schedule,
+            self._sts_source,
+            self._drafted_tokens or "whole",
+        )
+        if get_observability().enable_metrics:
+            announce(
+                {
+                    "kernels": self._ops.name,
+                    "schedule": self._schedule,
+                    "verification": self._verification,
+                    "markov": self._ops.markov.kind,
+                    "gamma": str(self.gamma),
+                }
             )
 
     @property
@@ -135,7 +150,9 @@ class DSparkWorker(DSparkWorkerV2):
         generator.manual_seed((seed ^ _SEED_DOMAIN) & 0x7FFFFFFFFFFFFFFF)
         blocks = get_spec().speculative_use_block_verification
         self._verification: Verification = "block" if blocks else settings.verification
-        self._ops: Ops = TorchOps(
+        self._ops: Ops = choose.make(
+            settings.kernels,
+            device=torch.device(self.device),
             markov=MarkovHead.from_module(self.draft_model.markov_head),
             confidence=ConfidenceHead.from_module(self.draft_model.confidence_head, temperatures),
             generator=generator,
@@ -167,7 +184,7 @@ class DSparkWorker(DSparkWorkerV2):
             tp_sync=self._tp_sync,
         )
         lagged = settings.schedule == "lagged"
-        planner.bind(cost=self.cost, lagged=lagged, telemetry=self.telemetry)
+        planner.bind(cost=self.cost, lagged=lagged, ops=self._ops, telemetry=self.telemetry)
         verifier = Verifier(
             target_worker=self.target_worker,
             gamma=self.gamma,
@@ -176,7 +193,7 @@ class DSparkWorker(DSparkWorkerV2):
             kv_injector=self._kv_injector,
             tp_sync=self._tp_sync,
         )
-        verifier.bind(ops=self._ops, telemetry=self.telemetry)
+        verifier.bind(planner=planner, ops=self._ops, telemetry=self.telemetry)
         self._proposer, self._verify_planner, self._verify_executor = proposer, planner, verifier
         self._observers = StepObservers(self.telemetry)
 
@@ -204,6 +221,7 @@ class DSparkWorker(DSparkWorkerV2):
                 "verifier": type(self._verify_executor).__module__,
             },
             "markov": self._ops.markov.kind,
+            "kernels": self._ops.name,
             "sts": self._sts_source,
             "draft_vocabulary": self._drafted_tokens,
             "schedule": self._schedule,

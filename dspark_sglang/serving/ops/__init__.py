@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from dspark_sglang.core.accept import Accepted
 from dspark_sglang.core.draft import DraftBlock
 from dspark_sglang.core.heads import MarkovHead
-from dspark_sglang.serving.ops.rows import SampledRows, Verified
+from dspark_sglang.serving.ops.rows import Admitted, SampledRows, Verified
 
-__all__ = ["Ops", "SampledRows", "Verified"]
+__all__ = ["Admitted", "Ops", "SampledRows", "Verified"]
 
 
 class Ops(Protocol):
@@ -49,6 +51,22 @@ class Ops(Protocol):
         Args:
             features: ``[R, gamma, d]`` draft hidden states.
             previous: ``[R, gamma]`` int64 token before each drafted one.
+        """
+
+    def admit(
+        self,
+        survival: npt.NDArray[np.float64],
+        order: npt.NDArray[np.int64],
+        budget: int,
+        device: torch.device,
+    ) -> Admitted:
+        """Admit the ``budget`` likeliest drafted tokens and lay out the rows to verify.
+
+        Args:
+            survival: ``[R, gamma]``, non-increasing along each row.
+            order: its admission order.
+            budget: tokens over all requests.
+            device: where the result is needed.
         """
 
     def accept(self, given: Verified) -> Accepted:

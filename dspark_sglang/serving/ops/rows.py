@@ -65,6 +65,16 @@ class SampledRows(msgspec.Struct, frozen=True):
         return Noise(seeds, positions.to(torch.int64), filters)
 
 
+class Admitted(NamedTuple):
+    """What is sent to verification."""
+
+    #: ``[R]`` int32 drafted tokens of each request.
+    lens: torch.Tensor
+    #: ``[R + budget]`` int64 cells ``r * (gamma + 1) + j`` of the ``[R, gamma + 1]`` window, request
+    #: after request.
+    rows: torch.Tensor
+
+
 class Verified(NamedTuple):
     """A drafted block after the target has run over it."""
 
@@ -74,8 +84,8 @@ class Verified(NamedTuple):
     drafted: torch.Tensor
     #: The requests that sample; None: all are greedy.
     rows: SampledRows | None
-    #: ``[S, gamma, M]`` drafted laws of those over the tokens of ``support`` ``[S, gamma, M]`` (None:
-    #: every token in order); None where nothing is drawn by law.
+    #: Drafted laws and the tokens they are over (None: every token in order), as the same operations
+    #: gave them in the :class:`~dspark_sglang.core.draft.DraftBlock`; None where no law was drawn from.
     laws: torch.Tensor | None
     support: torch.Tensor | None
     #: ``[R]`` int64 drafted tokens that were sent, and logits row of each request's anchor.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from dspark_sglang.config import Verification
@@ -9,8 +11,9 @@ from dspark_sglang.core.accept import Accepted, Round, accept_block, accept_gree
 from dspark_sglang.core.draft import SHORTLIST, DraftBlock, draft_block
 from dspark_sglang.core.heads import ConfidenceHead, MarkovHead
 from dspark_sglang.core.sampling import best, target_weights
+from dspark_sglang.core.schedule import lengths
 from dspark_sglang.core.seeded import seeded_draw
-from dspark_sglang.serving.ops.rows import SampledRows, Verified
+from dspark_sglang.serving.ops.rows import Admitted, SampledRows, Verified
 from dspark_sglang.serving.telemetry import Telemetry
 
 _METHODS = {"rejection": accept_sampled, "block": accept_block}
@@ -72,6 +75,21 @@ class TorchOps:
         self._telemetry.ran["confidence:torch"] += 1
         raw = self._confidence.logits(features, previous, self.markov)
         return self._confidence.calibrate(raw), raw
+
+    def admit(
+        self,
+        survival: npt.NDArray[np.float64],
+        order: npt.NDArray[np.int64],
+        budget: int,
+        device: torch.device,
+    ) -> Admitted:
+        """See :meth:`dspark_sglang.serving.ops.Ops.admit`."""
+        requests, gamma = survival.shape
+        lens = lengths(order, budget, requests=requests)
+        self._telemetry.ran["admit:numpy"] += 1
+        sent = np.arange(gamma + 1) <= lens[:, None]
+        rows = torch.from_numpy(np.flatnonzero(sent))
+        return Admitted(torch.from_numpy(lens).to(device, torch.int32), rows.to(device))
 
     def accept(self, given: Verified) -> Accepted:
         """See :meth:`dspark_sglang.serving.ops.Ops.accept`."""

@@ -1,0 +1,169 @@
+"""Every kernel against its reference on this device, before a request is served.
+
+A kernel that was never wrong on the machine it was written on can be wrong on this one: another
+compiler, another driver, another card. Small random operands, the same for both, a second or two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from dspark_kernels.accept import Filters, Keys, ListedDraft, Rows, accept
+from dspark_kernels.admit import admit
+from dspark_kernels.confidence import confidence
+from dspark_kernels.kv_inject import kv_inject, pools, rope_table
+from dspark_kernels.markov_step import Head, Sampling, draft_shortlist
+from dspark_kernels.support.backend import Backend
+from dspark_sglang.errors import CompatibilityError
+
+_VOCAB, _HIDDEN, _RANK, _REQUESTS, _GAMMA, _LISTED = 1000, 64, 32, 6, 3, 32
+#: Numbers may differ by this much of their size: one in bfloat16, of keys that were rounded twice.
+_TOLERANCE = 2e-2
+
+Check = Callable[[torch.device, Backend], Sequence[torch.Tensor]]
+
+
+def _random(device: torch.device, *shape: int, seed: int, scale: float = 1.0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(shape, generator=generator) * scale).to(device)
+
+
+def _integers(device: torch.device, high: int, *shape: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(high, shape, generator=generator).to(device)
+
+
+def _temperatures(device: torch.device) -> torch.Tensor:
+    """Greedy and sampled requests in turns."""
+    return torch.tensor([0.0, 1.0, 0.7] * (_REQUESTS // 3), device=device)
+
+
+def _draft(device: torch.device, backend: Backend) -> Sequence[torch.Tensor]:
+    w1, w2 = (_random(device, _VOCAB, _RANK, seed=i, scale=0.3).bfloat16() for i in (1, 2))
+    found = draft_shortlist(
+        _random(device, _REQUESTS, _GAMMA, _VOCAB, seed=3, scale=2.0).bfloat16(),
+        _integers(device, _VOCAB, _REQUESTS, seed=4),
+        Head(w1, w2),
+        size=_LISTED,
+        sampling=Sampling(
+            _temperatures(device),
+            _integers(device, 1 << 40, _REQUESTS, seed=5),
+            _integers(device, 1000, _REQUESTS, seed=6),
+        ),
+        support_dtype=torch.int64,
+        backend=backend,
+    )
+    assert found.probs is not None
+    return found.tokens, found.support, found.probs[_temperatures(device) > 0]
+
+
+def _confidence(device: torch.device, backend: Backend) -> Sequence[torch.Tensor]:
+    found = confidence(
+        _random(device, _REQUESTS, _GAMMA, _HIDDEN, seed=7).bfloat16(),
+        _integers(device, _VOCAB, _REQUESTS, _GAMMA, seed=8),
+        _random(device, _HIDDEN + _RANK, seed=9, scale=0.1),
+        _random(device, 1, seed=10)[0],
+        torch.tensor([1.0, 1.5, 0.8], device=device),
+        w1=_random(device, _VOCAB, _RANK, seed=11).bfloat16(),
+        backend=backend,
+    )
+    return tuple(found)
+
+
+def _admit(device: torch.device, backend: Backend) -> Sequence[torch.Tensor]:
+    # Coarse values, so that ties within and across requests are there.
+    steps = _integers(device, 4, _REQUESTS, _GAMMA, seed=12).double() / 4
+    budget = torch.full((1,), 7, dtype=torch.int32, device=device)
+    return tuple(admit(steps.cumprod(1), budget, backend=backend))
+
+
+def _accept(device: torch.device, backend: Backend) -> Sequence[torch.Tensor]:
+    lens = torch.tensor([3, 0, 2, 3, 1, 3], dtype=torch.int32, device=device)
+    first = (lens + 1).cumsum(0, dtype=torch.int32) - lens - 1
+    rows = int((lens + 1).sum())
+    law = _random(device, _REQUESTS, _GAMMA, _LISTED, seed=13).softmax(-1)
+    tokens = _integers(device, 1 << 30, _REQUESTS, _GAMMA, _VOCAB, seed=14).argsort(-1)[
+        ..., :_LISTED
+    ]
+    tokens = tokens.contiguous()
+    generator = torch.Generator().manual_seed(15)
+    uniforms = torch.rand((_REQUESTS, _GAMMA + 1), generator=generator, dtype=torch.float64)
+    whole = torch.full((_REQUESTS,), _VOCAB, dtype=torch.int32, device=device)
+    whole[1] = 20
+    coupled = torch.tensor([0, 0, 1, 0, 0, 1], dtype=torch.int32, device=device)
+    found = accept(
+        Rows(
+            _random(device, rows, _VOCAB, seed=16, scale=2.0).bfloat16(),
+            first,
+            lens,
+            tokens[..., 0].contiguous(),
+        ),
+        _temperatures(device),
+        uniforms.to(device),
+        draft=ListedDraft(law, tokens),
+        filters=Filters(
+            whole,
+            torch.tensor([1.0, 0.9, 1.0, 1.0, 0.8, 1.0], device=device),
+            torch.zeros(_REQUESTS, device=device),
+        ),
+        keys=Keys(
+            _integers(device, 1 << 40, _REQUESTS, seed=17),
+            _integers(device, 1000, _REQUESTS, seed=18),
+            coupled,
+        ),
+        backend=backend,
+    )
+    return tuple(found)
+
+
+def _kv_inject(device: torch.device, backend: Backend) -> Sequence[torch.Tensor]:
+    layers, heads, dim, slots = 2, 2, 16, 12
+    into = [torch.zeros((slots, heads, dim), dtype=torch.bfloat16, device=device) for _ in range(4)]
+    kv_inject(
+        _random(device, _REQUESTS, layers, heads * dim, seed=19).bfloat16(),
+        _random(device, _REQUESTS, layers, heads * dim, seed=20).bfloat16(),
+        _integers(device, 64, _REQUESTS, seed=21),
+        torch.tensor([3, -1, 0, 11, -1, 5], device=device),
+        1.0 + _random(device, layers, dim, seed=22, scale=0.1),
+        rope_table(64, dim, 10000.0).to(device),
+        pools(into[:layers], into[layers:]),
+        eps=1e-6,
+        backend=backend,
+    )
+    return into
+
+
+CHECKS: dict[str, Check] = {
+    "markov_step": _draft,
+    "confidence": _confidence,
+    "admit": _admit,
+    "accept": _accept,
+    "kv_inject": _kv_inject,
+}
+
+
+def check_kernels(device: torch.device) -> None:
+    """Run every kernel and its reference on the same operands.
+
+    Raises:
+        CompatibilityError: one differs: whole numbers at all, others by more than rounding.
+    """
+    for name, check in CHECKS.items():
+        ours, wanted = check(device, "triton"), check(device, "torch")
+        for found, expected in zip(ours, wanted, strict=True):
+            if not _agree(found, expected):
+                raise CompatibilityError(
+                    f"The kernel {name} disagrees with its reference on {device}.",
+                    expected="the same result, up to rounding",
+                    fix="Set DSPARK_KERNELS=torch, and report the device, the driver and the "
+                    "versions that `dspark doctor` prints.",
+                )
+
+
+def _agree(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    if not expected.is_floating_point():
+        return bool(torch.equal(found, expected))
+    gap = (found.double() - expected.double()).abs()
+    return bool((gap <= _TOLERANCE * expected.double().abs().clamp(min=1.0)).all())

@@ -1,0 +1,209 @@
+"""The drafted law and the final token in Triton: chances, residual masses, inverse CDF.
+
+The token after the kept ones comes from weights ``w(x) = max(0, f p(x) - q(x))`` (or ``p``), drawn by
+inverting their cumulative sum in token order. Sums by block are known, so the block that
+``u * total`` falls into is found from them and only that block is read again.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from dspark_kernels.accept.law import kept_weight
+from dspark_kernels.accept.parts import LOG2E
+
+#: How the drafted law is given: one certain token, logits with their log-sum-exp, or probabilities
+#: over a list of tokens.
+CERTAIN = tl.constexpr(0)
+DENSE = tl.constexpr(1)
+LISTED = tl.constexpr(2)
+#: Listed tokens worked on at a time, and tokens in the search for the final one.
+LIST = tl.constexpr(16)
+SEARCH = tl.constexpr(512)
+
+
+@triton.jit
+def _listed(law, tokens, size, start, LAW: tl.constexpr):
+    """Tokens and probabilities ``start .. start + LIST`` of a listed law, padded with token -1."""
+    entry = start + tl.arange(0, LIST)
+    token = tl.load(tokens + entry, mask=entry < size, other=-1)
+    if LAW == CERTAIN:
+        chance = tl.where(token >= 0, 1.0, 0.0)
+    else:
+        chance = tl.load(law + entry, mask=(entry < size) & (token >= 0), other=0.0)
+    return token, chance.to(tl.float32)
+
+
+@triton.jit
+def drafted_chance(law, lse, tokens, size, token, scale, LAW: tl.constexpr):
+    """``q(token)``, float32.
+
+    Args:
+        law, lse, tokens: pointers to this position's law (see :data:`DENSE` and the others).
+        size: entries of the law.
+    """
+    if LAW == CERTAIN:
+        return tl.full([], 1.0, tl.float32)
+    elif LAW == DENSE:
+        logit = tl.load(law + token).to(tl.float32)
+        return tl.exp2(logit * scale - tl.load(lse) * LOG2E)
+    else:
+        chance = tl.zeros([LIST], tl.float32)
+        for start in tl.range(0, size, LIST):
+            entry, each = _listed(law, tokens, size, start, LAW)
+            chance += tl.where(entry == token, each, 0.0)
+        return tl.sum(chance)
+
+
+@triton.jit
+def target_chance(row, token, top, scale, mass, cut, last, min_p, SHIFT: tl.constexpr):
+    """``p(token)`` of a filtered row, float64."""
+    x = tl.load(row + token).to(tl.float32)
+    weight = kept_weight(x, token.to(tl.int32), top, scale, cut, last, min_p, SHIFT)
+    return weight.to(tl.float64) / mass.to(tl.float64)
+
+
+@triton.jit
+def residual_sums(
+    row, width, base, top, scale, share, cut, last, min_p, sums, law, lse, tokens, size,
+    BLOCK: tl.constexpr, SLOTS: tl.constexpr, SHIFT: tl.constexpr, LAW: tl.constexpr,
+):  # fmt: skip
+    """``[SLOTS]`` float64 sums of ``max(0, f p - q)`` by block, from below by rounding only.
+
+    NaN where the drafted law is NaN.
+
+    A listed law changes few tokens: ``f p - min(f p, q)`` needs the row at those only. A dense law
+    needs both read through.
+
+    Args:
+        base: token of the first column (of a shard).
+        share: float32 ``f / mass``.
+        sums: ``[SLOTS]`` float32 sums of the weights of every block.
+    """
+    slot = tl.arange(0, SLOTS)
+    if LAW == DENSE:
+        left = tl.zeros([SLOTS], tl.float64)
+        for block in tl.range(0, tl.cdiv(width, BLOCK)):
+            offs = block * BLOCK + tl.arange(0, BLOCK)
+            inside = offs < width
+            x = tl.load(row + offs, mask=inside, other=-float("inf")).to(tl.float32)
+            drafted = tl.load(law + offs, mask=inside, other=-float("inf")).to(tl.float32)
+            chance = tl.exp2(drafted * scale - tl.load(lse) * LOG2E)
+            weight = kept_weight(x, offs, top, scale, cut, last, min_p, SHIFT) * share
+            over = tl.where(chance == chance, tl.maximum(weight - chance, 0.0), float("nan"))
+            left = tl.where(slot == block, tl.sum(over).to(tl.float64), left)
+    else:
+        left = sums.to(tl.float64) * share.to(tl.float64)
+        for start in tl.range(0, size, LIST):
+            entry, chance = _listed(law, tokens, size, start, LAW)
+            entry = entry - base
+            own = (entry >= 0) & (entry < width)
+            x = tl.load(row + entry, mask=own, other=-float("inf")).to(tl.float32)
+            offs = entry.to(tl.int32)
+            weight = kept_weight(x, offs, top, scale, cut, last, min_p, SHIFT) * share
+            shared = tl.where(chance == chance, tl.minimum(weight, chance), float("nan"))
+            shared = tl.where(own, shared, 0.0).to(tl.float64)
+            inside = (offs // BLOCK)[:, None] == slot[None, :]
+            left -= tl.sum(tl.where(inside, shared[:, None], 0.0), 0)
+    return left
+
+
+@triton.jit
+def _weights(
+    row, offs, inside, base, top, scale, share, cut, last, min_p, minus, law, lse, tokens, size,
+    SHIFT: tl.constexpr, LAW: tl.constexpr,
+):  # fmt: skip
+    """Float32 ``f p``, less the drafted law if ``minus``, of some columns of a row."""
+    x = tl.load(row + offs, mask=inside, other=-float("inf")).to(tl.float32)
+    weight = kept_weight(x, offs, top, scale, cut, last, min_p, SHIFT) * share
+    if minus:
+        if LAW == DENSE:
+            drafted = tl.load(law + offs, mask=inside, other=-float("inf")).to(tl.float32)
+            weight -= tl.exp2(drafted * scale - tl.load(lse) * LOG2E)
+        else:
+            for start in tl.range(0, size, LIST):
+                entry, chance = _listed(law, tokens, size, start, LAW)
+                same = (entry - base)[None, :] == offs[:, None]
+                weight -= tl.sum(tl.where(same, chance[None, :], 0.0), 1)
+    return tl.where(inside, tl.maximum(weight, 0.0), 0.0)
+
+
+@triton.jit
+def invert(
+    row, width, base, top, scale, share, cut, last, min_p, left, wanted, minus,
+    law, lse, tokens, size,
+    BLOCK: tl.constexpr, SLOTS: tl.constexpr, SHIFT: tl.constexpr, LAW: tl.constexpr,
+):  # fmt: skip
+    """The first column whose cumulative weight exceeds ``wanted``; -1 if its block has no weight.
+
+    Args:
+        left: ``[SLOTS]`` float64 sums of the weights by block.
+        wanted: float64 in [0, total of ``left``].
+        minus: whether the weights are a residual.
+    """
+    slot = tl.arange(0, SLOTS)
+    total = tl.cumsum(left, 0)
+    after = tl.min(tl.where((total > wanted) & (left > 0), slot, 2147483647))
+    final = tl.max(tl.where(left > 0, slot, 0))
+    block = tl.minimum(after, final)
+    before = tl.sum(tl.where(slot < block, left, 0.0))
+    found = -1
+    positive = -1
+    start = block * BLOCK
+    end = tl.minimum(start + BLOCK, width)
+    while (start < end) & (found < 0):
+        offs = start + tl.arange(0, SEARCH)
+        inside = offs < end
+        weight = _weights(
+            row, offs, inside, base, top, scale, share, cut, last, min_p, minus,
+            law, lse, tokens, size, SHIFT, LAW,
+        ).to(tl.float64)  # fmt: skip
+        upto = before + tl.cumsum(weight, 0)
+        first = tl.min(tl.where((upto > wanted) & (weight > 0), offs, 2147483647))
+        found = tl.where(first < 2147483647, first, -1)
+        positive = tl.maximum(positive, tl.max(tl.where(weight > 0, offs, -1)))
+        before += tl.sum(weight)
+        start += SEARCH
+    # The sum by block can exceed the sum read again by rounding; the last weight is meant then.
+    return tl.where(found >= 0, found, positive)
+
+
+@triton.jit
+def final_token(
+    row, width, top, scale, mass, cut, last, min_p, sums, factor, minus, uniform,
+    law, lse, tokens, size,
+    BLOCK: tl.constexpr, SLOTS: tl.constexpr, SHIFT: tl.constexpr, LAW: tl.constexpr,
+):  # fmt: skip
+    """Correction (``minus``) or bonus token; -1 where the drafted law is NaN.
+
+    A residual without mass means that ``p = q`` up to rounding: the token then comes from ``p``.
+    """
+    plain = sums.to(tl.float64) / mass.to(tl.float64)
+    left = plain
+    share = 1.0 / mass
+    if minus:
+        share = factor / mass
+        left = residual_sums(
+            row, width, 0, top, scale, share, cut, last, min_p, sums, law, lse, tokens, size,
+            BLOCK, SLOTS, SHIFT, LAW,
+        )  # fmt: skip
+        # A difference of sums can fall below 0 by rounding; NaN stays.
+        left = tl.where(left < 0.0, 0.0, left)
+    total = tl.sum(left)
+    token = -1
+    valid = total == total
+    rest = minus & (total > 0)
+    tries = 0
+    while valid & (token < 0) & (tries < 2):
+        if not rest:
+            left = plain
+            share = 1.0 / mass
+            total = tl.sum(left)
+        token = invert(
+            row, width, 0, top, scale, share, cut, last, min_p, left, uniform * total, rest,
+            law, lse, tokens, size, BLOCK, SLOTS, SHIFT, LAW,
+        )  # fmt: skip
+        rest = rest & False
+        tries += 1
+    return token

@@ -1,0 +1,306 @@
+"""Acceptance in plain torch: one request, one row, one token at a time, in float64.
+
+Nothing here is shared with the kernel. Besides the outcome it says how far every decision that depends
+on rounding was from going the other way, so a test can compare decisions exactly where that is fair.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from dspark_kernels.accept.operands import (
+    Accepted,
+    Adjustments,
+    DenseDraft,
+    Filters,
+    Keys,
+    ListedDraft,
+    Rows,
+)
+
+_MASK = 0xFFFFFFFF
+
+
+class Judged(NamedTuple):
+    """An outcome and the margins of its decisions."""
+
+    outcome: Accepted
+    #: ``[R]`` float64 least distance, in probability, of a decision of the request from its boundary.
+    margin: torch.Tensor
+
+
+class _Broken(ArithmeticError):
+    """A law without finite mass."""
+
+
+class _Margin:
+    def __init__(self) -> None:
+        self.least = math.inf
+
+    def add(self, distance: float) -> None:
+        self.least = min(self.least, abs(distance))
+
+
+class _Law(NamedTuple):
+    """A row's filtered law."""
+
+    probs: torch.Tensor
+    #: Tokens in the order of the filters: descending logit, ascending token.
+    order: torch.Tensor
+    filtered: bool
+
+
+def judge(
+    rows: Rows,
+    temperature: torch.Tensor,
+    uniforms: torch.Tensor,
+    *,
+    draft: DenseDraft | ListedDraft | None = None,
+    filters: Filters | None = None,
+    keys: Keys | None = None,
+    adjustments: Adjustments | None = None,
+    block: bool = False,
+) -> Judged:
+    """The outcome of every request; operands as in :func:`dspark_kernels.accept.accept`."""
+    requests, gamma = rows.drafted.shape
+    size, width = rows.logits.shape
+    count, token, flag, margins = [], [], [], []
+    for r in range(requests):
+        length, start = int(rows.lens[r]), int(rows.first[r])
+        margin = _Margin()
+        outcome = (0, 0, 0)
+        drafted = rows.drafted[r, : max(length, 0)].tolist()
+        if length >= 0:
+            if (
+                length > gamma
+                or start < 0
+                or start + length >= size
+                or any(not 0 <= x < width for x in drafted)
+            ):
+                outcome = (0, 0, 2)
+            else:
+                one = _Request(
+                    r, rows.logits[start : start + length + 1], drafted, float(temperature[r]),
+                    uniforms[r].double(), draft, filters, keys, adjustments, margin,
+                )  # fmt: skip
+                try:
+                    outcome = (*one.decide(block), 0)
+                except _Broken:
+                    outcome = (0, 0, 1)
+        count.append(outcome[0])
+        token.append(outcome[1])
+        flag.append(outcome[2])
+        margins.append(margin.least)
+    device = rows.logits.device
+    return Judged(
+        Accepted(
+            torch.tensor(count, dtype=torch.int32, device=device),
+            torch.tensor(token, dtype=torch.int64, device=device),
+            torch.tensor(flag, dtype=torch.int32, device=device),
+        ),
+        torch.tensor(margins, dtype=torch.float64, device=device),
+    )
+
+
+class _Request:
+    """One request of a round."""
+
+    def __init__(
+        self,
+        index: int,
+        logits: torch.Tensor,
+        drafted: list[int],
+        temperature: float,
+        uniforms: torch.Tensor,
+        draft: DenseDraft | ListedDraft | None,
+        filters: Filters | None,
+        keys: Keys | None,
+        adjustments: Adjustments | None,
+        margin: _Margin,
+    ) -> None:
+        self.index, self.logits, self.drafted = index, logits, drafted
+        self.temperature, self.uniforms, self.draft = temperature, uniforms, draft
+        self.filters, self.keys, self.adjustments = filters, keys, adjustments
+        self.margin = margin
+        if adjustments is not None:
+            # A copy: judging must not depend on how many rows were judged before.
+            self.logits = logits.clone()
+
+    def decide(self, block: bool) -> tuple[int, int]:
+        """Drafted tokens kept and the token after them."""
+        coupled = self.keys is not None and int(self.keys.coupled[self.index]) != 0
+        if math.isnan(self.temperature):
+            raise _Broken
+        if self.temperature > 0 and not coupled:
+            return self._block() if block else self._rejection()
+        for j, x in enumerate([*self.drafted, -1]):
+            choice = self._draw(j) if self.temperature > 0 else self._best(j)
+            if choice != x:
+                return j, choice
+        raise AssertionError("no token equals -1")
+
+    def _row(self, j: int) -> torch.Tensor:
+        row = self.logits[j].double()
+        if self.adjustments is not None:
+            row = row.clone()
+            _adjust(row, self.adjustments, self.index, self.drafted[:j])
+        if not math.isfinite(float(row.max())):
+            raise _Broken
+        return row
+
+    def _best(self, j: int) -> int:
+        row = self._row(j)
+        return int((row == row.max()).nonzero()[0])
+
+    def _law(self, j: int) -> _Law:
+        scaled = self._row(j) / self.temperature
+        probs = torch.softmax(scaled, dim=-1)
+        order = torch.sort(scaled, descending=True, stable=True).indices
+        if self.filters is None:
+            return _Law(probs, order, False)
+        top_k = int(self.filters.top_k[self.index])
+        top_p = float(self.filters.top_p[self.index])
+        min_p = float(self.filters.min_p[self.index])
+        filtered = top_k < len(probs) or top_p < 1 or min_p > 0
+        kept = torch.zeros_like(probs)
+        before, largest = 0.0, float(probs.max())
+        for rank, x in enumerate(order.tolist()):
+            p = float(probs[x])
+            if rank >= top_k:
+                break
+            if top_p < 1:
+                self.margin.add(before - top_p)
+                if before > top_p:
+                    break
+            if min_p > 0:
+                self.margin.add(p - min_p * largest if p != largest else 1.0)
+                if p < min_p * largest:
+                    break
+            kept[x] = p
+            before += p
+        return _Law(kept / kept.sum(), order, filtered)
+
+    def _offered(self, j: int) -> torch.Tensor:
+        """``[V]`` the law that drafted token ``j`` was drawn from."""
+        law = torch.zeros(self.logits.shape[1], dtype=torch.float64)
+        if self.draft is None:
+            law[self.drafted[j]] = 1.0
+        elif isinstance(self.draft, DenseDraft):
+            logits = self.draft.logits[self.index, j].double()
+            law = (logits / self.temperature - self.draft.lse[self.index, j].double()).exp()
+        else:
+            for x, q in zip(
+                self.draft.tokens[self.index, j].tolist(),
+                self.draft.probs[self.index, j].tolist(),
+                strict=True,
+            ):
+                if x >= 0:
+                    law[x] += q
+        if bool(law.isnan().any()):
+            raise _Broken
+        return law
+
+    def _rejection(self) -> tuple[int, int]:
+        for j, x in enumerate(self.drafted):
+            p, q = self._law(j).probs, self._offered(j)
+            test = float(self.uniforms[j] * q[x] - p[x])
+            self.margin.add(test)
+            if test >= 0:
+                return j, self._invert((p - q).clamp(min=0), p)
+        count = len(self.drafted)
+        p = self._law(count).probs
+        return count, self._invert(p, p)
+
+    def _block(self) -> tuple[int, int]:
+        weight, kept, length = 1.0, 0, len(self.drafted)
+        laws = [self._law(j).probs for j in range(length + 1)]
+        offers = [self._offered(j) for j in range(length)]
+        survives = [1.0]
+        for j, x in enumerate(self.drafted):
+            q = float(offers[j][x])
+            weight = min(1.0, weight * float(laws[j][x]) / q) if q > 0 else weight
+            survives.append(weight)
+        for k in range(1, length + 1):
+            chance = survives[k]
+            if k < length:
+                left = float((survives[k] * laws[k] - offers[k]).clamp(min=0).sum())
+                chance = left / max(left + 1 - survives[k], 1e-300)
+            self.margin.add(float(self.uniforms[k - 1]) - chance)
+            if float(self.uniforms[k - 1]) < chance:
+                kept = k
+        p = laws[kept]
+        if kept == length:
+            return kept, self._invert(p, p)
+        return kept, self._invert((survives[kept] * p - offers[kept]).clamp(min=0), p)
+
+    def _invert(self, weights: torch.Tensor, otherwise: torch.Tensor) -> int:
+        """The first token whose cumulative weight exceeds ``u * total``."""
+        if float(weights.sum()) <= 1e-12:
+            weights = otherwise
+        wanted = float(self.uniforms[-1]) * float(weights.sum())
+        cumulative = 0.0
+        token = -1
+        for x, weight in enumerate(weights.tolist()):
+            if weight > 0:
+                cumulative += weight
+                self.margin.add(cumulative - wanted)
+                if token < 0 or cumulative - weight <= wanted:
+                    token = x
+        return token
+
+    def _draw(self, j: int) -> int:
+        assert self.keys is not None
+        law = self._law(j)
+        seed = int(self.keys.seeds[self.index])
+        position = int(self.keys.positions[self.index]) + j
+        tokens = law.order.tolist() if law.filtered else range(len(law.probs))
+        scores = [
+            (noise(seed, position, column) + math.log(float(law.probs[x])), x)
+            for column, x in enumerate(tokens)
+            if law.probs[x] > 0
+        ]
+        best = max(score for score, _ in scores)
+        near = sorted(score for score, _ in scores)[-2:]
+        if len(near) == 2:
+            self.margin.add(near[1] - near[0])
+        return int(next(x for score, x in scores if score == best))
+
+
+def _adjust(row: torch.Tensor, given: Adjustments, r: int, before: list[int]) -> None:
+    """Penalise, exclude and bias one float64 row in place."""
+    frequency, presence = float(given.frequency[r]), float(given.presence[r])
+    repetition = float(given.repetition[r])
+    listed = [(i, x) for i, x in enumerate(given.tokens[r].tolist()) if 0 <= x < len(row)]
+    counts = {x: int(given.counts[r, i]) for i, x in listed}
+    for x in before:
+        counts[x] = counts.get(x, 0) + 1
+    for x, times in counts.items():
+        if times > 0:
+            value = float(row[x]) - (frequency * times + presence)
+            row[x] = value / repetition if value > 0 else value * repetition
+    early = int(given.lengths[r]) + len(before) < int(given.min_new_tokens[r])
+    for i, x in listed:
+        if early and int(given.stops[r, i]):
+            row[x] = -math.inf
+        row[x] += float(given.bias[r, i])
+
+
+def noise(seed: int, position: int, column: int) -> float:
+    """Standard Gumbel noise hashed from its arguments (MurmurHash3, 32 bits)."""
+    state = 0
+    for key in (seed & _MASK, (seed >> 32) & _MASK, position & _MASK, column & _MASK):
+        key = (key * 0xCC9E2D51) & _MASK
+        key = ((key << 15) | (key >> 17)) & _MASK
+        state ^= (key * 0x1B873593) & _MASK
+        state = ((state << 13) | (state >> 19)) & _MASK
+        state = (state * 5 + 0xE6546B64) & _MASK
+    state ^= 16
+    state = ((state ^ (state >> 16)) * 0x85EBCA6B) & _MASK
+    state = ((state ^ (state >> 13)) * 0xC2B2AE35) & _MASK
+    state ^= state >> 16
+    if state == 0:
+        return -math.log(1.7976931348623157e308)
+    return -math.log(max(-math.log(state / _MASK), 2.0**-32))

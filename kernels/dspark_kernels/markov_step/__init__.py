@@ -1,0 +1,217 @@
+"""The sequential Markov stage: drafting a block left to right over the base logits."""
+
+from __future__ import annotations
+
+import torch
+
+from dspark_kernels.markov_step import launch, reference
+from dspark_kernels.markov_step.operands import (
+    MAX_SHORTLIST,
+    Draft,
+    Head,
+    Sampling,
+    ShortlistDraft,
+    Step,
+    check,
+    check_out,
+)
+from dspark_kernels.support.backend import Backend, resolve
+from dspark_kernels.support.checks import operand
+from dspark_kernels.support.errors import OperandError
+
+__all__ = [
+    "Draft",
+    "Head",
+    "Sampling",
+    "ShortlistDraft",
+    "Step",
+    "draft_block",
+    "draft_shortlist",
+    "markov_step",
+]
+
+
+def draft_block(
+    base: torch.Tensor,
+    anchors: torch.Tensor,
+    head: Head,
+    *,
+    hidden: torch.Tensor | None = None,
+    sampling: Sampling | None = None,
+    vocabulary: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    backend: Backend = "auto",
+) -> Draft:
+    """Draft ``gamma`` tokens a row over the whole vocabulary, each step given the token before.
+
+    ``z_k(v) = base[b, k, v] + W2[v] . l_k`` with the latent ``l_k`` of ``e = W1[x_{k-1}]``:
+
+    - vanilla: ``l = e``
+    - gated: ``l = sigmoid(W [h_k; e] + bias) * e``
+    - rnn: ``(g, c, o) = W [s; e; h_k] + bias``, ``s' = sigmoid(g) s + (1 - sigmoid(g)) tanh(c)``,
+      ``l = tanh(o)``, starting from ``s = 0``
+
+    A greedy row takes the first argmax of ``z_k``; a sampled row draws from ``softmax(z_k / T)`` as
+    the first argmax of ``z_k / T + g``, ``g`` the Gumbel noise of (seed, position + k, token):
+    MurmurHash3 of the four words, the same as SGLang's seeded sampling and the acceptance's
+    coupled draws. A row's result does not depend on the rows beside it. NaN logits count as +inf.
+
+    Launches: ``gamma + 1``; for gated and rnn heads ``2 gamma + 2`` (a step's latents need every
+    column of a weight that would otherwise be read by each of the step's programs). W2 is read once
+    a step for up to 64 rows.
+
+    Args:
+        base: ``[B, gamma, V]`` bfloat16, float16 or float32 logits of the parallel stage; last
+            dimension contiguous, the others of any stride.
+        anchors: ``[B]`` int64 last committed tokens, inside the vocabulary (not checked).
+        head: the Markov head.
+        hidden: ``[B, gamma, d]`` floating draft hidden states; not read by vanilla heads.
+        sampling: temperatures and keys; None: all rows are greedy.
+        vocabulary: ``[V]`` int64 token of each column, inside the head's vocabulary (not checked);
+            None: every token in order.
+        out: ``[B, gamma, V]`` of base's dtype, may be ``base`` itself: the step logits of recorded
+            rows, rounded to its dtype *before* they are drawn from, so what is stored is the law
+            exactly. Other rows are left as they are. None: nothing is stored or rounded.
+        backend: what runs; see :func:`dspark_kernels.support.backend.resolve`.
+
+    Raises:
+        OperandError: an operand of the wrong shape, dtype, device or strides, or a backend that
+            cannot run.
+    """
+    check(base, anchors, head, hidden, sampling, vocabulary)
+    if out is not None:
+        check_out(out, base, sampling)
+    if resolve(backend, base) == "torch":
+        return reference.draft(base, anchors, head, hidden, sampling, vocabulary, out)[0]
+    if not base.shape[0] or not base.shape[1]:
+        return _nothing(base, anchors, out)
+    block = launch.Block(base, anchors, head, sampling, vocabulary, out)
+    return block.run(hidden)[0]
+
+
+def _nothing(base: torch.Tensor, anchors: torch.Tensor, out: torch.Tensor | None) -> Draft:
+    tokens = anchors.new_empty(base.shape[:2])
+    logit = tokens.to(torch.float32)
+    return Draft(tokens, tokens.clone(), logit, logit.clone(), out)
+
+
+def markov_step(
+    base: torch.Tensor,
+    previous: torch.Tensor,
+    head: Head,
+    *,
+    hidden: torch.Tensor | None = None,
+    state: torch.Tensor | None = None,
+    sampling: Sampling | None = None,
+    vocabulary: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    backend: Backend = "auto",
+) -> Step:
+    """One step of :func:`draft_block`: the token after ``previous`` of each row.
+
+    Launches: 2; 4 for gated and rnn heads.
+
+    Args:
+        base: ``[B, V]`` base logits of this step, else as in :func:`draft_block`.
+        previous: ``[B]`` int64 token before each.
+        head: the Markov head.
+        hidden: ``[B, d]`` draft hidden states of this step; not read by vanilla heads.
+        state: ``[B, r]`` float32 state of an rnn head; None: zeros.
+        sampling: temperatures and keys; positions are this step's.
+        vocabulary: ``[V]`` int64 token of each column, or None.
+        out: ``[B, V]`` step logits of recorded rows, as in :func:`draft_block`.
+        backend: what runs.
+
+    Raises:
+        OperandError: as :func:`draft_block`.
+    """
+    if not isinstance(base, torch.Tensor) or base.dim() != 2:
+        operand("base", base, shape=(None, None), dtype=torch.float32, contiguous=False)
+    whole = base[:, None]
+    every = None if hidden is None else hidden[:, None]
+    stored = None if out is None else out[:, None]
+    check(whole, previous, head, every, sampling, vocabulary)
+    if stored is not None:
+        check_out(stored, whole, sampling)
+    rows = base.shape[0]
+    if state is not None:
+        shape = (rows, head.rank)
+        operand("state", state, shape=shape, dtype=torch.float32, device=base.device)
+        if head.kind != "rnn":
+            raise OperandError(
+                f"state is given and the head is {head.kind}.",
+                expected="a state only with an rnn head",
+                fix="Leave state as None.",
+            )
+    if resolve(backend, base) == "torch":
+        return reference.step(base, previous, head, hidden, sampling, vocabulary, out, state=state)
+    if not rows:
+        empty = _nothing(whole, previous, stored)
+        after = base.new_empty((0, head.rank), dtype=torch.float32) if head.kind == "rnn" else None
+        return Step(empty.tokens[:, 0], empty.logit[:, 0], empty.lse[:, 0], after)
+    block, after = launch.Block(whole, previous, head, sampling, vocabulary, stored).run(
+        every, state
+    )
+    return Step(block.tokens[:, 0], block.logit[:, 0], block.lse[:, 0], after)
+
+
+def draft_shortlist(
+    base: torch.Tensor,
+    anchors: torch.Tensor,
+    head: Head,
+    *,
+    size: int = 128,
+    hidden: torch.Tensor | None = None,
+    sampling: Sampling | None = None,
+    vocabulary: torch.Tensor | None = None,
+    support_dtype: torch.dtype = torch.int32,
+    backend: Backend = "auto",
+) -> ShortlistDraft:
+    """Draft as :func:`draft_block` does, only from the ``size`` best base logits of each position.
+
+    The candidates are those of ``torch.topk``, the lower column among equals, in column order; the
+    drafted law is over them, so acceptance stays exact. Reads ``size`` rows of W2 a row and step.
+
+    Launches: 3 (select, merge, chain); 4 for gated and rnn heads.
+
+    Args:
+        base: ``[B, gamma, V]``, as in :func:`draft_block`; V at least ``size``.
+        anchors: ``[B]`` int64 last committed tokens.
+        head: the Markov head.
+        size: M, 1..256.
+        hidden: ``[B, gamma, d]`` draft hidden states; not read by vanilla heads.
+        sampling: temperatures and keys; None: all rows are greedy.
+        vocabulary: ``[V]`` int64 token of each column, or None.
+        support_dtype: int32 or int64, of the candidates returned.
+        backend: what runs.
+
+    Raises:
+        OperandError: as :func:`draft_block`, or a size out of range.
+    """
+    check(base, anchors, head, hidden, sampling, vocabulary)
+    if not 1 <= size <= min(MAX_SHORTLIST, base.shape[2]):
+        raise OperandError(
+            f"size is {size} and base has {base.shape[2]} columns.",
+            expected=f"1..{MAX_SHORTLIST}, and no more than the columns",
+            fix="Pass a smaller size, or use draft_block.",
+        )
+    if support_dtype not in (torch.int32, torch.int64):
+        raise OperandError(
+            f"support_dtype is {support_dtype}.",
+            expected="torch.int32 or torch.int64",
+            fix="Pass one of these.",
+        )
+    operands = (base, anchors, head, hidden, sampling, vocabulary, size, support_dtype)
+    if resolve(backend, base) == "torch":
+        return reference.draft_shortlist(*operands)
+    if not base.shape[0] or not base.shape[1]:
+        shape = (*base.shape[:2], size)
+        tokens = anchors.new_empty(base.shape[:2])
+        return ShortlistDraft(
+            tokens,
+            tokens.clone(),
+            anchors.new_empty(shape, dtype=support_dtype),
+            base.new_empty(shape),
+            None if sampling is None else base.new_empty(shape, dtype=torch.float32),
+        )
+    return launch.draft_shortlist(*operands)

@@ -1,0 +1,402 @@
+"""Acceptance over a vocabulary sharded over ranks, in Triton.
+
+Rank ``w`` holds columns ``s_w .. s_{w+1}`` of every row. With ``m_w, z_w`` the largest logit of a shard and
+its sum of ``exp((l - m_w) / T)``, a row's law is known from ``W`` small records:
+
+    m = max_w m_w        z = sum_w z_w exp((m_w - m) / T)        p(x) = exp((l_x - m) / T) / z
+    argmax: the least column among the shards that reach m; seeded draws likewise by score
+
+    stats   | local: m_w, z_w, argmax, seeded score, logits of the drafted tokens of every row      -> gather
+    combine | every rank alike: laws, which tokens are kept, the final row of each request
+    masses  | local: mass of p and of max(0, p - q) in the shard, of the final row                   -> gather
+    draw    | the rank whose interval of the cumulative sum holds u * total inverts it in its shard -> gather
+    finish  | every rank alike: the token
+
+Filters bisect for the global threshold (``narrow`` local, gather, ``settle``: 16 bits or 32, two a step), then
+sum what is kept (``kept`` local, gather, ``decide``). All sums over ranks are float64 in rank order, so
+every rank decides alike.
+
+Rows are all read: a rejection is known only after an exchange, and an exchange a row would cost more
+than a ``W``-th of a row. Every row is a program of its own, so the card is busy at one request.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from dspark_kernels.accept.adjust import adjust_row
+from dspark_kernels.accept.final import drafted_chance, invert, residual_sums
+from dspark_kernels.accept.parts import LOG2E, LOWEST, noise_state, order_key, row_pass
+
+#: Fields of a row's local record (float64): largest logit, mass, argmax, seeded score, seeded draw,
+#: logit of the drafted token, its drafted logit; -inf where the shard does not hold it.
+STATS = tl.constexpr(7)
+#: Fields of a combined row: largest logit, mass, own choice, drafted token's weight, its drafted
+#: logit, validity.
+LAW_FIELDS = tl.constexpr(6)
+#: Counts and masses above three thresholds, ties at the first.
+COUNTS = tl.constexpr(7)
+#: What is known of a request's outcome: kept tokens, own choice, flag.
+OUTCOME = tl.constexpr(3)
+BROKEN_LAW = tl.constexpr(1)
+BROKEN_LAYOUT = tl.constexpr(2)
+
+
+@triton.jit
+def heat_of(temperature, request):
+    """Whether a request samples at all, ``1 / T`` and ``log2(e) / T``."""
+    heat = tl.load(temperature + request).to(tl.float32)
+    inverse = 1.0 / tl.where(heat <= 0.0, 1.0, heat)
+    return heat > 0.0, inverse, inverse * LOG2E
+
+
+@triton.jit
+def fits_inside(
+    first, lens, drafted, request, rows, vocabulary, GAMMA: tl.constexpr, PLACES: tl.constexpr
+):
+    """A request's first row and drafted tokens, and whether both are inside the operands."""
+    length = tl.load(lens + request).to(tl.int32)
+    start = tl.load(first + request).to(tl.int64)
+    place = tl.arange(0, PLACES)
+    block = tl.load(
+        drafted + request * GAMMA + place, mask=place < tl.minimum(length, GAMMA), other=0
+    )
+    outside = tl.max(((block < 0) | (block >= vocabulary)).to(tl.int32)) > 0
+    fits = (length <= GAMMA) & (start >= 0) & (start + length < rows)
+    return start, length, fits & (outside == 0)
+
+
+@triton.jit
+def stats_kernel(
+    logits, logits_stride, rows, width, base, vocabulary, first, lens, drafted, temperature,
+    law, seeds, positions, coupling,
+    adjust_tokens, adjust_counts, adjust_bias, adjust_stops, adjust_size,
+    frequency, presence, repetition, min_new, lengths, stats_out, sums_out,
+    GAMMA: tl.constexpr, PLACES: tl.constexpr, BLOCK: tl.constexpr, SLOTS: tl.constexpr,
+    STAGES: tl.constexpr, DENSE: tl.constexpr, COUPLED: tl.constexpr, ADJUSTED: tl.constexpr,
+):  # fmt: skip
+    """One program a row: the record of its shard. Rows that no request owns are not read."""
+    request = tl.program_id(0).to(tl.int64)
+    position = tl.program_id(1)
+    start, length, fits = fits_inside(
+        first, lens, drafted, request, rows, vocabulary, GAMMA, PLACES
+    )
+    _hot, inverse, scale = heat_of(temperature, request)
+    place = request * (GAMMA + 1) + position
+    out = stats_out + place * STATS
+    slot = tl.arange(0, SLOTS)
+    top = tl.full([], -float("inf"), tl.float32)
+    choice = tl.full([], 0, tl.int32)
+    sums = tl.zeros([SLOTS], tl.float32)
+    score = tl.full([], -float("inf"), tl.float64)
+    drawn = tl.full([], 0, tl.int32)
+    x = tl.full([], -float("inf"), tl.float32)
+    q = tl.full([], -float("inf"), tl.float32)
+    if fits & (position <= length):
+        row = logits + (start + position) * logits_stride
+        if ADJUSTED:
+            listing = request * adjust_size
+            adjust_row(
+                row, width, base, drafted + request * GAMMA, position, adjust_tokens + listing,
+                adjust_counts + listing, adjust_bias + listing, adjust_stops + listing,
+                adjust_size, tl.load(frequency + request), tl.load(presence + request),
+                tl.load(repetition + request),
+                tl.load(lengths + request) + position < tl.load(min_new + request), PLACES,
+            )  # fmt: skip
+        state = noise_state(tl.full([], 0, tl.int64), tl.full([], 0, tl.int64))
+        coupled = position < 0
+        if COUPLED:
+            at = tl.load(positions + request) + position
+            state = noise_state(tl.load(seeds + request), at)
+            coupled = tl.load(coupling + request) != 0
+        top, choice, sums, score, drawn = row_pass(
+            row, width, base, scale, inverse, state, coupled, BLOCK, SLOTS, STAGES, COUPLED
+        )
+        if position < length:
+            token = tl.load(drafted + request * GAMMA + position) - base
+            own = (token >= 0) & (token < width)
+            x = tl.load(row + token, mask=own, other=-float("inf")).to(tl.float32)
+            if DENSE:
+                offered = law + (request * GAMMA + position) * width
+                q = tl.load(offered + token, mask=own, other=-float("inf")).to(tl.float32)
+    tl.store(out, top.to(tl.float64))
+    tl.store(out + 1, tl.sum(sums).to(tl.float64))
+    tl.store(out + 2, (choice + base).to(tl.float64))
+    tl.store(out + 3, score)
+    tl.store(out + 4, drawn.to(tl.float64))
+    tl.store(out + 5, x.to(tl.float64))
+    tl.store(out + 6, q.to(tl.float64))
+    tl.store(sums_out + place * SLOTS + slot, sums)
+
+
+@triton.jit
+def _decide(
+    request, position, length, fits, valid, sampled, choice, wanted, q, drafted, uniforms,
+    law, lse, listed, law_size, scale, count_out, token_out, flag_out,
+    GAMMA: tl.constexpr, PLACES: tl.constexpr, LAW: tl.constexpr,
+):  # fmt: skip
+    """Kept tokens of one request from ``[PLACES]`` float64 laws; the own choice after them."""
+    inside = position < length
+    token = tl.load(drafted + request * GAMMA + position, mask=inside, other=-1)
+    uniform = tl.load(uniforms + request * (GAMMA + 1) + position, mask=inside, other=0.0)
+    offered = tl.full([PLACES], 1.0, tl.float64)
+    if LAW == 1:
+        share = tl.load(lse + request * GAMMA + position, mask=inside, other=0.0)
+        offered = tl.exp2(q.to(tl.float32) * scale - share * LOG2E).to(tl.float64)
+    if LAW == 2:
+        for step in tl.range(0, length):
+            at = request * GAMMA + step
+            each = drafted_chance(
+                law + at * law_size, lse, listed + at * law_size, law_size,
+                tl.load(drafted + at), scale, LAW,
+            )  # fmt: skip
+            offered = tl.where(position == step, each.to(tl.float64), offered)
+    kept = tl.where(sampled, uniform.to(tl.float64) * offered < wanted, choice == token)
+    count = tl.min(tl.where(inside & kept & valid, PLACES, position))
+    good = tl.max(((position <= count) & (position <= length) & (valid == 0)).to(tl.int32)) == 0
+    final = tl.sum(tl.where(position == count, choice, 0))
+    done = fits & good & (length >= 0)
+    flag = tl.where(length < 0, 0, tl.where(fits, tl.where(good, 0, BROKEN_LAW), BROKEN_LAYOUT))
+    tl.store(count_out + request, tl.where(done, count, 0))
+    tl.store(token_out + request, tl.where(done, final, 0))
+    tl.store(flag_out + request, flag)
+
+
+@triton.jit
+def combine_kernel(
+    stats, requests, ranks, rows, vocabulary, first, lens, drafted, temperature, uniforms,
+    law, lse, listed, law_size, coupling, laws_out, bounds_out, count_out, token_out, flag_out,
+    GAMMA: tl.constexpr, PLACES: tl.constexpr, RANKS: tl.constexpr, SHIFT: tl.constexpr,
+    LAW: tl.constexpr, COUPLED: tl.constexpr, FILTERED: tl.constexpr,
+):  # fmt: skip
+    """One program a request: its rows' laws, and what is kept unless filters come first."""
+    request = tl.program_id(0).to(tl.int64)
+    _start, length, fits = fits_inside(
+        first, lens, drafted, request, rows, vocabulary, GAMMA, PLACES
+    )
+    hot, _inverse, scale = heat_of(temperature, request)
+    position = tl.arange(0, PLACES)
+    rank = tl.arange(0, RANKS)
+    inside = (position <= GAMMA)[None, :] & (rank < ranks)[:, None]
+    place = (rank[:, None] * requests + request) * (GAMMA + 1) + position[None, :]
+    record = stats + place * STATS
+    none = -float("inf")
+    tops = tl.load(record, mask=inside, other=none)
+    masses = tl.load(record + 1, mask=inside, other=0.0)
+    choices = tl.load(record + 2, mask=inside, other=0.0)
+    top = tl.max(tops, 0)
+    far = tl.exp2(((tops - top[None, :]) * scale.to(tl.float64)).to(tl.float32)).to(tl.float64)
+    mass = tl.sum(tl.where(tops == none, masses, masses * far), 0)
+    choice = tl.min(tl.where(tops == top[None, :], choices, 1e18), 0)
+    coupled = length < -1
+    if COUPLED:
+        coupled = (tl.load(coupling + request) != 0) & hot
+        scores = tl.load(record + 3, mask=inside, other=none)
+        score = tl.max(scores, 0)
+        drawn = tl.load(record + 4, mask=inside, other=0.0)
+        drawn = tl.min(tl.where(scores == score[None, :], drawn, 1e18), 0)
+        choice = tl.where(coupled, drawn, choice)
+    x = tl.max(tl.load(record + 5, mask=inside, other=none), 0)
+    q = tl.load(record + 6, mask=inside, other=none)
+    # A maximum would drop a NaN; a sum of exponentials of one finite logit and -inf is the logit.
+    broken = tl.max((q != q).to(tl.int32), 0) > 0
+    q = tl.where(broken, float("nan"), tl.max(q, 0))
+    valid = (mass > 0) & (mass < float("inf")) & (tl.abs(top) < float("inf"))
+    weight = tl.exp2(((x - top) * scale.to(tl.float64)).to(tl.float32)).to(tl.float64)
+    choice = tl.where(valid & (position <= length), choice, 0.0)
+    out = laws_out + (request * (GAMMA + 1) + position) * LAW_FIELDS
+    real = position <= GAMMA
+    tl.store(out, tl.where(valid, top, 0.0), mask=real)
+    tl.store(out + 1, tl.where(valid, mass, 1.0), mask=real)
+    tl.store(out + 2, choice, mask=real)
+    tl.store(out + 3, weight, mask=real)
+    tl.store(out + 4, q, mask=real)
+    tl.store(out + 5, valid.to(tl.float64), mask=real)
+    if FILTERED:
+        bounds = bounds_out + (request * (GAMMA + 1) + position) * 2
+        high = order_key(tl.where(valid, top, 0.0).to(tl.float32), SHIFT)
+        tl.store(bounds, tl.full([PLACES], LOWEST >> SHIFT, tl.int64), mask=real)
+        tl.store(bounds + 1, high.to(tl.int64), mask=real)
+    else:
+        _decide(
+            request, position, length, fits, valid, hot & (coupled == 0), choice.to(tl.int64),
+            weight / mass, q, drafted, uniforms, law, lse, listed, law_size, scale,
+            count_out, token_out, flag_out, GAMMA, PLACES, LAW,
+        )  # fmt: skip
+
+
+@triton.jit
+def decide_kernel(
+    kept, requests, ranks, rows, vocabulary, first, lens, drafted, temperature, uniforms,
+    law, lse, listed, law_size, laws, count_out, token_out, flag_out,
+    GAMMA: tl.constexpr, PLACES: tl.constexpr, RANKS: tl.constexpr, LAW: tl.constexpr,
+):  # fmt: skip
+    """One program a request: what is kept under filters."""
+    request = tl.program_id(0).to(tl.int64)
+    _start, length, fits = fits_inside(
+        first, lens, drafted, request, rows, vocabulary, GAMMA, PLACES
+    )
+    hot, _inverse, scale = heat_of(temperature, request)
+    position = tl.arange(0, PLACES)
+    rank = tl.arange(0, RANKS)
+    real = position <= GAMMA
+    inside = real[None, :] & (rank < ranks)[:, None]
+    place = request * (GAMMA + 1) + position
+    record = kept + (rank[:, None] * requests * (GAMMA + 1) + place[None, :]) * 2
+    mass = tl.sum(tl.load(record, mask=inside, other=0.0), 0)
+    weight = tl.max(tl.load(record + 1, mask=inside, other=0.0), 0)
+    out = laws + place * LAW_FIELDS
+    valid = (tl.load(out + 5, mask=real, other=0.0) > 0) & (mass > 0)
+    choice = tl.load(out + 2, mask=real, other=0.0).to(tl.int64)
+    q = tl.load(out + 4, mask=real, other=0.0)
+    tl.store(out + 1, tl.where(valid, mass, 1.0), mask=real)
+    _decide(
+        request, position, length, fits, valid, hot, choice, weight / mass, q, drafted, uniforms,
+        law, lse, listed, law_size, scale, count_out, token_out, flag_out, GAMMA, PLACES, LAW,
+    )  # fmt: skip
+
+
+@triton.jit
+def _final_row(count, lens, first, flag, temperature, coupling, request, COUPLED: tl.constexpr):
+    """Whether a request draws a token, from which row, and whether from a residual."""
+    position = tl.load(count + request).to(tl.int32)
+    length = tl.load(lens + request).to(tl.int32)
+    start = tl.load(first + request).to(tl.int64)
+    draws = (tl.load(flag + request) == 0) & (length >= 0)
+    draws = draws & (tl.load(temperature + request).to(tl.float32) > 0.0)
+    if COUPLED:
+        draws = draws & (tl.load(coupling + request) == 0)
+    return draws, start + position, position, position < length
+
+
+@triton.jit
+def masses_kernel(
+    logits, logits_stride, width, base, first, lens, temperature, min_p, law, lse, listed,
+    law_size, coupling, stats, laws, cuts, count, flag, sums, left_out, masses_out,
+    GAMMA: tl.constexpr, BLOCK: tl.constexpr, SLOTS: tl.constexpr, SHIFT: tl.constexpr,
+    LAW: tl.constexpr, COUPLED: tl.constexpr, FILTERED: tl.constexpr,
+):  # fmt: skip
+    """One program a request: masses of ``p`` and ``max(0, p - q)`` of its final row's shard."""
+    request = tl.program_id(0).to(tl.int64)
+    draws, line, position, minus = _final_row(
+        count, lens, first, flag, temperature, coupling, request, COUPLED
+    )
+    _hot, _inverse, scale = heat_of(temperature, request)
+    slot = tl.arange(0, SLOTS)
+    plain = tl.zeros([SLOTS], tl.float64)
+    left = tl.zeros([SLOTS], tl.float64)
+    if draws:
+        place = request * (GAMMA + 1) + position
+        top = tl.load(laws + place * LAW_FIELDS).to(tl.float32)
+        share = (1.0 / tl.load(laws + place * LAW_FIELDS + 1)).to(tl.float32)
+        weight = tl.load(sums + place * SLOTS + slot)
+        cut = tl.full([], LOWEST, tl.int32)
+        last = width
+        least = tl.full([], 0.0, tl.float32)
+        if FILTERED:
+            cut = tl.load(cuts + place * 2)
+            last = tl.load(cuts + place * 2 + 1)
+            least = tl.load(min_p + request).to(tl.float32)
+        else:
+            own = tl.load(stats + place * STATS).to(tl.float32)
+            weight = tl.where(own > -float("inf"), weight * tl.exp2((own - top) * scale), weight)
+        plain = weight.to(tl.float64) * share.to(tl.float64)
+        left = plain
+        if minus:
+            at = request * GAMMA + position
+            left = residual_sums(
+                logits + line * logits_stride, width, base, top, scale, share, cut, last, least,
+                weight, law + at * law_size, lse + at, listed + at * law_size, law_size,
+                BLOCK, SLOTS, SHIFT, LAW,
+            )  # fmt: skip
+            left = tl.where(left < 0.0, 0.0, left)
+    tl.store(left_out + (request * 2) * SLOTS + slot, left)
+    tl.store(left_out + (request * 2 + 1) * SLOTS + slot, plain)
+    tl.store(masses_out + request * 2, tl.sum(left))
+    tl.store(masses_out + request * 2 + 1, tl.sum(plain))
+
+
+@triton.jit
+def draw_kernel(
+    logits, logits_stride, width, base, requests, ranks, own_rank, first, lens, temperature, min_p,
+    uniforms, law, lse, listed, law_size, coupling, laws, cuts, count, flag, left, masses, found_out,
+    GAMMA: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr, SLOTS: tl.constexpr,
+    SHIFT: tl.constexpr, LAW: tl.constexpr, COUPLED: tl.constexpr, FILTERED: tl.constexpr,
+):  # fmt: skip
+    """One program a request: its token if ``u * total`` falls into this shard, -1 if not.
+
+    -2 where the drafted law is NaN.
+    """
+    request = tl.program_id(0).to(tl.int64)
+    draws, line, position, minus = _final_row(
+        count, lens, first, flag, temperature, coupling, request, COUPLED
+    )
+    _hot, _inverse, scale = heat_of(temperature, request)
+    slot = tl.arange(0, SLOTS)
+    rank = tl.arange(0, RANKS)
+    token = tl.full([], -1, tl.int64)
+    if draws:
+        record = masses + (rank * requests + request) * 2
+        each = tl.load(record, mask=rank < ranks, other=0.0)
+        plain = tl.load(record + 1, mask=rank < ranks, other=0.0)
+        total = tl.sum(each)
+        rest = minus & (total > 0)
+        if total != total:
+            token = tl.full([], -2, tl.int64)
+        else:
+            each = tl.where(rest, each, plain)
+            total = tl.sum(each)
+            wanted = tl.load(uniforms + request * (GAMMA + 1) + GAMMA).to(tl.float64) * total
+            upto = tl.cumsum(each, 0)
+            after = tl.min(tl.where((upto > wanted) & (each > 0), rank, 2147483647))
+            holder = tl.minimum(after, tl.max(tl.where(each > 0, rank, 0)))
+            if holder == own_rank:
+                wanted = tl.maximum(wanted - tl.sum(tl.where(rank < holder, each, 0.0)), 0.0)
+                place = request * (GAMMA + 1) + position
+                at = request * GAMMA + tl.minimum(position, GAMMA - 1)
+                top = tl.load(laws + place * LAW_FIELDS).to(tl.float32)
+                share = (1.0 / tl.load(laws + place * LAW_FIELDS + 1)).to(tl.float32)
+                cut = tl.full([], LOWEST, tl.int32)
+                last = width
+                least = tl.full([], 0.0, tl.float32)
+                if FILTERED:
+                    cut = tl.load(cuts + place * 2)
+                    last = tl.load(cuts + place * 2 + 1)
+                    least = tl.load(min_p + request).to(tl.float32)
+                column = -1
+                tries = 0
+                while (column < 0) & (tries < 2):
+                    kind = tl.where(rest, 0, 1)
+                    sums = tl.load(left + (request * 2 + kind) * SLOTS + slot)
+                    column = invert(
+                        logits + line * logits_stride, width, base, top, scale, share, cut, last,
+                        least, sums, wanted, rest, law + at * law_size, lse + at,
+                        listed + at * law_size, law_size, BLOCK, SLOTS, SHIFT, LAW,
+                    )  # fmt: skip
+                    # A residual block of rounding only: the shard's own p, as accept's p.
+                    rest = rest & False
+                    tries += 1
+                token = tl.where(column >= 0, column + base, -2).to(tl.int64)
+    tl.store(found_out + request, token)
+
+
+@triton.jit
+def finish_kernel(
+    found, requests, ranks, first, lens, temperature, coupling, count_out, token_out, flag_out,
+    RANKS: tl.constexpr, COUPLED: tl.constexpr,
+):  # fmt: skip
+    """One program a request: the token that one rank found."""
+    request = tl.program_id(0).to(tl.int64)
+    draws, _line, _position, _minus = _final_row(
+        count_out, lens, first, flag_out, temperature, coupling, request, COUPLED
+    )
+    rank = tl.arange(0, RANKS)
+    each = tl.load(found + rank * requests + request, mask=rank < ranks, other=-1)
+    if draws:
+        token = tl.max(each)
+        broken = (token < 0) | (tl.min(each) < -1)
+        tl.store(token_out + request, tl.where(broken, 0, token))
+        if broken:
+            tl.store(count_out + request, 0)
+            tl.store(flag_out + request, BROKEN_LAW)

@@ -1,0 +1,75 @@
+"""Every configuration of every op compiles for Hopper and spills nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from dspark_kernels.support import report
+from dspark_kernels.support.aot import Resources, compile_sm90
+
+CASES = [(op, case) for op in report.ops() for case in report.bench(op).cases()]
+
+#: 32-bit registers of a multiprocessor, and the shared memory that one program may take of it.
+REGISTERS = 64 * 1024
+SHARED = 227 * 1024
+
+
+@pytest.fixture(scope="module")
+def compiled(compiling_python: Callable[[str], str]) -> dict[str, dict[str, list[dict[str, int]]]]:
+    """Resources by op and configuration, from one process without the interpreter."""
+    found: dict[str, Any] = json.loads(
+        compiling_python(
+            "import json; from dspark_kernels.support import report; "
+            "print(json.dumps({op: report.compile_op(op) for op in report.ops()}))"
+        ).splitlines()[-1]
+    )
+    return found
+
+
+def test_every_op_has_a_bench() -> None:
+    assert {"admit", "confidence", "kv_inject"} <= set(report.ops())
+
+
+@pytest.mark.parametrize(("op", "case"), CASES, ids=[f"{op}-{case.name}" for op, case in CASES])
+def test_a_configuration_compiles_without_spills(
+    op: str, case: report.Case, compiled: dict[str, dict[str, list[dict[str, int]]]]
+) -> None:
+    for build, found in zip(case.builds, compiled[op][case.name], strict=True):
+        kernel = Resources(**found)
+        assert (kernel.spills, kernel.stack) == (0, 0)
+        # The program can start at all.
+        assert 0 < kernel.registers * 32 * build.num_warps <= REGISTERS
+        assert kernel.shared_bytes <= SHARED
+
+
+def test_spills_are_seen(compiling_python: Callable[[str], str]) -> None:
+    """The measurement itself: a kernel that needs more registers than a thread has."""
+    code = """
+import tempfile, pathlib, sys, importlib
+source = '''
+import triton
+import triton.language as tl
+
+@triton.jit
+def greedy(x, out, BLOCK: tl.constexpr):
+    values = tl.load(x + tl.arange(0, BLOCK))
+    tl.store(out + tl.arange(0, BLOCK), values / tl.sum(values))
+'''
+with tempfile.TemporaryDirectory() as folder:
+    pathlib.Path(folder, "greedy_kernel.py").write_text(source)
+    sys.path.insert(0, folder)
+    kernel = importlib.import_module("greedy_kernel").greedy
+    from dspark_kernels.support.aot import compile_sm90
+    print(compile_sm90(kernel, signature={"x": "*fp32", "out": "*fp32"},
+                       constants={"BLOCK": 16384}, num_warps=1).spills)
+"""
+    assert int(compiling_python(code)) > 0
+
+
+def test_the_interpreter_cannot_compile() -> None:
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET is set"):
+        compile_sm90(None, signature={}, constants={}, num_warps=4)

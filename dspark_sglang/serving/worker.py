@@ -222,6 +222,7 @@ class DSparkWorker(DSparkWorkerV2):
             },
             "markov": self._ops.markov.kind,
             "kernels": self._ops.name,
+            "launches": self._ops.launches,
             "sts": self._sts_source,
             "draft_vocabulary": self._drafted_tokens,
             "schedule": self._schedule,

@@ -99,6 +99,19 @@ def test_every_part_that_ran_is_a_kernel(tiny: Tiny) -> None:
     assert record["kernels"] == "triton" and record["accept_length"] > 1.2
 
 
+def test_the_kernels_were_launched_once_a_round(tiny: Tiny) -> None:
+    before = tiny.kernels.dspark()
+    generate(tiny.kernels, PROMPTS, temperature=0.0)
+    after = tiny.kernels.dspark()
+    assert before is not None and after is not None
+    rounds = after["steps"] - before["steps"]
+    assert rounds > 2
+    spent = {name: n - before["launches"][name] for name, n in after["launches"].items()}
+    drafting = {f"markov_step.{name}": rounds for name in ("select", "merge", "chain")}
+    others = dict.fromkeys(("confidence", "admit", "accept", "kv_inject"), rounds)
+    assert spent == drafting | others
+
+
 def test_the_metric_names_the_kernels(tiny: Tiny) -> None:
     lines = httpx.get(f"{tiny.kernels.url}/metrics", timeout=60.0).text.splitlines()
     found = [line for line in lines if line.startswith("dspark_info{")]

@@ -23,6 +23,10 @@ class Ops(Protocol):
     name: str
     markov: MarkovHead
 
+    @property
+    def launches(self) -> dict[str, int]:
+        """Kernel launches of this process, by kernel."""
+
     def draft(
         self,
         base: torch.Tensor,

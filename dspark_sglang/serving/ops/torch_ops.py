@@ -39,6 +39,11 @@ class TorchOps:
         self._verification = verification
         self._telemetry = telemetry
 
+    @property
+    def launches(self) -> dict[str, int]:
+        """None of ours."""
+        return {}
+
     def draft(
         self,
         base: torch.Tensor,

@@ -13,6 +13,7 @@ from dspark_kernels.accept import Filters, Keys, ListedDraft, Rows, accept
 from dspark_kernels.admit import admit
 from dspark_kernels.confidence import confidence
 from dspark_kernels.markov_step import Head, Sampling, draft_shortlist
+from dspark_kernels.support.backend import LAUNCHES
 from dspark_sglang.config import Verification
 from dspark_sglang.core.accept import Accepted
 from dspark_sglang.core.draft import SHORTLIST, DraftBlock
@@ -54,6 +55,11 @@ class TritonOps:
         self._telemetry = telemetry
         #: Flags of earlier rounds on their way to the host.
         self._flags: deque[tuple[Any, torch.Tensor]] = deque()
+
+    @property
+    def launches(self) -> dict[str, int]:
+        """See :attr:`dspark_sglang.serving.ops.Ops.launches`."""
+        return dict(LAUNCHES)
 
     def draft(
         self,

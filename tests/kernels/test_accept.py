@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
@@ -585,6 +586,34 @@ def test_agrees_with_core(method: str, seed: int, device: torch.device) -> None:
     found = run({name: _moved(value, device) for name, value in given.items()})
     assert torch.equal(found.count.cpu().long(), expected.count)
     assert torch.equal(found.token.cpu(), expected.token)
+
+
+# --- ahead of time ---------------------------------------------------------------------------
+
+
+def test_combined_features_compile_without_spills(
+    compiling_python: Callable[[str], str],
+) -> None:
+    """Beyond the configurations of the bench: several features at the largest vocabulary."""
+    code = """
+from dspark_kernels.accept.bench import Shape, signature
+from dspark_kernels.accept.kernel import accept_kernel
+from dspark_kernels.accept.plan import WARPS, constants
+from dspark_kernels.support.aot import compile_sm90
+everything = dict(coupled=True, filtered=True, adjusted=True, joint=True)
+for flags in (
+    dict(everything, law=0), dict(everything, law=1), dict(everything, law=2),
+    dict(everything, law=2, joint=False), dict(coupled=True, filtered=True, law=2),
+    dict(filtered=True, joint=True, law=2),
+):
+    chosen = constants(262144, 7, bfloat16=False, **flags)
+    found = compile_sm90(
+        accept_kernel, signature=signature(Shape(262144, 7, False, **flags)), constants=chosen,
+        num_warps=WARPS, aligned=("logits_stride", "width", "law_size"),
+    )
+    print(found.spills, found.stack, found.registers <= 128, found.shared_bytes <= 65536)
+"""
+    assert compiling_python(code).splitlines() == ["0 0 True True"] * 6
 
 
 # --- on a GPU only ---------------------------------------------------------------------------

@@ -90,6 +90,7 @@ def test_shards_decide_as_whole_rows(case: Case, ranks: int, device: torch.devic
     margin = judge(**operands(case, 17, torch.device("cpu"))).margin.to(device)
     outcomes, sent = lockstep(shards(given, split(case.width, ranks)))
     fair = margin > FAIR
+    assert case.apart == 0.0 or fair.sum() >= 0.6 * case.requests
     for outcome in outcomes:
         for mine, theirs, first in zip(outcome, whole, outcomes[0], strict=True):
             assert torch.equal(mine[fair], theirs[fair])

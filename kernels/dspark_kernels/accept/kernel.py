@@ -16,7 +16,7 @@ through, and a launch cannot depend on that. A program walks its request's rows 
 first rejection, so later rows are never read. Splitting the vocabulary over programs needs either a launch
 a row (``gamma + 1`` of them) or two launches that read every row: at 64 requests of 6 rows, V = 129280 in
 bfloat16, 99 MB against 58 MB when half of the drafts are kept. The price is parallelism: a program a
-multiprocessor, each with 16 warps and four blocks of a row in flight (``cp.async``).
+multiprocessor, each with 16 warps and three blocks of a row in flight (``cp.async``).
 
 **Why the row is not read twice.** The pass that finds the maximum and the mass also keeps the mass of each block
 of columns (a few dozen numbers, in registers). The final draw inverts the cumulative sum: the block is
@@ -182,26 +182,25 @@ def accept_kernel(  # noqa: C901, PLR0915
     cuts = tl.full([PLACES], LOWEST, tl.int32)
     lasts = tl.full([PLACES], 2147483647, tl.int32)
     survives = tl.full([PLACES], 1.0, tl.float32)
-    again = fits & False
+    every = tl.zeros([PLACES, SLOTS], tl.float32)
     while going:
         row = logits + (start + position) * logits_stride
-        if ADJUSTED:  # noqa: SIM102
-            if again == 0:
-                listing = request * adjust_size
-                adjust_row(
-                    row, width, 0, mine, position, adjust_tokens + listing, adjust_counts + listing,
-                    adjust_bias + listing, adjust_stops + listing, adjust_size,
-                    tl.load(frequency + request), tl.load(presence + request),
-                    tl.load(repetition + request),
-                    tl.load(lengths + request) + position < tl.load(min_new + request), PLACES,
-                )  # fmt: skip
+        if ADJUSTED:
+            listing = request * adjust_size
+            adjust_row(
+                row, width, 0, mine, position, adjust_tokens + listing, adjust_counts + listing,
+                adjust_bias + listing, adjust_stops + listing, adjust_size,
+                tl.load(frequency + request), tl.load(presence + request),
+                tl.load(repetition + request),
+                tl.load(lengths + request) + position < tl.load(min_new + request), PLACES,
+            )  # fmt: skip
         top, choice, sums, mass, cut, last, good = _row_law(
             row, width, scale, inverse, seed, anchor + position, coupled, filtered,
             most, nucleus, least, BLOCK, SLOTS, TILE, STAGES, SHIFT, COUPLED, FILTERED,
         )  # fmt: skip
         going = good & (position < length)
         if JOINT:
-            going = going & (again == 0)
+            every = tl.where((place == position)[:, None], sums[None, :], every)
         if going:
             token = tl.load(mine + position)
             if SAMPLED:
@@ -232,18 +231,21 @@ def accept_kernel(  # noqa: C901, PLR0915
                 going = choice == token
             if going:
                 position += 1
-        if JOINT:  # noqa: SIM102
-            # The last row is read: now find the longest prefix, and go back to its row.
-            if sampled & good & (again == 0) & (going == 0) & (length > 0):
-                position, factor = _longest(
-                    logits + start * logits_stride, logits_stride, width, scale, least,
-                    tops, masses, cuts, lasts, survives, length,
-                    uniforms + request * (GAMMA + 1), law, lse, listed, request * GAMMA, law_size,
-                    PLACES, BLOCK, SLOTS, SHIFT, LAW,
-                )  # fmt: skip
-                again = position < length
-                going = again
-
+    if JOINT:  # noqa: SIM102
+        if sampled & good & fits & (length > 0):
+            position, factor = _longest(
+                logits + start * logits_stride, logits_stride, width, scale, least,
+                tops, masses, cuts, lasts, survives, length, uniforms + request * (GAMMA + 1),
+                law, lse, listed, request * GAMMA, law_size, PLACES, BLOCK, SLOTS, SHIFT, LAW,
+            )  # fmt: skip
+            # What the row it stops at left behind; the last row is still at hand.
+            if position < length:
+                here = place == position
+                top = tl.sum(tl.where(here, tops, 0.0))
+                mass = tl.sum(tl.where(here, masses, 0.0))
+                cut = tl.sum(tl.where(here, cuts, 0))
+                last = tl.sum(tl.where(here, lasts, 0))
+                sums = tl.sum(tl.where(here[:, None], every, 0.0), 0)
     token = choice.to(tl.int32)
     if SAMPLED:  # noqa: SIM102
         if sampled & good & fits & (length >= 0):

@@ -59,8 +59,7 @@ def constants(
     """
     features = coupled + filtered + adjusted + joint
     plain = features <= 1
-    # Measured with ptxas: of the laws, only a listed one leaves no room for 2048 with every feature.
-    columns = 4096 if plain else 2048 if features < 4 or law == 1 else 1024
+    columns = 4096 if plain else 2048 if features < 4 else 1024
     block = min(columns, max(64, power(width) // 4))
     return {
         "GAMMA": gamma,

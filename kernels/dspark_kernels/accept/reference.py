@@ -256,17 +256,12 @@ class _Request:
         law = self._law(j)
         seed = int(self.keys.seeds[self.index])
         position = int(self.keys.positions[self.index]) + j
-        tokens = law.order.tolist() if law.filtered else range(len(law.probs))
-        scores = [
-            (noise(seed, position, column) + math.log(float(law.probs[x])), x)
-            for column, x in enumerate(tokens)
-            if law.probs[x] > 0
-        ]
-        best = max(score for score, _ in scores)
-        near = sorted(score for score, _ in scores)[-2:]
-        if len(near) == 2:
-            self.margin.add(near[1] - near[0])
-        return int(next(x for score, x in scores if score == best))
+        tokens = law.order if law.filtered else torch.arange(len(law.probs))
+        scores = noise(seed, position, torch.arange(len(tokens))) + law.probs[tokens].log()
+        near = scores.sort(descending=True, stable=True)
+        if len(tokens) > 1 and float(near.values[1]) > -math.inf:
+            self.margin.add(float(near.values[0] - near.values[1]))
+        return int(tokens[near.indices[0]])
 
 
 def _adjust(row: torch.Tensor, given: Adjustments, r: int, before: list[int]) -> None:
@@ -288,19 +283,23 @@ def _adjust(row: torch.Tensor, given: Adjustments, r: int, before: list[int]) ->
         row[x] += float(given.bias[r, i])
 
 
-def noise(seed: int, position: int, column: int) -> float:
-    """Standard Gumbel noise hashed from its arguments (MurmurHash3, 32 bits)."""
-    state = 0
-    for key in (seed & _MASK, (seed >> 32) & _MASK, position & _MASK, column & _MASK):
-        key = (key * 0xCC9E2D51) & _MASK
-        key = ((key << 15) | (key >> 17)) & _MASK
-        state ^= (key * 0x1B873593) & _MASK
+def noise(seed: int, position: int, columns: torch.Tensor) -> torch.Tensor:
+    """Standard Gumbel noise, float64, hashed from its arguments (MurmurHash3, 32 bits).
+
+    Args:
+        columns: ``[n]`` int64 on the CPU.
+    """
+    state = torch.zeros_like(columns)
+    for key in (seed & _MASK, (seed >> 32) & _MASK, position & _MASK, columns & _MASK):
+        # Products wrap modulo 2^64, which keeps their low 32 bits.
+        mixed = (torch.as_tensor(key) * 0xCC9E2D51) & _MASK
+        mixed = ((mixed << 15) | (mixed >> 17)) & _MASK
+        state = state ^ ((mixed * 0x1B873593) & _MASK)
         state = ((state << 13) | (state >> 19)) & _MASK
         state = (state * 5 + 0xE6546B64) & _MASK
-    state ^= 16
+    state = state ^ 16
     state = ((state ^ (state >> 16)) * 0x85EBCA6B) & _MASK
     state = ((state ^ (state >> 13)) * 0xC2B2AE35) & _MASK
-    state ^= state >> 16
-    if state == 0:
-        return -math.log(1.7976931348623157e308)
-    return -math.log(max(-math.log(state / _MASK), 2.0**-32))
+    state = state ^ (state >> 16)
+    negative = -(state.double() / _MASK).log()
+    return -negative.clamp(min=2.0**-32, max=torch.finfo(torch.float64).max).log()

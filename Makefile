@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.dspark-installed
 SOURCES := dspark_sglang kernels packaging loadtests tests requirements
 
-.PHONY: help install demo test test-unit test-server lint format typecheck bench lossless gpu lock wheel clean
+.PHONY: help install demo test test-unit test-server lint format typecheck bench bench-kernels lossless gpu lock wheel clean
 
 help:  ## Show what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -45,6 +45,9 @@ typecheck: install  ## Check types, strictly
 bench: install  ## Measure a round against a plain step, and where its time goes
 	$(BIN)/dspark bench-round
 
+bench-kernels: install  ## Count what the kernels cost, next to floor and builtin; time them on a GPU
+	$(BIN)/dspark bench-kernels
+
 lossless: install  ## Prove through the real server that the output law is plain decoding's
 	$(BIN)/dspark lossless
 
@@ -52,6 +55,7 @@ gpu: install  ## On a CUDA machine: run what needs one and save the results
 	mkdir -p runs/gpu
 	$(BIN)/dspark doctor | tee runs/gpu/doctor.txt
 	$(BIN)/python -m pytest -m gpu --junitxml=runs/gpu/tests.xml
+	$(BIN)/dspark bench-kernels --out runs/gpu/kernels
 
 lock: install  ## Resolve requirements/cpu.in again
 	$(BIN)/python requirements/lock.py

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import msgspec
 import typer
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from dspark_sglang.evaluation.drafted import Blocks
     from dspark_sglang.evaluation.questions import Question
     from dspark_sglang.evaluation.report import Evaluation, Lengths
+    from dspark_sglang.evaluation.shortlist import Loss
 
 Engine = Literal["standalone", "server", "both"]
 _TEMPERATURES = (0.0, 1.0)
@@ -43,6 +44,14 @@ def evaluate(
     max_tokens: Annotated[int, typer.Option(min=16, help="Longest answer in tokens.")] = 128,
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
     seed: Annotated[int, typer.Option(help="Seed of sampled answers.")] = 0,
+    shortlist: Annotated[
+        int | None,
+        typer.Option(min=0, help="Candidates a position. 0: all tokens. Default: as serving."),
+    ] = None,
+    shortlist_loss: Annotated[
+        Path | None,
+        typer.Option(help="Score the whole vocabulary as well; write here what is lost to it."),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for evaluation.json and reliability.png.")
     ] = None,
@@ -59,8 +68,10 @@ def evaluate(
     drafted verified; the server engine counts what a real server did.
     """
     from dspark_sglang import targets
+    from dspark_sglang.core.draft import SHORTLIST
     from dspark_sglang.evaluation.questions import load_questions
 
+    _check_shortlist(engine, shortlist, shortlist_loss)
     if dtype not in ("bfloat16", "float32"):
         raise ConfigError(
             f"--dtype is {dtype!r}.", expected="bfloat16 or float32", fix="Choose one of these."
@@ -74,7 +85,11 @@ def evaluate(
     flags = ["--engine", engine]
     flags += ["--prompts", prompts.name] if prompts else []
     flags += ["--limit", str(limit)] if limit else []
-    session = Session(console, where, artifact, questions, max_tokens, dtype, seed, flags)
+    flags += [] if shortlist is None else ["--shortlist", str(shortlist)]
+    flags += ["--shortlist-loss", shortlist_loss.name] if shortlist_loss else []
+    size = SHORTLIST if shortlist is None else shortlist
+    settings = Settings(max_tokens, dtype, seed, size, flags, shortlist_loss)
+    session = Session(console, where, artifact, questions, settings)
     rows: list[Lengths] = []
     blocks: Blocks | None = None
     if engine != "server":
@@ -87,10 +102,27 @@ def evaluate(
         session.save(out, result, blocks)
     if record:
         session.record(result)
+    session.record_loss(result)
     if as_json:
         typer.echo(msgspec.json.format(msgspec.json.encode(result), indent=2).decode())
         return
     _show(console, result)
+
+
+def _check_shortlist(engine: Engine, shortlist: int | None, loss: Path | None) -> None:
+    """Raise ConfigError where a shortlist is asked of an engine, or compared with none."""
+    if engine == "server" and (shortlist is not None or loss is not None):
+        raise ConfigError(
+            "--shortlist or --shortlist-loss with --engine server.",
+            expected="the standalone engine: a server has the shortlist it serves with",
+            fix="Leave --engine out.",
+        )
+    if loss is not None and shortlist == 0:
+        raise ConfigError(
+            "--shortlist-loss with --shortlist 0.",
+            expected="a shortlist to compare with the whole vocabulary",
+            fix="Leave --shortlist out.",
+        )
 
 
 def _check_domains(questions: list[Question]) -> None:
@@ -127,6 +159,20 @@ def _show(console: Console, result: Evaluation) -> None:
         console.print(f"Area under the ROC curve of survival, by position: {ranked}")
 
 
+class Settings(NamedTuple):
+    """How a session judges."""
+
+    max_tokens: int
+    dtype: str
+    seed: int
+    #: Candidates a position of the standalone engine; 0: all tokens.
+    shortlist: int
+    #: Flags of the command that are not the default.
+    flags: list[str]
+    #: Where what the shortlist loses is written, or None.
+    loss: Path | None
+
+
 class Session:
     """One evaluation: what is judged, on what, and how."""
 
@@ -136,16 +182,14 @@ class Session:
         target: Path,
         drafter: Path,
         questions: list[Question],
-        max_tokens: int,
-        dtype: str,
-        seed: int,
-        flags: list[str],
+        settings: Settings,
     ) -> None:
         from dspark_sglang.training.layouts import read_drafter
 
         self._console, self._target, self._drafter = console, target, drafter
-        self._questions, self._max_tokens = questions, max_tokens
-        self._dtype, self._seed, self._flags = dtype, seed, flags
+        self._questions, self._settings = questions, settings
+        self._max_tokens, self._dtype, self._seed = settings[:3]
+        self._losses: list[Loss] = []
         self._gamma = read_drafter(drafter)[0].gamma
         self._digest = weights_digest(drafter)
         sts = drafter / STS_FILE
@@ -159,6 +203,7 @@ class Session:
         from dspark_sglang.evaluation import standalone
         from dspark_sglang.evaluation.drafted import draft_blocks
         from dspark_sglang.evaluation.report import Domain, lengths
+        from dspark_sglang.evaluation.shortlist import loss
         from dspark_sglang.memory import keep_freed_memory
 
         keep_freed_memory()
@@ -182,6 +227,7 @@ class Session:
                     pair,
                     answers,
                     self._questions,
+                    shortlist=self._settings.shortlist,
                     progress=partial(_advance, bar, task),
                 )
                 if not scored:
@@ -193,9 +239,21 @@ class Session:
                 walks = standalone.replay(scored, greedy=temperature == 0, seed=self._seed)
                 entries = [Domain(a.domain, w) for a, w in zip(scored, walks, strict=True)]
                 rows.append(lengths("standalone", temperature, entries, by_prompt=True))
+                if self._settings.loss is not None:
+                    task = bar.add_task(f"whole vocabulary, T={temperature:g}", total=count)
+                    whole = standalone.score_answers(
+                        pair, answers, self._questions, progress=partial(_advance, bar, task)
+                    )
+                    self._losses.append(loss(temperature, whole, scored))
             task = bar.add_task("judging confidences", total=count)
             shown = partial(_advance, bar, task)
-            blocks = draft_blocks(pair, answers, seed=self._seed, progress=shown)
+            blocks = draft_blocks(
+                pair,
+                answers,
+                seed=self._seed,
+                shortlist=self._settings.shortlist,
+                progress=shown,
+            )
         return rows, blocks
 
     def server(self, url: str) -> list[Lengths]:
@@ -245,7 +303,7 @@ class Session:
         greedy, sampled = rows[:2]  # at the temperatures in order
         command = ["dspark", "eval", "--artifact", self._drafter.name, "--target"]
         command += [self._target.name, "--max-tokens", str(self._max_tokens)]
-        command += ["--dtype", self._dtype, "--seed", str(self._seed), *self._flags]
+        command += ["--dtype", self._dtype, "--seed", str(self._seed), *self._settings.flags]
         return Evaluation(
             schema_version=SCHEMA_VERSION,
             gamma=self._gamma,
@@ -263,7 +321,27 @@ class Session:
             lengths=rows,
             calibration=judged,
             provenance=provenance(command),
+            # What a server was asked about was drafted with the server's own.
+            shortlist=self._settings.shortlist if blocks is not None else 0,
         )
+
+    def record_loss(self, result: Evaluation) -> None:
+        """Write what the shortlist loses against the whole vocabulary, if that was asked for."""
+        from dspark_sglang.evaluation.shortlist import write_loss
+
+        path = self._settings.loss
+        if path is None:
+            return
+        names = ("drafter_sha256", "target", "prompts", "max_tokens", "dtype", "provenance")
+        about = {name: getattr(result, name) for name in names}
+        found = write_loss(path, self._losses, shortlist=self._settings.shortlist, **about)
+        for entry in found.by_temperature:
+            self._console.print(
+                f"Shortlist of {found.shortlist}, T={entry.temperature:g}: accepted length "
+                f"{entry.shortlist:.3f}, {entry.whole:.3f} without: {entry.loss_pct:+.2f}% lost"
+                + (f" (95% {entry.ci95[0]:+.2f} to {entry.ci95[1]:+.2f})" if entry.ci95 else "")
+            )
+        self._console.print(f"Written: {path}")
 
     def record(self, result: Evaluation) -> None:
         """Write eval.json, from which the card's acceptance table is made."""

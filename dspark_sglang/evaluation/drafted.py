@@ -45,6 +45,7 @@ def draft_blocks(
     answers: Sequence[TokenSequence],
     *,
     seed: int,
+    shortlist: int = SHORTLIST,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Blocks:
     """Draft a block at temperature 1 at every anchor of every answer.
@@ -52,6 +53,7 @@ def draft_blocks(
     Args:
         answers: the target's, sampled at temperature 1.
         seed: of the drafted tokens.
+        shortlist: candidates a position; 0: every token can be drafted.
         progress: told how many answers are done.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -66,7 +68,7 @@ def draft_blocks(
         for begin in range(0, len(anchors), _ANCHORS_AT_ONCE):
             part = anchors[begin : begin + _ANCHORS_AT_ONCE]
             uniforms = torch.rand((len(part), gamma), dtype=torch.float64, generator=generator)
-            scores, chance = _draft(pair, sequence, part, states, uniforms)
+            scores, chance = _draft(pair, sequence, part, states, uniforms, shortlist)
             confidence.append(scores.double().cpu().numpy())
             acceptance.append(chance.double().cpu().numpy())
             owner += [sequence.source] * len(part)
@@ -80,6 +82,7 @@ def _draft(
     anchors: npt.NDArray[np.int64],
     states: States,
     uniforms: torch.Tensor,
+    shortlist: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Confidence logits and acceptance ``[A, gamma]`` of the blocks at some anchors."""
     drafter, target, vocabulary = pair.drafter, pair.target, pair.vocabulary
@@ -95,7 +98,7 @@ def _draft(
         temperatures=torch.ones(len(anchors), device=device),
         sampled=torch.arange(len(anchors), device=device),
         uniforms=uniforms.to(device),
-        shortlist=SHORTLIST,
+        shortlist=shortlist or None,
         vocabulary=vocabulary.tokens,
     )
     assert block.probs is not None

@@ -17,6 +17,7 @@ import torch
 from dspark_sglang.artifacts import DRAFT_VOCAB_FILE, read_draft_vocab
 from dspark_sglang.checkpoint import check_fits, read_config
 from dspark_sglang.evaluation.questions import Question
+from dspark_sglang.evaluation.shortlist import score_shortlist
 from dspark_sglang.training.layouts import read_drafter
 from dspark_sglang.training.loss import Vocabulary, drafting
 from dspark_sglang.training.model import Drafter
@@ -139,13 +140,19 @@ def score_answers(
     answers: Sequence[TokenSequence],
     questions: Sequence[Question],
     *,
+    shortlist: int = 0,
     progress: Progress = lambda done: None,
 ) -> list[Answer]:
-    """Score a block at every anchor of every answer; answers without an anchor are left out."""
+    """Score a block at every anchor of every answer; answers without an anchor are left out.
+
+    Args:
+        shortlist: candidates a position as in serving; 0: every token can be drafted.
+        progress: told how many answers are done.
+    """
     scored = []
     for number, sequence in enumerate(answers):
         if len(sequence.anchors()):
-            scores = _score(pair, sequence)
+            scores = _score(pair, sequence, shortlist)
             match, ratio = (field.double().numpy() for field in scores)
             scored.append(
                 Answer(
@@ -160,9 +167,11 @@ def score_answers(
     return scored
 
 
-def _score(pair: Pair, sequence: TokenSequence) -> Scores:
+def _score(pair: Pair, sequence: TokenSequence, shortlist: int) -> Scores:
     tokens = torch.from_numpy(sequence.tokens[None].astype(np.int64)).to(pair.target.head.device)
     states = pair.target.states(tokens, pair.drafter.config.target_layer_ids)
+    if 0 < shortlist < len(pair.vocabulary.head):
+        return score_shortlist(pair, sequence, states, shortlist)
     return score_sequence(
         pair.drafter, pair.target, sequence, states, pair.vocabulary, bf16=pair.bf16
     )

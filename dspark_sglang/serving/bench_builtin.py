@@ -12,8 +12,8 @@ acceptance turns the logits of the draft and of the target into probabilities in
 tests them (``AcceptSampling``). With ``SGLANG_OPT_DSV41_BLOCKWISE_REJECTION`` it reads logits by
 blocks of the vocabulary instead (``BlockwiseRejection``). Probabilities come from flashinfer where
 that is installed; its kernel is CUDA C++, cannot be interpreted and is not counted: the Triton
-kernel that SGLang falls back to is, and reads less where logits are bfloat16 (flashinfer's path
-makes a float32 copy first).
+kernel that SGLang falls back to is: 10 bytes an element of bfloat16 logits, where flashinfer's path
+makes a float32 copy (6) that its kernel then reads and answers in float32 (8 or more).
 """
 
 from __future__ import annotations
@@ -33,12 +33,6 @@ from sglang.kernels.ops.speculative.dspark import (
 from sglang.srt.models.dspark import VanillaMarkov
 from sglang.srt.speculative.dspark_components import dspark_draft, dspark_verify
 
-#: Why a part of the builtin that no number stands for is not counted.
-NOT_COUNTED = {
-    "flashinfer.sampling.softmax": "CUDA C++, not interpreted; SGLang's Triton fallback is counted",
-    "markov_step.gated": "SGLang's loop is counted for vanilla heads only",
-}
-
 _KEY = 7
 
 
@@ -51,10 +45,10 @@ class Drafted(NamedTuple):
     logits: torch.Tensor
 
 
-class Accepted(NamedTuple):
+class Outcome(NamedTuple):
     """What SGLang's acceptance decided, all ``[B]``."""
 
-    count: torch.Tensor
+    kept: torch.Tensor
     token: torch.Tensor
     trimmed: torch.Tensor
 
@@ -125,7 +119,7 @@ class Acceptance:
             bs=requests, draft_token_num=width, device=device
         )
 
-    def run(self, *, blockwise: bool) -> Accepted:
+    def run(self, *, blockwise: bool) -> Outcome:
         """The default, or with ``blockwise`` the opt-in path."""
         found = dspark_verify.accept_draft_tokens(
             candidates=self._candidates,
@@ -137,7 +131,7 @@ class Acceptance:
             verify_num_draft_tokens=self._width,
             rejection_noise=self._noise if blockwise else None,
         )
-        return Accepted(*found)
+        return Outcome(*found)
 
 
 class _Alone:

@@ -24,9 +24,10 @@ from dspark_sglang.checkpoint import parse_drafter_config, read_config, weights_
 from dspark_sglang.cli.main import app
 from dspark_sglang.core.draft import DraftBlock, draft_block
 from dspark_sglang.core.drafter import DenseDrafter, DenseShape
-from dspark_sglang.errors import ServerError
+from dspark_sglang.errors import ConfigError, ServerError
 from dspark_sglang.evaluation import drafted as drafted_blocks
 from dspark_sglang.evaluation import served, standalone
+from dspark_sglang.evaluation import shortlist as shortlists
 from dspark_sglang.evaluation.questions import Question, load_questions
 from dspark_sglang.evaluation.report import Domain, calibration, lengths
 from dspark_sglang.provenance import provenance
@@ -60,16 +61,21 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return target, folder / "drafter"
 
 
-def answered(pair: Any, temperature: float) -> tuple[standalone.Pair, list[Any], list[Any]]:
+def answered(
+    pair: Any, temperature: float, shortlist: int = 0
+) -> tuple[standalone.Pair, list[Any], list[Any]]:
     loaded = standalone.load_pair(*pair, bf16=False)
     answers = standalone.write_answers(
         loaded.target, QUESTIONS, temperature=temperature, max_tokens=20, seed=1, at_once=3
     )
-    return loaded, answers, standalone.score_answers(loaded, answers, QUESTIONS)
+    scored = standalone.score_answers(loaded, answers, QUESTIONS, shortlist=shortlist)
+    return loaded, answers, scored
 
 
 @torch.no_grad()
-def reference(pair: Any, loaded: standalone.Pair, tokens: torch.Tensor, anchor: int) -> Any:
+def reference(
+    pair: Any, loaded: standalone.Pair, tokens: torch.Tensor, anchor: int, shortlist: int = 0
+) -> Any:
     """Laws of the block at one anchor from the reference drafter, true tokens before each."""
     config = parse_drafter_config(read_config(pair[1], role="drafter"))
     model = loaded.target.model
@@ -95,22 +101,27 @@ def reference(pair: Any, loaded: standalone.Pair, tokens: torch.Tensor, anchor: 
     for k in range(config.gamma):
         previous = tokens[min(anchor + k, len(tokens) - 1)][None]
         latent, state = drafter.markov.step(previous, hidden[:, k], state)
-        logits = hidden[:, k] @ model.lm_head.weight.T + latent @ drafter.markov.w2.T
+        base = hidden[:, k] @ model.lm_head.weight.T
+        logits = base + latent @ drafter.markov.w2.T
         law = torch.zeros_like(logits[0])
-        law[allowed] = logits[0, allowed].softmax(-1)
+        listed = allowed
+        if shortlist:
+            listed = allowed[base[0, allowed].argsort(descending=True)[:shortlist]]
+        law[listed] = logits[0, listed].softmax(-1)
         drafted.append(law)
         confidences.append(drafter.confidence.logits(hidden[:, k], previous, drafter.markov))
     return drafted, torch.cat(confidences), out.logits[0].softmax(-1)
 
 
+@pytest.mark.parametrize("shortlist", [0, 7, 1000], ids=["whole", "shortlist", "longer than all"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_scores_are_the_reference_drafters(pair: Any, temperature: float) -> None:
-    loaded, answers, scored = answered(pair, temperature)
+def test_scores_are_the_reference_drafters(pair: Any, temperature: float, shortlist: int) -> None:
+    loaded, answers, scored = answered(pair, temperature, shortlist)
     assert len(scored) == len(QUESTIONS)
     for sequence, answer in zip(answers, scored, strict=True):
         tokens = torch.from_numpy(sequence.tokens.astype(np.int64))
         for row, anchor in enumerate(sequence.anchors()[:6]):
-            drafted, _, truth = reference(pair, loaded, tokens, int(anchor))
+            drafted, _, truth = reference(pair, loaded, tokens, int(anchor), shortlist)
             for k in range(min(GAMMA, int(answer.remaining[row]))):
                 follows = int(tokens[anchor + k + 1])
                 p, q = truth[anchor + k], drafted[k]
@@ -228,6 +239,68 @@ def test_temperatures_beside_the_weights_are_judged(pair: Any, tmp_path: Path) -
         assert found["ece_after"] != found["ece_before"]
     finally:
         sts.unlink()
+
+
+def test_what_the_shortlist_loses_is_written(pair: Any, tmp_path: Path) -> None:
+    target, drafter = pair
+    prompts, found = tmp_path / "prompts.txt", tmp_path / "shortlist.json"
+    prompts.write_text("w1 w2 w3\nw7 w8\nw20 w21\n")
+    flags = ["eval", "--artifact", str(drafter), "--target", str(target), "--prompts", str(prompts)]
+    flags += ["--max-tokens", "24", "--dtype", "float32", "--json"]
+    losing = [*flags, "--shortlist", "2", "--shortlist-loss", str(found)]
+    short = json.loads(CliRunner().invoke(app, losing).stdout)
+    whole = json.loads(CliRunner().invoke(app, [*flags, "--shortlist", "0"]).stdout)
+    lost = json.loads(found.read_text())
+    assert (short["shortlist"], whole["shortlist"], lost["shortlist"]) == (2, 0, 2)
+    greedy, sampled = lost["by_temperature"]
+    assert (greedy["temperature"], sampled["temperature"]) == (0.0, 1.0)
+    assert greedy["whole"] == whole["accept_length_greedy"]
+    assert greedy["shortlist"] == short["accept_length_greedy"]
+    assert sampled["whole"] == pytest.approx(whole["accept_length_t1"], rel=0.3)
+    for entry in (greedy, sampled):
+        percent = 100 * (1 - entry["shortlist"] / entry["whole"])
+        assert entry["loss_pct"] == pytest.approx(percent, abs=0.02)
+    assert lost["tau_loss_pct"] == max(entry["loss_pct"] for entry in lost["by_temperature"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "match"),
+    [
+        (["--engine", "server", "--shortlist", "5"], "--engine server"),
+        (["--shortlist", "0", "--shortlist-loss", "x.json"], "--shortlist 0"),
+    ],
+    ids=["of a server", "of nothing"],
+)
+def test_a_shortlist_that_cannot_be_is_refused(flags: list[str], match: str) -> None:
+    done = CliRunner().invoke(app, ["eval", "--artifact", "drafter", *flags])
+    assert isinstance(done.exception, ConfigError)
+    assert match in str(done.exception)
+
+
+@pytest.mark.parametrize("greedy", [True, False], ids=["greedy", "sampled"])
+def test_expected_rounds_are_the_mean_of_drawn_ones(greedy: bool) -> None:
+    rng = np.random.default_rng(0)
+    remaining = np.array([7, 6, 5, 4, 3, 2, 1, 3, 2, 1])
+    chance = rng.random((10, GAMMA)) * (np.arange(GAMMA) < remaining[:, None])
+    answer = standalone.Answer(0, "chat", (chance > 0.3).astype(float), chance, remaining)
+    expected = shortlists.expected_rounds(answer, greedy=greedy)
+    draws = 1 if greedy else 4000
+    walks = [standalone.replay([answer], greedy=greedy, seed=i)[0] for i in range(draws)]
+    assert {w.tokens for w in walks} == {10}
+    error = 1e-9 if greedy else 0.06
+    assert expected == pytest.approx(np.mean([w.rounds for w in walks]), abs=error)
+
+
+def test_loss_compares_the_same_answers() -> None:
+    def answer(matches: list[float]) -> standalone.Answer:
+        match = np.array(matches)[:, None]
+        return standalone.Answer(0, "chat", match, match, np.arange(len(match), 0, -1))
+
+    whole = [answer([1, 0, 1, 0]), answer([0, 0])]
+    short = [answer([1, 0, 0, 0]), answer([0, 0])]
+    found = shortlists.loss(0.0, whole, short)
+    assert (found.whole, found.shortlist, found.loss_pct) == (1.5, 1.2, 20.0)
+    assert found.ci95 == (0.0, 33.333)
 
 
 def test_calibration_is_perfect_where_confidence_is_the_truth() -> None:

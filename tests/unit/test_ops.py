@@ -8,8 +8,11 @@ import sys
 import pytest
 import torch
 
+from dspark_sglang.core.heads import ConfidenceHead, MarkovHead
 from dspark_sglang.errors import CompatibilityError
-from dspark_sglang.serving.ops import choose
+from dspark_sglang.serving.ops import SampledRows, choose
+from dspark_sglang.serving.ops.torch_ops import TorchOps
+from dspark_sglang.serving.telemetry import Telemetry
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -50,3 +53,25 @@ def test_torch_operations_import_no_triton() -> None:
         "assert before or 'triton' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(("size", "candidates"), [(3000, 1024), (192, 96)])
+def test_sampled_requests_draft_from_a_longer_list(size: int, candidates: int) -> None:
+    """A list cuts the tail of a sampled law off; more than half of a vocabulary is not worth one."""
+    ops = TorchOps(
+        markov=MarkovHead(w1=torch.zeros(size, 4), w2=torch.zeros(size, 4)),
+        confidence=ConfidenceHead(torch.zeros(8), torch.zeros(()), False, torch.ones(1)),
+        generator=torch.Generator().manual_seed(0),
+        verification="rejection",
+        telemetry=Telemetry(gamma=1),
+    )
+    base = torch.randn((2, 1, size), generator=torch.Generator().manual_seed(1))
+    anchors = positions = torch.zeros(2, dtype=torch.int64)
+    rows = SampledRows(
+        index=torch.tensor([1]), temperatures=torch.ones(1), top_k=None, top_p=None, min_p=None
+    )
+    block = ops.draft(base, torch.zeros(2, 1, 8), anchors, positions, rows, None)
+    assert block.probs is not None and block.support is not None
+    assert block.probs.shape == block.support.shape == (1, 1, candidates)
+    assert set(block.support[0, 0].tolist()) == set(base[1, 0].topk(candidates).indices.tolist())
+    assert ops.draft(base, torch.zeros(2, 1, 8), anchors, positions, None, None).probs is None

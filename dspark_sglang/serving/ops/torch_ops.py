@@ -8,7 +8,7 @@ import torch
 
 from dspark_sglang.config import Verification
 from dspark_sglang.core.accept import Accepted, Round, accept_block, accept_greedy, accept_sampled
-from dspark_sglang.core.draft import SHORTLIST, DraftBlock, draft_block
+from dspark_sglang.core.draft import SAMPLED_SHORTLIST, SHORTLIST, DraftBlock, draft_block
 from dspark_sglang.core.heads import ConfidenceHead, MarkovHead
 from dspark_sglang.core.sampling import best, target_weights
 from dspark_sglang.core.schedule import lengths
@@ -59,6 +59,8 @@ class TorchOps:
             noise = rows.noise(base[: len(rows.index), 0], positions[rows.index])
             if noise is None:
                 uniforms = self._uniforms(len(rows.index), base.shape[1])
+        # More than half of a vocabulary is not worth a list.
+        longest = SHORTLIST if rows is None else SAMPLED_SHORTLIST
         self._telemetry.ran[f"draft:torch-{self.markov.kind}"] += 1
         return draft_block(
             base,
@@ -69,7 +71,7 @@ class TorchOps:
             sampled=None if rows is None else rows.index,
             uniforms=uniforms,
             noise=noise,
-            shortlist=SHORTLIST,
+            shortlist=min(longest, base.shape[-1] // 2),
             vocabulary=vocabulary,
         )
 

@@ -1,0 +1,205 @@
+"""The shortlist in the standalone engine, and what accepted length it costs.
+
+Serving lets only the ``M`` tokens of largest base logit be drafted at a position
+(:func:`dspark_sglang.core.draft.draft_block`). The drafted law is then ``softmax`` of their logits,
+Markov bias included, and 0 elsewhere. Everything else is as in
+:mod:`dspark_sglang.training.validate`, in the same arithmetic, so a difference is the shortlist's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from dspark_sglang.artifacts import SCHEMA_VERSION, Provenance, write_json
+from dspark_sglang.training.packing import pack
+from dspark_sglang.training.sequences import TokenSequence
+from dspark_sglang.training.states import States
+from dspark_sglang.training.validate import Scores, block_hidden, gather_final
+
+if TYPE_CHECKING:
+    from dspark_sglang.evaluation.standalone import Answer, Pair
+
+_ANCHORS_AT_ONCE = 128
+_LOGITS_AT_ONCE = 1 << 24
+
+
+class Loss(msgspec.Struct, frozen=True, kw_only=True):
+    """Accepted length at one temperature, over the whole vocabulary and with the shortlist."""
+
+    temperature: float
+    #: Tokens over the expected rounds.
+    whole: float
+    shortlist: float
+    #: Of ``whole``, and its 95% interval over prompts (bootstrap).
+    loss_pct: float
+    ci95: tuple[float, float] | None
+
+
+class ShortlistLoss(msgspec.Struct, frozen=True, kw_only=True):
+    """What ``dspark eval --shortlist-loss`` writes."""
+
+    schema_version: int
+    #: Candidates a position.
+    shortlist: int
+    #: The larger loss of both temperatures.
+    tau_loss_pct: float
+    by_temperature: list[Loss]
+    drafter_sha256: str
+    target: str
+    prompts: str
+    max_tokens: int
+    dtype: str
+    provenance: Provenance
+
+
+def score_shortlist(pair: Pair, sequence: TokenSequence, states: States, size: int) -> Scores:
+    """Score a block at every anchor of one sequence, ``[A, gamma]`` each, with a shortlist.
+
+    Args:
+        states: of this sequence alone, on the target's device.
+        size: candidates a position, fewer than the drafted law has.
+    """
+    device = states.final.device
+    anchors, parts = sequence.anchors(), []
+    for begin in range(0, len(anchors), _ANCHORS_AT_ONCE):
+        chosen = anchors[begin : begin + _ANCHORS_AT_ONCE]
+        packed = pack([sequence], [chosen], [0], pair.drafter.config.gamma).to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=pair.bf16):
+            hidden = block_hidden(pair.drafter, pair.target, packed, states)
+            latent = pair.drafter.latents(hidden, packed.previous)
+            valid = packed.valid
+            wanted = gather_final(states.final, packed.place)[valid]
+            kept = None if latent is None else latent[valid]
+            scored = _score_rows(pair, hidden[valid], kept, wanted, packed.labels[valid], size)
+        spread = torch.zeros((2, *valid.shape))
+        spread[:, valid.cpu()] = scored
+        parts.append(spread.view(2, -1, valid.shape[-1]))
+    return Scores(*torch.cat(parts, dim=1))
+
+
+def _score_rows(
+    pair: Pair,
+    hidden: torch.Tensor,
+    latent: torch.Tensor | None,
+    wanted: torch.Tensor,
+    labels: torch.Tensor,
+    size: int,
+) -> torch.Tensor:
+    """``[2, N]`` match and ratio of some positions; ``[N, d]`` states and ``[N, r]`` latents."""
+    vocabulary, found = pair.vocabulary, torch.zeros((2, len(hidden)))
+    step = max(1, _LOGITS_AT_ONCE // vocabulary.width)
+    for begin in range(0, len(hidden), step):
+        part = slice(begin, begin + step)
+        best, columns = _candidates(
+            pair, hidden[part], None if latent is None else latent[part], size
+        )
+        log_p, _ = vocabulary.target_log_law(wanted[part])
+        at = vocabulary.labels(labels[part])[:, None]
+        listed = columns == at
+        q = (best.softmax(-1) * listed).sum(-1)
+        p = log_p.gather(1, at.clamp(min=0)).squeeze(1).exp()
+        drafted = columns.gather(1, best.max(dim=-1).indices[:, None])
+        found[0, part] = (drafted == at).squeeze(1).float().cpu()
+        # 0 / 0 where the text holds a token to which the target gives nothing: not drafted either.
+        found[1, part] = (q / p.clamp(min=1e-38)).clamp(max=1.0).cpu()
+    return found
+
+
+def _candidates(
+    pair: Pair, hidden: torch.Tensor, latent: torch.Tensor | None, size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits ``[n, M]`` of the candidates, bias included, and their columns."""
+    vocabulary = pair.vocabulary
+    kind = vocabulary.head.dtype
+    base = (hidden.to(kind) @ vocabulary.head.T).float()
+    best, columns = base.topk(size, dim=-1)
+    if latent is not None:
+        assert pair.drafter.markov_head is not None
+        w2 = pair.drafter.markov_head.markov_w2.weight
+        w2 = w2 if vocabulary.tokens is None else w2[vocabulary.tokens]
+        bias = (latent.to(kind) @ w2.to(kind).T).float()
+        best = best + bias.gather(1, columns)
+    return best, columns
+
+
+def expected_rounds(answer: Answer, *, greedy: bool) -> float:
+    """Rounds an answer takes on average over the draws that test its blocks.
+
+    :func:`dspark_sglang.training.walk.walk` draws them once; a small difference between two drafted
+    laws would drown in that. At temperature 0 nothing is drawn and both are the same.
+    """
+    chance = answer.match if greedy else answer.ratio
+    kept = np.cumprod(chance, axis=1)
+    # [A, gamma + 1]: exactly k drafts kept.
+    ends = np.concatenate([np.ones((len(kept), 1)), kept], axis=1)
+    ends[:, :-1] -= kept
+    visited = np.zeros(len(kept))
+    visited[0] = 1.0
+    for place, left in enumerate(answer.remaining):
+        for count, share in enumerate(ends[place]):
+            after = place + min(count + 1, int(left))
+            if after < len(visited):
+                visited[after] += visited[place] * share
+    return float(visited.sum())
+
+
+def loss(
+    temperature: float, whole: Sequence[Answer], short: Sequence[Answer], *, seed: int = 0
+) -> Loss:
+    """Compare the same answers under both drafted laws, in the same order.
+
+    Args:
+        temperature: of the answers.
+        whole, short: scored without and with the shortlist.
+        seed: of the bootstrap.
+    """
+    greedy = temperature == 0
+    counts = np.array(
+        [
+            (len(a.remaining), expected_rounds(a, greedy=greedy), expected_rounds(b, greedy=greedy))
+            for a, b in zip(whole, short, strict=True)
+        ]
+    )
+
+    def lost(sums: npt.NDArray[np.float64]) -> float:
+        # Tokens are those of the text, whatever drafts them.
+        return float(100 * (1 - sums[1] / sums[2]))
+
+    total = counts.sum(axis=0)
+    interval = None
+    if len(counts) > 1:
+        rng = np.random.default_rng(seed)
+        drawn = counts[rng.integers(0, len(counts), (2000, len(counts)))].sum(axis=1)
+        low, high = np.percentile([lost(row) for row in drawn], [2.5, 97.5])
+        interval = (round(float(low), 3), round(float(high), 3))
+    return Loss(
+        temperature=temperature,
+        whole=round(float(total[0] / total[1]), 4),
+        shortlist=round(float(total[0] / total[2]), 4),
+        loss_pct=round(lost(total), 3),
+        ci95=interval,
+    )
+
+
+def write_loss(path: Path, losses: list[Loss], *, shortlist: int, **about: object) -> ShortlistLoss:
+    """Write what was lost; ``about`` are the other fields of :class:`ShortlistLoss`."""
+    found = msgspec.convert(
+        {
+            "schema_version": SCHEMA_VERSION,
+            "shortlist": shortlist,
+            "tau_loss_pct": max(entry.loss_pct for entry in losses),
+            "by_temperature": losses,
+            **about,
+        },
+        ShortlistLoss,
+        from_attributes=True,
+    )
+    write_json(path, found)
+    return found

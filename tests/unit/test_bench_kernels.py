@@ -1,0 +1,376 @@
+"""The summary of the kernels: put together from small made-up counts, shown, and written down."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from dspark_sglang.artifacts import Provenance
+from dspark_sglang.cli.main import app
+from dspark_sglang.errors import ArtifactError, ConfigError, DSparkError
+from dspark_sglang.profiling import kernels, moved, tables, timing
+from dspark_sglang.profiling import round as rounds
+from dspark_sglang.profiling.children import MeasurementError, results
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMITTED = ROOT / "docs" / "results" / "kernels.json"
+DOCUMENT = ROOT / "docs" / "kernels.md"
+WHEN = Provenance(created="2026-01-01", command="dspark bench-kernels", versions={"torch": "2"})
+ACCEPT, MARKOV = "gamma5-V1000-bf16-dense", "full-vanilla-gamma5-V1000-r256-sampled"
+
+
+def entry(each: int, launches: int) -> dict[str, Any]:
+    """A configuration as ``dspark_kernels.support.report`` gives it; ``each`` bytes a request."""
+    return {
+        "registers": 40,
+        "spills": 0,
+        "shared_bytes": 2048,
+        "counted_bytes": {str(batch): each * batch for batch in kernels.BATCHES},
+        "formula_bytes": {str(batch): each * batch for batch in kernels.BATCHES},
+        "floor_bytes": {str(batch): each * batch // 2 for batch in kernels.BATCHES},
+        "launches": launches,
+        "max_error": 0.0,
+    }
+
+
+def counts(each: int, launches: int = 1, operations: int = 0) -> rounds.Counts:
+    """A part that moves ``each`` bytes a request and column."""
+    places = [(batch, columns) for batch in (1, 4) for columns in (10, 20)]
+    return rounds.Counts({(b, v): each * b * v for b, v in places}, launches, operations)
+
+
+def measured(**changed: Any) -> kernels.Measured:
+    rates = {
+        **{"draft": 10, "draft_shortlist": 3, "builtin_draft": 12},
+        **{"accept": 4, "accept_shortlist": 2, "builtin_accept": 50, "builtin_accept_optin": 20},
+    }
+    parts = {}
+    for text in kernels.round_parts():
+        name, *_, kept = text.split(":")
+        # Three kept of five move a byte more than two.
+        parts[text] = counts(rates[name] + (kept == "3"), 3, 2 if "builtin" in name else 0)
+    found = kernels.Measured(
+        report={
+            "accept": {ACCEPT: entry(1000, 1), "gamma5-V1000-fp32-dense": entry(2000, 1)},
+            "markov_step": {MARKOV: entry(5000, 6)},
+            "kv_inject": {"gamma5": entry(10, 1)},
+        },
+        sizes={
+            f"accept/{ACCEPT}": {"gamma": 5, "width": 1000, "bfloat16": 1},
+            "accept/gamma5-V1000-fp32-dense": {"gamma": 5, "width": 1000, "bfloat16": 0},
+            f"markov_step/{MARKOV}": {"gamma": 5, "V": 1000, "r": 256},
+            "kv_inject/gamma5": {"rows": 6},
+        },
+        parts=parts,
+        times={},
+        device=None,
+        step=(6, 11),
+    )
+    return found._replace(**changed)
+
+
+def summed(found: kernels.Measured, loss: float | None = 0.25) -> kernels.Summary:
+    return kernels.summary(
+        found, shortlist_tau_loss_pct=loss, machine="here", commit="abc", provenance=WHEN
+    )
+
+
+# --- the summary -------------------------------------------------------------------------------
+
+
+def test_the_round_is_extrapolated_with_half_of_the_drafts_kept() -> None:
+    found = summed(measured())
+    unit = rounds.BATCH * rounds.VOCABULARY / 1e9
+    assert found.accept_gb == round(4.5 * unit, 4)
+    assert found.accept_shortlist_gb == round(2.5 * unit, 4)
+    assert found.draft_accept_gb == pytest.approx(14.5 * unit, abs=1e-4)
+    assert found.draft_accept_shortlist_gb == pytest.approx(5.5 * unit, abs=1e-4)
+    assert found.builtin_draft_accept_gb == pytest.approx(62.5 * unit, abs=1e-4)
+    assert found.builtin_optin_accept_gb == pytest.approx(20.5 * unit, abs=1e-4)
+    assert found.shortlist_tau_loss_pct == 0.25
+    assert (found.launches_per_step, found.torch_operations_per_step) == (7, 11)
+
+
+def test_configurations_stand_beside_what_sglang_runs_instead() -> None:
+    ops = summed(measured()).ops
+    config = ops["accept"][ACCEPT]
+    assert config.builtin_bytes == {str(b): 51 * b * 1000 for b in kernels.BATCHES}
+    assert config.builtin_optin_bytes == {str(b): 21 * b * 1000 for b in kernels.BATCHES}
+    assert config.note == ""
+    assert ops["markov_step"][MARKOV].builtin_bytes == {
+        str(b): 12 * b * 1000 for b in kernels.BATCHES
+    }
+    for op, name in (("accept", "gamma5-V1000-fp32-dense"), ("kv_inject", "gamma5")):
+        assert ops[op][name].builtin_bytes is None
+        assert ops[op][name].note
+
+
+def test_a_roofline_is_computed_and_nothing_is_timed_without_a_device() -> None:
+    found = summed(measured())
+    config = found.ops["accept"][ACCEPT]
+    assert config.roofline_us == round(64 * 1000 / 3.35e12 * 1e6, 2)
+    assert "computed, not timed" in found.labels["roofline_us"]
+    assert found.device is None
+    assert config.timed_us is None
+    assert all(part.timed_us is None for part in found.round.values())
+    shown = tables.markdown(found)
+    assert "Nothing was timed" in shown
+    assert "timed, µs" not in shown
+
+
+def test_times_get_a_column_of_their_own() -> None:
+    times = {f"accept/{ACCEPT}": 12.5, "accept:5:256:2": 30.0, "accept:5:256:3": 40.0}
+    found = summed(measured(times=times, device="a GPU"))
+    assert found.ops["accept"][ACCEPT].timed_us == 12.5
+    assert found.round["accept"].timed_us == 35.0
+    shown = tables.markdown(found)
+    assert "Timed on a GPU." in shown
+    assert "timed, µs" in shown
+    assert "not measured" in shown  # the others
+
+
+def test_what_was_not_measured_is_none() -> None:
+    found = summed(measured(parts={}, step=None), loss=None)
+    gigabytes = [name for name in kernels.Summary.__struct_fields__ if name.endswith("_gb")]
+    assert len(gigabytes) == 8
+    assert {getattr(found, name) for name in gigabytes} == {None}
+    assert found.launches_per_step is None
+    assert found.ops["accept"][ACCEPT].builtin_bytes is None
+    assert {value for _, value, _ in tables.headline_rows(found)} == {"not measured"}
+
+
+@given(st.tuples(*[st.integers(0, 10**9)] * 4), st.integers(1, 300), st.integers(1, 300_000))
+def test_counts_are_linear_in_batch_and_vocabulary(
+    terms: tuple[int, int, int, int], batch: int, columns: int
+) -> None:
+    def exact(b: int, v: int) -> int:
+        return terms[0] + terms[1] * b + terms[2] * v + terms[3] * b * v
+
+    known = {(b, v): exact(b, v) for b in (1, 4) for v in (64640, 129280)}
+    assert rounds.Counts(known, 1, 0).at(batch, columns) == exact(batch, columns)
+
+
+def test_our_parts_have_a_floor_below_what_their_rows_take() -> None:
+    sizes = rounds.Sizes(kept=2)
+    rows = 64 * 3 * 2 * 1000
+    assert rows < rounds.floor("accept_shortlist", sizes, 64, 1000) < rows + 64 * 6000
+    assert rounds.floor("accept", sizes, 64, 1000) > rows + 64 * 2000
+    assert rounds.floor("draft", sizes, 64, 1000) > 5 * 1000 * (2 * 256 + 64 * 4)
+
+
+# --- counting torch operations -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("call", "bytes_"),
+    [
+        (lambda x: x.view(2, 50)[0].unsqueeze(0).expand(3, -1), 0),
+        (lambda x: torch.empty(1000), 0),
+        (lambda x: torch.zeros(1000), 4000),
+        (lambda x: x + 1, 800),
+        (lambda x: x.add_(1), 800),
+        (lambda x: x.zero_(), 400),
+        (lambda x: x.copy_(torch.empty(100)), 800),
+        (lambda x: torch.add(x, x, out=torch.empty(100)), 800),
+        (lambda x: x.expand(50, 100).sum(), 404),
+        (lambda x: x[torch.empty(3, dtype=torch.int64).fill_(0)], 24 + 24 + 2 * 12),
+        (lambda x: x.to(torch.bfloat16), 600),
+        (lambda x: torch.zeros_like(x), 400),
+    ],
+    ids=[
+        *("views", "allocation", "zeros", "sum", "in place", "overwritten", "copied", "out"),
+        *("repeated in place", "rows picked", "converted", "shape of another"),
+    ],
+)
+def test_bytes_of_torch_operations(call: Any, bytes_: int) -> None:
+    x = torch.arange(100.0)
+    assert moved.count(lambda: call(x)).torch == bytes_
+
+
+def test_uniform_numbers_are_one_half_inside_a_count() -> None:
+    kept: list[torch.Tensor] = []
+    found = moved.count(lambda: kept.append(torch.rand(7)))
+    assert kept[0].tolist() == [0.5] * 7
+    assert (found.torch, found.operations) == (28, {"rand": 1})
+    assert torch.rand(100).std() > 0
+
+
+def test_operands_of_examples_are_made_on_the_device() -> None:
+    generator = torch.Generator().manual_seed(0)
+    with timing._Made(torch.device("meta")):
+        made = torch.randn(3, generator=generator).bfloat16() * torch.arange(3)
+    assert made.device.type == "meta"
+    assert torch.arange(3).device.type == "cpu"
+
+
+# --- children ------------------------------------------------------------------------------------
+
+
+def environment(*names: str) -> Iterator[dict[str, str | None]]:
+    """Runs in a child: variables of its environment."""
+    import os
+
+    print("something a library says")
+    yield {name: {**os.environ}.get(name) for name in names}
+
+
+def failing() -> Iterator[int]:
+    """Runs in a child, and fails there."""
+    yield 1
+    raise ValueError("the reason")
+
+
+@pytest.mark.parametrize("interpret", [True, False], ids=["interpreted", "compiled"])
+def test_a_child_has_the_interpreter_or_not(
+    interpret: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0" if interpret else "1")
+    (found,) = results(f"{__name__}.environment", "TRITON_INTERPRET", interpret=interpret)
+    assert found == {"TRITON_INTERPRET": "1" if interpret else None}
+
+
+def test_a_child_that_fails_says_why() -> None:
+    found = results(f"{__name__}.failing", interpret=False)
+    assert next(found) == 1
+    with pytest.raises(MeasurementError, match="the reason"):
+        next(found)
+
+
+# --- command line --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
+    """Measurements that cost nothing; the ops asked for."""
+    asked: list[tuple[str, ...]] = []
+
+    def stages(self: kernels.Measurement) -> Iterator[list[kernels.Step]]:
+        asked.append(self.ops)
+        yield [kernels.Step("nothing", lambda: None)]
+
+    monkeypatch.setattr(kernels.Measurement, "stages", stages)
+    monkeypatch.setattr(kernels.Measurement, "measured", lambda self: measured())
+    return asked
+
+
+def test_the_command_writes_what_it_measured(quick: list[tuple[str, ...]], tmp_path: Path) -> None:
+    loss = tmp_path / "shortlist.json"
+    loss.write_text('{"tau_loss_pct": 0.7, "more": 1}')
+    flags = ["bench-kernels", "--out", str(tmp_path), "--ops", "accept, markov_step"]
+    done = CliRunner().invoke(app, [*flags, "--shortlist", str(loss)])
+    assert done.exit_code == 0, done.output
+    assert quick == [("accept", "markov_step")]
+    written = kernels.read_summary(tmp_path / "summary.json")
+    assert written.shortlist_tau_loss_pct == 0.7
+    assert written.provenance.command == "dspark bench-kernels --ops 'accept, markov_step'"
+    assert "Nothing was timed" in done.stdout
+
+
+def test_a_step_that_fails_ends_the_command(
+    quick: list[tuple[str, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong() -> None:
+        raise MeasurementError("A kernel is wrong.", expected="right ones", fix="Correct it.")
+
+    stages = [[kernels.Step("wrong", wrong), kernels.Step("right", lambda: None)]]
+    monkeypatch.setattr(kernels.Measurement, "stages", lambda self: iter(stages))
+    done = CliRunner().invoke(app, ["bench-kernels", "--out", str(tmp_path)])
+    assert isinstance(done.exception, MeasurementError)
+    assert not (tmp_path / "summary.json").exists()
+
+
+def test_stages_count_sglang_for_the_ops_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = kernels.Measurement(("accept", "admit"))
+    monkeypatch.setattr(
+        kernels,
+        "results",
+        lambda *words, interpret: [{"name": ACCEPT, "sizes": {"gamma": 5, "width": 1000}}],
+    )
+    stages = found.stages()
+    for step in next(stages):
+        step.run()
+    names = [step.name for step in next(stages)]
+    assert names == [
+        *("accept: kernels", "admit: kernels"),
+        *("round: builtin_accept:5:256:3", "round: builtin_accept_optin:5:256:3"),
+        "launches of a served step",
+    ]
+    assert found.total == 2 + len(names) + 1
+
+
+def test_json_is_the_whole_output(quick: list[tuple[str, ...]], tmp_path: Path) -> None:
+    flags = ["bench-kernels", "--out", str(tmp_path), "--json", "--shortlist", "none.json"]
+    found = json.loads(CliRunner().invoke(app, flags).stdout)
+    assert found == json.loads((tmp_path / "summary.json").read_text())
+    assert found["shortlist_tau_loss_pct"] is None
+    assert found["ops"]["accept"][ACCEPT]["builtin_bytes"]["64"] == 51 * 64 * 1000
+
+
+def test_tables_are_written_into_a_document(tmp_path: Path) -> None:
+    path, document = tmp_path / "summary.json", tmp_path / "kernels.md"
+    path.write_bytes(msgspec.json.encode(summed(measured())))
+    document.write_text(f"before\n{tables.BEGIN}\nold\n{tables.END}\nafter\n")
+    flags = ["bench-kernels", "--summary", str(path), "--docs", str(document)]
+    for _ in range(2):  # written again it stays as it is
+        assert CliRunner().invoke(app, flags).exit_code == 0
+        text = document.read_text()
+        assert text.startswith(f"before\n{tables.BEGIN}\nNothing was timed")
+        assert text.endswith(f"{tables.END}\nafter\n")
+        assert "old" not in text
+        assert text.count(f"| {ACCEPT} |") == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "error", "match"),
+    [
+        (["--ops", "accept,softmax"], ConfigError, "no softmax"),
+        (["--ops", ","], ConfigError, "all, or some of"),
+        (["--summary", "none.json"], ArtifactError, "none.json"),
+        (["--summary", "SUMMARY", "--docs", "none.md"], ConfigError, "none.md"),
+        (["--summary", "SUMMARY", "--docs", "SUMMARY"], ConfigError, "no generated part"),
+        (["--ops", "admit", "--shortlist", "BROKEN"], ArtifactError, "--shortlist-loss"),
+    ],
+    ids=["no such op", "no op", "no summary", "no document", "no markers", "broken loss"],
+)
+def test_wrong_flags_are_explained(
+    flags: list[str], error: type[DSparkError], match: str, tmp_path: Path
+) -> None:
+    summary, broken = tmp_path / "summary.json", tmp_path / "broken.json"
+    summary.write_bytes(msgspec.json.encode(summed(measured())))
+    broken.write_text("{}")
+    names = {"SUMMARY": str(summary), "BROKEN": str(broken)}
+    done = CliRunner().invoke(app, ["bench-kernels", *(names.get(flag, flag) for flag in flags)])
+    assert isinstance(done.exception, error), done.output
+    assert match in str(done.exception)
+
+
+# --- what is committed ---------------------------------------------------------------------------
+
+
+def test_the_document_shows_the_committed_summary() -> None:
+    text = DOCUMENT.read_text()
+    generated = tables.markdown(kernels.read_summary(COMMITTED))
+    assert tables.replaced(text, generated, "docs/kernels.md") == text
+
+
+def test_every_op_is_explained() -> None:
+    text = DOCUMENT.read_text()
+    for op in kernels.known_ops():
+        assert f"## `{op}`" in text, op
+
+
+def test_nothing_committed_spills_or_was_timed_without_a_device() -> None:
+    found = kernels.read_summary(COMMITTED)
+    for op, configs in found.ops.items():
+        for name, config in configs.items():
+            assert config.spills == 0, (op, name)
+            assert (config.timed_us is None) or found.device, (op, name)

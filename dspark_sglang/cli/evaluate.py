@@ -68,7 +68,6 @@ def evaluate(
     drafted verified; the server engine counts what a real server did.
     """
     from dspark_sglang import targets
-    from dspark_sglang.core.draft import SHORTLIST
     from dspark_sglang.evaluation.questions import load_questions
 
     _check_shortlist(engine, shortlist, shortlist_loss)
@@ -87,8 +86,7 @@ def evaluate(
     flags += ["--limit", str(limit)] if limit else []
     flags += [] if shortlist is None else ["--shortlist", str(shortlist)]
     flags += ["--shortlist-loss", shortlist_loss.name] if shortlist_loss else []
-    size = SHORTLIST if shortlist is None else shortlist
-    settings = Settings(max_tokens, dtype, seed, size, flags, shortlist_loss)
+    settings = Settings(max_tokens, dtype, seed, shortlist, flags, shortlist_loss)
     session = Session(console, where, artifact, questions, settings)
     rows: list[Lengths] = []
     blocks: Blocks | None = None
@@ -165,12 +163,21 @@ class Settings(NamedTuple):
     max_tokens: int
     dtype: str
     seed: int
-    #: Candidates a position of the standalone engine; 0: all tokens.
-    shortlist: int
+    #: Candidates a position of the standalone engine; 0: all tokens; None: as serving.
+    shortlist: int | None
     #: Flags of the command that are not the default.
     flags: list[str]
     #: Where what the shortlist loses is written, or None.
     loss: Path | None
+
+    def candidates(self, temperature: float, tokens: int) -> int:
+        """Candidates a position at a temperature, of so many tokens that can be drafted; 0: all."""
+        from dspark_sglang.core.draft import SAMPLED_SHORTLIST, SHORTLIST
+
+        if self.shortlist is not None:
+            return self.shortlist if self.shortlist < tokens else 0
+        # As dspark_sglang.serving.ops.torch_ops drafts.
+        return min(SAMPLED_SHORTLIST if temperature else SHORTLIST, tokens // 2)
 
 
 class Session:
@@ -190,6 +197,7 @@ class Session:
         self._questions, self._settings = questions, settings
         self._max_tokens, self._dtype, self._seed = settings[:3]
         self._losses: list[Loss] = []
+        self._candidates: dict[str, int] = {}
         self._gamma = read_drafter(drafter)[0].gamma
         self._digest = weights_digest(drafter)
         sts = drafter / STS_FILE
@@ -222,12 +230,14 @@ class Session:
                     seed=self._seed,
                     progress=partial(_advance, bar, task),
                 )
+                size = self._settings.candidates(temperature, len(pair.vocabulary.head))
+                self._candidates[f"{temperature:g}"] = size
                 task = bar.add_task(f"drafting, T={temperature:g}", total=count)
                 scored = standalone.score_answers(
                     pair,
                     answers,
                     self._questions,
-                    shortlist=self._settings.shortlist,
+                    shortlist=size,
                     progress=partial(_advance, bar, task),
                 )
                 if not scored:
@@ -244,14 +254,14 @@ class Session:
                     whole = standalone.score_answers(
                         pair, answers, self._questions, progress=partial(_advance, bar, task)
                     )
-                    self._losses.append(loss(temperature, whole, scored))
+                    self._losses.append(loss(temperature, size, whole, scored))
             task = bar.add_task("judging confidences", total=count)
             shown = partial(_advance, bar, task)
             blocks = draft_blocks(
                 pair,
                 answers,
                 seed=self._seed,
-                shortlist=self._settings.shortlist,
+                shortlist=size,
                 progress=shown,
             )
         return rows, blocks
@@ -321,8 +331,7 @@ class Session:
             lengths=rows,
             calibration=judged,
             provenance=provenance(command),
-            # What a server was asked about was drafted with the server's own.
-            shortlist=self._settings.shortlist if blocks is not None else 0,
+            candidates=self._candidates,
         )
 
     def record_loss(self, result: Evaluation) -> None:
@@ -334,10 +343,10 @@ class Session:
             return
         names = ("drafter_sha256", "target", "prompts", "max_tokens", "dtype", "provenance")
         about = {name: getattr(result, name) for name in names}
-        found = write_loss(path, self._losses, shortlist=self._settings.shortlist, **about)
+        found = write_loss(path, self._losses, **about)
         for entry in found.by_temperature:
             self._console.print(
-                f"Shortlist of {found.shortlist}, T={entry.temperature:g}: accepted length "
+                f"Shortlist of {entry.candidates}, T={entry.temperature:g}: accepted length "
                 f"{entry.shortlist:.3f}, {entry.whole:.3f} without: {entry.loss_pct:+.2f}% lost"
                 + (f" (95% {entry.ci95[0]:+.2f} to {entry.ci95[1]:+.2f})" if entry.ci95 else "")
             )

@@ -69,8 +69,8 @@ class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
     lengths: list[Lengths]
     calibration: Calibration | None
     provenance: Provenance
-    #: Candidates a position of the standalone engine; 0: every token could be drafted.
-    shortlist: int = 0
+    #: Candidates a position of the standalone engine, by temperature; 0: every token could be drafted.
+    candidates: dict[str, int] = {}
 
 
 class Domain(NamedTuple):

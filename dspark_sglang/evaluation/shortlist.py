@@ -34,6 +34,8 @@ class Loss(msgspec.Struct, frozen=True, kw_only=True):
     """Accepted length at one temperature, over the whole vocabulary and with the shortlist."""
 
     temperature: float
+    #: Candidates a position.
+    candidates: int
     #: Tokens over the expected rounds.
     whole: float
     shortlist: float
@@ -46,8 +48,6 @@ class ShortlistLoss(msgspec.Struct, frozen=True, kw_only=True):
     """What ``dspark eval --shortlist-loss`` writes."""
 
     schema_version: int
-    #: Candidates a position.
-    shortlist: int
     #: The larger loss of both temperatures.
     tau_loss_pct: float
     by_temperature: list[Loss]
@@ -151,12 +151,18 @@ def expected_rounds(answer: Answer, *, greedy: bool) -> float:
 
 
 def loss(
-    temperature: float, whole: Sequence[Answer], short: Sequence[Answer], *, seed: int = 0
+    temperature: float,
+    candidates: int,
+    whole: Sequence[Answer],
+    short: Sequence[Answer],
+    *,
+    seed: int = 0,
 ) -> Loss:
     """Compare the same answers under both drafted laws, in the same order.
 
     Args:
         temperature: of the answers.
+        candidates: a position, of the shortlist.
         whole, short: scored without and with the shortlist.
         seed: of the bootstrap.
     """
@@ -181,6 +187,7 @@ def loss(
         interval = (round(float(low), 3), round(float(high), 3))
     return Loss(
         temperature=temperature,
+        candidates=candidates,
         whole=round(float(total[0] / total[1]), 4),
         shortlist=round(float(total[0] / total[2]), 4),
         loss_pct=round(lost(total), 3),
@@ -188,12 +195,11 @@ def loss(
     )
 
 
-def write_loss(path: Path, losses: list[Loss], *, shortlist: int, **about: object) -> ShortlistLoss:
+def write_loss(path: Path, losses: list[Loss], **about: object) -> ShortlistLoss:
     """Write what was lost; ``about`` are the other fields of :class:`ShortlistLoss`."""
     found = msgspec.convert(
         {
             "schema_version": SCHEMA_VERSION,
-            "shortlist": shortlist,
             "tau_loss_pct": max(entry.loss_pct for entry in losses),
             "by_temperature": losses,
             **about,

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from dspark_sglang.artifacts import Provenance
+from dspark_sglang.core.draft import SHORTLIST
 from dspark_sglang.errors import ArtifactError, ConfigError
 from dspark_sglang.profiling import round as rounds
 from dspark_sglang.profiling.children import MeasurementError, results
@@ -427,26 +428,39 @@ def _launches(ops: Mapping[str, Mapping[str, Config]], step: tuple[int, int] | N
     return step[0] + max(config.launches for config in ops["kv_inject"].values())
 
 
+class _Entry(msgspec.Struct, frozen=True):
+    candidates: int
+
+
 class _Loss(msgspec.Struct, frozen=True):
     tau_loss_pct: float
+    by_temperature: list[_Entry]
 
 
 def read_shortlist_loss(path: Path) -> float | None:
     """What ``dspark eval --shortlist-loss`` wrote; None where it never ran.
 
     Raises:
-        ArtifactError: the file is damaged.
+        ArtifactError: the file is damaged, or of another shortlist than the bytes are.
     """
     if not path.is_file():
         return None
     try:
-        return msgspec.json.decode(path.read_bytes(), type=_Loss).tau_loss_pct
+        found = msgspec.json.decode(path.read_bytes(), type=_Loss)
     except msgspec.MsgspecError as error:
         raise ArtifactError(
             f"{path}: {error}.",
             expected="what dspark eval --shortlist-loss writes",
             fix="Run that command again, or remove the file.",
         ) from error
+    sizes = {entry.candidates for entry in found.by_temperature}
+    if sizes != {SHORTLIST}:
+        raise ArtifactError(
+            f"{path} is of {' and '.join(map(str, sorted(sizes)))} candidates a position.",
+            expected=f"{SHORTLIST}, which the kernels draft from and whose bytes are counted",
+            fix=f"Run dspark eval --shortlist {SHORTLIST} --shortlist-loss {path}.",
+        )
+    return found.tau_loss_pct
 
 
 def read_summary(path: Path) -> Summary:

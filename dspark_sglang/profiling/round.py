@@ -31,14 +31,13 @@ from dspark_kernels.markov_step import (
     launch,
     plan,
 )
+from dspark_sglang.core.draft import SHORTLIST
 from dspark_sglang.profiling import moved
 
 #: The round that the targets are set for.
 BATCH, GAMMA, VOCABULARY, RANK = 64, 5, 129280, 256
 #: Drafts kept: half of the requests keep two of five, half of them three.
 KEPT = (2, 3)
-#: Candidates of the shortlist; what serving uses (:data:`dspark_sglang.core.draft.SHORTLIST`).
-SHORTLIST = 128
 #: Batches that everything is counted at, and the one that confirms the line through them.
 COUNTED, CONFIRMING = (1, 4), 2
 #: Largest relative difference between that and the line: the final draw searches a block of columns from

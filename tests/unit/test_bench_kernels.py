@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 COMMITTED = ROOT / "docs" / "results" / "kernels.json"
 DOCUMENT = ROOT / "docs" / "kernels.md"
 WHEN = Provenance(created="2026-01-01", command="dspark bench-kernels", versions={"torch": "2"})
+LOSS = '{"tau_loss_pct": 0.7, "by_temperature": [{"candidates": 128, "more": 1}]}'
 ACCEPT, MARKOV = "gamma5-V1000-bf16-dense", "full-vanilla-gamma5-V1000-r256-sampled"
 
 
@@ -264,7 +265,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
 
 def test_the_command_writes_what_it_measured(quick: list[tuple[str, ...]], tmp_path: Path) -> None:
     loss = tmp_path / "shortlist.json"
-    loss.write_text('{"tau_loss_pct": 0.7, "more": 1}')
+    loss.write_text(LOSS)
     flags = ["bench-kernels", "--out", str(tmp_path), "--ops", "accept, markov_step"]
     done = CliRunner().invoke(app, [*flags, "--shortlist", str(loss)])
     assert done.exit_code == 0, done.output
@@ -338,8 +339,17 @@ def test_tables_are_written_into_a_document(tmp_path: Path) -> None:
         (["--summary", "SUMMARY", "--docs", "none.md"], ConfigError, "none.md"),
         (["--summary", "SUMMARY", "--docs", "SUMMARY"], ConfigError, "no generated part"),
         (["--ops", "admit", "--shortlist", "BROKEN"], ArtifactError, "--shortlist-loss"),
+        (["--ops", "admit", "--shortlist", "LONGER"], ArtifactError, "1024 candidates"),
     ],
-    ids=["no such op", "no op", "no summary", "no document", "no markers", "broken loss"],
+    ids=[
+        "no such op",
+        "no op",
+        "no summary",
+        "no document",
+        "no markers",
+        "broken loss",
+        "other loss",
+    ],
 )
 def test_wrong_flags_are_explained(
     flags: list[str], error: type[DSparkError], match: str, tmp_path: Path
@@ -347,7 +357,9 @@ def test_wrong_flags_are_explained(
     summary, broken = tmp_path / "summary.json", tmp_path / "broken.json"
     summary.write_bytes(msgspec.json.encode(summed(measured())))
     broken.write_text("{}")
-    names = {"SUMMARY": str(summary), "BROKEN": str(broken)}
+    longer = tmp_path / "longer.json"
+    longer.write_text(LOSS.replace("128", "1024"))
+    names = {"SUMMARY": str(summary), "BROKEN": str(broken), "LONGER": str(longer)}
     done = CliRunner().invoke(app, ["bench-kernels", *(names.get(flag, flag) for flag in flags)])
     assert isinstance(done.exception, error), done.output
     assert match in str(done.exception)

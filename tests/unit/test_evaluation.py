@@ -21,8 +21,9 @@ from dspark_sglang.artifacts import (
     write_json,
 )
 from dspark_sglang.checkpoint import parse_drafter_config, read_config, weights_digest
+from dspark_sglang.cli.evaluate import Settings
 from dspark_sglang.cli.main import app
-from dspark_sglang.core.draft import DraftBlock, draft_block
+from dspark_sglang.core.draft import SAMPLED_SHORTLIST, SHORTLIST, DraftBlock, draft_block
 from dspark_sglang.core.drafter import DenseDrafter, DenseShape
 from dspark_sglang.errors import ConfigError, ServerError
 from dspark_sglang.evaluation import drafted as drafted_blocks
@@ -251,7 +252,8 @@ def test_what_the_shortlist_loses_is_written(pair: Any, tmp_path: Path) -> None:
     short = json.loads(CliRunner().invoke(app, losing).stdout)
     whole = json.loads(CliRunner().invoke(app, [*flags, "--shortlist", "0"]).stdout)
     lost = json.loads(found.read_text())
-    assert (short["shortlist"], whole["shortlist"], lost["shortlist"]) == (2, 0, 2)
+    assert (short["candidates"], whole["candidates"]) == ({"0": 2, "1": 2}, {"0": 0, "1": 0})
+    assert [entry["candidates"] for entry in lost["by_temperature"]] == [2, 2]
     greedy, sampled = lost["by_temperature"]
     assert (greedy["temperature"], sampled["temperature"]) == (0.0, 1.0)
     assert greedy["whole"] == whole["accept_length_greedy"]
@@ -291,6 +293,13 @@ def test_expected_rounds_are_the_mean_of_drawn_ones(greedy: bool) -> None:
     assert expected == pytest.approx(np.mean([w.rounds for w in walks]), abs=error)
 
 
+def test_candidates_are_those_of_serving_unless_told() -> None:
+    serving, told = (Settings(16, "float32", 0, size, [], None) for size in (None, 300))
+    assert [serving.candidates(t, 50_000) for t in (0.0, 1.0)] == [SHORTLIST, SAMPLED_SHORTLIST]
+    assert [serving.candidates(t, 96) for t in (0.0, 1.0)] == [48, 48]
+    assert [told.candidates(1.0, tokens) for tokens in (50_000, 301, 300)] == [300, 300, 0]
+
+
 def test_loss_compares_the_same_answers() -> None:
     def answer(matches: list[float]) -> standalone.Answer:
         match = np.array(matches)[:, None]
@@ -298,8 +307,9 @@ def test_loss_compares_the_same_answers() -> None:
 
     whole = [answer([1, 0, 1, 0]), answer([0, 0])]
     short = [answer([1, 0, 0, 0]), answer([0, 0])]
-    found = shortlists.loss(0.0, whole, short)
+    found = shortlists.loss(0.0, 9, whole, short)
     assert (found.whole, found.shortlist, found.loss_pct) == (1.5, 1.2, 20.0)
+    assert found.candidates == 9
     assert found.ci95 == (0.0, 33.333)
 
 

@@ -58,6 +58,7 @@ ALGORITHM_SYMBOLS = (
     Symbol("sglang.srt.arg_groups.overrides.declare_resolution"),
     Symbol("sglang.srt.runtime_context.get_exec"),
     Symbol("sglang.srt.runtime_context.get_spec"),
+    Symbol("sglang.srt.runtime_context.get_observability"),
     Symbol("sglang.srt.runtime_context.get_parallel"),
     Symbol("sglang.srt.runtime_context.get_schedule"),
     Symbol("sglang.srt.speculative.spec_tp_sync.SpecTpSyncSite.DSPARK_DRAFT"),
@@ -65,6 +66,8 @@ ALGORITHM_SYMBOLS = (
     Symbol("sglang.srt.speculative.spec_tp_sync.SpecTpSyncSite.DSPARK_ACCEPT_GREEDY"),
     Symbol("sglang.srt.speculative.spec_tp_sync.SpecTpSyncSite.DSPARK_ACCEPT_SAMPLE"),
     Symbol("sglang.srt.speculative.spec_tp_sync.SpecTpSync.sync"),
+    Symbol("sglang.srt.models.dspark.DSparkDraftMixin._stacked_ctx_kv_params"),
+    Symbol("sglang.srt.models.dflash.DFlashDraftModel.project_target_hidden"),
     Symbol(
         f"{_DSPARK}.dspark_worker_v2.DSparkWorkerV2.__init__",
         _split("server_args gpu_id nccl_port target_worker draft_worker_cls"),

@@ -141,7 +141,7 @@ def run_block(given: Operands, out: torch.Tensor | None = None, cut: Plan | None
 def run_shortlist(given: Operands, size: int, span: int = SPAN) -> Any:
     base, anchors, head, hidden, sampling, names = given
     return launch.draft_shortlist(
-        base, anchors, head, hidden, sampling, names, size, torch.int32, span
+        base, anchors, head, hidden, sampling, names, size, torch.int32, span=span
     )
 
 

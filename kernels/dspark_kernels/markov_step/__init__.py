@@ -14,7 +14,9 @@ from dspark_kernels.markov_step.operands import (
     Step,
     check,
     check_out,
+    check_successors,
 )
+from dspark_kernels.markov_step.successors import successor_table
 from dspark_kernels.support.backend import Backend, resolve
 from dspark_kernels.support.checks import operand
 from dspark_kernels.support.errors import OperandError
@@ -28,6 +30,7 @@ __all__ = [
     "draft_block",
     "draft_shortlist",
     "markov_step",
+    "successor_table",
 ]
 
 
@@ -164,13 +167,29 @@ def draft_shortlist(
     hidden: torch.Tensor | None = None,
     sampling: Sampling | None = None,
     vocabulary: torch.Tensor | None = None,
+    successors: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
     support_dtype: torch.dtype = torch.int32,
     backend: Backend = "auto",
 ) -> ShortlistDraft:
-    """Draft as :func:`draft_block` does, only from the ``size`` best base logits of each position.
+    """Draft as :func:`draft_block` does, with the Markov bias of few candidates a position only.
 
-    The candidates are those of ``torch.topk``, the lower column among equals, in column order; the
-    drafted law is over them, so acceptance stays exact. Reads ``size`` rows of W2 a row and step.
+    The candidates ``C`` are the columns of the ``size`` best base logits, those of ``torch.topk`` (the
+    lower column among equals), and the successors of the token before, each once. Then
+
+    - a greedy row takes the first argmax of ``z`` over ``C``, in column order;
+    - a sampled row draws from ``softmax(z / T)`` over ``C``;
+    - a recorded sampled row with ``out`` draws from ``softmax(y / T)`` over every column, the base
+      tail included: ``y = z`` on ``C``, rounded to out's dtype before it is drawn from, and
+      ``y = base`` elsewhere.
+
+    What is returned of a recorded row is the law it was drawn from, so acceptance stays exact. With
+    ``out`` the draw is made in two stages, of the same law: a candidate or a span of 8192 columns,
+    by its mass, then a column of that span. Masses are float32 sums, so chances are exact to about
+    1e-6. Reads M + K rows of W2 a row and step, and a span of base logits again where one is drawn.
+
+    Rows with NaN or +inf, or with nothing but -inf, draw a token inside the vocabulary, and their
+    lse is not finite.
 
     Launches: 3 (select, merge, chain); 4 for gated and rnn heads.
 
@@ -182,11 +201,17 @@ def draft_shortlist(
         hidden: ``[B, gamma, d]`` draft hidden states; not read by vanilla heads.
         sampling: temperatures and keys; None: all rows are greedy.
         vocabulary: ``[V]`` int64 token of each column, or None.
+        successors: ``[V_head, K]`` int32 from :func:`successor_table`: row x holds *columns* of base,
+            distinct and inside it (not checked). Vanilla heads only. None: K is 0.
+        out: ``[B, gamma, V]`` of base's dtype: ``base`` itself or a tensor that holds a copy of it,
+            since of recorded rows only the candidates are written, the tail is left as it is. Other
+            rows are not written at all. None: recorded rows draw from candidates, and their laws
+            are returned as ``probs`` over ``support``.
         support_dtype: int32 or int64, of the candidates returned.
         backend: what runs.
 
     Raises:
-        OperandError: as :func:`draft_block`, or a size out of range.
+        OperandError: as :func:`draft_block`, a size out of range, or successors that do not fit.
     """
     check(base, anchors, head, hidden, sampling, vocabulary)
     if not 1 <= size <= min(MAX_SHORTLIST, base.shape[2]):
@@ -201,17 +226,38 @@ def draft_shortlist(
             expected="torch.int32 or torch.int64",
             fix="Pass one of these.",
         )
-    operands = (base, anchors, head, hidden, sampling, vocabulary, size, support_dtype)
+    if successors is not None:
+        check_successors(successors, base, head)
+    if out is not None:
+        check_out(out, base, sampling)
+    operands = (
+        base, anchors, head, hidden, sampling, vocabulary, size, support_dtype, successors, out,
+    )  # fmt: skip
     if resolve(backend, base) == "torch":
         return reference.draft_shortlist(*operands)
     if not base.shape[0] or not base.shape[1]:
-        shape = (*base.shape[:2], size)
-        tokens = anchors.new_empty(base.shape[:2])
-        return ShortlistDraft(
-            tokens,
-            tokens.clone(),
-            anchors.new_empty(shape, dtype=support_dtype),
-            base.new_empty(shape),
-            None if sampling is None else base.new_empty(shape, dtype=torch.float32),
-        )
+        return _no_shortlist(base, anchors, sampling, size, support_dtype, successors, out)
     return launch.draft_shortlist(*operands)
+
+
+def _no_shortlist(
+    base: torch.Tensor,
+    anchors: torch.Tensor,
+    sampling: Sampling | None,
+    size: int,
+    support_dtype: torch.dtype,
+    successors: torch.Tensor | None,
+    out: torch.Tensor | None,
+) -> ShortlistDraft:
+    shape = (*base.shape[:2], size + (0 if successors is None else successors.shape[1]))
+    tokens = anchors.new_empty(base.shape[:2])
+    law = base.new_empty(shape, dtype=torch.float32)
+    return ShortlistDraft(
+        tokens,
+        tokens.clone(),
+        anchors.new_empty(shape, dtype=support_dtype),
+        base.new_empty(shape),
+        None if sampling is None or out is not None else law,
+        out,
+        None if out is None else base.new_empty(base.shape[:2], dtype=torch.float32),
+    )

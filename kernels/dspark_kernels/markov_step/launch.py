@@ -157,9 +157,13 @@ def draft_shortlist(
     vocabulary: torch.Tensor | None,
     size: int,
     support_dtype: torch.dtype,
+    successors: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
     span: int = plans.SPAN,
 ) -> ShortlistDraft:
     """Three launches, four for gated and rnn heads; ``span`` overrides the columns a program."""
+    if successors is not None or out is not None:
+        raise NotImplementedError("successors and out by the triton backend")
     rows, steps, columns = base.shape
     weight, bytes_ = joint_weight(head), base.element_size()
     context = _context(hidden, head, weight, anchors)

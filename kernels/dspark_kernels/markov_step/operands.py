@@ -12,6 +12,10 @@ from dspark_kernels.support.errors import OperandError
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 MAX_RANK = 512
 MAX_SHORTLIST = 256
+#: Successors of a token, K.
+SUCCESSORS = (16, 32, 64, 128)
+#: Columns that share one draw of :func:`dspark_kernels.markov_step.draft_shortlist`'s base tail.
+SPAN = 8192
 
 
 class Head(NamedTuple):
@@ -82,19 +86,27 @@ class Draft(NamedTuple):
 
 
 class ShortlistDraft(NamedTuple):
-    """A block drafted from the M best base logits of each position."""
+    """A block drafted from ``n`` candidates a position: the M best base logits, then K successors.
+
+    A successor that is among the M best counts there only: in its own place it has token -1, base
+    logit -inf and probability 0, which a law over ``support`` takes as nothing.
+    """
 
     #: ``[B, gamma]`` int64.
     tokens: torch.Tensor
     #: ``[B, gamma]`` int64 the token before each, the anchor first.
     previous: torch.Tensor
-    #: ``[B, gamma, M]`` candidates, in order of their base logits' columns.
+    #: ``[B, gamma, n]`` candidates: the M best in order of their columns, the K in the table's order.
     support: torch.Tensor
-    #: ``[B, gamma, M]`` their base logits, in the base's dtype.
+    #: ``[B, gamma, n]`` their base logits, in the base's dtype.
     base: torch.Tensor
-    #: ``[B, gamma, M]`` float32 laws over ``support``, written for recorded rows only; None where
-    #: ``sampling`` is None.
+    #: ``[B, gamma, n]`` float32 laws over ``support``, written for recorded rows only; None where
+    #: ``sampling`` is None, and with ``out``.
     probs: torch.Tensor | None
+    #: The ``out`` that was passed: the law of a recorded row is ``exp(logits / T - lse)``.
+    logits: torch.Tensor | None = None
+    #: ``[B, gamma]`` float32 log-sum-exp of ``logits / T`` of recorded rows, 0 of others; with ``out``.
+    lse: torch.Tensor | None = None
 
 
 def check_head(head: Head, device: torch.device) -> None:
@@ -222,4 +234,27 @@ def check_out(out: torch.Tensor, base: torch.Tensor, sampling: Sampling | None) 
             "out is given and sampling is not.",
             expected="out only where rows are sampled: greedy rows store nothing",
             fix="Leave out as None.",
+        )
+
+
+def check_successors(successors: torch.Tensor, base: torch.Tensor, head: Head) -> None:
+    """Refuse a table of successors that does not fit the head or the columns of ``base``."""
+    if head.kind != "vanilla":
+        raise OperandError(
+            f"successors are given and the head is {head.kind}.",
+            expected="successors only with a vanilla head, whose bias depends on the token alone",
+            fix="Leave successors as None.",
+        )
+    shape = (head.w1.shape[0], None)
+    operand("successors", successors, shape=shape, dtype=torch.int32, device=base.device)
+    check_table(successors.shape[1], base.shape[2])
+
+
+def check_table(size: int, columns: int) -> None:
+    """Refuse a number of successors that the kernels are not compiled for."""
+    if size not in SUCCESSORS or size > columns:
+        raise OperandError(
+            f"There are {size} successors of a token and {columns} columns.",
+            expected=f"{', '.join(map(str, SUCCESSORS))}, and no more than the columns",
+            fix="Make the table with successor_table and one of these sizes.",
         )

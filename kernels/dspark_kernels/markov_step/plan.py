@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
+from dspark_kernels.markov_step import operands
 from dspark_kernels.support.backend import interpreting
 
 #: Multiprocessors assumed where there is no device to ask: an H100's.
@@ -17,7 +18,7 @@ OVERHEAD = 0.11
 #: Batch the overhead is held to; grids do not depend on the batch, so a row's chunks never do.
 BATCH = 64
 #: ``select``: columns a program, and how many of them share a group whose maximum is looked at.
-SPAN, GROUP = 8192, 8
+SPAN, GROUP = operands.SPAN, 8
 #: Warps a program of ``scan``, ``select``, ``merge`` and ``chain``, and of the small kernels.
 WARPS, SMALL_WARPS = 8, 4
 #: Pipeline depth of ``scan``: two tiles of W2 in flight keep a multiprocessor's share of HBM busy.

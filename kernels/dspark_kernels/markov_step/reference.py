@@ -7,6 +7,7 @@ import math
 import torch
 
 from dspark_kernels.markov_step.operands import (
+    SPAN,
     Draft,
     Head,
     Sampling,
@@ -171,6 +172,56 @@ def best(values: torch.Tensor, size: int) -> torch.Tensor:
     return values.sort(descending=True, stable=True).indices[:size].sort().values
 
 
+def candidates(logits: torch.Tensor, size: int, following: torch.Tensor | None) -> torch.Tensor:
+    """Columns to draft from: the ``size`` best, then those ``following``, -1 where one is both."""
+    found = best(logits, size)
+    if following is None:
+        return found
+    again = (following[:, None] == found).any(1)
+    return torch.cat([found, torch.where(again, -1, following.long())])
+
+
+def draw_with_tail(
+    scaled: torch.Tensor,
+    listed: torch.Tensor,
+    names: torch.Tensor,
+    words: int,
+    sampling: Sampling,
+    row: int,
+    step: int,
+    span: int,
+) -> torch.Tensor:
+    """Column drawn from ``softmax(scaled)``, ``scaled`` [V], in two stages.
+
+    First one of the ``listed`` columns or one span of the others, a span with the log of its mass
+    and the noise of word ``words + its number``; then, if it is a span, one of its columns.
+
+    Args:
+        listed: ``[n]`` columns, ascending.
+        names: ``[V]`` token of each column.
+        words: tokens there are, so that no span has the noise of a token.
+        span: columns of a span.
+    """
+    kind, columns = scaled.dtype, len(scaled)
+    tail = torch.ones(columns, dtype=torch.bool, device=scaled.device)
+    tail[listed] = False
+
+    def scores(values: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        gumbel = noise(sampling.seeds[row], sampling.positions[row] + step, keys)
+        return values + gumbel.to(kind)
+
+    whole = torch.where(tail, scaled, -math.inf).split(span)
+    masses = torch.stack([torch.logsumexp(part, 0) for part in whole])
+    spans = scores(masses, words + torch.arange(len(whole), device=scaled.device))
+    first = scores(scaled[listed], names[listed]).max(0)
+    if not bool(spans.max() > first.values):
+        return listed[first.indices]
+    start = int(spans.max(0).indices) * span
+    inside = torch.arange(start, min(start + span, columns), device=scaled.device)
+    inside = inside[tail[inside]]
+    return inside[scores(scaled[inside], names[inside]).max(0).indices]
+
+
 def draft_shortlist(
     base: torch.Tensor,
     anchors: torch.Tensor,
@@ -180,31 +231,62 @@ def draft_shortlist(
     vocabulary: torch.Tensor | None,
     size: int,
     support_dtype: torch.dtype = torch.int32,
+    successors: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    span: int = SPAN,
     dtype: torch.dtype = torch.float32,
 ) -> ShortlistDraft:
-    """Draft from the ``size`` best base logits of each position."""
+    """Draft from the ``size`` best base logits and the successors of each position."""
     rows, steps, _ = base.shape
     names = names_of(base, vocabulary)
-    shape = (rows, steps, size)
+    shape = (rows, steps, size + (0 if successors is None else successors.shape[1]))
     support = torch.empty(shape, dtype=torch.int64, device=base.device)
     kept = torch.empty(shape, dtype=base.dtype, device=base.device)
     probs = torch.full(shape, math.nan, dtype=dtype, device=base.device)
+    lse = torch.zeros((rows, steps), dtype=dtype, device=base.device)
     tokens = anchors.new_empty((rows, steps))
     previous = anchors.new_empty((rows, steps))
     for row in range(rows):
         token = anchors[row]
         state = torch.zeros(head.rank, dtype=dtype, device=base.device)
+        recorded = is_recorded(sampling, row)
         for step in range(steps):
             previous[row, step] = token
-            columns = best(base[row, step], size)
-            support[row, step] = names[columns]
-            kept[row, step] = base[row, step, columns]
+            logits = base[row, step]
+            columns = candidates(logits, size, None if successors is None else successors[token])
+            held = columns >= 0
+            support[row, step] = torch.where(held, names[columns], -1)
+            kept[row, step] = torch.where(held, logits[columns], -math.inf)
+            # Candidates once each, by column: the first of equals wins.
+            lanes = held.nonzero().view(-1)
+            lanes = lanes[columns[lanes].argsort()]
+            listed = columns[lanes]
             h = None if hidden is None else hidden[row, step]
             vector, state = latent(head, token, h, state)
-            z = kept[row, step].to(dtype) + head.w2[support[row, step]].to(dtype) @ vector
-            token = support[row, step][draw(z, support[row, step], sampling, row, step)]
+            z = logits[listed].to(dtype) + head.w2[names[listed]].to(dtype) @ vector
+            if out is not None and sampling is not None and recorded:
+                z = z.to(out.dtype).to(dtype)
+                law = logits.to(dtype, copy=True)
+                law[listed] = z
+                out[row, step, listed] = z.to(out.dtype)
+                scaled = law / sampling.temperatures[row].to(dtype)
+                lse[row, step] = torch.logsumexp(scaled, 0)
+                words = head.w2.shape[0]
+                chosen = draw_with_tail(scaled, listed, names, words, sampling, row, step, span)
+            else:
+                chosen = listed[draw(z, names[listed], sampling, row, step)]
+            token = names[chosen]
             tokens[row, step] = token
-            if sampling is not None and is_recorded(sampling, row):
-                probs[row, step] = torch.softmax(z / sampling.temperatures[row].to(dtype), 0)
-    law = None if sampling is None else probs
-    return ShortlistDraft(tokens, previous, support.to(support_dtype), kept, law)
+            if sampling is not None and recorded:
+                probs[row, step] = 0
+                law = torch.softmax(z / sampling.temperatures[row].to(dtype), 0)
+                probs[row, step, lanes] = law
+    return ShortlistDraft(
+        tokens,
+        previous,
+        support.to(support_dtype),
+        kept,
+        None if sampling is None or out is not None else probs,
+        out,
+        None if out is None else lse,
+    )

@@ -18,6 +18,7 @@ from dspark_kernels.markov_step import (
     Head,
     Sampling,
     ShortlistDraft,
+    chain,
     draft_block,
     draft_shortlist,
     heads,
@@ -93,13 +94,17 @@ _POINTERS = {
     "counts": "*i32",
     "support": "*i32",
     "probs": "*fp32",
+    "places": "*i32",
+    "successors": "*i32",
+    "tops": "*fp32",
+    "masses": "*fp32",
 }
 _FLOATING = (
     "base", "out", "w1", "w2", "table", "hidden", "weight", "bias", "weight_state",
     "weight_embedded", "latents", "values", "best",
 )  # fmt: skip
 _ALIGNED = (
-    "columns", "base_stride", "out_stride", "base_row", "base_step", "weight_stride", "width",
+    "columns", "base_stride", "out_stride", "base_row", "base_step", "out_row", "out_step", "weight_stride", "width",
     "outputs", "context_stride",
 )  # fmt: skip
 
@@ -128,12 +133,14 @@ def builds(shape: Shape, rows: int = ROWS, bytes_: int = BF16) -> tuple[Build, .
     if shape.kind != "vanilla":
         found.append(build(heads.project, plan.project_constants(bytes_), plan.SMALL_WARPS, dtype))
     if shape.shortlist:
-        chain = plan.chain_constants(shape.rank, SIZE, kind=shape.kind, record=record)
+        steps = plan.chain_constants(
+            shape.rank, SIZE, bytes_, shape.columns, kind=shape.kind, record=record
+        )
         merge = plan.merge_constants(SIZE, bytes_, shape.columns, mapped=False)
         found += [
             build(shortlist.select, plan.select_constants(SIZE, bytes_), plan.WARPS, dtype),
             build(shortlist.merge, merge, plan.WARPS, dtype),
-            build(shortlist.chain, chain, plan.WARPS, dtype),
+            build(chain.chain, steps, plan.WARPS, dtype),
         ]
         return tuple(found)
     vanilla = shape.kind == "vanilla"

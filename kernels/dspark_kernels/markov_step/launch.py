@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 
-from dspark_kernels.markov_step import heads, kernel, shortlist
+from dspark_kernels.markov_step import chain, heads, kernel, shortlist
 from dspark_kernels.markov_step import plan as plans
 from dspark_kernels.markov_step.operands import (
     Draft,
@@ -148,6 +148,125 @@ class Block:
         return Draft(tokens, previous, logit, lse, self.out)
 
 
+class Shortlist:
+    """The launches of one block over the best of each position and their successors."""
+
+    def __init__(
+        self,
+        base: torch.Tensor,
+        anchors: torch.Tensor,
+        head: Head,
+        sampling: Sampling | None,
+        vocabulary: torch.Tensor | None,
+        size: int,
+        successors: torch.Tensor | None,
+        out: torch.Tensor | None,
+        span: int,
+    ) -> None:
+        """Operands as in :func:`dspark_kernels.markov_step.draft_shortlist`."""
+        self.base, self.anchors, self.head = base, anchors, head
+        self.sampling, self.vocabulary = sampling, vocabulary
+        self.size, self.successors, self.out, self.span = size, successors, out, span
+        self.rows, self.steps, self.columns = base.shape
+        self.follow = 0 if successors is None else successors.shape[1]
+        self.extended = self.follow > 0 or out is not None
+        self.spans = triton.cdiv(self.columns, span)
+        self.weight = joint_weight(head)
+        # Stand in for tensors that are not read.
+        self.keys = sampling or Sampling(anchors, anchors, anchors)
+        self.flags = anchors if self.keys.recorded is None else self.keys.recorded
+        self.names = anchors if vocabulary is None else vocabulary
+        shape = (self.rows * self.steps, self.spans)
+        tail = out is not None
+        self.tops, self.masses = (
+            _new(base, shape, torch.float32) if tail else anchors for _ in range(2)
+        )
+
+    def run(self, hidden: torch.Tensor | None, support_dtype: torch.dtype) -> ShortlistDraft:
+        """Three launches, four for gated and rnn heads."""
+        context = _context(hidden, self.head, self.weight, self.anchors)
+        shape = (self.rows, self.steps, self.size + self.follow)
+        support = _new(self.base, shape, support_dtype)
+        best = _new(self.base, shape, self.base.dtype)
+        places = support
+        if self.extended:
+            places = _new(self.base, (*shape[:2], self.size), torch.int32)
+        self.merge(self.select(), best, places)
+        return self.chain(best, places, support, context)
+
+    @property
+    def tail(self) -> int:
+        """``RECORD`` of the rows whose base tail is drawn from."""
+        return _record(self.sampling, self.out is not None) or 0
+
+    def select(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What can be among the best of each span: values, lanes, counts."""
+        base, positions = self.base, self.rows * self.steps
+        constants = plans.select_constants(self.size, base.element_size(), self.span, self.tail)
+        values = _new(base, (positions, self.spans, constants["CAP"]), base.dtype)
+        lanes = _new(base, tuple(values.shape), torch.int16)
+        counts = _new(base, (positions, self.spans), torch.int32)
+        # Positions come first in the grid: the other dimensions hold at most 65535 programs.
+        launched("markov_step.select")
+        shortlist.select[(positions, self.spans)](
+            base, self.keys.temperatures, self.flags, values, lanes, counts, self.tops, self.masses,
+            self.columns, self.steps, base.stride(0), base.stride(1),
+            **constants, num_warps=plans.WARPS,
+        )  # fmt: skip
+        return values, lanes, counts
+
+    def merge(
+        self,
+        found: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        best: torch.Tensor,
+        places: torch.Tensor,
+    ) -> None:
+        """The best of each position: their logits, and their tokens (columns for ``extended``)."""
+        mapped = self.vocabulary is not None and not self.extended
+        constants = plans.merge_constants(
+            self.size, self.base.element_size(), self.columns,
+            follow=self.follow, mapped=mapped, record=self.tail, span=self.span,
+        )  # fmt: skip
+        launched("markov_step.merge")
+        shortlist.merge[(self.rows * self.steps,)](
+            *found, self.names, self.keys.temperatures, self.flags, best, places,
+            self.tops, self.masses, self.spans, self.steps, **constants, num_warps=plans.WARPS,
+        )  # fmt: skip
+
+    def chain(
+        self, best: torch.Tensor, places: torch.Tensor, support: torch.Tensor, context: torch.Tensor
+    ) -> ShortlistDraft:
+        """All steps of each request."""
+        head, base, keys, out = self.head, self.base, self.keys, self.out
+        vanilla, recurrent = head.kind == "vanilla", head.kind == "rnn"
+        shape = (self.rows, self.steps)
+        tokens, previous = (_new(best, shape, torch.int64) for _ in range(2))
+        listed = self.sampling is not None and out is None
+        probs = _new(best, tuple(best.shape), torch.float32) if listed else None
+        lse = None if out is None else _new(best, shape, torch.float32)
+        latents = head.w1 if vanilla else _new(best, (self.rows, head.rank), head.w1.dtype)
+        states = _new(best, (self.rows, head.rank), torch.float32) if recurrent else tokens
+        stored = base if out is None else out
+        launched("markov_step.chain")
+        chain.chain[(self.rows,)](
+            best, places, support, head.w1, head.w2, self.weight.state, self.weight.embedded,
+            context, self.anchors, self.names,
+            self.anchors if self.successors is None else self.successors,
+            keys.temperatures, keys.seeds, keys.positions, self.flags,
+            base, stored, self.tops, self.masses,
+            tokens, previous, tokens if probs is None else probs, tokens if lse is None else lse,
+            latents, states, self.steps, self.columns, self.spans, head.w2.shape[0],
+            base.stride(0), base.stride(1), stored.stride(0), stored.stride(1), self.weight.stride,
+            **plans.chain_constants(
+                head.rank, self.size, base.element_size(), self.columns, kind=head.kind,
+                record=_record(self.sampling, True), follow=self.follow, tail=out is not None,
+                mapped=self.vocabulary is not None, span=self.span,
+            ),
+            num_warps=plans.WARPS,
+        )  # fmt: skip
+        return ShortlistDraft(tokens, previous, support, best, probs, out, lse)
+
+
 def draft_shortlist(
     base: torch.Tensor,
     anchors: torch.Tensor,
@@ -162,59 +281,5 @@ def draft_shortlist(
     span: int = plans.SPAN,
 ) -> ShortlistDraft:
     """Three launches, four for gated and rnn heads; ``span`` overrides the columns a program."""
-    if successors is not None or out is not None:
-        raise NotImplementedError("successors and out by the triton backend")
-    rows, steps, columns = base.shape
-    weight, bytes_ = joint_weight(head), base.element_size()
-    context = _context(hidden, head, weight, anchors)
-    constants = plans.select_constants(size, bytes_, span)
-    spans = triton.cdiv(columns, span)
-    values = _new(base, (rows * steps, spans, constants["CAP"]), base.dtype)
-    lanes = _new(base, tuple(values.shape), torch.int16)
-    counts = _new(base, (rows * steps, spans), torch.int32)
-    # Positions come first in the grid: the other dimensions hold at most 65535 programs.
-    launched("markov_step.select")
-    shortlist.select[(rows * steps, spans)](
-        base, values, lanes, counts, columns, steps, base.stride(0), base.stride(1),
-        **constants, num_warps=plans.WARPS,
-    )  # fmt: skip
-    support = _new(base, (rows, steps, size), support_dtype)
-    best = _new(base, (rows, steps, size), base.dtype)
-    launched("markov_step.merge")
-    shortlist.merge[(rows * steps,)](
-        values, lanes, counts, anchors if vocabulary is None else vocabulary, best, support, spans,
-        **plans.merge_constants(size, bytes_, columns, mapped=vocabulary is not None, span=span),
-        num_warps=plans.WARPS,
-    )  # fmt: skip
-    return _chain(best, support, context, anchors, head, weight, sampling)
-
-
-def _chain(
-    best: torch.Tensor,
-    support: torch.Tensor,
-    context: torch.Tensor,
-    anchors: torch.Tensor,
-    head: Head,
-    weight: JointWeight,
-    sampling: Sampling | None,
-) -> ShortlistDraft:
-    rows, steps, size = best.shape
-    vanilla, recurrent = head.kind == "vanilla", head.kind == "rnn"
-    tokens, previous = (_new(best, (rows, steps), torch.int64) for _ in range(2))
-    probs = _new(best, (rows, steps, size), torch.float32) if sampling is not None else None
-    latents = head.w1 if vanilla else _new(best, (rows, head.rank), head.w1.dtype)
-    states = _new(best, (rows, head.rank), torch.float32) if recurrent else tokens
-    keys = sampling or Sampling(tokens, anchors, anchors)
-    launched("markov_step.chain")
-    shortlist.chain[(rows,)](
-        best, support, head.w1, head.w2, weight.state, weight.embedded, context, anchors,
-        keys.temperatures, keys.seeds, keys.positions,
-        anchors if keys.recorded is None else keys.recorded,
-        tokens, previous, tokens if probs is None else probs, latents, states,
-        steps, weight.stride,
-        **plans.chain_constants(
-            head.rank, size, kind=head.kind, record=_record(sampling, True)
-        ),
-        num_warps=plans.WARPS,
-    )  # fmt: skip
-    return ShortlistDraft(tokens, previous, support, best, probs)
+    block = Shortlist(base, anchors, head, sampling, vocabulary, size, successors, out, span)
+    return block.run(hidden, support_dtype)

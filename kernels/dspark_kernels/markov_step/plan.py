@@ -131,41 +131,80 @@ def latent_constants(rank: int, bytes_: int, rows: int, *, recurrent: bool) -> d
     }
 
 
-def select_constants(size: int, base_bytes: int, span: int = SPAN) -> dict[str, Any]:
-    """Constants of ``select``; ``size`` is M."""
+def select_constants(
+    size: int, base_bytes: int, span: int = SPAN, record: int = 0
+) -> dict[str, Any]:
+    """Constants of ``select``; ``size`` is M, ``record`` which rows draw from the base tail."""
     return {
         "M": size,
         "CAP": triton.next_power_of_2(2 * size),
         "SPAN": span,
         "SLOTS": span // GROUP,
         "BITS": 8 * base_bytes,
+        "RECORD": record,
     }
+
+
+def _spans_pad(columns: int, span: int) -> int:
+    """Spans of a position, padded: kernels are compiled once for each power of two."""
+    return int(triton.next_power_of_2(triton.cdiv(columns, span)))
 
 
 def merge_constants(
-    size: int, base_bytes: int, columns: int, *, mapped: bool, span: int = SPAN
+    size: int,
+    base_bytes: int,
+    columns: int,
+    *,
+    mapped: bool,
+    follow: int = 0,
+    record: int = 0,
+    span: int = SPAN,
 ) -> dict[str, Any]:
-    """Constants of ``merge``; compiled once for each power of two of spans."""
+    """Constants of ``merge``; ``follow`` is K, ``record`` which rows draw from the base tail."""
     return {
         "M": size,
+        "WIDTH": size + follow,
         "CAP": triton.next_power_of_2(2 * size),
         "SPAN": span,
-        "SPANS_PAD": triton.next_power_of_2(triton.cdiv(columns, span)),
+        "SPANS_PAD": _spans_pad(columns, span),
         "BITS": 8 * base_bytes,
         "MAPPED": mapped,
+        "RECORD": record,
     }
 
 
-def chain_constants(rank: int, size: int, *, kind: str, record: int | None) -> dict[str, Any]:
-    """Constants of ``chain``; ``record`` None: no row is sampled."""
+def chain_constants(
+    rank: int,
+    size: int,
+    base_bytes: int,
+    columns: int,
+    *,
+    kind: str,
+    record: int | None,
+    follow: int = 0,
+    tail: bool = False,
+    mapped: bool = False,
+    span: int = SPAN,
+) -> dict[str, Any]:
+    """Constants of ``chain``; ``record`` None: no row is sampled; ``tail``: with ``out``."""
+    lanes = int(triton.next_power_of_2(size + follow))
+    extended = follow > 0 or tail
     return {
         "RANK": rank,
         "RANK_PAD": triton.next_power_of_2(rank),
         "M": size,
-        "M_PAD": triton.next_power_of_2(size),
-        "BLOCK_R": 64,
+        "K": follow,
+        "LANES": lanes,
+        # The tile of W2 is in registers.
+        "BLOCK_R": 64 if lanes <= 256 else 32,
         "BLOCK_I": 16 if rank > 256 else 32,
+        # What the draft does not depend on is not compiled for.
+        "SPAN": span if tail else 1,
+        "SPANS_PAD": _spans_pad(columns, span) if tail else 1,
+        "BITS": 8 * base_bytes if extended else 0,
         "KIND": ("vanilla", "gated", "rnn").index(kind),
         "SAMPLED": record is not None,
         "RECORD": record or 0,
+        "TAIL": tail,
+        "MAPPED": mapped and extended,
     }

@@ -210,7 +210,7 @@ def draw_with_tail(
         gumbel = noise(sampling.seeds[row], sampling.positions[row] + step, keys)
         return values + gumbel.to(kind)
 
-    whole = torch.where(tail, scaled, -math.inf).split(span)
+    whole = torch.split(torch.where(tail, scaled, -math.inf), span)
     masses = torch.stack([torch.logsumexp(part, 0) for part in whole])
     spans = scores(masses, words + torch.arange(len(whole), device=scaled.device))
     first = scores(scaled[listed], names[listed]).max(0)

@@ -1,14 +1,8 @@
-"""Drafting from the M best base logits of each position.
+"""The M best base logits of each position, and the mass of the others.
 
 ``select`` reads every base logit once: a program keeps SPAN columns of one position in registers
 and writes those that can be among the M best. ``merge`` takes the exact M best of what the spans
-of a position left. ``chain`` runs all steps of one request: with candidates ``c_1..c_M`` of step
-``k``, ascending tokens, and latent ``l``::
-
-    z(m) = base[b, k, c_m] + sum_i W2[c_m, i] l[i]
-    greedy rows:  token = c at the first argmax of z
-    sampled rows: token = c at the first argmax of z / T + gumbel(seed, position + k, c),
-                  probs = softmax(z / T)
+of a position left. :mod:`.chain` drafts from them.
 
 *Selection.* Floats are compared as integers of the same order, so the M-th largest key is found
 bit by bit by counting. Counting over the whole span would cost BITS passes over its registers; the
@@ -17,15 +11,17 @@ bound: M groups hold a key of at least ``t``, hence so do M columns. All columns
 written, filled up to M with those that equal it; with random logits that is hardly more than M.
 Only where it is more than CAP (large logits that share groups) is the span searched itself. Keys
 that tie at the boundary are taken in token order. NaN is the largest, as in ``torch.topk``.
+
+*Base tail.* Where a recorded row draws from every column, the columns of a span that are not among the
+M best come as one item: ``top`` is their largest logit and ``mass = sum exp((x - top) / T)``. ``select``
+sums what it does not write, so no logit is read again for it, and ``merge`` adds what it was given
+and does not take. Relative to their own maximum no mass underflows, at any temperature.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
-
-from dspark_kernels.markov_step.arithmetic import sigmoid, tanh
-from dspark_kernels.markov_step.noise import gumbel, row_state
 
 
 @triton.jit
@@ -82,12 +78,26 @@ def exactly(keys, valid, found, M: tl.constexpr):
     return above | (tied & (tl.cumsum(tied.to(tl.int32), 0) <= room))
 
 
+@triton.jit
+def heat_of(temperatures, recorded, row, RECORD: tl.constexpr):
+    """A row's temperature, and whether its law is wanted. RECORD: 1 every sampled row, 2 by flag."""
+    temperature = tl.load(temperatures + row)
+    wanted = temperature > 0
+    if RECORD == 2:
+        wanted = wanted & (tl.load(recorded + row) != 0)
+    return temperature, wanted
+
+
 @triton.jit(do_not_specialize=["steps"])
 def select(
     base,
+    temperatures,
+    recorded,
     values,
     lanes,
     counts,
+    tops,
+    masses,
     columns,
     steps,
     base_row,
@@ -97,11 +107,14 @@ def select(
     SPAN: tl.constexpr,
     SLOTS: tl.constexpr,
     BITS: tl.constexpr,
+    RECORD: tl.constexpr,
 ):
     """Columns of one span that can be among the M best. Grid (rows * steps, spans).
 
     ``values`` and ``lanes`` (int16, from the span's first column) [rows * steps, spans, CAP]; the
-    first ``counts`` [rows * steps, spans] of each are written, in column order.
+    first ``counts`` [rows * steps, spans] of each are written, in column order. ``tops`` and
+    ``masses`` [rows * steps, spans] float32 of the other columns, for rows whose base tail is drawn
+    from; RECORD 0: there are none.
     """
     position = tl.program_id(0)
     row = (position // steps).to(tl.int64)
@@ -122,28 +135,45 @@ def select(
     tl.store(values + span * CAP + place, unordered(keys, values, BITS), kept)
     tl.store(lanes + span * CAP + place, lane.to(tl.int16), kept)
     tl.store(counts + span, tl.sum(kept.to(tl.int32)))
+    if RECORD != 0:
+        temperature, wanted = heat_of(temperatures, recorded, row, RECORD)
+        if wanted:
+            x = unordered(keys, values, BITS).to(tl.float32)
+            x = tl.where(valid & (kept == 0), x, float("-inf"))
+            top = tl.max(x)
+            level = tl.where(top == float("-inf"), 0.0, top)
+            tl.store(tops + span, top)
+            tl.store(masses + span, tl.sum(tl.exp((x - level) * (1.0 / temperature))))
 
 
-@triton.jit(do_not_specialize=["spans"])
+@triton.jit(do_not_specialize=["spans", "steps"])
 def merge(
     values,
     lanes,
     counts,
     vocabulary,
+    temperatures,
+    recorded,
     best,
     support,
+    tops,
+    masses,
     spans,
+    steps,
     M: tl.constexpr,
+    WIDTH: tl.constexpr,
     CAP: tl.constexpr,
     SPAN: tl.constexpr,
     SPANS_PAD: tl.constexpr,
     BITS: tl.constexpr,
     MAPPED: tl.constexpr,
+    RECORD: tl.constexpr,
 ):
     """The exact M best of one position. Grid (rows * steps,).
 
-    ``best`` [rows * steps, M] base logits, ``support`` [rows * steps, M] int32 or
-    int64 their tokens, both in column order.
+    ``best`` [rows * steps, WIDTH] base logits, of which M are written, ``support`` [rows * steps, M]
+    int32 or int64 their tokens (their columns without MAPPED), both in column order. ``tops`` and
+    ``masses`` are completed in place.
     """
     position = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, SPANS_PAD * CAP)
@@ -155,182 +185,24 @@ def merge(
     x = tl.load(values + at, valid, 0.0)
     keys = tl.where(valid, ordered(x, BITS), _lowest(BITS))
     kept = exactly(keys, valid, threshold(keys, M, BITS), M)
-    place = position * M + tl.cumsum(kept.to(tl.int32), 0) - 1
+    place = tl.cumsum(kept.to(tl.int32), 0) - 1
     name = span * SPAN + tl.load(lanes + at, kept, 0).to(tl.int32)
     if MAPPED:
         name = tl.load(vocabulary + name, kept, 0)
-    tl.store(best + place, x, kept)
-    tl.store(support + place, name.to(support.dtype.element_ty), kept)
-
-
-@triton.jit
-def _matvec(
-    vector,
-    weight,
-    stride,
-    total,
-    RANK: tl.constexpr,
-    RANK_PAD: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-):
-    """Add ``weight[:RANK] @ vector`` to ``total`` [RANK_PAD] float32."""
-    output = tl.arange(0, RANK_PAD)
-    for start in range(0, RANK, BLOCK_I):
-        inner = start + tl.arange(0, BLOCK_I)
-        mask = (output < RANK)[:, None] & (inner < RANK)[None, :]
-        at = output.to(tl.int64)[:, None] * stride + inner[None, :]
-        w = tl.load(weight + at, mask, 0.0)
-        # In the type of the weights, as the matrix products of the latents of scan take it.
-        x = tl.load(vector + inner, inner < RANK, 0.0).to(w.dtype)
-        total += tl.sum(w.to(tl.float32) * x.to(tl.float32)[None, :], 1)
-    return total
-
-
-@triton.jit
-def _preactivation(
-    context,
-    embedded,
-    states,
-    weight_embedded,
-    weight_state,
-    stride,
-    step,
-    PART: tl.constexpr,
-    RECURRENT: tl.constexpr,
-    RANK: tl.constexpr,
-    RANK_PAD: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-):
-    """``W_h h + bias + W_e e`` (``+ W_s s``) of one part of the joint layer, [RANK_PAD]."""
-    output = tl.arange(0, RANK_PAD)
-    total = tl.load(context + PART * RANK + output, output < RANK, 0.0)
-    first = PART * RANK * stride.to(tl.int64)
-    total = _matvec(embedded, weight_embedded + first, stride, total, RANK, RANK_PAD, BLOCK_I)
-    if RECURRENT:
-        remembers = step > 0
-        if remembers:
-            total = _matvec(states, weight_state + first, stride, total, RANK, RANK_PAD, BLOCK_I)
-    return total
-
-
-@triton.jit
-def _latent(
-    context,
-    embedded,
-    latents,
-    states,
-    weight_embedded,
-    weight_state,
-    stride,
-    step,
-    KIND: tl.constexpr,
-    RANK: tl.constexpr,
-    RANK_PAD: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-):
-    """Write the latent of one row and step to ``latents``, and its next state to ``states``."""
-    output = tl.arange(0, RANK_PAD)
-    known = output < RANK
-    gate = sigmoid(_preactivation(context, embedded, states, weight_embedded, weight_state, stride, step, 0, KIND == 2, RANK, RANK_PAD, BLOCK_I))  # fmt: skip
-    if KIND == 1:
-        result = gate * tl.load(embedded + output, known, 0.0).to(tl.float32)
-        # Every warp has read the latent of the step before.
-        tl.debug_barrier()
-    else:
-        candidate = tanh(_preactivation(context, embedded, states, weight_embedded, weight_state, stride, step, 1, True, RANK, RANK_PAD, BLOCK_I))  # fmt: skip
-        result = tanh(_preactivation(context, embedded, states, weight_embedded, weight_state, stride, step, 2, True, RANK, RANK_PAD, BLOCK_I))  # fmt: skip
-        held = tl.load(states + output, known & (output * 0 + step > 0), 0.0)
-        # Every warp has read the state and the latent of the step before.
-        tl.debug_barrier()
-        tl.store(states + output, gate * held + (1.0 - gate) * candidate, known)
-    tl.store(latents + output, result.to(latents.dtype.element_ty), known)
-    # From here on every warp may read what another one wrote.
-    tl.debug_barrier()
-
-
-@triton.jit
-def _law(scaled, inside):
-    """Softmax of one row."""
-    top = tl.max(tl.where(inside, scaled, float("-inf")), 0)
-    weights = tl.where(inside, tl.exp(scaled - top), 0.0)
-    return weights / tl.sum(weights, 0)
-
-
-@triton.jit(do_not_specialize=["steps"])
-def chain(
-    best,
-    support,
-    w1,
-    w2,
-    weight_state,
-    weight_embedded,
-    context,
-    anchors,
-    temperatures,
-    seeds,
-    positions,
-    recorded,
-    tokens,
-    previous,
-    probs,
-    latents,
-    states,
-    steps,
-    weight_stride,
-    RANK: tl.constexpr,
-    RANK_PAD: tl.constexpr,
-    M: tl.constexpr,
-    M_PAD: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-    KIND: tl.constexpr,
-    SAMPLED: tl.constexpr,
-    RECORD: tl.constexpr,
-):
-    """All steps of one request. Grid (rows,). KIND: 0 vanilla, 1 gated, 2 rnn.
-
-    ``latents`` [rows, RANK] in the weights' type and ``states`` [rows, RANK] float32 are scratch:
-    vectors that the whole program needs along another axis pass through memory.
-    """
-    row = tl.program_id(0).to(tl.int64)
-    lane = tl.arange(0, M_PAD)
-    inside = lane < M
-    token = tl.load(anchors + row)
-    if SAMPLED:
-        temperature = tl.load(temperatures + row)
-        drawn = temperature > 0
-        scale = 1.0 / tl.where(drawn, temperature, 1.0)
-        seed = tl.load(seeds + row)
-        first_position = tl.load(positions + row)
-        kept = drawn
-        if RECORD == 2:
-            kept = kept & (tl.load(recorded + row) != 0)
-    for step in range(steps):
-        position = row * steps + step
-        tl.store(previous + position, token)
-        vector = w1 + token * RANK
-        if KIND != 0:
-            own = context + position * (RANK if KIND == 1 else 3 * RANK)
-            _latent(own, vector, latents + row * RANK, states + row * RANK, weight_embedded, weight_state, weight_stride, step, KIND, RANK, RANK_PAD, BLOCK_I)  # fmt: skip
-            vector = latents + row * RANK
-        listed = position * M + lane
-        name = tl.load(support + listed, inside, 0).to(tl.int32)
-        z = tl.load(best + listed, inside, float("-inf")).to(tl.float32)
-        for start in range(0, RANK, BLOCK_R):
-            inner = start + tl.arange(0, BLOCK_R)
-            mask = inside[:, None] & (inner < RANK)[None, :]
-            w = tl.load(w2 + name.to(tl.int64)[:, None] * RANK + inner[None, :], mask, 0.0)
-            x = tl.load(vector + inner, inner < RANK, 0.0)
-            z += tl.sum(w.to(tl.float32) * x.to(tl.float32)[None, :], 1)
-        score = tl.where(z != z, float("inf"), z)
-        if SAMPLED:
-            noise = gumbel(row_state(seed, first_position + step), name)
-            score = tl.where(drawn, score * scale + noise, score)
-            if RECORD != 0:
-                scaled = z * scale
-                if kept:
-                    tl.store(probs + listed, _law(scaled, inside), inside)
-        score = tl.where(inside, score, float("-inf"))
-        at = tl.min(tl.where(inside & (score == tl.max(score, 0)), lane, M_PAD), 0)
-        token = tl.sum(tl.where(lane == at, name, 0), 0).to(tl.int64)
-        tl.store(tokens + position, token)
+    tl.store(best + position * WIDTH + place, x, kept)
+    tl.store(support + position * M + place, name.to(support.dtype.element_ty), kept)
+    if RECORD != 0:
+        temperature, wanted = heat_of(temperatures, recorded, position // steps, RECORD)
+        if wanted:
+            rest = tl.where(valid & (kept == 0), x.to(tl.float32), float("-inf"))
+            rest = tl.reshape(rest, [SPANS_PAD, CAP])
+            own = position * spans + each
+            before = tl.load(tops + own, each < spans, float("-inf"))
+            mass = tl.load(masses + own, each < spans, 0.0)
+            top = tl.maximum(before, tl.max(rest, 1))
+            level = tl.where(top == float("-inf"), 0.0, top)
+            scale = 1.0 / temperature
+            mass = mass * tl.exp((before - level) * scale)
+            mass += tl.sum(tl.exp((rest - level[:, None]) * scale), 1)
+            tl.store(tops + own, top, each < spans)
+            tl.store(masses + own, mass, each < spans)

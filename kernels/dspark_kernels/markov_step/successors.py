@@ -50,7 +50,7 @@ def successor_table(head: Head, size: int, vocabulary: torch.Tensor | None = Non
     check_table(size, len(weights))
     words = head.w1.shape[0]
     table = torch.empty((words, size), dtype=torch.int32, device=device)
-    for rows in torch.arange(words, device=device).split(max(1, _HELD // len(weights))):
+    for rows in torch.split(torch.arange(words, device=device), max(1, _HELD // len(weights))):
         biases = head.w1[rows].float() @ weights.T
         table[rows] = biases.topk(size, dim=1).indices.int()
     return table

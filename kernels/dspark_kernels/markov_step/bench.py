@@ -4,6 +4,9 @@ Formula bytes follow the launches: what a step's programs read again beyond the 
 copy of the latents and the best score of every chunk of the step before; ``select`` and ``merge`` pass
 candidates through memory. For more than 64 rows the formula reads W2 once for every 64. A shortlist of a gated or
 rnn head reads the joint weight once a request and step: from cache on a GPU, but counted.
+
+With successors the base logits of the example are flat, so that every step of every request draws from the base
+tail and reads one span again: the most that can be read. A model's logits seldom ask for it.
 """
 
 from __future__ import annotations
@@ -29,8 +32,9 @@ from dspark_kernels.markov_step import (
 )
 from dspark_kernels.support.report import Build, Case, Example
 
-#: M, and rows that kernels are compiled for.
+#: M, K, and rows that kernels are compiled for.
 SIZE = 128
+FOLLOW = 64
 ROWS = 64
 BF16 = 2
 #: Candidates of a span, about: the columns above a bound that depends on the logits, M at least.
@@ -49,11 +53,19 @@ class Shape(NamedTuple):
     sampled: bool
     shortlist: bool = False
     width: int = 0
+    #: K of a shortlist; sampled rows then draw from the base tail too.
+    follow: int = 0
+
+    @property
+    def tail(self) -> bool:
+        """Whether a law over every column is stored by a shortlist."""
+        return self.sampled and self.follow > 0
 
     @property
     def name(self) -> str:
         """Readable id."""
         mode = f"shortlist{SIZE}" if self.shortlist else "full"
+        mode += f"+{self.follow}" if self.follow else ""
         law = "sampled" if self.sampled else "greedy"
         return f"{mode}-{self.kind}-gamma{self.gamma}-V{self.columns}-r{self.rank}-{law}"
 
@@ -71,6 +83,11 @@ SHAPES = (
     Shape("gated", 49152, 256, 5, True, shortlist=True, width=960),
     Shape("rnn", 32000, 512, 1, True, shortlist=True, width=1024),
     Shape("vanilla", 262144, 256, 1, False, shortlist=True),
+    Shape("vanilla", 129280, 256, 5, True, shortlist=True, follow=FOLLOW),
+    Shape("vanilla", 32000, 512, 1, True, shortlist=True, follow=FOLLOW),
+    Shape("vanilla", 49152, 256, 1, False, shortlist=True, follow=FOLLOW),
+    Shape("vanilla", 151936, 256, 1, True, shortlist=True, follow=FOLLOW),
+    Shape("vanilla", 262144, 256, 1, True, shortlist=True, follow=FOLLOW),
 )
 _BY_NAME = {shape.name: shape for shape in SHAPES}
 
@@ -124,6 +141,27 @@ def build(launched: Any, constants: dict[str, Any], warps: int, dtype: str = "bf
     )
 
 
+def _shortlist_builds(
+    shape: Shape, dtype: str, bytes_: int, record: int | None, *, mapped: bool = False
+) -> list[Build]:
+    """``select``, ``merge`` and ``chain``."""
+    tail = record or 0 if shape.tail else 0
+    select = plan.select_constants(SIZE, bytes_, record=tail)
+    merge = plan.merge_constants(
+        SIZE, bytes_, shape.columns, follow=shape.follow, mapped=mapped and not shape.follow,
+        record=tail,
+    )  # fmt: skip
+    steps = plan.chain_constants(
+        shape.rank, SIZE, bytes_, shape.columns, kind=shape.kind, record=record,
+        follow=shape.follow, tail=shape.tail, mapped=mapped,
+    )  # fmt: skip
+    return [
+        build(shortlist.select, select, plan.WARPS, dtype),
+        build(shortlist.merge, merge, plan.WARPS, dtype),
+        build(chain.chain, steps, plan.WARPS, dtype),
+    ]
+
+
 def builds(shape: Shape, rows: int = ROWS, bytes_: int = BF16) -> tuple[Build, ...]:
     """The launches of a configuration, in order."""
     dtype = "fp32" if bytes_ == 4 else "bf16"
@@ -133,16 +171,7 @@ def builds(shape: Shape, rows: int = ROWS, bytes_: int = BF16) -> tuple[Build, .
     if shape.kind != "vanilla":
         found.append(build(heads.project, plan.project_constants(bytes_), plan.SMALL_WARPS, dtype))
     if shape.shortlist:
-        steps = plan.chain_constants(
-            shape.rank, SIZE, bytes_, shape.columns, kind=shape.kind, record=record
-        )
-        merge = plan.merge_constants(SIZE, bytes_, shape.columns, mapped=False)
-        found += [
-            build(shortlist.select, plan.select_constants(SIZE, bytes_), plan.WARPS, dtype),
-            build(shortlist.merge, merge, plan.WARPS, dtype),
-            build(chain.chain, steps, plan.WARPS, dtype),
-        ]
-        return tuple(found)
+        return (*found, *_shortlist_builds(shape, dtype, bytes_, record))
     vanilla = shape.kind == "vanilla"
     step = [
         build(
@@ -180,6 +209,7 @@ def variants() -> list[Build]:
     # Base logits in float32 over a head in bfloat16: the most shared memory.
     wide = wide._replace(signature={**wide.signature, "base": "*fp32", "out": "*fp32"})
     rnn = Shape("rnn", 129280, 512, 1, True, width=4096)
+    tail = Shape("vanilla", 262144, 512, 1, True, shortlist=True, follow=128)
     return [
         wide,
         builds(whole, rows=1)[0],
@@ -187,6 +217,11 @@ def variants() -> list[Build]:
         builds(whole, bytes_=4)[0],
         *builds(rnn, bytes_=4)[:2],
         *builds(rnn._replace(columns=262144, shortlist=True), bytes_=4)[1:],
+        *_shortlist_builds(tail, "bf16", BF16, 2, mapped=True),
+        *_shortlist_builds(tail, "fp16", BF16, 2),
+        *_shortlist_builds(tail, "fp32", 4, 2, mapped=True),
+        # Successors without the tail.
+        *_shortlist_builds(tail._replace(sampled=False), "bf16", BF16, None)[1:],
     ]
 
 
@@ -209,7 +244,9 @@ def floor_bytes(case: Case, batch: int) -> int:
     keys = 8 + (20 if shape.sampled else 0)
     row = keys + states + gamma * (columns * BF16 + rank * BF16 + 16)
     if shape.shortlist:
-        listed = SIZE * (4 + BF16 + rank * BF16 + (4 if shape.sampled else 0))
+        law = BF16 if shape.tail else 4 if shape.sampled else 0
+        listed = (SIZE + shape.follow) * (4 + BF16 + rank * BF16 + law)
+        listed += shape.follow * 4 + (4 if shape.tail else 0)
         return weights + batch * (row + gamma * listed)
     stored = gamma * columns * BF16 if shape.sampled else 0
     return weights + gamma * columns * rank * BF16 + batch * (row + stored + gamma * 8)
@@ -227,6 +264,12 @@ def formula_bytes(case: Case, batch: int) -> int:
         # Candidates written, read, and named; support and base logits read again by chain.
         passed = 2 * spans * (PASSING * (BF16 + 2) + 4)
         again = gamma * (passed + SIZE * (4 + BF16))
+        if shape.follow:
+            # Columns of the best are written, and successors' base logits read, by themselves.
+            again += gamma * (SIZE * 4 + shape.follow * BF16)
+        if shape.tail:
+            # Masses from select to merge to chain, temperatures, and the span that is drawn from.
+            again += gamma * (spans * (4 * 8 + 4) + 4 + min(plan.SPAN, columns) * BF16)
         if parts:
             # Every request's program reads the joint weight, the state's part from step 2 on.
             blocks = _cdiv(outputs, plan.PROJECT)
@@ -262,25 +305,39 @@ def _operands(shape: Shape, batch: int) -> dict[str, Any]:
         return torch.randn(*size, generator=random, dtype=torch.float32)
 
     def each(make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        if shape.follow:
+            # Which span is drawn from, and so what is read, is then the same for all.
+            return make().expand(batch, -1, -1).contiguous()
         return torch.stack([make() for _ in range(batch)])
 
     w1 = normal(shape.columns, shape.rank).bfloat16()
     w2 = (normal(shape.columns, shape.rank) / shape.rank**0.5).bfloat16()
     joint = (normal(outputs, inputs) / inputs**0.5).bfloat16() if outputs else None
     bias = normal(outputs).bfloat16() if outputs else None
-    base = each(lambda: (2 * normal(shape.gamma, shape.columns)).bfloat16())
+    scale = 1 / 16 if shape.follow else 2
+    base = each(lambda: (scale * normal(shape.gamma, shape.columns)).bfloat16())
     hidden = each(lambda: normal(shape.gamma, shape.width).bfloat16()) if outputs else None
-    anchors = torch.arange(batch) * 7 + 1
+    anchors = torch.arange(batch) * (0 if shape.follow else 7) + 1
     sampling = None
     if shape.sampled:
         sampling = Sampling(torch.full((batch,), 0.9), anchors * 12345678901, anchors + 100)
-    return {
+    given = {
         "base": base,
         "anchors": anchors,
         "head": Head(w1, w2, joint, bias),
         "hidden": hidden,
         "sampling": sampling,
     }
+    if shape.follow:
+        given["successors"] = scattered(shape.columns, shape.follow)
+    return given
+
+
+def scattered(columns: int, follow: int) -> torch.Tensor:
+    """``[columns, follow]`` int32, distinct columns for each token: a table of no head, but at no cost."""
+    lanes = torch.arange(follow, dtype=torch.int32) * (columns // follow)
+    tokens = torch.arange(columns, dtype=torch.int32)
+    return (tokens[:, None] * 31 + lanes) % columns
 
 
 def example(case: Case, batch: int) -> Example:
@@ -288,18 +345,22 @@ def example(case: Case, batch: int) -> Example:
     shape = _BY_NAME[case.name]
     operands = _operands(shape, batch)
     out = torch.full_like(operands["base"], float("nan")) if shape.sampled else None
+    if shape.shortlist:
+        out = operands["base"].clone() if shape.tail else None
 
     def run() -> Draft | ShortlistDraft:
         if shape.shortlist:
-            return draft_shortlist(**operands, size=SIZE, backend="triton")
+            return draft_shortlist(**operands, size=SIZE, out=out, backend="triton")
         return draft_block(**operands, out=out, backend="triton")
 
     def max_error(result: Draft | ShortlistDraft) -> float:
         wanted = {**operands, "vocabulary": None}
         if isinstance(result, ShortlistDraft):
-            listed = reference.draft_shortlist(**wanted, size=SIZE, dtype=torch.float64)
+            stored = operands["base"].clone() if shape.tail else None
+            listed = reference.draft_shortlist(**wanted, size=SIZE, out=stored, dtype=torch.float64)
             _same(result.support, listed.support, "support")
             pairs = [(result.probs, listed.probs)] if shape.sampled else []
+            pairs = [(result.lse, listed.lse)] if shape.tail else pairs
             tokens = listed.tokens
         else:
             stored = torch.empty_like(operands["base"]) if shape.sampled else None

@@ -88,8 +88,9 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     schema_version: int
     ops: dict[str, dict[str, Config]]
     #: Gigabytes (1e9) of a round of 64 requests, gamma 5, V 129280, rank 256, temperature 1, half of
-    #: the drafts kept, bfloat16 logits: acceptance and drafting over the whole vocabulary, with the
-    #: shortlist, and SGLang's.
+    #: the drafts kept, bfloat16 logits: acceptance of a dense and of a listed drafted law; drafting
+    #: over the whole vocabulary and from a shortlist with the base tail, each with the acceptance of
+    #: its law, which is dense; and SGLang's.
     accept_gb: float | None
     accept_shortlist_gb: float | None
     draft_accept_gb: float | None
@@ -344,7 +345,7 @@ def summary(
         accept_gb=gigabytes("accept"),
         accept_shortlist_gb=gigabytes("accept_shortlist"),
         draft_accept_gb=gigabytes("draft", "accept"),
-        draft_accept_shortlist_gb=gigabytes("draft_shortlist", "accept_shortlist"),
+        draft_accept_shortlist_gb=gigabytes("draft_shortlist", "accept"),
         builtin_accept_gb=gigabytes("builtin_accept"),
         builtin_optin_accept_gb=gigabytes("builtin_accept_optin"),
         builtin_draft_accept_gb=gigabytes("builtin_draft", "builtin_accept"),

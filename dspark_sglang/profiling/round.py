@@ -5,7 +5,8 @@ in bfloat16, and keep ``k`` of them. A :class:`Part` is one call of it. What a p
 two batches and two vocabularies, and is linear in each of them (a third place confirms it), so
 it is known for any batch and vocabulary.
 
-Operands are made so that every request of a part does the same: all share one row of base logits;
+Operands are made so that every request of a part does the same: all share one row of base logits, and
+those of the shortlist are so flat that every step draws from the base tail, which costs the most;
 target laws are flat but for the drafted token, which is certain to be kept, or certain not to be;
 uniforms are one half. How many bytes move depends on these through nothing else.
 """
@@ -36,6 +37,8 @@ from dspark_sglang.profiling import moved
 
 #: The round that the targets are set for.
 BATCH, GAMMA, VOCABULARY, RANK = 64, 5, 129280, 256
+#: Successors of the token before that join the best base logits as candidates.
+FOLLOWING = 64
 #: Drafts kept: half of the requests keep two of five, half of them three.
 KEPT = (2, 3)
 #: Batches that everything is counted at, and the one that confirms the line through them.
@@ -193,9 +196,18 @@ def _cut(columns: int, rank: int) -> plan.Plan:
     return plan.Plan(_TILE * wider, tiles // wider, served.chunks)
 
 
+def _successors(columns: int, device: torch.device) -> torch.Tensor:
+    """``[columns, FOLLOWING]`` distinct columns for each token; what is read does not depend on which."""
+    lanes = torch.arange(FOLLOWING, dtype=torch.int32, device=device) * (columns // FOLLOWING)
+    tokens = torch.arange(columns, dtype=torch.int32, device=device)
+    return (tokens[:, None] * 31 + lanes) % columns
+
+
 def _draft_short(sizes: Sizes, batch: int, columns: int, device: torch.device) -> Call:
-    """As serving drafts."""
+    """As serving drafts: the law is stored over the base logits, for dense acceptance."""
     given = _drafting(sizes, batch, columns, device)
+    given = given._replace(base=given.base / 32)
+    successors = _successors(columns, device)
 
     def run() -> ShortlistDraft:
         return draft_shortlist(
@@ -204,11 +216,21 @@ def _draft_short(sizes: Sizes, batch: int, columns: int, device: torch.device) -
             given.head,
             size=SHORTLIST,
             sampling=given.sampling,
-            support_dtype=torch.int64,
+            successors=successors,
+            out=given.base,
             backend="triton",
         )
 
-    return Call(run, lambda draft: _inside(draft.tokens, columns))
+    return Call(run, lambda draft: _from_the_tail(draft, columns))
+
+
+def _from_the_tail(draft: ShortlistDraft, columns: int) -> None:
+    _inside(draft.tokens, columns)
+    if bool((draft.support == draft.tokens[..., None]).any()):
+        raise RuntimeError(
+            f"Drafted {draft.tokens.tolist()}, of which some are candidates. Expected: none, so that "
+            "every step reads a span again."
+        )
 
 
 def _inside(tokens: torch.Tensor, columns: int) -> None:
@@ -294,7 +316,9 @@ def floor(name: str, sizes: Sizes, batch: int, columns: int) -> int:
         row = draws + gamma * (4 * columns + 2 * rank + 24)
         return 2 * gamma * columns * rank + batch * row
     if name == "draft_shortlist":
-        return batch * (draws + gamma * (2 * columns + 2 * rank + 16 + SHORTLIST * (2 * rank + 14)))
+        # A candidate: its row of W2, token, base logit, logit stored; a successor also its column.
+        listed = (SHORTLIST + FOLLOWING) * (2 * rank + 8) + 4 * FOLLOWING
+        return batch * (draws + gamma * (2 * columns + 2 * rank + 20 + listed))
     rows = 2 * columns * (kept + 1)
     law = SHORTLIST * 12 * (kept + 1) if name == "accept_shortlist" else 2 * columns + 6 * kept + 4
     return batch * (rows + law + 8 * gamma + 12 + 8 * (kept + 2) + 16)

@@ -12,9 +12,9 @@ from dspark_sglang.profiling.kernels import BATCH, Config, PartBytes, Summary
 BEGIN, END = "<!-- generated: kernels -->", "<!-- end -->"
 _PARTS = {
     "draft": "draft, whole vocabulary",
-    "draft_shortlist": "draft, shortlist of 128 (served)",
-    "accept": "acceptance, dense drafted law",
-    "accept_shortlist": "acceptance, shortlist (served)",
+    "draft_shortlist": "draft, 128 best + 64 successors, base tail (served)",
+    "accept": "acceptance, dense drafted law (served)",
+    "accept_shortlist": "acceptance, listed drafted law of 128",
     "builtin_draft": "SGLang: Markov loop",
     "builtin_accept": "SGLang: acceptance, default",
     "builtin_accept_optin": "SGLang: acceptance, blockwise (opt-in)",
@@ -22,7 +22,7 @@ _PARTS = {
 #: Fields of the summary that are targets, with what each must not exceed.
 _REACH = {
     "accept_gb": ("acceptance, GB", 0.20),
-    "accept_shortlist_gb": ("acceptance with the shortlist, GB", 0.20),
+    "accept_shortlist_gb": ("acceptance of a listed law, GB", 0.20),
     "draft_accept_gb": ("draft and acceptance, whole vocabulary, GB", 0.65),
     "draft_accept_shortlist_gb": ("draft and acceptance, shortlist, GB", 0.40),
     "shortlist_tau_loss_pct": ("accepted length the shortlist loses, %", 1.0),

@@ -94,7 +94,8 @@ def test_the_round_is_extrapolated_with_half_of_the_drafts_kept() -> None:
     assert found.accept_gb == round(4.5 * unit, 4)
     assert found.accept_shortlist_gb == round(2.5 * unit, 4)
     assert found.draft_accept_gb == pytest.approx(14.5 * unit, abs=1e-4)
-    assert found.draft_accept_shortlist_gb == pytest.approx(5.5 * unit, abs=1e-4)
+    # Its law is over every token.
+    assert found.draft_accept_shortlist_gb == pytest.approx(7.5 * unit, abs=1e-4)
     assert found.builtin_draft_accept_gb == pytest.approx(62.5 * unit, abs=1e-4)
     assert found.builtin_optin_accept_gb == pytest.approx(20.5 * unit, abs=1e-4)
     assert found.shortlist_tau_loss_pct == 0.25

@@ -16,8 +16,9 @@ are taken from the span's mass, and it scores ``top / T + log(mass) + gumbel(see
 words + span)``, which is how the largest of as many perturbed logits is distributed. Only a span that
 wins is read again, and the first argmax of ``base / T + gumbel(seed, position + k, token)`` over its
 columns outside ``C`` is taken. Noise of spans, of candidates and of those columns has different
-words, so the draw is exact: a mass that cancels is off by float32's rounding of the span's whole mass.
-Successors are taken out of the race inside the span as they win it, one at a time: comparing every
+words, so the draw is exact but for float32 sums. Where successors hold nearly all of a span's mass,
+the rest is summed again rather than left over from a difference, so no mass is off by more than
+about 16 roundings, and none is made of rounding alone. Successors are taken out of the race inside the span as they win it, one at a time: comparing every
 column with every successor would cost K times as much.
 """
 
@@ -184,15 +185,79 @@ def _biases(w2, vector, name, present, RANK: tl.constexpr, BLOCK_R: tl.constexpr
 
 
 @triton.jit
-def _spans(tops, masses, x, column, outside, scale, spans, SPAN: tl.constexpr, SPANS_PAD: tl.constexpr):  # fmt: skip
+def _rest(base, span, cut, last, columns, SPAN: tl.constexpr, BITS: tl.constexpr):
+    """Columns of a span, their base logits in float32, and which of them are not among the best."""
+    at = span * SPAN + tl.arange(0, SPAN)
+    inside = at < columns
+    y = tl.load(base + at, inside, 0.0)
+    key = ordered(y, BITS)
+    return at, y.to(tl.float32), inside & ((key < cut) | ((key == cut) & (at > last)))
+
+
+@triton.jit
+def _mass_again(
+    base,
+    column,
+    span,
+    level,
+    cut,
+    last,
+    scale,
+    columns,
+    M: tl.constexpr,
+    K: tl.constexpr,
+    SPAN: tl.constexpr,
+    BITS: tl.constexpr,
+):
+    """Mass of a span's columns that are no candidates, summed without the successors."""
+    at, y, rest = _rest(base, span, cut, last, columns, SPAN, BITS)
+    weight = tl.where(rest, tl.exp((y - level) * scale), 0.0)
+    lane = tl.arange(0, column.shape[0])
+    for k in range(K):
+        weight = tl.where(at == tl.sum(tl.where(lane == M + k, column, 0), 0), 0.0, weight)
+    return tl.sum(weight, 0)
+
+
+@triton.jit
+def _spans(
+    tops,
+    masses,
+    base,
+    x,
+    column,
+    outside,
+    cut,
+    last,
+    scale,
+    columns,
+    spans,
+    M: tl.constexpr,
+    K: tl.constexpr,
+    SPAN: tl.constexpr,
+    SPANS_PAD: tl.constexpr,
+    BITS: tl.constexpr,
+):
     """Log of the mass of each span without the candidates ``outside`` the best; -inf if none is left."""
     each = tl.arange(0, SPANS_PAD)
     top = tl.load(tops + each, each < spans, float("-inf"))
     mass = tl.load(masses + each, each < spans, 0.0)
     level = tl.where(top == float("-inf"), 0.0, top)
-    inside = outside[None, :] & ((column // SPAN)[None, :] == each[:, None])
-    taken = tl.where(inside, x[None, :] - level[:, None], float("-inf"))
-    mass -= tl.sum(tl.exp(taken * scale), 1)
+    if K > 0:
+        inside = outside[None, :] & ((column // SPAN)[None, :] == each[:, None])
+        taken = tl.where(inside, x[None, :] - level[:, None], float("-inf"))
+        before = mass
+        mass -= tl.sum(tl.exp(taken * scale), 1)
+        # What little is left of a sum has the rounding of all of it.
+        vague = mass < before * 0.0625
+        while tl.sum(vague.to(tl.int32), 0) > 0:
+            span = tl.min(tl.where(vague, each, SPANS_PAD), 0)
+            own = each == span
+            exact = _mass_again(
+                base, column, span, tl.sum(tl.where(own, level, 0.0), 0), cut, last, scale,
+                columns, M, K, SPAN, BITS,
+            )  # fmt: skip
+            mass = tl.where(own, exact, mass)
+            vague = vague & (each != span)
     # NaN comes of a broken row, whose best are all NaN or infinite: a span is not to be drawn then.
     left = mass > 0
     return tl.where(left, level * scale + tl.log(tl.where(left, mass, 1.0)), float("-inf"))
@@ -214,23 +279,19 @@ def _inside_span(
     BITS: tl.constexpr,
     MAPPED: tl.constexpr,
 ):
-    """The column drawn from a span's columns that are no candidates; -1 if they are all -inf."""
-    at = span * SPAN + tl.arange(0, SPAN)
-    inside = at < columns
-    y = tl.load(base + at, inside, 0.0)
-    key = ordered(y, BITS)
-    rest = inside & ((key < cut) | ((key == cut) & (at > last)))
+    """The column drawn from a span's columns that are no candidates, of which one is above -inf."""
+    at, y, rest = _rest(base, span, cut, last, columns, SPAN, BITS)
     name = at
     if MAPPED:
         name = tl.load(vocabulary + at, rest, 0).to(tl.int32)
-    score = tl.where(rest, y.to(tl.float32) * scale + gumbel(state, name), float("-inf"))
+    score = tl.where(rest, y * scale + gumbel(state, name), float("-inf"))
     high = tl.max(score, 0)
     found = tl.min(tl.where(score == high, at, _NONE), 0)
     while (high > float("-inf")) & (tl.sum((outside & (column == found)).to(tl.int32), 0) > 0):
         score = tl.where(at == found, float("-inf"), score)
         high = tl.max(score, 0)
         found = tl.min(tl.where(score == high, at, _NONE), 0)
-    return tl.where(high > float("-inf"), found, -1)
+    return found
 
 
 @triton.jit
@@ -252,6 +313,8 @@ def _with_tail(
     columns,
     spans,
     words,
+    M: tl.constexpr,
+    K: tl.constexpr,
     SPAN: tl.constexpr,
     SPANS_PAD: tl.constexpr,
     BITS: tl.constexpr,
@@ -261,7 +324,10 @@ def _with_tail(
 
     ``chosen`` and ``high``: the candidates' winner and its score; ``scaled``: their logits / T.
     """
-    height = _spans(tops, masses, x, column, outside, scale, spans, SPAN, SPANS_PAD)
+    height = _spans(
+        tops, masses, base, x, column, outside, cut, last, scale, columns, spans,
+        M, K, SPAN, SPANS_PAD, BITS,
+    )  # fmt: skip
     top = tl.maximum(tl.max(scaled, 0), tl.max(height, 0))
     level = tl.where(top == float("-inf"), 0.0, top)
     total = tl.sum(tl.exp(scaled - level), 0) + tl.sum(tl.exp(height - level), 0)
@@ -270,11 +336,10 @@ def _with_tail(
     best = tl.max(score, 0)
     if best > high:
         span = tl.min(tl.where(score == best, each, SPANS_PAD), 0)
-        found = _inside_span(
+        chosen = _inside_span(
             base, vocabulary, span, column, outside, cut, last, scale, state, columns,
             SPAN, BITS, MAPPED,
         )  # fmt: skip
-        chosen = tl.where(found >= 0, found, chosen)
     return chosen, level + tl.log(total)
 
 
@@ -389,7 +454,7 @@ def chain(  # noqa: PLR0915
                 drawn_column, lse = _with_tail(
                     chosen, high, scaled, x, column, present & (lane >= M), cut, last, scale, state,
                     logits, vocabulary, tops + position * spans, masses + position * spans,
-                    columns, spans, words, SPAN, SPANS_PAD, BITS, MAPPED,
+                    columns, spans, words, M, K, SPAN, SPANS_PAD, BITS, MAPPED,
                 )  # fmt: skip
                 if MAPPED:
                     token = tl.load(vocabulary + drawn_column)

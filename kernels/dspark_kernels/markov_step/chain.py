@@ -18,8 +18,9 @@ wins is read again, and the first argmax of ``base / T + gumbel(seed, position +
 columns outside ``C`` is taken. Noise of spans, of candidates and of those columns has different
 words, so the draw is exact but for float32 sums. Where successors hold nearly all of a span's mass,
 the rest is summed again rather than left over from a difference, so no mass is off by more than
-about 16 roundings, and none is made of rounding alone. Successors are taken out of the race inside the span as they win it, one at a time: comparing every
-column with every successor would cost K times as much.
+about 16 roundings, and none is made of rounding alone. Successors are taken out of the race inside
+the span as they win it, one at a time: comparing every column with each of them would cost K
+times as much.
 """
 
 from __future__ import annotations
@@ -460,7 +461,8 @@ def chain(  # noqa: PLR0915
                     token = tl.load(vocabulary + drawn_column)
                 else:
                     token = drawn_column.to(tl.int64)
-                # Behind the draw: out may be the base logits that it reads.
+                # Every warp has read the base logits, which out may be.
+                tl.debug_barrier()
                 tl.store(law + column, rounded, present)
             tl.store(lses + position, lse)
         elif RECORD != 0:  # noqa: SIM102

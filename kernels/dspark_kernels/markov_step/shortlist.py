@@ -204,5 +204,7 @@ def merge(
             scale = 1.0 / temperature
             mass = mass * tl.exp((before - level) * scale)
             mass += tl.sum(tl.exp((rest - level[:, None]) * scale), 1)
+            # Every warp has read what is overwritten.
+            tl.debug_barrier()
             tl.store(tops + own, top, each < spans)
             tl.store(masses + own, mass, each < spans)

@@ -16,8 +16,8 @@ def successor_table(head: Head, size: int, vocabulary: torch.Tensor | None = Non
     """The columns of largest Markov bias after each token, for ``draft_shortlist``.
 
     Row x holds the ``size`` columns v of largest ``W2[token of v] . W1[x]``, the largest first and
-    distinct; among equals any of them. A greedy or sampled draft that reaches beyond the best
-    base logits is nearly always one of these.
+    distinct; among equals any of them. They are the tokens that the bias can bring up from below the
+    best base logits.
 
     Cost, once: ``2 V_head V r`` floating-point operations in float32 (8.6e12 for V = 129280, r = 256:
     below a second on an H100, minutes on a CPU) and a top-k of as many rows; beside the weights it

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from dspark_sglang.core.cost import FlatCost, OnlineCost
+from dspark_sglang.core.cost import FlatCost, StepCost
 from dspark_sglang.core.schedule import (
     History,
     admission_order,
@@ -19,6 +19,7 @@ from dspark_sglang.core.schedule import (
     global_budget,
     lengths,
 )
+from dspark_sglang.core.steps import CostModel
 from dspark_sglang.core.survival import survival
 from dspark_sglang.errors import NumericsError
 
@@ -230,7 +231,8 @@ def test_flat_cost_admits_everything() -> None:
 
 def test_hopeless_tokens_are_never_admitted() -> None:
     values = np.zeros((3, 4))
-    for cost in (FlatCost(), OnlineCost()):
+    costs: list[StepCost] = [FlatCost(), CostModel(gamma=4).curve(3, 0)]
+    for cost in costs:
         assert early_stop_budget(values, admission_order(values), cost) == 0
         assert global_budget(values, cost) == 0
 
@@ -240,8 +242,8 @@ def test_no_requests(shape: tuple[int, int]) -> None:
     values = survival(np.zeros(shape))
     order = admission_order(values)
     assert order.shape == (0,)
-    assert early_stop_budget(values, order, OnlineCost()) == 0
-    assert global_budget(values, OnlineCost()) == 0
+    assert early_stop_budget(values, order, FlatCost()) == 0
+    assert global_budget(values, FlatCost()) == 0
     assert lengths(order, 3, requests=0).shape == (0,)
 
 

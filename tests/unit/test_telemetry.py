@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 
+from dspark_sglang.serving.control import Control
 from dspark_sglang.serving.telemetry import StepObservers, Telemetry
 
 
 def test_a_step_is_counted_by_position() -> None:
     telemetry = Telemetry(gamma=3)
-    telemetry.observe_round(np.array([3, 1, 0]), np.array([1, 1, 0]))
+    telemetry.observe_round(np.array([3, 1, 0]), np.array([1, 1, 0]), depth=3)
     seen = telemetry.snapshot()
     assert (seen["steps"], seen["rounds"]) == (1, 3)
     assert (seen["drafted_tokens"], seen["verified_tokens"]) == (9, 4)
@@ -26,10 +27,28 @@ def test_a_step_is_counted_by_position() -> None:
     assert seen["mean_verified"] == pytest.approx(4 / 3)
 
 
+def test_a_step_that_drafts_less_counts_what_it_drafted() -> None:
+    telemetry = Telemetry(gamma=3)
+    telemetry.observe_round(np.array([2, 1]), np.array([2, 0]), depth=2)
+    seen = telemetry.snapshot()
+    assert (seen["drafted_tokens"], seen["verified_tokens"], seen["rounds"]) == (4, 3, 2)
+
+
+def test_a_plain_step_is_not_a_round() -> None:
+    telemetry = Telemetry(gamma=3)
+    telemetry.observe_round(np.array([3, 3]), np.array([1, 0]), depth=3)
+    before = telemetry.snapshot()
+    telemetry.observe_later(torch.zeros((2, 5), dtype=torch.int64), depth=0)
+    after = telemetry.snapshot()
+    assert (after["steps"], after["plain_rounds"]) == (2, 5)
+    changed = {name for name in after if after[name] != before[name]}
+    assert changed == {"steps", "plain_rounds"}
+
+
 def test_tensors_count_like_arrays() -> None:
     by_tensor, by_array = Telemetry(gamma=2), Telemetry(gamma=2)
-    by_tensor.observe_later(torch.tensor([[2, 1], [1, 0]]))
-    by_array.observe_round(np.array([2, 1]), np.array([1, 0]))
+    by_tensor.observe_later(torch.tensor([[2, 1], [1, 0]]), depth=2)
+    by_array.observe_round(np.array([2, 1]), np.array([1, 0]), depth=2)
     assert by_tensor.snapshot() == by_array.snapshot()
 
 
@@ -47,8 +66,11 @@ def test_nothing_yet_and_cleared_are_the_same_and_json() -> None:
     telemetry = Telemetry(gamma=2)
     fresh = telemetry.snapshot()
     assert fresh["accept_length"] is None
-    telemetry.observe_round(np.array([2]), np.array([2]))
+    control = Control(gamma=2, adaptive=True)
+    telemetry.observe_round(np.array([2]), np.array([2]), depth=2)
     telemetry.ran["accept:torch-greedy"] += 1
-    StepObservers(telemetry).clear_info_records()
+    control.expected_tokens, control.committed_tokens, control.plain_steps = 2.5, 3, 4
+    StepObservers(telemetry, control).clear_info_records()
     assert telemetry.snapshot() == fresh
+    assert control.snapshot() == Control(gamma=2, adaptive=True).snapshot()
     json.dumps(fresh)

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 COMMITTED = ROOT / "docs" / "results" / "kernels.json"
 DOCUMENT = ROOT / "docs" / "kernels.md"
 WHEN = Provenance(created="2026-01-01", command="dspark bench-kernels", versions={"torch": "2"})
-LOSS = '{"tau_loss_pct": 0.7, "by_temperature": [{"candidates": 128, "more": 1}]}'
+LOSS = '{"tau_loss_pct": 0.7, "by_temperature": [{"candidates": 128, "following": 64, "more": 1}]}'
 ACCEPT, MARKOV = "gamma5-V1000-bf16-dense", "full-vanilla-gamma5-V1000-r256-sampled"
 
 
@@ -340,7 +340,7 @@ def test_tables_are_written_into_a_document(tmp_path: Path) -> None:
         (["--summary", "SUMMARY", "--docs", "none.md"], ConfigError, "none.md"),
         (["--summary", "SUMMARY", "--docs", "SUMMARY"], ConfigError, "no generated part"),
         (["--ops", "admit", "--shortlist", "BROKEN"], ArtifactError, "--shortlist-loss"),
-        (["--ops", "admit", "--shortlist", "LONGER"], ArtifactError, "1024 candidates"),
+        (["--ops", "admit", "--shortlist", "LONGER"], ArtifactError, "1024 + 64 candidates"),
     ],
     ids=[
         "no such op",

@@ -113,7 +113,9 @@ class Case:
         self._scale = uniforms(generator, requests, GAMMA + 1) * 9 + 1
         self._before = torch.cat([torch.zeros(requests, 1).long(), self.drafted], 1)
 
-    def arguments(self, *, strided: bool = False, shortlist: int = 0) -> tuple[Round, torch.Tensor]:
+    def arguments(
+        self, *, strided: bool = False, shortlist: int = 0, shared: torch.Tensor | None = None
+    ) -> tuple[Round, torch.Tensor]:
         # Weights are scaled at random: they need not be normalised.
         rows = self.target[self._before] * self._scale[..., None]
         if strided:
@@ -125,6 +127,8 @@ class Case:
         laws, support = self.laws, None
         if shortlist:
             laws, support = self.laws.topk(shortlist, sorted=False)
+        if shared is not None:
+            laws, support = self.laws[..., shared], shared
         return Round(weights, self.drafted, laws, self.lens, first, support), self.uniforms
 
     def committed(self, outcome: Accepted) -> torch.Tensor:
@@ -134,9 +138,11 @@ class Case:
         tokens = tokens.scatter(1, outcome.count[:, None], outcome.token[:, None])
         return tokens.masked_fill(position > outcome.count[:, None], -1)
 
-    def worst_p_value(self, accept: Accept, *, shortlist: int = 0) -> float:
+    def worst_p_value(
+        self, accept: Accept, *, shortlist: int = 0, shared: torch.Tensor | None = None
+    ) -> float:
         """The smallest p-value over positions, sent lengths and previous tokens."""
-        outcome = accept(*self.arguments(shortlist=shortlist))
+        outcome = accept(*self.arguments(shortlist=shortlist, shared=shared))
         committed = self.committed(outcome)
         before = torch.cat([torch.zeros(len(self.lens), 1).long(), committed], 1)
         worst = 1.0
@@ -238,6 +244,41 @@ def test_laws_over_a_support_decide_like_laws_over_the_vocabulary(size: int) -> 
     short = accept_sampled(*case.arguments(shortlist=size))
     assert torch.equal(dense.count, short.count)
     assert torch.equal(dense.token, short.token)
+
+
+#: A draft vocabulary of tokens 0, 1 and 3: the target also emits token 2, which is never drafted.
+WITHOUT_2 = torch.tensor(
+    [[0.4, 0.3, 0.0, 0.3], [0.6, 0.2, 0.0, 0.2], [0.5, 0.5, 0.0, 0.0], [0.0, 0.9, 0.0, 0.1]],
+    dtype=torch.float64,
+)
+SHARED = torch.tensor([0, 1, 3])
+
+
+@pytest.mark.parametrize("accept", [accept_sampled, accept_block])
+def test_a_shared_draft_vocabulary_leaves_the_target_law_alone(accept: Accept) -> None:
+    case = Case(120_000, seed=37, draft=WITHOUT_2)
+    assert case.worst_p_value(accept, shared=SHARED) > THRESHOLD
+    # A vocabulary that names other tokens than were drafted from would be noticed.
+    assert case.worst_p_value(accept, shared=torch.tensor([0, 1, 2])) < THRESHOLD
+
+
+@pytest.mark.parametrize("accept", [accept_sampled, accept_block])
+def test_a_shared_vocabulary_decides_like_one_for_each_law(accept: Accept) -> None:
+    case = Case(5_000, seed=41, draft=WITHOUT_2)
+    round_, drawn = case.arguments(shared=SHARED)
+    each = round_._replace(support=SHARED.expand(round_.laws.shape).contiguous())
+    outcomes = [accept(given, drawn) for given in (round_, each, case.arguments()[0])]
+    for other in outcomes[1:]:
+        assert torch.equal(outcomes[0].count, other.count)
+        assert torch.equal(outcomes[0].token, other.token)
+
+
+def test_a_token_outside_the_shared_vocabulary_was_drafted_with_chance_0() -> None:
+    weights = torch.tensor([[1.0, 1.0, 2.0, 0.0]], dtype=torch.float64).expand(2, -1)
+    laws = torch.tensor([[[0.5, 0.5, 0.0]]] * 2, dtype=torch.float64)
+    drafted, at = torch.tensor([[2], [1]]), torch.arange(2)
+    round_ = Round(weights, drafted, laws, torch.ones(2).long(), at, SHARED)
+    assert round_.chances()[1].tolist() == [[0.0], [0.5]]
 
 
 def test_counts_never_pass_what_was_sent() -> None:

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from laws import THRESHOLD, grouped_p_values, p_value, uniforms
 
-from dspark_sglang.core.draft import draft_block
+from dspark_sglang.core.accept import Round, accept_block, accept_greedy, accept_sampled
+from dspark_sglang.core.draft import (
+    SAMPLED_SHORTLIST,
+    SHORTLIST,
+    WHOLE_VOCABULARY,
+    DraftBlock,
+    cpu_shortlist,
+    draft_block,
+    undrafted,
+)
 from dspark_sglang.core.heads import ConfidenceHead, MarkovHead
+from dspark_sglang.core.seeded import Noise
 
 KINDS = ("vanilla", "gated", "rnn")
 GAMMA, VOCAB, HIDDEN, RANK = 4, 11, 6, 3
@@ -194,12 +205,87 @@ def test_a_draft_vocabulary_is_the_block_of_the_other_tokens_masked(shortlist: i
     assert torch.equal(found.tokens[greedy], wanted.tokens[greedy])
     assert found.probs is not None and found.support is not None and wanted.probs is not None
     assert set(found.support.unique().tolist()) <= set(vocabulary.tolist())
-    laws = torch.zeros(2, GAMMA, VOCAB).scatter_(-1, found.support, found.probs)
-    other = wanted.probs
-    if wanted.support is not None:
-        other = torch.zeros(2, GAMMA, VOCAB).scatter_(-1, wanted.support, wanted.probs)
+    assert (found.support.dim() == 1) == (shortlist is None)
+    laws = dense(found, VOCAB)
     # Candidates come in any order, so equal uniforms may draw different first tokens.
-    torch.testing.assert_close(laws[:, 0], other[:, 0])
+    torch.testing.assert_close(laws[:, 0], dense(wanted, VOCAB)[:, 0])
+    if shortlist is None:  # here they do not
+        assert torch.equal(found.tokens, wanted.tokens)
+        torch.testing.assert_close(laws, dense(wanted, VOCAB))
+
+
+def dense(block: DraftBlock, vocab: int) -> torch.Tensor:
+    """Drafted laws over the whole vocabulary, whatever they are over."""
+    assert block.probs is not None
+    if block.support is None:
+        return block.probs
+    laws = torch.zeros(*block.probs.shape[:2], vocab)
+    return laws.scatter_(-1, block.support.expand(block.probs.shape), block.probs)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("seeded", [False, True], ids=["unseeded", "seeded"])
+def test_gathered_rows_of_a_vocabulary_draft_what_it_drafts(kind: str, seeded: bool) -> None:
+    head = make_head(kind)
+    base, anchors, hidden = batch(6)
+    vocabulary = torch.tensor([0, 2, 3, 7, 10])
+    sampled = torch.tensor([0, 3, 5])
+    drawing: dict[str, Any] = {
+        "temperatures": torch.tensor([0.7, 1.3, 1.0]),
+        "sampled": sampled,
+        "vocabulary": vocabulary,
+    }
+    if seeded:
+        drawing["noise"] = Noise(seeds=torch.arange(3), positions=torch.tensor([4, 9, 2]))
+    else:
+        drawing["uniforms"] = uniforms(torch.Generator().manual_seed(4), 3, GAMMA)
+    columns = base[..., vocabulary]
+    found = draft_block(
+        columns, anchors, hidden, head, **drawing, vocabulary_rows=head.w2[vocabulary]
+    )
+    wanted = draft_block(columns, anchors, hidden, head, **drawing)
+    assert torch.equal(found.tokens, wanted.tokens)
+    assert set(found.tokens.unique().tolist()) <= set(vocabulary.tolist())
+    if seeded:
+        assert found.probs is wanted.probs is found.support is None
+    else:
+        assert found.support is not None and torch.equal(found.support, vocabulary)
+        torch.testing.assert_close(dense(found, VOCAB), dense(wanted, VOCAB))
+
+
+@pytest.mark.parametrize(
+    ("columns", "sampled", "own", "wanted"),
+    [
+        (50_000, False, False, SHORTLIST),
+        (50_000, True, False, SAMPLED_SHORTLIST),
+        (100, True, False, 50),
+        (8_192, True, True, None),
+        (8_192, True, False, SAMPLED_SHORTLIST),
+        (WHOLE_VOCABULARY, False, True, None),
+        (WHOLE_VOCABULARY + 1, False, True, SHORTLIST),
+    ],
+)
+def test_candidates_on_a_cpu(columns: int, sampled: bool, own: bool, wanted: int | None) -> None:
+    assert cpu_shortlist(columns, sampled=sampled, draft_vocabulary=own) == wanted
+
+
+@pytest.mark.parametrize("laws", [0, 2])
+def test_a_block_that_nobody_drafted_is_verified_like_plain_decoding(laws: int) -> None:
+    """Without drafted tokens to send, acceptance gives one token of the target's own law."""
+    block = undrafted(3, laws=laws, device=torch.device("cpu"))
+    assert block.tokens.shape == block.previous.shape == (3, 1)
+    none, rows = torch.zeros(3, dtype=torch.int64), torch.arange(3)
+    if not laws:
+        assert block.probs is None and block.support is None
+        outcome = accept_greedy(torch.tensor([5, 6, 7]), block.tokens, none, rows)
+        assert (outcome.count.tolist(), outcome.token.tolist()) == ([0, 0, 0], [5, 6, 7])
+        return
+    assert block.probs is not None and block.support is not None
+    weights = torch.tensor([[0.0, 2.0, 0.0, 0.0], [0.0, 0.0, 0.0, 9.0]])
+    sent = Round(weights, block.tokens[:2], block.probs, none[:2], rows[:2], block.support)
+    for accept in (accept_sampled, accept_block):
+        outcome = accept(sent, torch.full((2, 2), 0.5, dtype=torch.float64))
+        assert (outcome.count.tolist(), outcome.token.tolist()) == ([0, 0], [1, 3])
 
 
 def test_gamma_one() -> None:

@@ -23,7 +23,14 @@ from dspark_sglang.artifacts import (
 from dspark_sglang.checkpoint import parse_drafter_config, read_config, weights_digest
 from dspark_sglang.cli.evaluate import Settings
 from dspark_sglang.cli.main import app
-from dspark_sglang.core.draft import SAMPLED_SHORTLIST, SHORTLIST, DraftBlock, draft_block
+from dspark_sglang.core.draft import (
+    FOLLOWING,
+    SAMPLED_SHORTLIST,
+    SHORTLIST,
+    WHOLE_VOCABULARY,
+    DraftBlock,
+    draft_block,
+)
 from dspark_sglang.core.drafter import DenseDrafter, DenseShape
 from dspark_sglang.errors import ConfigError, ServerError
 from dspark_sglang.evaluation import drafted as drafted_blocks
@@ -295,9 +302,26 @@ def test_expected_rounds_are_the_mean_of_drawn_ones(greedy: bool) -> None:
 
 def test_candidates_are_those_of_serving_unless_told() -> None:
     serving, told = (Settings(16, "float32", 0, size, [], None) for size in (None, 300))
-    assert [serving.candidates(t, 50_000) for t in (0.0, 1.0)] == [SHORTLIST, SAMPLED_SHORTLIST]
-    assert [serving.candidates(t, 96) for t in (0.0, 1.0)] == [48, 48]
-    assert [told.candidates(1.0, tokens) for tokens in (50_000, 301, 300)] == [300, 300, 0]
+
+    def found(settings: Settings, tokens: int, *, own: bool = False) -> list[int]:
+        return [settings.candidates(t, tokens, draft_vocabulary=own) for t in (0.0, 1.0)]
+
+    assert found(serving, 50_000) == [SHORTLIST, SAMPLED_SHORTLIST]
+    assert found(serving, 96) == [48, 48]
+    # A draft vocabulary that is small is drafted from whole.
+    assert found(serving, WHOLE_VOCABULARY, own=True) == [0, 0]
+    assert found(serving, WHOLE_VOCABULARY + 1, own=True) == [SHORTLIST, SAMPLED_SHORTLIST]
+    assert [found(told, tokens)[1] for tokens in (50_000, 301, 300)] == [300, 300, 0]
+
+
+def test_a_loss_is_of_what_the_kernels_draft_from() -> None:
+    losing = Settings(16, "float32", 0, None, [], Path("loss.json"))
+    assert losing.following == FOLLOWING
+    assert [losing.candidates(t, 50_000, draft_vocabulary=True) for t in (0.0, 1.0)] == [
+        SHORTLIST,
+        SHORTLIST,
+    ]
+    assert losing._replace(loss=None).following == 0
 
 
 def test_loss_compares_the_same_answers() -> None:

@@ -18,6 +18,8 @@ import platformdirs
 from dspark_sglang.errors import ConfigError
 
 PREFIX = "DSPARK_"
+#: Values of ``DSPARK_COST`` that are no path.
+COST_AUTO, COST_ONLINE = "auto", "online"
 
 Schedule = Literal["adaptive", "lagged", "all"]
 Plugin = Literal["auto", "off"]
@@ -35,6 +37,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     #: is decided from confidences two steps old, as overlap scheduling needs it.
     #: ``all``: always verify the whole drafted block.
     schedule: Schedule = "adaptive"
+    #: Step cost. ``auto``: measured at start-up, once for each pair of models and machine (kept in the
+    #: cache directory). ``online``: from the steps served alone. A path: what ``dspark profile`` wrote.
+    cost: str = COST_AUTO
     #: STS calibration file. Empty: ``sts.json`` beside the drafter's weights, if present.
     sts: str = ""
     #: ``auto``: draft over the tokens of ``draft_vocab.json`` beside the drafter's weights, if there.

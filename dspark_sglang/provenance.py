@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
+import platform
 import shlex
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 
 from dspark_sglang.artifacts import Provenance
 
@@ -34,3 +37,16 @@ def provenance(
         versions=versions(),
         data=data,
     )
+
+
+def machine() -> str:
+    """The processor and cores this process may use, in a few words."""
+    model = platform.processor() or platform.machine()
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                model = line.split(":", 1)[1].strip()
+                break
+    except OSError:
+        pass
+    return f"{len(os.sched_getaffinity(0))} cores, {model}"

@@ -78,9 +78,8 @@ def _run(stage: Sequence[Step]) -> Iterator[str]:
 
 
 def _measure(console: Console, chosen: tuple[str, ...], text: str, shortlist: Path) -> Summary:
-    from dspark_sglang.demo.report import machine
     from dspark_sglang.profiling import kernels
-    from dspark_sglang.provenance import provenance
+    from dspark_sglang.provenance import machine, provenance
 
     loss = kernels.read_shortlist_loss(shortlist)
     measurement = kernels.Measurement(chosen)

@@ -17,6 +17,7 @@ from dspark_sglang.cli.demo import DRAFTER, choose_prompts, run_comparison, star
 from dspark_sglang.demo import report
 from dspark_sglang.demo.measure import Comparison, accept_length, bootstrap, rate, step_seconds
 from dspark_sglang.demo.measure import running as running_server
+from dspark_sglang.provenance import machine
 
 #: Parts of a round as the worker times them, outermost first; "draft" contains "draft_head".
 _PARTS = ("draft", "draft_head", "plan", "target_verify", "accept", "commit")
@@ -101,7 +102,7 @@ def bench_round(
         "parts_ms": parts,
         "prompts": len(prompts),
         "max_tokens": max_tokens,
-        "machine": report.machine(),
+        "machine": machine(),
         "command": f"dspark bench-round --dtype {dtype} --per-kind {per_kind} "
         f"--max-tokens {max_tokens}" + (f" --temperature {temperature}" if temperature else ""),
     }

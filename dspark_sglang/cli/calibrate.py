@@ -30,6 +30,7 @@ def calibrate(
     seed: Annotated[int, typer.Option(help="Seed of the target's answers.")] = 0,
 ) -> None:
     """Fit STS on half of the prompts and report calibration on the other half."""
+    from dspark_sglang.core.draft import cpu_shortlist
     from dspark_sglang.core.sts import fit_sts, survival_errors
     from dspark_sglang.evaluation import standalone
     from dspark_sglang.evaluation.drafted import draft_blocks
@@ -58,8 +59,16 @@ def calibrate(
             progress=lambda done: bar.update(task, completed=done),
         )
         task = bar.add_task("drafting", total=len(questions))
+        vocabulary = pair.vocabulary
+        shortlist = cpu_shortlist(
+            len(vocabulary.head), sampled=True, draft_vocabulary=vocabulary.tokens is not None
+        )
         logits, acceptance, owner = draft_blocks(
-            pair, answers, seed=seed, progress=lambda done: bar.update(task, completed=done)
+            pair,
+            answers,
+            seed=seed,
+            shortlist=shortlist or 0,
+            progress=lambda done: bar.update(task, completed=done),
         )
     # By prompt, so that no block of a checked answer was fitted on.
     fitted = owner % 2 == 0

@@ -170,14 +170,23 @@ class Settings(NamedTuple):
     #: Where what the shortlist loses is written, or None.
     loss: Path | None
 
-    def candidates(self, temperature: float, tokens: int) -> int:
+    @property
+    def following(self) -> int:
+        """Tokens of largest bias beside the shortlist: what our kernels draft from, when compared."""
+        from dspark_sglang.core.draft import FOLLOWING
+
+        return 0 if self.loss is None else FOLLOWING
+
+    def candidates(self, temperature: float, tokens: int, *, draft_vocabulary: bool) -> int:
         """Candidates a position at a temperature, of so many tokens that can be drafted; 0: all."""
-        from dspark_sglang.core.draft import SAMPLED_SHORTLIST, SHORTLIST
+        from dspark_sglang.core.draft import SHORTLIST, cpu_shortlist
 
         if self.shortlist is not None:
             return self.shortlist if self.shortlist < tokens else 0
-        # As dspark_sglang.serving.ops.torch_ops drafts.
-        return min(SAMPLED_SHORTLIST if temperature else SHORTLIST, tokens // 2)
+        if self.loss is not None:
+            return SHORTLIST
+        sampled = temperature > 0
+        return cpu_shortlist(tokens, sampled=sampled, draft_vocabulary=draft_vocabulary) or 0
 
 
 class Session:
@@ -230,7 +239,11 @@ class Session:
                     seed=self._seed,
                     progress=partial(_advance, bar, task),
                 )
-                size = self._settings.candidates(temperature, len(pair.vocabulary.head))
+                size = self._settings.candidates(
+                    temperature,
+                    len(pair.vocabulary.head),
+                    draft_vocabulary=pair.vocabulary.tokens is not None,
+                )
                 self._candidates[f"{temperature:g}"] = size
                 task = bar.add_task(f"drafting, T={temperature:g}", total=count)
                 scored = standalone.score_answers(
@@ -238,6 +251,7 @@ class Session:
                     answers,
                     self._questions,
                     shortlist=size,
+                    following=self._settings.following,
                     progress=partial(_advance, bar, task),
                 )
                 if not scored:
@@ -254,7 +268,10 @@ class Session:
                     whole = standalone.score_answers(
                         pair, answers, self._questions, progress=partial(_advance, bar, task)
                     )
-                    self._losses.append(loss(temperature, size, whole, scored))
+                    found = loss(
+                        temperature, size, whole, scored, following=self._settings.following
+                    )
+                    self._losses.append(found)
             task = bar.add_task("judging confidences", total=count)
             shown = partial(_advance, bar, task)
             blocks = draft_blocks(
@@ -355,8 +372,8 @@ class Session:
     def record(self, result: Evaluation) -> None:
         """Write eval.json, from which the card's acceptance table is made."""
         from dspark_packaging.schemas import EVAL_FILE, EvalArtifact
-        from dspark_sglang.demo.report import machine
         from dspark_sglang.evaluation.report import card_artifact
+        from dspark_sglang.provenance import machine
 
         artifact = msgspec.convert(card_artifact(result, machine()), EvalArtifact)
         write_json(self._drafter / EVAL_FILE, artifact)

@@ -12,6 +12,7 @@ from dspark_sglang import __version__
 from dspark_sglang.cli import (
     ablate,
     bench_kernels,
+    bench_load,
     bench_round,
     calibrate,
     demo,
@@ -53,6 +54,7 @@ app.command("doctor")(doctor.doctor)
 app.command("demo")(demo.demo)
 app.command("bench-round")(bench_round.bench_round)
 app.command("bench-kernels")(bench_kernels.bench_kernels)
+app.command("bench-load")(bench_load.bench_load)
 app.command("fetch-target")(fetch_target.fetch_target)
 app.command("generate-data")(generate_data.generate_data)
 app.command("train")(train.train)

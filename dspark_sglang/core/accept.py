@@ -75,8 +75,8 @@ class Round(NamedTuple):
     lens: torch.Tensor
     #: ``[R]`` int64 row of each request's anchor.
     first: torch.Tensor
-    #: ``[R, gamma, M]`` int64 tokens that ``laws`` (then ``[R, gamma, M]``) are over; None: the
-    #: whole vocabulary.
+    #: ``[R, gamma, M]`` int64 tokens that ``laws`` (then ``[R, gamma, M]``) are over, or ``[M]``
+    #: ascending where all share them; None: the whole vocabulary.
     support: torch.Tensor | None = None
 
     def target(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -91,6 +91,10 @@ class Round(NamedTuple):
         p = self.weights[rows, self.drafted] / total[rows]
         if self.support is None:
             q = self.laws.gather(-1, self.drafted[..., None]).squeeze(-1)
+        elif self.support.dim() == 1:
+            at = torch.searchsorted(self.support, self.drafted).clamp(max=len(self.support) - 1)
+            q = self.laws.gather(-1, at[..., None]).squeeze(-1)
+            q = torch.where(self.support[at] == self.drafted, q, 0.0)
         else:
             q = (self.laws * (self.support == self.drafted[..., None])).sum(-1)
         return p, q
@@ -108,7 +112,9 @@ class Round(NamedTuple):
         if self.support is None:
             target -= laws
         else:
-            target.scatter_add_(-1, self.support[request, position], -laws)
+            shared = self.support.dim() == 1
+            at = self.support.expand(laws.shape) if shared else self.support[request, position]
+            target.scatter_add_(-1, at, -laws)
         return target.clamp_(min=0.0)
 
 

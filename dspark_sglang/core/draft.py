@@ -13,10 +13,30 @@ from dspark_sglang.core.seeded import Noise, seeded_draw
 
 #: Candidates a position in serving: the Markov stage reads this many rows of W2, not all.
 SHORTLIST = 128
-#: The same where some request samples. A small target's law at temperature 1 has a long tail, and what
+#: Tokens of largest bias after each token that our kernels draft from beside those, whatever their
+#: base logits. With them, and the other tokens at their base logits, sampled requests lose 0.6% of
+#: the accepted length instead of 7.5% (docs/kernels.md).
+FOLLOWING = 64
+#: A draft vocabulary up to here is drafted from whole: on a CPU, finding candidates takes longer.
+WHOLE_VOCABULARY = 16384
+#: Candidates on a CPU where some request samples. A small target's law at temperature 1 has a long tail, and what
 #: it puts outside the list can never be drafted: 128 candidates cost 7.5% of the accepted length of the
 #: drafter for SmolLM2 there, and 0.7% of greedy requests.
 SAMPLED_SHORTLIST = 1024
+
+
+def cpu_shortlist(columns: int, *, sampled: bool, draft_vocabulary: bool) -> int | None:
+    """Candidates a position on a CPU; None: all tokens are drafted from.
+
+    Args:
+        columns: tokens that can be drafted.
+        sampled: whether some request samples.
+        draft_vocabulary: whether those are a drafter's own, not the target's.
+    """
+    if draft_vocabulary and columns <= WHOLE_VOCABULARY:
+        return None
+    # More than half of a vocabulary is not worth a list.
+    return min(SAMPLED_SHORTLIST if sampled else SHORTLIST, columns // 2)
 
 
 class DraftBlock(NamedTuple):
@@ -29,8 +49,28 @@ class DraftBlock(NamedTuple):
     #: ``[S, gamma, V]`` float32 drafted laws of the sampled rows in order; None if all greedy.
     #: With a shortlist or a draft vocabulary ``[S, gamma, M]``, over the tokens of ``support``.
     probs: torch.Tensor | None
-    #: ``[S, gamma, M]`` int64 tokens the laws are over; None: the whole vocabulary.
+    #: ``[S, gamma, M]`` int64 tokens the laws are over, or ``[M]`` ascending where all laws share
+    #: them; None: the whole vocabulary.
     support: torch.Tensor | None = None
+    #: ``[R, gamma]`` float32 where ``probs`` are logits at the request's temperature instead: their
+    #: log-sum-exp.
+    lse: torch.Tensor | None = None
+
+
+def undrafted(requests: int, *, laws: int, device: torch.device) -> DraftBlock:
+    """A block of one token that nobody verifies, for steps without drafting.
+
+    Args:
+        laws: requests with a drafted law; 0 for none.
+    """
+    tokens = torch.zeros((requests, 1), dtype=torch.int64, device=device)
+    shape = (laws, 1, 1)
+    return DraftBlock(
+        tokens=tokens,
+        previous=tokens,
+        probs=torch.zeros(shape, device=device) if laws else None,
+        support=torch.zeros(shape, dtype=torch.int64, device=device) if laws else None,
+    )
 
 
 def draft_block(
@@ -45,6 +85,7 @@ def draft_block(
     noise: Noise | None = None,
     shortlist: int | None = None,
     vocabulary: torch.Tensor | None = None,
+    vocabulary_rows: torch.Tensor | None = None,
 ) -> DraftBlock:
     """Draft ``gamma`` tokens a request, left to right.
 
@@ -68,7 +109,9 @@ def draft_block(
         noise: keys of the sampled rows where they are seeded: each token is then the drafted law's
             draw with the target's own noise, and no law is recorded.
         shortlist: candidates a position; None for all of them.
-        vocabulary: int64 token of each base logit; None: every token in order.
+        vocabulary: int64 token of each base logit, ascending; None: every token in order.
+        vocabulary_rows: ``[M, r]`` rows of ``W2`` of the vocabulary, so that they need not be
+            gathered at every step.
 
     Returns:
         The block. Tokens of sampled row ``i`` were drawn from ``probs[i]``.
@@ -80,15 +123,15 @@ def draft_block(
     if shortlist is not None and shortlist < base.shape[-1]:
         base, support = base.topk(shortlist, dim=-1, sorted=False)
         support = support if vocabulary is None else vocabulary[support]
-    elif vocabulary is not None:
-        support = vocabulary.expand(base.shape)
+    elif vocabulary is not None and vocabulary_rows is None:
+        vocabulary_rows = head.w2[vocabulary]
     previous = anchors
     tokens, before, laws = [], [], []
     for step in range(gamma):
         before.append(previous)
         latent, state = head.step(previous, hidden[:, step], state)
         if support is None:
-            bias = linear(latent, head.w2)
+            bias = linear(latent, head.w2 if vocabulary_rows is None else vocabulary_rows)
         else:
             bias = torch.bmm(head.w2[support[:, step]], latent[..., None]).squeeze(-1)
         logits = base[:, step] + bias
@@ -97,7 +140,7 @@ def draft_block(
         if sampled is not None and temperatures is not None:
             law = torch.softmax(logits[sampled] / temperatures[:, None], dim=-1)
             if noise is not None:
-                known = None if support is None else support[sampled, step]
+                known = _known(support, vocabulary, sampled, step, law)
                 keys = noise._replace(positions=noise.positions + step)
                 drawn = seeded_draw(law, keys, known)
             else:
@@ -107,11 +150,27 @@ def draft_block(
             chosen = chosen.index_copy(0, sampled, drawn)
         if support is not None:
             chosen = support[:, step].gather(-1, chosen[:, None]).squeeze(-1)
+        elif vocabulary is not None:
+            chosen = vocabulary[chosen]
         tokens.append(chosen)
         previous = chosen
+    shared = vocabulary if support is None else support[sampled]
     return DraftBlock(
         tokens=torch.stack(tokens, dim=1),
         previous=torch.stack(before, dim=1),
         probs=torch.stack(laws, dim=1) if laws else None,
-        support=support[sampled] if laws and support is not None else None,
+        support=shared if laws else None,
     )
+
+
+def _known(
+    support: torch.Tensor | None,
+    vocabulary: torch.Tensor | None,
+    sampled: torch.Tensor,
+    step: int,
+    law: torch.Tensor,
+) -> torch.Tensor | None:
+    """Tokens of a law's entries; None: every token in order."""
+    if support is not None:
+        return support[sampled, step]
+    return None if vocabulary is None else vocabulary.expand(law.shape)

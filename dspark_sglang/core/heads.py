@@ -138,4 +138,4 @@ class ConfidenceHead:
 
     def calibrate(self, logits: torch.Tensor) -> torch.Tensor:
         """``sigmoid(logit / temperature)`` of each position, ``[B, gamma]``."""
-        return torch.sigmoid(logits / self.temperatures)
+        return torch.sigmoid(logits / self.temperatures[: logits.shape[-1]])

@@ -84,7 +84,13 @@ def log_loss(predicted: Floats, observed: Floats) -> float:
     return float(-(observed * np.log(safe) + (1 - observed) * np.log1p(-safe)).mean())
 
 
-def fit_sts(logits: Float64, acceptance: Float64, *, grid: Float64 = GRID) -> STSFit:
+def fit_sts(
+    logits: Float64,
+    acceptance: Float64,
+    *,
+    verified: npt.NDArray[np.bool_] | None = None,
+    grid: Float64 = GRID,
+) -> STSFit:
     """Fit one temperature a position.
 
     A flat prediction near the mean has next to no calibration error and says nothing. So only
@@ -94,31 +100,36 @@ def fit_sts(logits: Float64, acceptance: Float64, *, grid: Float64 = GRID) -> ST
         logits: ``[N, gamma]`` uncalibrated confidence logits of ``N`` blocks.
         acceptance: ``[N, gamma]`` chance that each drafted token is accepted given that those
             before it were: 0 or 1 as serving decided, or ``1 - ½‖p - q‖₁``.
+        verified: ``[N, gamma]`` whether a token was verified, a prefix of each row; the others tell
+            nothing. None: all were.
         grid: candidate temperatures.
 
     Returns:
         Temperatures and the error of survival before and after, on these blocks.
     """
     gamma = logits.shape[1]
+    seen = np.ones(logits.shape, dtype=bool) if verified is None else verified
     truth = np.cumprod(acceptance, axis=1)
     plain = np.cumprod(sigmoid(logits), axis=1)
     product = np.ones(len(logits))
     temperatures, after = np.ones(gamma), np.zeros(gamma)
     for k in range(gamma):
-        limit = log_loss(product * sigmoid(logits[:, k]), truth[:, k]) + 1e-12
+        own = seen[:, k]
+        before, scores, target = product[own], logits[own, k], truth[own, k]
+        limit = log_loss(before * sigmoid(scores), target) + 1e-12
         errors = []
         for temperature in grid:
-            survival = product * sigmoid(logits[:, k] / temperature)
-            allowed = log_loss(survival, truth[:, k]) <= limit
-            errors.append(calibration_error(survival, truth[:, k]) if allowed else np.inf)
+            survival = before * sigmoid(scores / temperature)
+            allowed = log_loss(survival, target) <= limit
+            errors.append(calibration_error(survival, target) if allowed else np.inf)
         if not np.isfinite(errors).any():  # 1 itself lies between two candidates
             errors = [abs(np.log(temperature)) for temperature in grid]
         best = int(np.argmin(errors))
         temperatures[k] = grid[best]
         product = product * sigmoid(logits[:, k] / grid[best])
-        after[k] = calibration_error(product, truth[:, k])
-    before = np.array([calibration_error(plain[:, k], truth[:, k]) for k in range(gamma)])
-    return STSFit(temperatures=temperatures, before=before, after=after)
+        after[k] = calibration_error(product[own], target)
+    unscaled = [calibration_error(plain[seen[:, k], k], truth[seen[:, k], k]) for k in range(gamma)]
+    return STSFit(temperatures=temperatures, before=np.array(unscaled), after=after)
 
 
 def survival_errors(logits: Float64, acceptance: Float64, temperatures: Float64) -> Float64:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import platform
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +18,9 @@ from dspark_sglang.demo.measure import (
     rate,
     step_seconds,
 )
+from dspark_sglang.provenance import machine
 
 SCHEMA_VERSION = 1
-
-
-def machine() -> str:
-    """The processor and cores this process may use, in a few words."""
-    model = platform.processor() or platform.machine()
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                model = line.split(":", 1)[1].strip()
-                break
-    except OSError:
-        pass
-    return f"{len(os.sched_getaffinity(0))} cores, {model}"
 
 
 def _kinds(comparison: Comparison) -> list[str]:

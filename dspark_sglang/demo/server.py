@@ -31,6 +31,8 @@ COMMON_FLAGS = (
     "--log-level", "info",
 )  # fmt: skip
 START_SECONDS = 300.0
+#: The last line SGLang logs while it starts.
+_STARTED = b"The server is fired up"
 _PR_SET_PDEATHSIG = 1
 STOP_SECONDS = 20.0
 
@@ -124,9 +126,11 @@ class Server:
                 fix=f"Its whole log is in {self.log}.",
             )
         try:
-            return httpx.get(f"{self.url}/ready", timeout=2.0).status_code == 200
+            ready = httpx.get(f"{self.url}/ready", timeout=2.0).status_code == 200
         except httpx.HTTPError:
             return False
+        # Ready comes before SGLang has frozen its garbage collector, which a pause would defeat.
+        return ready and _STARTED in self.log.read_bytes()
 
     def wait_ready(self, seconds: float = START_SECONDS) -> None:
         """Wait until the server takes requests.

@@ -1,8 +1,10 @@
 """The shortlist in the standalone engine, and what accepted length it costs.
 
-Serving lets only the ``M`` tokens of largest base logit be drafted at a position
+On a CPU serving lets only the ``M`` tokens of largest base logit be drafted at a position
 (:func:`dspark_sglang.core.draft.draft_block`). The drafted law is then ``softmax`` of their logits,
-Markov bias included, and 0 elsewhere. Everything else is as in
+Markov bias included, and 0 elsewhere. Our kernels draft from those and from the tokens of largest bias
+(``following`` of them); greedy requests from these candidates alone, sampled ones from the whole
+vocabulary, with the bias at the candidates only. Everything else is as in
 :mod:`dspark_sglang.training.validate`, in the same arithmetic, so a difference is the shortlist's.
 """
 
@@ -34,8 +36,9 @@ class Loss(msgspec.Struct, frozen=True, kw_only=True):
     """Accepted length at one temperature, over the whole vocabulary and with the shortlist."""
 
     temperature: float
-    #: Candidates a position.
+    #: Best base logits that are candidates at a position, and tokens of largest bias beside them.
     candidates: int
+    following: int
     #: Tokens over the expected rounds.
     whole: float
     shortlist: float
@@ -59,12 +62,15 @@ class ShortlistLoss(msgspec.Struct, frozen=True, kw_only=True):
     provenance: Provenance
 
 
-def score_shortlist(pair: Pair, sequence: TokenSequence, states: States, size: int) -> Scores:
+def score_shortlist(
+    pair: Pair, sequence: TokenSequence, states: States, size: int, following: int = 0
+) -> Scores:
     """Score a block at every anchor of one sequence, ``[A, gamma]`` each, with a shortlist.
 
     Args:
         states: of this sequence alone, on the target's device.
         size: candidates a position, fewer than the drafted law has.
+        following: tokens of largest bias beside them, as our kernels draft; 0: none, as on a CPU.
     """
     device = states.final.device
     anchors, parts = sequence.anchors(), []
@@ -77,7 +83,9 @@ def score_shortlist(pair: Pair, sequence: TokenSequence, states: States, size: i
             valid = packed.valid
             wanted = gather_final(states.final, packed.place)[valid]
             kept = None if latent is None else latent[valid]
-            scored = _score_rows(pair, hidden[valid], kept, wanted, packed.labels[valid], size)
+            scored = _score_rows(
+                pair, hidden[valid], kept, wanted, packed.labels[valid], (size, following)
+            )
         spread = torch.zeros((2, *valid.shape))
         spread[:, valid.cpu()] = scored
         parts.append(spread.view(2, -1, valid.shape[-1]))
@@ -90,43 +98,47 @@ def _score_rows(
     latent: torch.Tensor | None,
     wanted: torch.Tensor,
     labels: torch.Tensor,
-    size: int,
+    sizes: tuple[int, int],
 ) -> torch.Tensor:
     """``[2, N]`` match and ratio of some positions; ``[N, d]`` states and ``[N, r]`` latents."""
     vocabulary, found = pair.vocabulary, torch.zeros((2, len(hidden)))
     step = max(1, _LOGITS_AT_ONCE // vocabulary.width)
     for begin in range(0, len(hidden), step):
         part = slice(begin, begin + step)
-        best, columns = _candidates(
-            pair, hidden[part], None if latent is None else latent[part], size
-        )
+        own = None if latent is None else latent[part]
+        logits, inside = _drafted(pair, hidden[part], own, *sizes)
         log_p, _ = vocabulary.target_log_law(wanted[part])
         at = vocabulary.labels(labels[part])[:, None]
-        listed = columns == at
-        q = (best.softmax(-1) * listed).sum(-1)
-        p = log_p.gather(1, at.clamp(min=0)).squeeze(1).exp()
-        drafted = columns.gather(1, best.max(dim=-1).indices[:, None])
+        drafted = logits.masked_fill(~inside, -torch.inf).max(dim=-1, keepdim=True).indices
+        if not sizes[1]:
+            logits = logits.masked_fill(~inside, -torch.inf)
+        index = at.clamp(min=0)
+        q = logits.softmax(-1).gather(1, index).squeeze(1) * (at >= 0).squeeze(1)
+        p = log_p.gather(1, index).squeeze(1).exp()
         found[0, part] = (drafted == at).squeeze(1).float().cpu()
         # 0 / 0 where the text holds a token to which the target gives nothing: not drafted either.
         found[1, part] = (q / p.clamp(min=1e-38)).clamp(max=1.0).cpu()
     return found
 
 
-def _candidates(
-    pair: Pair, hidden: torch.Tensor, latent: torch.Tensor | None, size: int
+def _drafted(
+    pair: Pair, hidden: torch.Tensor, latent: torch.Tensor | None, size: int, following: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits ``[n, M]`` of the candidates, bias included, and their columns."""
+    """``[n, M]`` logits with the bias at the candidates only, and where those are."""
     vocabulary = pair.vocabulary
     kind = vocabulary.head.dtype
     base = (hidden.to(kind) @ vocabulary.head.T).float()
-    best, columns = base.topk(size, dim=-1)
-    if latent is not None:
-        assert pair.drafter.markov_head is not None
-        w2 = pair.drafter.markov_head.markov_w2.weight
-        w2 = w2 if vocabulary.tokens is None else w2[vocabulary.tokens]
-        bias = (latent.to(kind) @ w2.to(kind).T).float()
-        best = best + bias.gather(1, columns)
-    return best, columns
+    inside = torch.zeros_like(base, dtype=torch.bool)
+    inside.scatter_(1, base.topk(size, dim=-1).indices, True)
+    if latent is None:
+        return base, inside
+    assert pair.drafter.markov_head is not None
+    w2 = pair.drafter.markov_head.markov_w2.weight
+    w2 = w2 if vocabulary.tokens is None else w2[vocabulary.tokens]
+    bias = (latent.to(kind) @ w2.to(kind).T).float()
+    if following:
+        inside.scatter_(1, bias.topk(min(following, bias.shape[-1]), dim=-1).indices, True)
+    return torch.where(inside, base + bias, base), inside
 
 
 def expected_rounds(answer: Answer, *, greedy: bool) -> float:
@@ -156,6 +168,7 @@ def loss(
     whole: Sequence[Answer],
     short: Sequence[Answer],
     *,
+    following: int = 0,
     seed: int = 0,
 ) -> Loss:
     """Compare the same answers under both drafted laws, in the same order.
@@ -164,6 +177,7 @@ def loss(
         temperature: of the answers.
         candidates: a position, of the shortlist.
         whole, short: scored without and with the shortlist.
+        following: tokens of largest bias beside them.
         seed: of the bootstrap.
     """
     greedy = temperature == 0
@@ -188,6 +202,7 @@ def loss(
     return Loss(
         temperature=temperature,
         candidates=candidates,
+        following=following,
         whole=round(float(total[0] / total[1]), 4),
         shortlist=round(float(total[0] / total[2]), 4),
         loss_pct=round(lost(total), 3),

@@ -141,18 +141,20 @@ def score_answers(
     questions: Sequence[Question],
     *,
     shortlist: int = 0,
+    following: int = 0,
     progress: Progress = lambda done: None,
 ) -> list[Answer]:
     """Score a block at every anchor of every answer; answers without an anchor are left out.
 
     Args:
         shortlist: candidates a position as in serving; 0: every token can be drafted.
+        following: tokens of largest bias beside them, as our kernels draft.
         progress: told how many answers are done.
     """
     scored = []
     for number, sequence in enumerate(answers):
         if len(sequence.anchors()):
-            scores = _score(pair, sequence, shortlist)
+            scores = _score(pair, sequence, shortlist, following)
             match, ratio = (field.double().numpy() for field in scores)
             scored.append(
                 Answer(
@@ -167,11 +169,11 @@ def score_answers(
     return scored
 
 
-def _score(pair: Pair, sequence: TokenSequence, shortlist: int) -> Scores:
+def _score(pair: Pair, sequence: TokenSequence, shortlist: int, following: int) -> Scores:
     tokens = torch.from_numpy(sequence.tokens[None].astype(np.int64)).to(pair.target.head.device)
     states = pair.target.states(tokens, pair.drafter.config.target_layer_ids)
     if 0 < shortlist < len(pair.vocabulary.head):
-        return score_shortlist(pair, sequence, states, shortlist)
+        return score_shortlist(pair, sequence, states, shortlist, following)
     return score_sequence(
         pair.drafter, pair.target, sequence, states, pair.vocabulary, bf16=pair.bf16
     )

@@ -12,7 +12,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dspark_sglang.artifacts import write_bytes
-from dspark_sglang.demo.report import machine
 from dspark_sglang.errors import ConfigError
 from dspark_sglang.lossless import plan, sampled, store
 from dspark_sglang.lossless.law import Law, Model
@@ -22,7 +21,7 @@ from dspark_sglang.lossless.real import Real, collect
 from dspark_sglang.lossless.sampled import Setting
 from dspark_sglang.lossless.statistics import holm
 from dspark_sglang.lossless.store import Clock, Judged
-from dspark_sglang.provenance import versions
+from dspark_sglang.provenance import machine, versions
 
 PARTS = ("plan", "options", "mutants", "greedy", "two-sample", "seeded")
 #: Chance that a correct plugin fails anywhere among its options.

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from dspark_sglang.artifacts import Provenance
-from dspark_sglang.core.draft import SHORTLIST
+from dspark_sglang.core.draft import FOLLOWING, SHORTLIST
 from dspark_sglang.errors import ArtifactError, ConfigError
 from dspark_sglang.profiling import round as rounds
 from dspark_sglang.profiling.children import MeasurementError, results
@@ -431,6 +431,7 @@ def _launches(ops: Mapping[str, Mapping[str, Config]], step: tuple[int, int] | N
 
 class _Entry(msgspec.Struct, frozen=True):
     candidates: int
+    following: int
 
 
 class _Loss(msgspec.Struct, frozen=True):
@@ -454,11 +455,13 @@ def read_shortlist_loss(path: Path) -> float | None:
             expected="what dspark eval --shortlist-loss writes",
             fix="Run that command again, or remove the file.",
         ) from error
-    sizes = {entry.candidates for entry in found.by_temperature}
-    if sizes != {SHORTLIST}:
+    sizes = {(entry.candidates, entry.following) for entry in found.by_temperature}
+    if sizes != {(SHORTLIST, FOLLOWING)}:
+        shown = " and ".join(f"{best} + {following}" for best, following in sorted(sizes))
         raise ArtifactError(
-            f"{path} is of {' and '.join(map(str, sorted(sizes)))} candidates a position.",
-            expected=f"{SHORTLIST}, which the kernels draft from and whose bytes are counted",
+            f"{path} is of {shown} candidates a position.",
+            expected=f"{SHORTLIST} + {FOLLOWING}, which the kernels draft from and whose bytes are "
+            "counted",
             fix=f"Run dspark eval --shortlist {SHORTLIST} --shortlist-loss {path}.",
         )
     return found.tau_loss_pct

@@ -32,13 +32,11 @@ from dspark_kernels.markov_step import (
     launch,
     plan,
 )
-from dspark_sglang.core.draft import SHORTLIST
+from dspark_sglang.core.draft import FOLLOWING, SHORTLIST
 from dspark_sglang.profiling import moved
 
 #: The round that the targets are set for.
 BATCH, GAMMA, VOCABULARY, RANK = 64, 5, 129280, 256
-#: Successors of the token before that join the best base logits as candidates.
-FOLLOWING = 64
 #: Drafts kept: half of the requests keep two of five, half of them three.
 KEPT = (2, 3)
 #: Batches that everything is counted at, and the one that confirms the line through them.

@@ -63,6 +63,7 @@ def count_step() -> Iterator[dict[str, Any]]:
                 rows=sampled,
                 laws=block.probs,
                 support=block.support,
+                lse=block.lse,
                 lens=lens,
                 first=first,
                 anchors=positions,

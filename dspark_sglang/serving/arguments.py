@@ -20,8 +20,9 @@ from dspark_sglang.checkpoint import (
     parse_drafter_config,
     read_config,
 )
+from dspark_sglang.config import COST_AUTO, read_settings
 from dspark_sglang.errors import CheckpointError, ConfigError, DSparkError
-from dspark_sglang.serving import preflight, preflight_argv
+from dspark_sglang.serving import preflight, preflight_argv, warmup
 
 _RESOLVER = "_handle_dspark"
 _MODE = "SGLANG_RAGGED_VERIFY_MODE"
@@ -54,6 +55,7 @@ def resolve(original: Callable[[Any], None], server_args: Any) -> None:
         _require_compact_mode()
     except DSparkError as error:
         stop(error)
+    _measure_at_start(server_args, view)
     if view.device.startswith("cpu"):
         if not getattr(current_platform, "dspark_cpu", False):
             stop(
@@ -68,6 +70,31 @@ def resolve(original: Callable[[Any], None], server_args: Any) -> None:
         # Our sampler and acceptance run after the graphs, not folded into them.
         os.environ[_FOLDED] = "0"
         original(server_args)
+
+
+def resolve_builtin(server_args: Any) -> None:
+    """Let SGLang's own DSPARK run on the CPU platform, to compare with: nothing of it is ours."""
+    from sglang.srt.arg_groups.overrides import resolving_view
+
+    view = resolving_view(server_args)
+    try:
+        drafter = _check_drafter(view)
+    except DSparkError as error:
+        stop(error)
+    _resolve_on_cpu(server_args, view, drafter)
+
+
+def _measure_at_start(server_args: Any, view: Any) -> None:
+    """Add our start-up measurement to SGLang's warm-ups; it does nothing where it is not needed."""
+    from sglang.srt.arg_groups.overrides import declare_resolution
+
+    settings = read_settings()
+    if settings.cost != COST_AUTO or settings.schedule == "all":
+        return
+    warmup.register()
+    given = [name for name in (view.warmups or "").split(",") if name]
+    if warmup.NAME not in given:
+        declare_resolution(server_args, _RESOLVER, warmups=",".join([*given, warmup.NAME]))
 
 
 def _refuse_ignored_options(view: Any) -> None:

@@ -32,6 +32,8 @@ def _split(text: str) -> tuple[str, ...]:
 
 
 HOOKS = {
+    "commands": "sglang.srt.managers.scheduler_components.internal_state."
+    "SchedulerInternalStateController._update_handlers",
     "finish": "sglang.srt.managers.schedule_batch.Req.update_finish_state",
     "arguments": "sglang.srt.arg_groups.speculative_hook._handle_dspark",
     "worker": "sglang.srt.speculative.spec_info.SpeculativeAlgorithm.create_worker",
@@ -52,6 +54,14 @@ CPU_HOOKS = {
 
 ALGORITHM_SYMBOLS = (
     Symbol(HOOKS["finish"], ("new_accepted_len",)),
+    Symbol(HOOKS["commands"], ()),
+    Symbol(
+        "sglang.srt.managers.scheduler_components.internal_state._UpdateHandler",
+        _split("validate apply"),
+    ),
+    Symbol("sglang.srt.managers.scheduler_components.internal_state.UpdateRejected"),
+    Symbol("sglang.srt.entrypoints.warmup.warmup", _split("name")),
+    Symbol("sglang.srt.entrypoints.warmup.execute_warmups"),
     Symbol(HOOKS["arguments"], _split("server_args")),
     Symbol(HOOKS["worker"], _split("server_args")),
     Symbol("sglang.srt.arg_groups.overrides.resolving_view", _split("server_args")),

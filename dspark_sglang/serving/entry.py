@@ -96,7 +96,12 @@ def activate_plugin() -> None:
         from dspark_sglang.serving import hooks
 
         settings = read_settings()
-        hooks.install(algorithm=asked and settings.plugin != "off", cpu_platform=bool(on_our_cpu))
+        ours = settings.plugin != "off"
+        hooks.install(
+            algorithm=asked and ours,
+            builtin=asked and not ours and bool(on_our_cpu),
+            cpu_platform=bool(on_our_cpu),
+        )
     except Exception as error:  # process boundary: SGLang would swallow it and run its builtin
         raise _stop(error) from error
 

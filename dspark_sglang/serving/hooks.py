@@ -22,17 +22,21 @@ def installed() -> dict[str, str]:
     return dict(_installed)
 
 
-def install(*, algorithm: bool, cpu_platform: bool) -> None:
+def install(*, algorithm: bool, builtin: bool, cpu_platform: bool) -> None:
     """Install what was asked for.
 
     Args:
         algorithm: DSPARK was asked for and shall be ours.
+        builtin: DSPARK was asked for and shall be SGLang's, on our CPU platform, which SGLang's own
+            argument check refuses.
         cpu_platform: our CPU platform is the active one.
 
     Raises:
         DSparkError: SGLang differs from what we use, or a hook did not take.
     """
     symbols: tuple[compat.Symbol, ...] = ()
+    if builtin:
+        symbols += (compat.Symbol(compat.HOOKS["arguments"], ("server_args",)),)
     if algorithm:
         if preflight_argv.serves_http(sys.argv):
             preflight_argv.check(sys.argv[1:])
@@ -43,6 +47,14 @@ def install(*, algorithm: bool, cpu_platform: bool) -> None:
     hooks: list[tuple[str, str, Callable[..., Any], str]] = []
     if algorithm:
         hooks += _algorithm_hooks()
+    if builtin:
+
+        def handle_builtin(original: Callable[[Any], None], server_args: Any) -> None:
+            from dspark_sglang.serving import arguments
+
+            arguments.resolve_builtin(server_args)
+
+        hooks.append(("arguments", compat.HOOKS["arguments"], handle_builtin, "AROUND"))
     if cpu_platform:
         from dspark_sglang.serving.cpu import patches
 
@@ -74,7 +86,13 @@ def _algorithm_hooks() -> list[tuple[str, str, Callable[..., Any], str]]:
 
         requests.finish(original, req, new_accepted_len)
 
+    def update_handlers(original: Callable[[Any], Any], controller: Any) -> Any:
+        from dspark_sglang.serving import commands
+
+        return commands.handlers(original, controller)
+
     return [
+        ("commands", compat.HOOKS["commands"], update_handlers, "AROUND"),
         ("finish", compat.HOOKS["finish"], finish, "AROUND"),
         ("arguments", compat.HOOKS["arguments"], handle_arguments, "AROUND"),
         ("worker", compat.HOOKS["worker"], create_worker, "AROUND"),

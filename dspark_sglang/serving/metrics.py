@@ -3,26 +3,96 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from dspark_sglang import __version__
+from dspark_sglang.serving.control import Control
+from dspark_sglang.serving.telemetry import Telemetry
+
+#: Seconds between updates: writing a metric costs more than counting.
+_EVERY_S = 1.0
+
+_COUNTERS = {
+    "rounds": "Requests times steps that drafted.",
+    "plain_rounds": "Requests times steps that did not draft.",
+    "drafted_tokens": "Tokens drafted.",
+    "verified_tokens": "Drafted tokens verified.",
+    "committed_tokens": "Tokens committed by rounds, the target's own included.",
+    "expected_tokens": "Tokens that rounds were expected to commit.",
+    "observed_tokens": "Tokens committed by the rounds that expected some.",
+    "switches": "Times that drafting was turned on or off.",
+}
+_GAUGES = {
+    "drafting": "1 while steps of the present load draft.",
+    "gain": "Expected throughput with drafting over without, at the present load.",
+    "forced_budget": "Share of drafted tokens an operator set to verify; -1: what pays.",
+    "accept_length": "Tokens a round since the start.",
+    "step_error": "Median relative error of the predicted step time.",
+    "slowdown": "How much slower steps are than when their cost was measured.",
+    "calibration_error": "Expected calibration error of the confidences before correction.",
+    "served_calibration_error": "The same of what the scheduler used.",
+    "drift_alarm": "1 while some position's confidences are off beyond the threshold.",
+}
 
 
-def announce(labels: Mapping[str, str]) -> None:
-    """Say once that the plugin is active, and what it runs: ``dspark_info{...} 1``.
+class Metrics:
+    """What ``/metrics`` says about DSPARK.
 
     SGLang's server collects the metrics of all its processes from files. prometheus_client decides
     where they go when it is imported, and SGLang has set the place by then.
 
     Args:
         labels: what runs, by name.
+        gamma: drafted tokens a request.
     """
-    from prometheus_client import Gauge
 
-    names = ("version", *labels)
-    gauge = Gauge(
-        "dspark_info",
-        "1 while dspark-sglang serves DSPARK; the labels say what runs.",
-        names,
-        multiprocess_mode="mostrecent",
-    )
-    gauge.labels(version=__version__, **labels).set(1)
+    def __init__(self, labels: Mapping[str, str], *, gamma: int) -> None:
+        from prometheus_client import Counter, Gauge
+
+        names = ("version", *labels)
+        info = Gauge(
+            "dspark_info",
+            "1 while dspark-sglang serves DSPARK; the labels say what runs.",
+            names,
+            multiprocess_mode="mostrecent",
+        )
+        info.labels(version=__version__, **labels).set(1)
+        self._counters = {name: Counter(f"dspark_{name}", text) for name, text in _COUNTERS.items()}
+        self._counted = dict.fromkeys(_COUNTERS, 0.0)
+        self._gauges = {
+            name: Gauge(f"dspark_{name}", text, multiprocess_mode="mostrecent")
+            for name, text in _GAUGES.items()
+        }
+        self._depth = Gauge(
+            "dspark_depth_cap", "Tokens drafted a request.", ["workload"],
+            multiprocess_mode="mostrecent",
+        )  # fmt: skip
+        self._next = 0.0
+
+    def update(self, now: float, telemetry: Telemetry, control: Control) -> None:
+        """Bring the metrics up to date, at most once a second.
+
+        Args:
+            now: seconds of a monotonic clock.
+        """
+        if now < self._next:
+            return
+        self._next = now + _EVERY_S
+        known: dict[str, Any] = telemetry.snapshot() | control.snapshot()
+        for name, counter in self._counters.items():
+            value = float(known[name])
+            # Cleared counters start again from 0.
+            counter.inc(value - self._counted[name] if value >= self._counted[name] else value)
+            self._counted[name] = value
+        values = {
+            **{name: known[name] for name in ("drafting", "gain", "accept_length", "step_error",
+                                              "slowdown", "drift_alarm")},
+            "forced_budget": -1.0 if known["forced_budget"] is None else known["forced_budget"],
+            "calibration_error": known["ece"],
+            "served_calibration_error": known["ece_served"],
+        }  # fmt: skip
+        for name, found in values.items():
+            if found is not None:
+                self._gauges[name].set(float(found))
+        for workload, cap in known["depth_caps"].items():
+            self._depth.labels(workload=workload).set(cap)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from sglang.srt.speculative.dspark_components.dspark_planner import (
     DSparkVerifyPlanner,
@@ -13,14 +12,7 @@ from sglang.srt.speculative.dspark_components.dspark_planner import (
 )
 from sglang.srt.speculative.spec_tp_sync import SpecTpSyncSite
 
-from dspark_sglang.core.cost import StepCost
-from dspark_sglang.core.schedule import (
-    History,
-    admission_order,
-    early_stop_budget,
-    global_budget,
-)
-from dspark_sglang.core.survival import survival
+from dspark_sglang.serving.control import Budgeted, Control
 from dspark_sglang.serving.ops import Ops
 from dspark_sglang.serving.telemetry import Telemetry
 
@@ -30,29 +22,27 @@ class Planner(DSparkVerifyPlanner):
 
     _budget_planner: Any
 
-    def bind(self, *, cost: StepCost | None, lagged: bool, ops: Ops, telemetry: Telemetry) -> None:
+    def bind(
+        self, *, control: Control, scheduled: bool, lagged: bool, ops: Ops, telemetry: Telemetry
+    ) -> None:
         """Attach the scheduler; called once after construction.
 
         Args:
+            control: decides budgets.
+            scheduled: otherwise every drafted token is verified, and nothing is planned.
+            lagged: budgets come from confidences two steps old (the asynchronous form).
             ops: admits the budget.
-            cost: step cost shared with whoever measures it; None verifies every drafted token.
-            lagged: take the budget from confidences two steps old (the asynchronous form).
         """
-        self._cost = cost
+        self._control = control
+        self._scheduled = scheduled
+        self._form = "lagged" if lagged else "early-stop"
         self._ops = ops
         self._telemetry = telemetry
         #: Cells of the window that the running step verifies; None: all of them.
         self.rows: torch.Tensor | None = None
-        self._pool = self.model_runner.req_to_token_pool
-        self._history: History | None = None
-        if lagged and cost is not None:
-            slots = int(self._pool.req_to_token.shape[0])
-            self._history = History(slots=slots, gamma=self.gamma)
-        #: Survivals of the step being planned, and their admission order.
-        self._survival = np.empty((0, self.gamma))
-        self._order = np.empty(0, dtype=np.int64)
-        self._is_verify_all = cost is None
-        if cost is None:
+        self._budgeted: Budgeted | None = None
+        self._is_verify_all = not scheduled
+        if not scheduled:
             # Without it SGLang plans no budget, and no rank waits for another's.
             self._budget_planner = None
 
@@ -64,31 +54,23 @@ class Planner(DSparkVerifyPlanner):
         req_pool_indices: torch.Tensor,
     ) -> int | None:
         """The budget of this step, decided on the host (no overlap: the host has confidences)."""
-        if self._cost is None:
+        if not self._scheduled:
             return None
+        pool = self.model_runner.req_to_token_pool  # made after this planner
         with self._telemetry.timed("plan"):
-            values = survival(confidence.cpu().numpy())
-            self._survival, self._order = values, admission_order(values)
-            forced = self._budget_planner.forced_budget_frac
-            if forced is not None:
-                budget = int(float(forced) * values.size)
-            elif self._history is None:
-                budget = early_stop_budget(values, self._order, self._cost)
-            else:
-                budget = self._lagged_budget(values, req_pool_indices.cpu(), self._history)
+            slots = req_pool_indices.cpu().long()
+            values = confidence.cpu().numpy()
+            captured = ragged_capture_num_tokens(model_runner=self.model_runner)
+            self._budgeted = self._control.budget(
+                values,
+                slots=slots.numpy(),
+                generations=pool.req_generation[slots].numpy(),
+                pool=int(pool.req_to_token.shape[0]),
+                buckets=None if captured is None else np.asarray(captured, dtype=np.int64),
+            )
         # Every rank times its own rounds; all must run the same forward.
-        agreed = torch.tensor([budget], device=confidence.device)
+        agreed = torch.tensor([self._budgeted.budget], device=confidence.device)
         return int(self._tp_sync.sync(SpecTpSyncSite.DSPARK_PLAN, agreed))
-
-    def _lagged_budget(
-        self, values: npt.NDArray[np.float64], slots: torch.Tensor, history: History
-    ) -> int:
-        assert self._cost is not None
-        generations = self._pool.req_generation[slots.long()].numpy()
-        earlier = history.advance(slots.long().numpy(), generations, values)
-        captured = ragged_capture_num_tokens(model_runner=self.model_runner)
-        buckets = None if captured is None else np.asarray(captured, dtype=np.int64)
-        return global_budget(earlier, self._cost, buckets)
 
     def _schedule_verify_lens(
         self,
@@ -100,13 +82,13 @@ class Planner(DSparkVerifyPlanner):
         budget: int | None,
     ) -> torch.Tensor | None:
         self.rows = None
-        if confidence is None or budget is None:
+        if confidence is None or budget is None or self._budgeted is None:
             return None
-        found = self._ops.admit(self._survival, self._order, budget, torch.device(device))
+        given = self._budgeted
+        found = self._ops.admit(given.survival, given.order, budget, torch.device(device))
         packed = torch.cat([found.lens.to(torch.int64), found.rows])
         packed = self._tp_sync.sync(SpecTpSyncSite.DSPARK_PLAN, packed)
         lens, self.rows = packed[: len(found.lens)], packed[len(found.lens) :]
         verify_lens: torch.Tensor = (lens + 1).to(torch.int32)
-        form = "early-stop" if self._history is None else "lagged"
-        self._telemetry.ran[f"schedule:{form}"] += 1
+        self._telemetry.ran[f"schedule:{self._form if self._control.plan.draft else 'plain'}"] += 1
         return verify_lens

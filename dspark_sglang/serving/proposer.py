@@ -12,6 +12,7 @@ from sglang.srt.speculative.dspark_components.dspark_draft import (
 )
 from sglang.srt.speculative.spec_tp_sync import SpecTpSyncSite
 
+from dspark_sglang.serving.control import Control
 from dspark_sglang.serving.draft_head import DraftHead
 from dspark_sglang.serving.ops import Ops, SampledRows
 from dspark_sglang.serving.telemetry import Telemetry
@@ -21,9 +22,10 @@ class OurDraftBlock(DraftBlockResult, frozen=True):  # type: ignore[call-arg]
     """SGLang's draft result plus what our acceptance reads."""
 
     rows: SampledRows | None = None
-    #: ``[S, gamma, M]`` drafted laws of the sampled rows over the tokens of ``support``.
+    #: Drafted laws, see :class:`dspark_sglang.core.draft.DraftBlock`.
     laws: torch.Tensor | None = None
     support: torch.Tensor | None = None
+    lse: torch.Tensor | None = None
 
 
 class Proposer(DraftBlockProposer):
@@ -35,8 +37,10 @@ class Proposer(DraftBlockProposer):
         ops: Ops,
         telemetry: Telemetry,
         head: DraftHead | None,
+        control: Control,
     ) -> None:
         """Attach what our part needs; called once after construction."""
+        self._control = control
         self._ops = ops
         self._telemetry = telemetry
         self._head = head
@@ -56,6 +60,9 @@ class Proposer(DraftBlockProposer):
         sampling_info: Any,
         anchor_prepared: bool = False,
     ) -> DraftProposal:
+        depth = self._control.plan.depth
+        if not depth:
+            return self._nothing(draft_input, bs, sampling_info)
         embed = target_model.get_input_embeddings() if self.sample_from_anchor else None
         forward = self._run_forward(
             batch=batch,
@@ -68,12 +75,13 @@ class Proposer(DraftBlockProposer):
             anchor_prepared=anchor_prepared,
         )
         with self._telemetry.timed("draft_head"):
-            logits, features = self._base_logits(forward.raw_hidden)
+            hidden = forward.raw_hidden.view(bs, self.gamma, -1)[:, :depth]
+            logits, features = self._base_logits(hidden.reshape(bs * depth, -1))
             rows = SampledRows.of(sampling_info)
             anchors = forward.draft_block_ids[:, 0]
             block = self._ops.draft(
-                logits.view(bs, self.gamma, -1),
-                forward.draft_hidden_3d,
+                logits.view(bs, depth, -1),
+                forward.draft_hidden_3d[:, :depth],
                 anchors,
                 verify_window.positions_2d[:, 0],
                 rows,
@@ -82,14 +90,20 @@ class Proposer(DraftBlockProposer):
             # One broadcast of the block, so that no rank verifies another rank's draft.
             tokens = self._tp_sync.sync(SpecTpSyncSite.DSPARK_DRAFT, block.tokens)
             previous = torch.cat([anchors[:, None], tokens[:, :-1]], dim=1)
-            confidence, raw = self._ops.confidence(features.view(bs, self.gamma, -1), previous)
+            confidence, raw = self._ops.confidence(features.view(bs, depth, -1), previous)
+            self._control.logits = raw
+        missing = self.gamma - depth
+        if missing:  # never verified: the plan admits no more than it drafts
+            tokens, confidence, raw = (
+                torch.nn.functional.pad(part, (0, missing)) for part in (tokens, confidence, raw)
+            )
         greedy = torch.ones(bs, dtype=torch.bool, device=anchors.device)
         if rows is not None:
             greedy[rows.index] = False
         return DraftProposal(
             draft_block_ids=forward.draft_block_ids[:, : self.gamma],
             draft_block=OurDraftBlock(
-                draft_tokens=block.tokens,
+                draft_tokens=tokens,
                 corrected_logits=None,
                 greedy_mask=greedy,  # read by SGLang where a request asks for its sampling mask
                 temperatures=None,
@@ -97,11 +111,41 @@ class Proposer(DraftBlockProposer):
                 rows=rows,
                 laws=block.probs,
                 support=block.support,
+                lse=block.lse,
             ),
             confidence=confidence,
             confidence_raw=raw,
             folded=False,
-            verify_ids=torch.cat([anchors[:, None], block.tokens], dim=1),
+            verify_ids=torch.cat([anchors[:, None], tokens], dim=1),
+        )
+
+    def _nothing(self, draft_input: Any, bs: int, sampling_info: Any) -> DraftProposal:
+        """A proposal of no tokens, for a step that does not draft: only anchors are verified."""
+        ids = self.draft_block_ids_view(bs=bs, device=draft_input.bonus_tokens.device)
+        ids[:, 0].copy_(draft_input.bonus_tokens.view(-1))
+        rows = SampledRows.of(sampling_info)
+        greedy = torch.ones(bs, dtype=torch.bool, device=ids.device)
+        if rows is not None:
+            greedy[rows.index] = False
+        block = self._ops.nothing(rows, bs)
+        none = torch.zeros((bs, self.gamma), device=ids.device)
+        tokens = none.long()
+        return DraftProposal(
+            draft_block_ids=ids[:, : self.gamma],
+            draft_block=OurDraftBlock(
+                draft_tokens=tokens,
+                corrected_logits=None,
+                greedy_mask=greedy,
+                temperatures=None,
+                greedy_draft=rows is None,
+                rows=rows,
+                laws=block.probs,
+                support=block.support,
+            ),
+            confidence=none,
+            confidence_raw=none,
+            folded=False,
+            verify_ids=torch.cat([ids[:, :1], tokens], dim=1),
         )
 
     def _base_logits(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

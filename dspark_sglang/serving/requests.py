@@ -7,6 +7,7 @@ from typing import Any
 
 from sglang.srt.runtime_context import get_exec
 
+from dspark_sglang.serving.options import KEY, read_options
 from dspark_sglang.serving.verifier import request_penalties
 
 
@@ -16,6 +17,13 @@ def refusal(req: Any, enable_overlap: bool) -> str | None:
     Under overlap scheduling the host does not know the last step's tokens while it prepares the
     next, and penalties depend on them.
     """
+    try:
+        read_options(req)
+    except ValueError as error:
+        return (
+            f"custom_params.{KEY} cannot be used: {error}. Expected max_draft_tokens (0 or more) "
+            "and workload (a short name)."
+        )
     if req.sampling_params.min_p > 0 and get_exec().kernel.sampling_backend != "pytorch":
         return (
             "min_p is not exact under DSPARK with this sampling backend. Expected a request "

@@ -9,10 +9,13 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import Counter, defaultdict, deque
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+
+if TYPE_CHECKING:
+    from dspark_sglang.serving.control import Control
 
 
 class Telemetry:
@@ -25,53 +28,60 @@ class Telemetry:
         #: Seconds spent in each part, as the host saw it.
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.steps = 0
-        #: One per request and step.
+        #: One per request and step that drafted, and one per request and step that did not.
         self.rounds = 0
+        self.plain_rounds = 0
         self.drafted_tokens = 0
         self.verified_tokens = 0
         self.committed_tokens = 0
         #: Steps whose numbers are still on their way from the device.
-        self._pending: deque[tuple[Any, torch.Tensor]] = deque()
+        self._pending: deque[tuple[Any, torch.Tensor, int]] = deque()
         self._sent = np.zeros(gamma, dtype=np.int64)
         self._kept = np.zeros(gamma, dtype=np.int64)
         self._reached = np.zeros(gamma, dtype=np.int64)
 
-    def observe_round(self, lens: np.ndarray, counts: np.ndarray) -> None:
+    def observe_round(self, lens: np.ndarray, counts: np.ndarray, depth: int) -> None:
         """Count one step.
 
         Args:
             lens: ``[R]`` drafted tokens verified of each request.
             counts: ``[R]`` drafted tokens kept.
+            depth: tokens drafted for each request; 0 in a plain step.
         """
+        self.steps += 1
+        if not depth:
+            self.plain_rounds += len(lens)
+            return
         position = np.arange(self.gamma)
         sent = position < lens[:, None]
-        self.steps += 1
         self.rounds += len(lens)
-        self.drafted_tokens += len(lens) * self.gamma
+        self.drafted_tokens += len(lens) * depth
         self.verified_tokens += int(lens.sum())
         self.committed_tokens += int(counts.sum()) + len(counts)
         self._sent += sent.sum(axis=0)
         self._kept += (position < counts[:, None]).sum(axis=0)
         self._reached += (sent & (position <= counts[:, None])).sum(axis=0)
 
-    def observe_later(self, round_: torch.Tensor) -> None:
+    def observe_later(self, round_: torch.Tensor, depth: int) -> None:
         """Count one step without waiting for the device.
 
         Args:
             round_: ``[2, R]`` int64 drafted tokens verified and kept of each request.
+            depth: tokens drafted for each request.
         """
         if round_.device.type == "cpu":
             lens, counts = round_.numpy()
-            self.observe_round(lens, counts)
+            self.observe_round(lens, counts, depth)
             return
         host = torch.empty(round_.shape, dtype=round_.dtype, pin_memory=True)
         host.copy_(round_, non_blocking=True)
         arrived: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
         arrived.record()
-        self._pending.append((arrived, host))
+        self._pending.append((arrived, host, depth))
         while self._pending and self._pending[0][0].query():
-            lens, counts = self._pending.popleft()[1].numpy()
-            self.observe_round(lens, counts)
+            _, found, drafted = self._pending.popleft()
+            lens, counts = found.numpy()
+            self.observe_round(lens, counts, drafted)
 
     @contextlib.contextmanager
     def timed(self, part: str) -> Any:
@@ -85,9 +95,11 @@ class Telemetry:
     def snapshot(self) -> dict[str, Any]:
         """A JSON-ready copy of every counter."""
         reached = np.maximum(self._reached, 1)
+        spent = self.seconds.get("step", 0.0)
         return {
             "steps": self.steps,
             "rounds": self.rounds,
+            "plain_rounds": self.plain_rounds,
             "drafted_tokens": self.drafted_tokens,
             "verified_tokens": self.verified_tokens,
             "committed_tokens": self.committed_tokens,
@@ -97,8 +109,9 @@ class Telemetry:
             "position_kept": self._kept.tolist(),
             "position_reached": self._reached.tolist(),
             "position_acceptance": (self._kept / reached).round(4).tolist(),
+            "planner_share": self.seconds.get("plan", 0.0) / spent if spent else None,
             "ran": dict(self.ran),
-            "seconds": {part: round(spent, 6) for part, spent in self.seconds.items()},
+            "seconds": {part: round(value, 6) for part, value in self.seconds.items()},
         }
 
     def clear(self) -> None:
@@ -109,8 +122,9 @@ class Telemetry:
 class StepObservers:
     """SGLang's observer interface over :class:`Telemetry`."""
 
-    def __init__(self, telemetry: Telemetry) -> None:
+    def __init__(self, telemetry: Telemetry, control: Control) -> None:
         self._telemetry = telemetry
+        self._control = control
 
     def begin_step(self) -> None:
         pass
@@ -129,6 +143,7 @@ class StepObservers:
 
     def clear_info_records(self) -> None:
         self._telemetry.clear()
+        self._control.clear()
 
     def block_accept_estimate_log_suffix(self) -> str | None:
         return None

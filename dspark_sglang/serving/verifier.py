@@ -21,6 +21,7 @@ from sglang.srt.speculative.spec_tp_sync import SpecTpSyncSite
 
 from dspark_sglang.core.accept import stop_at
 from dspark_sglang.core.penalties import Penalties
+from dspark_sglang.serving.control import Control
 from dspark_sglang.serving.ops import Ops, Verified
 from dspark_sglang.serving.planner import Planner
 from dspark_sglang.serving.proposer import OurDraftBlock
@@ -29,6 +30,8 @@ from dspark_sglang.serving.telemetry import Telemetry
 if TYPE_CHECKING:
     from dspark_sglang.serving.ops.kv_writer import KvWriter
 
+#: Plain steps whose states are kept until they are committed together.
+_PENDING_STEPS = 32
 _KEPT = "_dspark_penalties"
 _STOPS = "_dspark_stops"
 
@@ -76,18 +79,22 @@ def batch_stops(requests: Sequence[Any], device: Any) -> torch.Tensor | None:
 class Verifier(TargetVerifyExecutor):
     """Overrides packing, acceptance and commit; the target forward stays SGLang's."""
 
-    def bind(self, *, planner: Planner, ops: Ops, telemetry: Telemetry) -> None:
+    def bind(self, *, planner: Planner, ops: Ops, telemetry: Telemetry, control: Control) -> None:
         """Attach what our part needs; called once after construction.
 
         Args:
+            control: learns from what is accepted.
             planner: knows which rows a step verifies.
             ops: decide what is accepted.
         """
         self._planner = planner
+        self._control = control
         self._ops = ops
         self._telemetry = telemetry
         #: Positions of the packed rows in the window of the running step; None: strided rows.
         self._packed: torch.Tensor | None = None
+        #: Hidden states, slots and positions that plain steps have not committed yet.
+        self._pending: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
         #: Stop tokens of the running step's requests.
         self._stops: torch.Tensor | None = None
 
@@ -251,14 +258,17 @@ class Verifier(TargetVerifyExecutor):
         assert not folded_accept, "SGLang's folded acceptance must stay off"
         lens = self._drafted_lens(layout, bs, target_logits.device)
         first = self._first_rows(lens)
+        # Beyond the depth drafted there are no laws, and nothing was verified.
+        drafted = draft_block.draft_tokens[:, : max(1, self._control.plan.depth)]
         with self._telemetry.timed("accept"):
             outcome = self._ops.accept(
                 Verified(
                     logits=target_logits,
-                    drafted=draft_block.draft_tokens,
+                    drafted=drafted,
                     rows=draft_block.rows,
                     laws=draft_block.laws,
                     support=draft_block.support,
+                    lse=draft_block.lse,
                     lens=lens,
                     first=first,
                     anchors=prefix_lens,
@@ -266,7 +276,7 @@ class Verifier(TargetVerifyExecutor):
             )
             if self._stops is not None:
                 # SGLang prefers a stop string anywhere in a run to a stop token before it.
-                outcome = stop_at(outcome, draft_block.draft_tokens, self._stops)
+                outcome = stop_at(outcome, drafted, self._stops)
         packed = torch.stack([outcome.count, outcome.token])
         site = (
             SpecTpSyncSite.DSPARK_ACCEPT_GREEDY
@@ -274,7 +284,9 @@ class Verifier(TargetVerifyExecutor):
             else SpecTpSyncSite.DSPARK_ACCEPT_SAMPLE
         )
         count, token = self._tp_sync.sync(site, packed).unbind(0)
-        self._telemetry.observe_later(torch.stack([lens, count]))
+        self._telemetry.observe_later(torch.stack([lens, count]), self._control.plan.depth)
+        if self._control.adaptive:
+            self._control.accepted(lens.cpu().numpy(), count.cpu().numpy())
         commit = (count + 1).to(torch.int32)
         out = torch.cat([draft_tokens, draft_tokens.new_zeros((bs, 1))], dim=1)
         return AcceptOuts(
@@ -326,19 +338,41 @@ class Verifier(TargetVerifyExecutor):
         accepted = self._packed - row * width < commit_lens[row]
         slots = injector.ids_for(verify_window.kv_loc_plan)
         positions = verify_window.positions_2d.reshape(-1)
+        hidden, places = logits_output.hidden_states, positions[self._packed]
+        if not self._control.plan.draft:
+            # Nothing reads it before the next draft; many steps at once cost little more than one.
+            self._pending.append((hidden, slots[self._packed], places))
+            if len(self._pending) >= _PENDING_STEPS:
+                self.flush()
+            return
         with self._telemetry.timed("commit"):
             if self._kv_writer is not None:
-                own = torch.where(accepted, slots[self._packed], -1)
-                self._kv_writer.write(logits_output.hidden_states, positions[self._packed], own)
+                self._kv_writer.write(
+                    hidden, places, torch.where(accepted, slots[self._packed], -1)
+                )
             else:
                 keep = accepted.nonzero().view(-1)
-                index = self._packed[keep]
                 injector.inject_target_hidden(
-                    target_hidden=logits_output.hidden_states[keep],
-                    cache_loc=slots[index],
-                    positions=positions[index],
+                    target_hidden=hidden[keep],
+                    cache_loc=slots[self._packed[keep]],
+                    positions=places[keep],
                 )
         self._telemetry.ran["commit:torch" if self._kv_writer is None else "commit:triton"] += 1
+
+    def flush(self) -> None:
+        """Commit what plain steps left: before the draft's KV is read, or a slot changes hands."""
+        if not self._pending:
+            return
+        hidden, slots, places = (torch.cat(parts) for parts in zip(*self._pending, strict=True))
+        self._pending.clear()
+        with self._telemetry.timed("commit"):
+            if self._kv_writer is not None:
+                self._kv_writer.write(hidden, places, slots)
+            else:
+                self.kv_injector.inject_target_hidden(
+                    target_hidden=hidden, cache_loc=slots, positions=places
+                )
+        self._telemetry.ran["commit:plain-steps"] += 1
 
     @functools.cached_property
     def _kv_writer(self) -> KvWriter | None:

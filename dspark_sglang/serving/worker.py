@@ -4,22 +4,41 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
-from sglang.srt.runtime_context import get_observability, get_parallel, get_schedule, get_spec
+from sglang.srt.runtime_context import (
+    get_context,
+    get_observability,
+    get_parallel,
+    get_schedule,
+    get_spec,
+)
 from sglang.srt.speculative.dspark_components.dspark_worker_v2 import DSparkWorkerV2
+from sglang.srt.speculative.spec_tp_sync import SpecTpSyncSite
 
 from dspark_sglang import __version__
 from dspark_sglang.artifacts import STS_FILE, read_sts
 from dspark_sglang.checkpoint import weights_digest
-from dspark_sglang.config import Settings, Verification, read_settings
-from dspark_sglang.core.cost import OnlineCost
+from dspark_sglang.config import (
+    COST_AUTO,
+    COST_ONLINE,
+    Settings,
+    Verification,
+    read_settings,
+)
 from dspark_sglang.core.heads import ConfidenceHead, MarkovHead
-from dspark_sglang.errors import CompatibilityError
+from dspark_sglang.core.steps import CostModel
+from dspark_sglang.errors import CompatibilityError, ConfigError
+from dspark_sglang.serving import cost_store, sts_refit
+from dspark_sglang.serving.commands import Commands
+from dspark_sglang.serving.compat import installed_version
+from dspark_sglang.serving.control import Control, StepPlan
 from dspark_sglang.serving.draft_head import DraftHead
-from dspark_sglang.serving.metrics import announce
+from dspark_sglang.serving.metrics import Metrics
 from dspark_sglang.serving.ops import Ops, choose
 from dspark_sglang.serving.planner import Planner
 from dspark_sglang.serving.proposer import Proposer
@@ -65,13 +84,14 @@ class DSparkWorker(DSparkWorkerV2):
         super().__init__(*args, **kwargs)
         if not self._hosts_draft:
             return
-        settings = read_settings()
+        self._settings = settings = read_settings()
         self.telemetry = Telemetry(gamma=self.gamma)
         # Under overlap the host only launches a round and cannot time it: verify everything.
         times_rounds = bool(get_schedule().disable_overlap_schedule)
         adaptive = times_rounds and settings.schedule != "all"
-        self.cost = OnlineCost() if adaptive else None
         self._schedule = settings.schedule if adaptive else "all"
+        self._lagged = self._schedule == "lagged"
+        self.control = Control(gamma=self.gamma, adaptive=adaptive, lagged=self._lagged)
         self._remove_folded_parts()
         self._require_known_heads()
         given = get_spec().speculative_dspark_confidence_sts_path
@@ -82,7 +102,12 @@ class DSparkWorker(DSparkWorkerV2):
             temperatures, self._sts_source = load_temperatures(
                 settings, get_spec().speculative_draft_model_path, self.gamma
             )
+        drafter = Path(str(get_spec().speculative_draft_model_path))
+        self.drafter_sha256 = weights_digest(drafter) if drafter.is_dir() else None
         self._install_parts(settings, temperatures)
+        self._known_cost(settings)
+        self.commands = Commands(self)
+        self._metrics: Metrics | None = None
         if get_parallel().tp_rank == 0:
             self._announce()
 
@@ -100,14 +125,15 @@ class DSparkWorker(DSparkWorkerV2):
             self._drafted_tokens or "whole",
         )
         if get_observability().enable_metrics:
-            announce(
+            self._metrics = Metrics(
                 {
                     "kernels": self._ops.name,
                     "schedule": self._schedule,
                     "verification": self._verification,
                     "markov": self._ops.markov.kind,
                     "gamma": str(self.gamma),
-                }
+                },
+                gamma=self.gamma,
             )
 
     @property
@@ -173,7 +199,9 @@ class DSparkWorker(DSparkWorkerV2):
             greedy_draft=False,
             dp_moe_sync=self._proposer._dp_moe_sync,
         )
-        proposer.bind(ops=self._ops, telemetry=self.telemetry, head=self._draft_head)
+        proposer.bind(
+            ops=self._ops, telemetry=self.telemetry, head=self._draft_head, control=self.control
+        )
         planner = Planner(
             draft_model=self.draft_model,
             gamma=self.gamma,
@@ -183,8 +211,13 @@ class DSparkWorker(DSparkWorkerV2):
             verify_num_draft_tokens=self.verify_num_draft_tokens,
             tp_sync=self._tp_sync,
         )
-        lagged = settings.schedule == "lagged"
-        planner.bind(cost=self.cost, lagged=lagged, ops=self._ops, telemetry=self.telemetry)
+        planner.bind(
+            control=self.control,
+            scheduled=self.control.adaptive,
+            lagged=self._lagged,
+            ops=self._ops,
+            telemetry=self.telemetry,
+        )
         verifier = Verifier(
             target_worker=self.target_worker,
             gamma=self.gamma,
@@ -193,19 +226,145 @@ class DSparkWorker(DSparkWorkerV2):
             kv_injector=self._kv_injector,
             tp_sync=self._tp_sync,
         )
-        verifier.bind(planner=planner, ops=self._ops, telemetry=self.telemetry)
+        verifier.bind(
+            planner=planner, ops=self._ops, telemetry=self.telemetry, control=self.control
+        )
         self._proposer, self._verify_planner, self._verify_executor = proposer, planner, verifier
-        self._observers = StepObservers(self.telemetry)
+        self._observers = StepObservers(self.telemetry, self.control)
+
+    def forward_batch_generation(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        if self._hosts_draft and not batch.forward_mode.is_decode():
+            self._draft_up_to_date()  # what follows may write to slots given back since
+        return super().forward_batch_generation(batch, *args, **kwargs)
 
     def _forward_decode(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        if not batch.reqs or batch.forward_mode.is_idle():
+            return super()._forward_decode(batch, *args, **kwargs)
         start = time.perf_counter()
-        before = self.telemetry.verified_tokens
+        known = batch.seq_lens_cpu
+        plan = self.control.begin(batch.reqs, 0 if known is None else int(known.sum()))
+        if self._ranks > 1 and self.control.adaptive:
+            # Ranks learn from their own clocks; all must run the same forwards.
+            packed = self._tp_sync.sync(SpecTpSyncSite.DSPARK_PLAN, plan.packed(self.device))
+            self.control.plan = StepPlan.unpacked(packed)
+        running = [request.rid for request in batch.reqs]
+        if self.control.plan.draft or running != self._running:
+            self._draft_up_to_date()
+        self._running = running
         result = super()._forward_decode(batch, *args, **kwargs)
-        requests = len(batch.reqs) if batch.reqs is not None else 0
-        if requests and self.cost is not None:
-            tokens = requests + self.telemetry.verified_tokens - before
-            self.cost.observe(tokens, time.perf_counter() - start)
+        now = time.perf_counter()
+        self.telemetry.seconds["step"] += now - start
+        self.control.finished(now - start, now)
+        if self._metrics is not None:
+            self._metrics.update(now, self.telemetry, self.control)
         return result
+
+    def _draft_up_to_date(self) -> None:
+        """Commit what plain steps left for the draft, under the draft's own placement."""
+        with self._draft_context():
+            self._verify_executor.flush()
+
+    def _known_cost(self, settings: Settings) -> None:
+        """Take over a step cost that was measured before, where there is one.
+
+        Raises:
+            ArtifactError: the file named by ``DSPARK_COST`` is damaged or of something else.
+        """
+        self._ranks = get_parallel().tp_size
+        #: Requests of the last step.
+        self._running: list[str] = []
+        self.cost_path: Path | None = None
+        self.cost_fingerprint: dict[str, str] = {}
+        self.cost_source = "off"
+        self.profile_s: float | None = None
+        if not self.control.adaptive:
+            return
+        self.cost_source = COST_ONLINE
+        if settings.cost == COST_ONLINE:
+            return
+        runner, device = self.model_runner, torch.device(self.device)
+        self.cost_fingerprint = cost_store.fingerprint(
+            target=str(runner.model_config.model_path),
+            drafter=str(get_spec().speculative_draft_model_path),
+            drafter_sha256=self.drafter_sha256 or "",
+            device=cost_store.device_name(device, torch.get_num_threads()),
+            tensor_parallel=self._ranks,
+            dtype=runner.dtype,
+            attention=get_context().resolved_server_args_dict().get("attention_backend"),
+            kernels=self._ops.name,
+            draft_vocabulary=self._drafted_tokens or "whole",
+            gamma=self.gamma,
+            sglang=installed_version(),
+        )
+        if settings.cost != COST_AUTO:
+            path = Path(settings.cost)
+            known = cost_store.load(path, self.cost_fingerprint, self.control.cost)
+            self.profile_s, self.cost_source = known.seconds, settings.cost
+            return
+        self.cost_path = cost_store.place(settings, self.cost_fingerprint)
+        cached = cost_store.load_cached(self.cost_path, self.cost_fingerprint, self.control.cost)
+        self.profile_s = None if cached is None else cached.seconds
+        self.cost_source = "unmeasured" if cached is None else str(self.cost_path)
+
+    def plan_no_sts(self) -> Callable[[], None]:
+        """What serves without calibration."""
+        return lambda: self._set_temperatures(torch.ones(self.gamma), "none")
+
+    def plan_sts_file(self) -> Callable[[], None]:
+        """What serves with the STS file as it is now.
+
+        Raises:
+            ArtifactError: it is damaged or belongs to another drafter.
+        """
+        given = get_spec().speculative_dspark_confidence_sts_path
+        settings = msgspec.structs.replace(self._settings, sts=str(given or self._settings.sts))
+        drafter = str(get_spec().speculative_draft_model_path)
+        temperatures, source = load_temperatures(settings, drafter, self.gamma)
+        return lambda: self._set_temperatures(temperatures, source)
+
+    def plan_sts_refit(self) -> Callable[[], None]:
+        """What serves with STS fitted to what was verified lately.
+
+        Raises:
+            ConfigError: too little was verified yet.
+        """
+        found = sts_refit.fit(self.control.reliability.blocks)
+        source = f"fitted in service to {found.blocks} blocks"
+        return lambda: self._set_temperatures(torch.tensor(found.temperatures), source)
+
+    def plan_cost_file(self) -> Callable[[], None]:
+        """What schedules by the cost file as it is now.
+
+        Raises:
+            ArtifactError: there is none, it is damaged, or it is of something else.
+        """
+        named = self._settings.cost not in (COST_AUTO, COST_ONLINE)
+        path = Path(self._settings.cost) if named else self.cost_path
+        if path is None:
+            raise ConfigError(
+                "This server has no cost file.",
+                expected="DSPARK_COST=auto or a path",
+                fix="Start it that way, or use dspark_cost 0.",
+            )
+        found = CostModel(gamma=self.gamma)
+        cost_store.load(path, self.cost_fingerprint, found)
+        return lambda: self.control.cost.restore(found.state())
+
+    def save_cost(self) -> None:
+        """Keep the step cost as it is known now for the next start of such a server."""
+        if self.cost_path is None or get_parallel().tp_rank != 0:
+            return
+        self.profile_s = self.control.profile_seconds or self.profile_s
+        cost_store.save(
+            self.cost_path, self.cost_fingerprint, self.control.cost, seconds=self.profile_s
+        )
+        self.cost_source = str(self.cost_path)
+
+    def _set_temperatures(self, temperatures: torch.Tensor, source: str) -> None:
+        """Serve with other STS temperatures from the next step on."""
+        self._ops.set_temperatures(temperatures.float())
+        self._sts_source = source
+        self.control.reliability.forget()
 
     def dump_info_records(self) -> dict[str, Any] | None:
         """Our status, served by SGLang at ``/server_info``."""
@@ -227,6 +386,9 @@ class DSparkWorker(DSparkWorkerV2):
             "draft_vocabulary": self._drafted_tokens,
             "schedule": self._schedule,
             "verification": self._verification,
-            "cost": None if self.cost is None else self.cost.coefficients,
+            "temperatures": self._ops.temperatures,
+            "cost_source": self.cost_source,
+            "profile_s": self.profile_s,
             **self.telemetry.snapshot(),
+            **self.control.snapshot(),
         }

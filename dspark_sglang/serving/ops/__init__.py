@@ -47,6 +47,13 @@ class Ops(Protocol):
             vocabulary: int64 token of each base logit; None: every token in order.
         """
 
+    def nothing(self, rows: SampledRows | None, requests: int) -> DraftBlock:
+        """A block of one token that no request sends to verification: for steps that do not draft.
+
+        Args:
+            rows: the requests that sample, of ``requests``.
+        """
+
     def confidence(
         self, features: torch.Tensor, previous: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -56,6 +63,13 @@ class Ops(Protocol):
             features: ``[R, gamma, d]`` draft hidden states.
             previous: ``[R, gamma]`` int64 token before each drafted one.
         """
+
+    @property
+    def temperatures(self) -> list[float]:
+        """STS temperatures in use."""
+
+    def set_temperatures(self, temperatures: torch.Tensor) -> None:
+        """Calibrate with other STS temperatures, ``[gamma]`` float32, from now on."""
 
     def admit(
         self,

@@ -88,6 +88,7 @@ class Verified(NamedTuple):
     #: gave them in the :class:`~dspark_sglang.core.draft.DraftBlock`; None where no law was drawn from.
     laws: torch.Tensor | None
     support: torch.Tensor | None
+    lse: torch.Tensor | None
     #: ``[R]`` int64 drafted tokens that were sent, and logits row of each request's anchor.
     lens: torch.Tensor
     first: torch.Tensor

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from dspark_sglang.config import Verification
 from dspark_sglang.core.accept import Accepted, Round, accept_block, accept_greedy, accept_sampled
-from dspark_sglang.core.draft import SAMPLED_SHORTLIST, SHORTLIST, DraftBlock, draft_block
+from dspark_sglang.core.draft import DraftBlock, cpu_shortlist, draft_block, undrafted
 from dspark_sglang.core.heads import ConfidenceHead, MarkovHead
 from dspark_sglang.core.sampling import best, target_weights
 from dspark_sglang.core.schedule import lengths
@@ -38,6 +40,7 @@ class TorchOps:
         self._generator = generator
         self._verification = verification
         self._telemetry = telemetry
+        self._gathered: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @property
     def launches(self) -> dict[str, int]:
@@ -59,8 +62,9 @@ class TorchOps:
             noise = rows.noise(base[: len(rows.index), 0], positions[rows.index])
             if noise is None:
                 uniforms = self._uniforms(len(rows.index), base.shape[1])
-        # More than half of a vocabulary is not worth a list.
-        longest = SHORTLIST if rows is None else SAMPLED_SHORTLIST
+        shortlist = cpu_shortlist(
+            base.shape[-1], sampled=rows is not None, draft_vocabulary=vocabulary is not None
+        )
         self._telemetry.ran[f"draft:torch-{self.markov.kind}"] += 1
         return draft_block(
             base,
@@ -71,9 +75,23 @@ class TorchOps:
             sampled=None if rows is None else rows.index,
             uniforms=uniforms,
             noise=noise,
-            shortlist=min(longest, base.shape[-1] // 2),
+            shortlist=shortlist,
             vocabulary=vocabulary,
+            vocabulary_rows=self._rows(vocabulary) if shortlist is None else None,
         )
+
+    def _rows(self, vocabulary: torch.Tensor | None) -> torch.Tensor | None:
+        """Rows of W2 of a draft vocabulary, gathered once."""
+        if vocabulary is None:
+            return None
+        if self._gathered is None or self._gathered[0] is not vocabulary:
+            self._gathered = vocabulary, self.markov.w2[vocabulary]
+        return self._gathered[1]
+
+    def nothing(self, rows: SampledRows | None, requests: int) -> DraftBlock:
+        """See :meth:`dspark_sglang.serving.ops.Ops.nothing`."""
+        sampled = 0 if rows is None or rows.seeds is not None else len(rows.index)
+        return undrafted(requests, laws=sampled, device=self.markov.w1.device)
 
     def confidence(
         self, features: torch.Tensor, previous: torch.Tensor
@@ -82,6 +100,16 @@ class TorchOps:
         self._telemetry.ran["confidence:torch"] += 1
         raw = self._confidence.logits(features, previous, self.markov)
         return self._confidence.calibrate(raw), raw
+
+    @property
+    def temperatures(self) -> list[float]:
+        """See :attr:`dspark_sglang.serving.ops.Ops.temperatures`."""
+        return [round(float(value), 4) for value in self._confidence.temperatures]
+
+    def set_temperatures(self, temperatures: torch.Tensor) -> None:
+        """See :meth:`dspark_sglang.serving.ops.Ops.set_temperatures`."""
+        own = self._confidence.temperatures
+        self._confidence = dataclasses.replace(self._confidence, temperatures=temperatures.to(own))
 
     def admit(
         self,

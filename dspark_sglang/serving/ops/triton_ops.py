@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import deque
 from typing import Any
 
@@ -9,14 +10,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dspark_kernels.accept import Filters, Keys, ListedDraft, Rows, accept
+from dspark_kernels.accept import DenseDraft, Filters, Keys, ListedDraft, Rows, accept
 from dspark_kernels.admit import admit
 from dspark_kernels.confidence import confidence
-from dspark_kernels.markov_step import Head, Sampling, draft_shortlist
+from dspark_kernels.markov_step import Head, Sampling, draft_shortlist, successor_table
 from dspark_kernels.support.backend import LAUNCHES
 from dspark_sglang.config import Verification
 from dspark_sglang.core.accept import Accepted
-from dspark_sglang.core.draft import SHORTLIST, DraftBlock
+from dspark_sglang.core.draft import FOLLOWING, SHORTLIST, DraftBlock, undrafted
 from dspark_sglang.core.heads import ConfidenceHead, MarkovHead
 from dspark_sglang.errors import NumericsError
 from dspark_sglang.serving.ops.rows import Admitted, SampledRows, Verified
@@ -53,6 +54,7 @@ class TritonOps:
         self._generator = generator
         self._verification = verification
         self._telemetry = telemetry
+        self._following: torch.Tensor | None = None
         #: Flags of earlier rounds on their way to the host.
         self._flags: deque[tuple[Any, torch.Tensor]] = deque()
 
@@ -71,6 +73,10 @@ class TritonOps:
         vocabulary: torch.Tensor | None,
     ) -> DraftBlock:
         """See :meth:`dspark_sglang.serving.ops.Ops.draft`."""
+        # Nobody reads the base logits after this: the drafted law over all tokens takes their place.
+        # Over a draft vocabulary it is listed instead: acceptance knows tokens, not columns.
+        dense = rows is not None and rows.seeds is None and vocabulary is None
+        base = base.contiguous()
         found = draft_shortlist(
             base,
             anchors.contiguous(),  # a column of SGLang's block
@@ -80,16 +86,34 @@ class TritonOps:
             sampling=None if rows is None else self._sampling(rows, positions),
             vocabulary=vocabulary,
             support_dtype=torch.int64,
+            successors=self._successors(vocabulary),
+            out=base if dense else None,
             backend="triton",
         )
         self._telemetry.ran[f"draft:triton-{self.markov.kind}"] += 1
-        seeded = rows is not None and rows.seeds is not None
+        listed = rows is not None and rows.seeds is None and not dense
         return DraftBlock(
             tokens=found.tokens,
             previous=found.previous,
-            probs=None if seeded else found.probs,
-            support=None if rows is None or seeded else found.support,
+            probs=found.logits if dense else found.probs if listed else None,
+            support=found.support if listed else None,
+            lse=found.lse if dense else None,
         )
+
+    def _successors(self, vocabulary: torch.Tensor | None) -> torch.Tensor | None:
+        """What follows each token by bias alone, found once; None where bias depends on more."""
+        if self.markov.kind != "vanilla":
+            return None
+        if self._following is None:
+            columns = len(self._head.w2) if vocabulary is None else len(vocabulary)
+            size = min(FOLLOWING, 1 << (columns.bit_length() - 1))
+            self._following = successor_table(self._head, size, vocabulary)
+        return self._following
+
+    def nothing(self, rows: SampledRows | None, requests: int) -> DraftBlock:
+        """See :meth:`dspark_sglang.serving.ops.Ops.nothing`."""
+        sampled = 0 if rows is None or rows.seeds is not None else requests
+        return undrafted(requests, laws=sampled, device=self._head.w1.device)
 
     def _sampling(self, rows: SampledRows, positions: torch.Tensor) -> Sampling:
         count, device = len(positions), positions.device
@@ -115,12 +139,22 @@ class TritonOps:
             previous.contiguous(),
             head.weight,
             head.bias,
-            head.temperatures,
+            head.temperatures[: features.shape[1]],
             w1=self._head.w1 if head.with_markov else None,
             backend="triton",
         )
         self._telemetry.ran["confidence:triton"] += 1
         return found.confidence, found.logits
+
+    @property
+    def temperatures(self) -> list[float]:
+        """See :attr:`dspark_sglang.serving.ops.Ops.temperatures`."""
+        return [round(float(value), 4) for value in self._confidence.temperatures]
+
+    def set_temperatures(self, temperatures: torch.Tensor) -> None:
+        """See :meth:`dspark_sglang.serving.ops.Ops.set_temperatures`."""
+        own = self._confidence.temperatures
+        self._confidence = dataclasses.replace(self._confidence, temperatures=temperatures.to(own))
 
     def admit(
         self,
@@ -165,7 +199,7 @@ class TritonOps:
             ),
             temperatures,
             uniforms,
-            draft=_listed(given),
+            draft=_law(given),
             filters=None if rows is None else _filters(rows, requests, given.logits.shape[1]),
             keys=None if rows is None else _keys(rows, requests, given.anchors),
             block=self._verification == "block",
@@ -205,9 +239,11 @@ def _spread(values: torch.Tensor, index: torch.Tensor, count: int, rest: float) 
     return whole.index_copy(0, index, values)
 
 
-def _listed(given: Verified) -> ListedDraft | None:
+def _law(given: Verified) -> DenseDraft | ListedDraft | None:
     if given.laws is None:
         return None
+    if given.lse is not None:
+        return DenseDraft(given.laws, given.lse)
     assert given.support is not None
     return ListedDraft(given.laws, given.support)
 

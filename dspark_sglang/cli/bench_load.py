@@ -1,0 +1,268 @@
+"""``dspark bench-load``: throughput under load, ours against no speculation and fixed ways."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+from dspark_loadtests.prompts import Prompt, load_prompts
+from dspark_sglang import targets
+from dspark_sglang.artifacts import write_bytes
+from dspark_sglang.cli.demo import DRAFTER
+from dspark_sglang.demo import report
+from dspark_sglang.demo.measure import running
+from dspark_sglang.demo.server import Server, free_ports
+from dspark_sglang.errors import ConfigError, ServerError
+from dspark_sglang.load.closed_loop import Load, run_block
+from dspark_sglang.load.compare import run_cell
+from dspark_sglang.load.modes import MODES, ModeName, make_server, mode
+from dspark_sglang.load.summary import (
+    cell_name,
+    draw,
+    on_share,
+    service_figures,
+    summarise_cell,
+    table,
+)
+from dspark_sglang.provenance import machine, versions
+
+SCHEMA_VERSION = 1
+_START_S = 300.0
+T = TypeVar("T")
+_COLUMNS = (
+    TextColumn("{task.description}"),
+    BarColumn(bar_width=24),
+    MofNCompleteColumn(),
+    TimeRemainingColumn(),
+)
+
+
+def _numbers(text: str, name: str, kind: type[Any]) -> list[Any]:
+    try:
+        found = [kind(part) for part in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or min(found) < (1 if kind is int else 0):
+        raise ConfigError(
+            f"{name} is {text!r}.", expected="numbers with commas between them", fix="As in 1,8,32."
+        )
+    return found
+
+
+def _names(text: str, name: str, known: tuple[T, ...]) -> list[T]:
+    parts = text.split(",")
+    wrong = [part for part in parts if part not in known]
+    if wrong:
+        raise ConfigError(
+            f"{name} names {', '.join(wrong)}.",
+            expected=", ".join(str(each) for each in known),
+            fix="Use one of these.",
+        )
+    return [each for part in parts for each in known if each == part]
+
+
+def _start(
+    stack: ExitStack, console: Console, servers: dict[ModeName, Server]
+) -> dict[ModeName, str]:
+    """Start all and pause them.
+
+    Returns:
+        Why a mode did not start. Ours and no speculation must.
+    """
+    missing: dict[ModeName, str] = {}
+    for server in servers.values():
+        stack.enter_context(server)
+    waiting, began = dict(servers), time.monotonic()
+    with console.status("") as status:
+        while waiting:
+            for name, server in list(waiting.items()):
+                try:
+                    if not server.poll():
+                        continue
+                    server.pause()
+                except ServerError as error:
+                    if name != "builtin_static":
+                        raise
+                    missing[name] = server.reason()
+                    console.print(f"[yellow]![/] {name} does not run: {error}")
+                del waiting[name]
+            took = time.monotonic() - began
+            if took > _START_S:
+                raise ServerError(
+                    f"{', '.join(waiting)} not ready after {_START_S:.0f} s.",
+                    expected="all servers up",
+                    fix="See the logs.",
+                )
+            status.update(f"starting {len(servers)} servers ({took:.0f} s, usually 60)")
+            time.sleep(0.5)
+    return missing
+
+
+def _try(
+    servers: dict[ModeName, Server], prompts: list[Prompt], temperature: float
+) -> dict[ModeName, str]:
+    """Which servers cannot answer at this temperature, and why."""
+    missing: dict[ModeName, str] = {}
+    load = Load(
+        concurrency=2, temperature=temperature, max_tokens=16, warm_s=0.5, window_s=4.0, seed=0
+    )
+    for name, server in servers.items():
+        try:
+            with running(server):
+                run_block(server.url, prompts, load)
+        except ServerError:
+            if name != "builtin_static":
+                raise
+            missing[name] = server.reason()
+    return missing
+
+
+def bench_load(
+    out: Annotated[Path, typer.Option(help="Where results and logs go.")] = Path("runs/load"),
+    drafter: Annotated[Path, typer.Option(help="The drafter to serve.")] = DRAFTER,
+    target: Annotated[
+        Path | None, typer.Option(help="The target to serve. Default: SmolLM2, fetched once.")
+    ] = None,
+    concurrency: Annotated[str, typer.Option(help="Concurrent requests.")] = "1,8,32",
+    temperatures: Annotated[str, typer.Option(help="Temperatures.")] = "0,1",
+    dtypes: Annotated[str, typer.Option(help="bfloat16, float32.")] = "bfloat16,float32",
+    modes: Annotated[str, typer.Option(help="What is compared.")] = ",".join(MODES),
+    blocks: Annotated[int, typer.Option(min=2, help="Turns of each mode in a cell.")] = 4,
+    warm_s: Annotated[float, typer.Option(min=0.0, help="Seconds before a window.")] = 4.0,
+    window_s: Annotated[float, typer.Option(min=1.0, help="Seconds of a window.")] = 12.0,
+    max_tokens: Annotated[int, typer.Option(min=8, help="Tokens of each answer.")] = 96,
+) -> None:
+    """Keep a real server under load in paired blocks, each way of serving in turn."""
+    console = Console()
+    run = _Run(
+        console=console,
+        out=out,
+        target=target or targets.ensure_target(),
+        drafter=drafter,
+        modes=_names(modes, "--modes", MODES),
+        concurrency=_numbers(concurrency, "--concurrency", int),
+        temperatures=_numbers(temperatures, "--temperatures", float),
+        blocks=blocks,
+        warm_s=warm_s,
+        window_s=window_s,
+        max_tokens=max_tokens,
+    )
+    run.command = _command(locals())
+    for dtype in _names(dtypes, "--dtypes", ("bfloat16", "float32")):
+        run.measure(dtype)
+    summary = run.write()
+    draw(summary, out / "load.png")
+    console.print(table(run.cells))
+    console.print(f"Written: {out / 'summary.json'}, {out / 'load.png'}")
+
+
+@dataclasses.dataclass(kw_only=True)
+class _Run:
+    """One run of the benchmark and what it found so far."""
+
+    console: Console
+    out: Path
+    target: Path
+    drafter: Path
+    modes: list[ModeName]
+    concurrency: list[int]
+    temperatures: list[float]
+    blocks: int
+    warm_s: float
+    window_s: float
+    max_tokens: int
+    command: str = ""
+    cells: dict[str, Any] = dataclasses.field(default_factory=dict)
+    about: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def measure(self, dtype: str) -> None:
+        """All cells of one dtype, on servers of their own."""
+        prompts, ports = list(load_prompts()), free_ports(len(self.modes))
+        with ExitStack() as stack:
+            servers = {
+                name: make_server(
+                    mode(name),
+                    target=self.target,
+                    drafter=self.drafter,
+                    dtype=dtype,
+                    port=port,
+                    requests=max(self.concurrency),
+                    log=self.out / "logs" / f"{name}-{dtype}.log",
+                )
+                for name, port in zip(self.modes, ports, strict=True)
+            }
+            missing = _start(stack, self.console, servers)
+            bar = stack.enter_context(Progress(*_COLUMNS, console=self.console))
+            turns = len(self.temperatures) * len(self.concurrency) * self.blocks * len(servers)
+            task = bar.add_task(dtype, total=turns)
+            for heat in self.temperatures:
+                able = {name: own for name, own in servers.items() if name not in missing}
+                missing |= _try(able, prompts, heat)
+                able = {name: own for name, own in servers.items() if name not in missing}
+                for users in self.concurrency:
+                    self._cell(able, prompts, (heat, users, dtype), missing, (bar, task))
+            if "dspark" in servers:
+                with running(servers["dspark"]) as server:
+                    self.about[dtype] = server.dspark()
+
+    def _cell(
+        self,
+        servers: dict[ModeName, Server],
+        prompts: list[Prompt],
+        cell: tuple[float, int, str],
+        missing: dict[ModeName, str],
+        shown: tuple[Progress, TaskID],
+    ) -> None:
+        (heat, users, dtype), (bar, task) = cell, shown
+        name = cell_name(heat, users, dtype)
+        found = run_cell(
+            servers,
+            prompts,
+            concurrency=users,
+            temperature=heat,
+            max_tokens=self.max_tokens,
+            blocks=self.blocks,
+            warm_s=self.warm_s,
+            window_s=self.window_s,
+            each=lambda who, number: bar.update(
+                task, advance=1, description=f"{name} {who} {number + 1}"
+            ),
+        )
+        self.cells[name] = summarise_cell(found, missing)
+        self.write()
+
+    def write(self) -> dict[str, Any]:
+        """What is known so far; a run that is cut off leaves its finished cells."""
+        summary = {
+            "schema_version": SCHEMA_VERSION,
+            "cells": self.cells,
+            "on_share": on_share(self.cells),
+            **service_figures(self.about),
+            "server": self.about,
+            "machine": machine(),
+            "versions": versions(),
+            "command": self.command,
+        }
+        write_bytes(self.out / "summary.json", report.dumps(summary))
+        return summary
+
+
+def _command(given: dict[str, Any]) -> str:
+    options = ("concurrency", "temperatures", "dtypes", "modes", "blocks", "warm_s", "window_s",
+               "max_tokens")  # fmt: skip
+    shown = (f"--{name.replace('_', '-')} {given[name]}" for name in options)
+    return f"dspark bench-load {' '.join(shown)}"

@@ -1,0 +1,115 @@
+"""Whether to draft at all: never slower than no speculation, with a small bill for finding out.
+
+Drafting pays where ``τ / T_round > R / T_plain``. Both sides depend on the load, so the decision is kept
+for each power of two of running requests. Who drafts learns the gain at every step and, now and
+then, what plain steps cost; who does not tries a few rounds at intervals that keep their cost
+within a bound.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, NamedTuple
+
+Choice = Literal["auto", "on", "off"]
+
+#: Gains within this of 0 change nothing: around it either choice is right.
+HYSTERESIS = 0.02
+#: Rounds of a probe, and the share of time that probing may cost.
+PROBE_ROUNDS, OVERHEAD = 3, 0.005
+#: Fewest and most plain steps between probes: a changed workload must be noticed.
+_NEAREST, _FARTHEST = 24, 160
+#: Rounds between looks at what plain steps cost, and at blocks that are verified whole.
+_PLAIN_EVERY, _WHOLE_EVERY = 256, 128
+#: Weight of the newest gain.
+_RATE = 0.08
+
+
+class Decision(NamedTuple):
+    """What a step does."""
+
+    draft: bool
+    #: Verify everything drafted, whatever it pays: acceptance is learned from it.
+    whole: bool = False
+
+
+class _State:
+    """Of one range of running requests."""
+
+    def __init__(self) -> None:
+        self.drafting = True
+        #: Mean ``log(throughput drafting / throughput not)``.
+        self.gain = 0.0
+        self.rounds = 0
+        #: Steps since drafting was last looked at the other way, and of that look still to come.
+        self.since = 0
+        self.probing = 0
+
+
+class DraftPolicy:
+    """Decides step by step; constant memory."""
+
+    def __init__(self) -> None:
+        #: ``on`` and ``off`` overrule what is learned.
+        self.choice: Choice = "auto"
+        self._states: dict[int, _State] = {}
+        self.switches = 0
+
+    def _state(self, requests: int) -> _State:
+        key = requests.bit_length()
+        if key not in self._states:
+            state = self._states[key] = _State()
+            near = min((k for k in self._states if k != key), key=lambda k: abs(k - key), default=0)
+            if near:
+                # What was learned beside it, to be confirmed quickly.
+                state.drafting, state.gain = self._states[near].drafting, self._states[near].gain
+        return self._states[key]
+
+    def drafting(self, requests: int) -> bool:
+        """Whether steps of that many requests usually draft."""
+        return self.choice == "on" or (self.choice == "auto" and self._state(requests).drafting)
+
+    def gain(self, requests: int) -> float:
+        """Expected throughput with drafting over without, as learned."""
+        return math.exp(self._state(requests).gain)
+
+    def decide(self, requests: int) -> Decision:
+        """What the next step of that many requests does."""
+        if self.choice != "auto":
+            return Decision(self.choice == "on")
+        state = self._state(requests)
+        state.since += 1
+        if state.probing:
+            state.probing -= 1
+            return Decision(not state.drafting, whole=False)
+        if state.drafting:
+            if state.since >= _PLAIN_EVERY:
+                state.since, state.probing = 0, PROBE_ROUNDS - 1
+                return Decision(False)
+            return Decision(True, whole=state.since % _WHOLE_EVERY == _WHOLE_EVERY // 2)
+        loss = max(HYSTERESIS, 1.0 - math.exp(state.gain))
+        wait = min(max(PROBE_ROUNDS * loss / OVERHEAD, _NEAREST), _FARTHEST)
+        if state.since >= wait:
+            state.since, state.probing = 0, PROBE_ROUNDS - 1
+            return Decision(True)
+        return Decision(False)
+
+    def learn(self, requests: int, gain: float) -> None:
+        """Take in the gain of a round: throughput with drafting over without, as predicted.
+
+        Args:
+            gain: positive and finite; anything else is ignored.
+        """
+        if not 0.0 < gain < math.inf:
+            return
+        state = self._state(requests)
+        state.rounds += 1
+        rate = max(_RATE, 1.0 / state.rounds) if state.drafting else max(0.3, 1.0 / state.rounds)
+        state.gain += rate * (math.log(gain) - state.gain)
+        if state.rounds < PROBE_ROUNDS:
+            return
+        wanted = state.gain > (-HYSTERESIS if state.drafting else HYSTERESIS)
+        if wanted != state.drafting:
+            state.drafting = wanted
+            state.since = state.probing = 0
+            self.switches += 1

@@ -1,0 +1,293 @@
+"""What a step costs, learned from the steps a server runs.
+
+A *round* drafts and verifies; a *plain* step does neither. Each kind has its own model: an affine
+law of the requests, those of them that sample, the drafted tokens verified and the cached context, and over it a small grid of
+what that law misses (kernels whose time rises in stairs). A factor common to both follows the
+machine: a neighbour that slows it down slows both kinds alike, and what decides is their ratio.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from scipy.optimize import nnls  # type: ignore[import-untyped]
+
+from dspark_sglang.core.cost import TableCost
+from dspark_sglang.errors import ConfigError
+
+Float64 = npt.NDArray[np.float64]
+
+#: Rows of the grid: requests in powers of two, from 1 to 2**(n-1).
+_DOUBLINGS = 12
+_KTOKENS = 1024.0
+#: Largest believed ratio of a measured to a predicted step, either way.
+_OUTLIER = 3.0
+#: Steps after a change of kind from which the kind's own cost is learned, not the machine's.
+_AFTER_SWITCH = 3
+#: How much of a later step is believed to be the kind's own cost, and the mean error below which
+#: the machine's speed counts as followed.
+_TRUST, _SETTLED = 0.3, 0.06
+_ERRORS_KEPT = 512
+#: Steps after which curves are made anew.
+_CURVE_AGE = 16
+
+
+class Step(NamedTuple):
+    """One step of a server."""
+
+    requests: int
+    #: Drafted tokens in the verify forward, over all requests; 0 in a plain step.
+    drafted: int
+    #: Cached tokens that all requests attend to.
+    context: int
+    #: Whether a block was drafted.
+    round: bool
+    #: Requests that sample.
+    sampled: int = 0
+
+
+class _Kind:
+    """One kind of step: ``theta . (1, R, S, D, C / 1024) * exp(grid(R, D / R))``."""
+
+    def __init__(self, gamma: int) -> None:
+        self.gamma = gamma
+        self.theta = np.zeros(5)
+        self.moments = np.zeros((5, 5))
+        self.products = np.zeros(5)
+        self.grid = np.zeros((_DOUBLINGS, gamma + 1))
+        self.seen = np.zeros((_DOUBLINGS, gamma + 1))
+        self.observations = 0
+
+    @property
+    def known(self) -> bool:
+        return self.observations > 0
+
+    @staticmethod
+    def _features(step: Step) -> Float64:
+        context = step.context / _KTOKENS
+        return np.array([1.0, step.requests, step.sampled, step.drafted, context])
+
+    def _nodes(self, step: Step) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], Float64]:
+        """Rows, columns and weights of the four grid points around a step."""
+        row = min(math.log2(max(1, step.requests)), _DOUBLINGS - 1.0)
+        column = min(step.drafted / max(1, step.requests), float(self.gamma))
+        r, c = min(int(row), _DOUBLINGS - 2), min(int(column), max(0, self.gamma - 1))
+        a, b = row - r, column - c
+        weights = np.array([(1 - a) * (1 - b), (1 - a) * b, a * (1 - b), a * b])
+        return np.array([r, r, r + 1, r + 1]), np.array([c, c + 1, c, c + 1]), weights
+
+    def predict(self, step: Step) -> float:
+        rows, columns, weights = self._nodes(step)
+        known = weights * (self.seen[rows, columns] > 0)
+        total = known.sum()
+        # Points nobody has seen take the value of those beside them.
+        log = float(known @ self.grid[rows, columns] / total) if total > 1e-9 else 0.0
+        return max(1e-9, float(self._features(step) @ self.theta)) * math.exp(log)
+
+    def learn(self, step: Step, seconds: float, *, trust: float, fit: bool = False) -> None:
+        """Take in a step that would have lasted ``seconds`` on a machine of ordinary speed.
+
+        Args:
+            trust: how much of it is believed, in 0..1.
+            fit: fit the affine law at once.
+        """
+        features = self._features(step) / seconds  # errors count relative to the step
+        forget = 1.0 - 0.002 * trust
+        self.moments = forget * self.moments + trust * np.outer(features, features)
+        self.products = forget * self.products + trust * features
+        self.observations += 1
+        if fit or self.observations <= 64 or self.observations % 16 == 0:
+            self._fit(step, seconds)
+        rows, columns, weights = self._nodes(step)
+        new = self.seen[rows, columns] < 1.0
+        pace = np.where(new, 0.5, 0.15 * trust)
+        self.seen[rows, columns] += weights
+        error = math.log(seconds / self.predict(step))
+        self.grid[rows, columns] = np.clip(
+            self.grid[rows, columns] + pace * weights * error, -0.7, 0.7
+        )
+
+    def _fit(self, step: Step, seconds: float) -> None:
+        # A weak prior decides what steps have not varied yet: 64 requests or drafted tokens, 256
+        # sampled requests or 64 x 1024 cached tokens double an empty step.
+        base = seconds / (1.0 + (step.requests + step.drafted) / 64.0)
+        prior = base / np.array([1.0, 64.0, 256.0, 64.0, 64.0])
+        weight = 0.05 * np.diag(1.0 / np.maximum(prior, 1e-12) ** 2)
+        factor = np.linalg.cholesky(self.moments + weight)
+        target = np.linalg.solve(factor, self.products + weight @ prior)
+        self.theta, _ = nnls(factor.T, target)
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "theta": self.theta.tolist(),
+            "moments": self.moments.tolist(),
+            "products": self.products.tolist(),
+            "grid": self.grid.tolist(),
+            "seen": self.seen.tolist(),
+            "observations": self.observations,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        shapes = {name: getattr(self, name).shape for name in state if name != "observations"}
+        for name, shape in shapes.items():
+            values = np.array(state[name], dtype=np.float64)
+            if values.shape != shape or not np.isfinite(values).all():
+                raise ConfigError(
+                    f"The cost model's {name} has shape {values.shape}.",
+                    expected=f"finite numbers of shape {shape}",
+                    fix="Measure it again with `dspark profile`.",
+                )
+            setattr(self, name, values)
+        if (self.theta < 0).any() or not self.theta.any() or (self.seen < 0).any():
+            raise ConfigError(
+                "The cost model says that steps take no time.",
+                expected="coefficients that are not negative, one above 0",
+                fix="Measure it again with `dspark profile`.",
+            )
+        self.observations = int(state["observations"])
+
+
+class CostModel:
+    """Seconds of rounds and plain steps. Memory and the time of an update are constant."""
+
+    def __init__(self, *, gamma: int) -> None:
+        """Args:
+        gamma: drafted tokens a request.
+        """
+        self.gamma = gamma
+        self._round, self._plain = _Kind(gamma), _Kind(gamma)
+        #: Logarithm of how much slower the machine is now than when it was learned.
+        self._slower = 0.0
+        self._drift = 0.0
+        self._since_switch = 0
+        self._last: bool | None = None
+        self._errors: deque[float] = deque(maxlen=_ERRORS_KEPT)
+        self._curves: dict[tuple[int, int, int], TableCost] = {}
+        self._age = 0
+
+    @property
+    def observations(self) -> int:
+        """Steps learned from."""
+        return self._round.observations + self._plain.observations
+
+    @property
+    def comparable(self) -> bool:
+        """Whether both kinds of step have been seen."""
+        return self._round.known and self._plain.known
+
+    @property
+    def error(self) -> float | None:
+        """Median relative error of the last predictions, each made before its step was learned."""
+        return float(np.median(self._errors)) if self._errors else None
+
+    @property
+    def slowdown(self) -> float:
+        """How much slower steps are now than when the model was learned."""
+        return math.exp(self._slower)
+
+    def observe(self, step: Step, seconds: float) -> None:
+        """Learn from one step. Durations that are not positive and finite are ignored."""
+        if not (0.0 < seconds < math.inf) or step.requests < 1:
+            return
+        kind = self._round if step.round else self._plain
+        switched = step.round != self._last
+        self._since_switch = 0 if switched else self._since_switch + 1
+        self._last = step.round
+        if not kind.known:
+            kind.learn(step, seconds / self.slowdown, trust=1.0, fit=True)
+            return
+        expected = kind.predict(step) * self.slowdown
+        limit = math.log(_OUTLIER)
+        wrong = math.log(seconds / expected)
+        self._errors.append(abs(math.expm1(min(wrong, 10.0))))
+        wrong = min(max(wrong, -limit), limit)
+        own = self._since_switch < _AFTER_SWITCH
+        settled = abs(self._drift) < _SETTLED
+        # Right after a change of kind an error is the kind's own. Later it is the machine's, and
+        # what stays once that has been followed is how this step differs from others of its kind.
+        if not own:
+            self._drift += 0.15 * (wrong - self._drift)
+            self._slower += 0.1 * wrong
+            wrong *= 0.9
+        believed = kind.predict(step) * math.exp(wrong)
+        kind.learn(step, believed, trust=1.0 if own else _TRUST if settled else 0.0)
+        self._age += 1
+        if self._age >= _CURVE_AGE:
+            self._age = 0
+            self._curves.clear()
+
+    def plain_seconds(self, requests: int, context: int, sampled: int = 0) -> float:
+        """Seconds of a step without drafting; infinite while none has been seen."""
+        if not self._plain.known:
+            return math.inf
+        step = Step(requests, 0, context, round=False, sampled=sampled)
+        return self._plain.predict(step) * self.slowdown
+
+    def round_seconds(self, requests: int, drafted: int, context: int, sampled: int = 0) -> float:
+        """Seconds of a round, drafting included; infinite while none has been seen."""
+        if not self._round.known:
+            return math.inf
+        step = Step(requests, drafted, context, round=True, sampled=sampled)
+        return self._round.predict(step) * self.slowdown
+
+    def curve(self, requests: int, context: int, sampled: int = 0) -> TableCost:
+        """Cost of a round of some requests by the tokens in its verify forward, convex.
+
+        Early stopping must not meet a stair, and a round with more tokens is not faster.
+        """
+        key = (requests, context // 512, sampled)
+        if key not in self._curves:
+            depths = range(self.gamma + 1)
+            tokens = [requests * (1 + depth) for depth in depths]
+            if self._round.known:
+                seconds = [
+                    self.round_seconds(requests, requests * depth, context, sampled)
+                    for depth in depths
+                ]
+            else:  # nothing is known: 64 tokens double a round
+                seconds = [1.0 + count / 64.0 for count in tokens]
+            table = TableCost(tokens, np.maximum.accumulate(seconds))
+            self._curves[key] = table.smoothed() if self.gamma > 1 else table
+        return self._curves[key]
+
+    def state(self) -> dict[str, Any]:
+        """A JSON-ready copy of what was learned."""
+        return {
+            "gamma": self.gamma,
+            "slower": self._slower,
+            "round": self._round.state(),
+            "plain": self._plain.state(),
+        }
+
+    def forget(self) -> None:
+        """Start anew."""
+        self.__init__(gamma=self.gamma)  # type: ignore[misc]
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take over what :meth:`state` gave.
+
+        Raises:
+            ConfigError: another gamma, or numbers that are no cost model.
+        """
+        if state.get("gamma") != self.gamma:
+            raise ConfigError(
+                f"The cost model was measured for gamma {state.get('gamma')}.",
+                expected=f"gamma {self.gamma}",
+                fix="Measure it again with `dspark profile`.",
+            )
+        fresh = CostModel(gamma=self.gamma)
+        try:
+            for name, kind in (("round", fresh._round), ("plain", fresh._plain)):
+                kind.restore(state[name])
+            fresh._slower = float(state["slower"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError(
+                f"The cost model lacks or garbles {error}.",
+                expected="what `dspark profile` writes",
+                fix="Measure it again with `dspark profile`.",
+            ) from error
+        self.__dict__.update(fresh.__dict__)

@@ -1,0 +1,1 @@
+"""Load on real servers: several ways of serving one target, compared in paired blocks."""

@@ -1,0 +1,135 @@
+"""Paired blocks: every mode takes its turn in every block, so that drift hits all of them alike."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from dspark_loadtests.prompts import Prompt
+from dspark_sglang.demo.measure import running
+from dspark_sglang.demo.server import Server
+from dspark_sglang.load.closed_loop import Delivered, Load, run_block
+from dspark_sglang.load.modes import ModeName
+
+#: Seconds a server may take to end the requests whose connections were closed.
+_DRAIN_S = 20.0
+
+
+class Block(msgspec.Struct, frozen=True, kw_only=True):
+    """One mode's turn."""
+
+    mode: ModeName
+    number: int
+    delivered: Delivered
+    #: The plugin's counters over the block; empty where it does not run.
+    counted: dict[str, float]
+
+
+class Interval(msgspec.Struct, frozen=True, kw_only=True):
+    """A ratio of throughputs with its 95% interval over blocks."""
+
+    low: float
+    mid: float
+    high: float
+
+    def rounded(self) -> list[float]:
+        """``[low, mid, high]`` for the summary."""
+        return [round(self.low, 4), round(self.mid, 4), round(self.high, 4)]
+
+
+def _state(server: Server) -> dict[str, Any]:
+    state: dict[str, Any] = server.info()["internal_states"][0]
+    return state
+
+
+def _idle(server: Server) -> None:
+    """Wait until nothing runs any more."""
+    deadline = time.monotonic() + _DRAIN_S
+    while time.monotonic() < deadline:
+        load = _state(server).get("num_running_reqs", 0)
+        if not load:
+            return
+        time.sleep(0.2)
+
+
+def _difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, float]:
+    """What the plugin counted between two states of a server."""
+    old, new = before.get("dspark_info_record") or {}, after.get("dspark_info_record") or {}
+    if not new.get("active"):
+        length = after.get("avg_spec_accept_length")
+        return {"accept_length": float(length)} if length else {}
+    found = {
+        name: float(new[name] - old.get(name, 0))
+        for name in ("steps", "rounds", "plain_rounds", "verified_tokens", "committed_tokens")
+    }
+    for part, seconds in new["seconds"].items():
+        found[f"s_{part}"] = float(seconds - old.get("seconds", {}).get(part, 0.0))
+    rounds = max(1.0, found["rounds"])
+    found["accept_length"] = found["committed_tokens"] / rounds
+    every = max(1.0, found["rounds"] + found["plain_rounds"])
+    found["mean_budget"] = found["verified_tokens"] / every
+    found["drafting_share"] = found["rounds"] / every
+    return found
+
+
+def run_cell(
+    servers: Mapping[ModeName, Server],
+    prompts: Sequence[Prompt],
+    *,
+    concurrency: int,
+    temperature: float,
+    max_tokens: int,
+    blocks: int,
+    warm_s: float,
+    window_s: float,
+    each: Callable[[ModeName, int], None] = lambda mode, number: None,
+) -> list[Block]:
+    """Measure all servers at one concurrency and temperature; they are paused when not measured.
+
+    Args:
+        blocks: turns of each mode.
+        each: told before every turn.
+
+    Raises:
+        ServerError: a server failed.
+    """
+    names, found = list(servers), []
+    for number in range(blocks):
+        # Rotate who goes first, and give all of them the same prompts in the same order.
+        turn = names[number % len(names) :] + names[: number % len(names)]
+        load = Load(
+            concurrency=concurrency,
+            temperature=temperature,
+            max_tokens=max_tokens,
+            warm_s=warm_s,
+            window_s=window_s,
+            seed=number,
+        )
+        for name in turn:
+            each(name, number)
+            with running(servers[name]) as server:
+                before = _state(server)
+                delivered = run_block(server.url, prompts, load)
+                _idle(server)
+                counted = _difference(before, _state(server))
+            found.append(Block(mode=name, number=number, delivered=delivered, counted=counted))
+    return found
+
+
+def rates(blocks: Sequence[Block], mode: ModeName) -> np.ndarray:
+    """Tokens a second of a mode in each block, in order."""
+    own = sorted((b for b in blocks if b.mode == mode), key=lambda b: b.number)
+    return np.array([block.delivered.tok_s for block in own])
+
+
+def ratio(ours: np.ndarray, theirs: np.ndarray, *, draws: int = 4000, seed: int = 0) -> Interval:
+    """Throughput of one mode over another's, bootstrapped over their common blocks."""
+    rng = np.random.default_rng(seed)
+    chosen = rng.integers(0, len(ours), (draws, len(ours)))
+    drawn = ours[chosen].sum(axis=1) / theirs[chosen].sum(axis=1)
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    return Interval(low=float(low), mid=float(ours.sum() / theirs.sum()), high=float(high))

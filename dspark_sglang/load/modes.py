@@ -1,0 +1,64 @@
+"""The ways of serving that are compared, each a server of its own on the same target."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from dspark_sglang.demo.server import Server, serve_command
+
+ModeName = Literal["none", "fixed", "builtin_static", "dspark"]
+MODES: tuple[ModeName, ...] = ("none", "fixed", "builtin_static", "dspark")
+
+
+class Mode(NamedTuple):
+    """One way of serving."""
+
+    name: ModeName
+    #: What a reader of the results should know about it.
+    meaning: str
+    speculates: bool
+    environment: Mapping[str, str]
+
+
+_KNOWN: dict[ModeName, Mode] = {
+    "none": Mode("none", "no speculation", False, {}),
+    "fixed": Mode("fixed", "every drafted token verified", True, {"DSPARK_SCHEDULE": "all"}),
+    "builtin_static": Mode(
+        "builtin_static",
+        "SGLang's own DSPARK in its static mode, on the same CPU platform",
+        True,
+        {"DSPARK_PLUGIN": "off", "SGLANG_RAGGED_VERIFY_MODE": "static"},
+    ),
+    "dspark": Mode("dspark", "this plugin as it comes", True, {}),
+}
+
+
+def mode(name: ModeName) -> Mode:
+    """The mode of that name."""
+    return _KNOWN[name]
+
+
+def make_server(
+    chosen: Mode,
+    *,
+    target: Path,
+    drafter: Path,
+    dtype: str,
+    port: int,
+    requests: int,
+    log: Path,
+    extra: Sequence[str] = (),
+) -> Server:
+    """A server of that mode, not started yet.
+
+    Args:
+        requests: most requests that will run at once.
+        extra: more flags of SGLang.
+    """
+    flags = ("--max-running-requests", str(requests), *extra)
+    command = serve_command(
+        target, port, dtype=dtype, drafter=drafter if chosen.speculates else None, extra=flags
+    )
+    return Server(command, port=port, log=log, environment=chosen.environment)

@@ -1,0 +1,181 @@
+"""The result of a load run as one JSON object, a table and a figure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from dspark_sglang.load.compare import Block, rates, ratio
+from dspark_sglang.load.modes import MODES, ModeName
+
+#: A cell counts as "on and gaining" where drafting ran in more rounds than not, and the middle of the
+#: ratio to no speculation is above this.
+_GAIN = 1.0
+
+
+def cell_name(temperature: float, concurrency: int, dtype: str) -> str:
+    """``T1-c8`` in bfloat16, ``T1-c8-float32`` otherwise."""
+    name = f"T{temperature:g}-c{concurrency}"
+    return name if dtype == "bfloat16" else f"{name}-{dtype}"
+
+
+def summarise_cell(blocks: Sequence[Block], missing: Mapping[ModeName, str]) -> dict[str, Any]:
+    """One cell: each mode's figures, and our ratios to no speculation and to the best of the rest.
+
+    Args:
+        missing: why a mode has no blocks.
+    """
+    cell: dict[str, Any] = {}
+    for name in MODES:
+        own = [block for block in blocks if block.mode == name]
+        if not own:
+            if name in missing:
+                cell[name] = {"missing": missing[name]}
+            continue
+        speeds = rates(blocks, name)
+        entry: dict[str, Any] = {
+            "tok_s": round(float(speeds.mean()), 2),
+            "tok_s_spread": round(float(speeds.std()), 2),
+            "ttft_s": _mean([b.delivered.ttft_s for b in own]),
+            "tpot_s": _mean([b.delivered.tpot_s for b in own]),
+        }
+        for field in ("accept_length", "mean_budget", "drafting_share"):
+            values = [b.counted[field] for b in own if field in b.counted]
+            entry[field] = round(float(np.mean(values)), 4) if values else None
+        cell[name] = entry
+    if any(b.mode == "dspark" for b in blocks):
+        ours = rates(blocks, "dspark")
+        if any(b.mode == "none" for b in blocks):
+            cell["ratio_none"] = ratio(ours, rates(blocks, "none")).rounded()
+        fixed = [n for n in MODES if n != "dspark" and any(b.mode == n for b in blocks)]
+        if fixed:
+            best = max(fixed, key=lambda mode: float(rates(blocks, mode).sum()))
+            cell["best_fixed"] = best
+            cell["ratio_best_fixed"] = ratio(ours, rates(blocks, best)).rounded()
+    return cell
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return round(float(np.mean(known)), 4) if known else None
+
+
+def on_share(cells: Mapping[str, Mapping[str, Any]]) -> float:
+    """Share of cells in which ours mostly drafted and was faster than no speculation."""
+    on = [
+        cell["dspark"]["drafting_share"] > 0.5 and cell["ratio_none"][1] > _GAIN
+        for cell in cells.values()
+        if "ratio_none" in cell
+    ]
+    return round(sum(on) / len(on), 3) if on else 0.0
+
+
+def service_figures(servers: Mapping[str, Mapping[str, Any] | None]) -> dict[str, Any]:
+    """What our servers said about themselves at the end: the worst of all dtypes.
+
+    Args:
+        servers: the plugin's record of each.
+    """
+    records = [record for record in servers.values() if record]
+    spent = {
+        "ece_before": [record["ece"] for record in records],
+        "ece_after": [record["ece_served"] for record in records],
+        "profile_s": [record["profile_s"] for record in records],
+        "planner_share": [record["planner_share"] for record in records],
+        "step_error_pct": [_percent(record["step_error"]) for record in records],
+        "tau_error_pct": [_percent(record["tau_error"]) for record in records],
+    }
+    return {
+        name: max((round(value, 5) for value in values if value is not None), default=None)
+        for name, values in spent.items()
+    }
+
+
+def _percent(share: float | None) -> float | None:
+    return None if share is None else 100.0 * share
+
+
+def table(cells: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Tokens a second of every mode and our ratios."""
+    view = Table(title="Closed loop, output tokens a second")
+    view.add_column("cell")
+    for name in MODES:
+        view.add_column(name, justify="right")
+    for heading in ("over none", "over best fixed", "length", "budget", "drafting"):
+        view.add_column(heading, justify="right")
+    for label, cell in cells.items():
+        ours = cell.get("dspark", {})
+        view.add_row(
+            label,
+            *(_speed(cell.get(mode)) for mode in MODES),
+            _interval(cell.get("ratio_none")),
+            _interval(cell.get("ratio_best_fixed")),
+            *(_number(ours.get(f)) for f in ("accept_length", "mean_budget", "drafting_share")),
+        )
+    return view
+
+
+def _speed(entry: Mapping[str, Any] | None) -> str:
+    if entry is None:
+        return ""
+    return "does not run" if "missing" in entry else f"{entry['tok_s']:.1f}"
+
+
+def _interval(value: Sequence[float] | None) -> str:
+    return "" if value is None else f"{value[1]:.3f} ({value[0]:.3f} to {value[2]:.3f})"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def draw(summary: Mapping[str, Any], path: Path) -> None:
+    """Throughput relative to no speculation, and budget, against concurrency."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    series: dict[tuple[str, str], list[tuple[int, Mapping[str, Any]]]] = {}
+    for name, cell in summary["cells"].items():
+        temperature, concurrency, *rest = name.split("-")
+        key = (temperature, rest[0] if rest else "bfloat16")
+        series.setdefault(key, []).append((int(concurrency[1:]), cell))
+    figure, axes = plt.subplots(2, len(series), figsize=(4.2 * len(series), 6.4), squeeze=False,
+                                sharex=True, sharey="row", layout="constrained")  # fmt: skip
+    colours = {"fixed": "#c44e52", "builtin_static": "#8c8c8c", "dspark": "#1f6fb4"}
+    for column, ((temperature, dtype), cells) in enumerate(sorted(series.items())):
+        cells.sort(key=lambda entry: entry[0])
+        top, bottom = axes[0][column], axes[1][column]
+        at = [concurrency for concurrency, _ in cells]
+        for mode, colour in colours.items():
+            points = [
+                (c, cell[mode]["tok_s"] / cell["none"]["tok_s"], cell[mode]["mean_budget"])
+                for c, cell in cells
+                if "tok_s" in cell.get(mode, {}) and "tok_s" in cell.get("none", {})
+            ]
+            if not points:
+                continue
+            top.plot(*zip(*[p[:2] for p in points], strict=True), "o-", color=colour, label=mode)
+            budgets = [(p[0], p[2]) for p in points if p[2] is not None]
+            if budgets:
+                bottom.plot(*zip(*budgets, strict=True), "o-", color=colour, label=mode)
+        low = [c["ratio_none"][0] for _, c in cells if "ratio_none" in c]
+        high = [c["ratio_none"][2] for _, c in cells if "ratio_none" in c]
+        if len(low) == len(at):
+            top.fill_between(at, low, high, color=colours["dspark"], alpha=0.2, linewidth=0)
+        top.axhline(1.0, color="black", linewidth=0.8, linestyle=":")
+        top.set_title(f"{temperature.replace('T', 'T = ')}, {dtype}")
+        bottom.set_xlabel("concurrent requests")
+        bottom.set_xscale("log", base=2)
+        bottom.set_xticks(at, [str(c) for c in at])
+    axes[0][0].set_ylabel("throughput over no speculation")
+    axes[1][0].set_ylabel("drafted tokens verified a request")
+    axes[1][0].set_ylim(bottom=0)
+    axes[0][0].legend(frameon=False)
+    figure.savefig(path, dpi=140)
+    plt.close(figure)

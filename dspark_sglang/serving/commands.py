@@ -1,0 +1,133 @@
+"""Changing a running server: keys of our own for SGLang's ``/set_internal_state``.
+
+SGLang lets numbers through, nothing else:
+
+======================  =========================================================================
+``dspark_speculation``  -1: draft where it pays; 0: never; 1: always
+``dspark_budget``       share of the drafted tokens to verify, 0 to 1; -1: what pays
+``dspark_sts``          0: no calibration; 1: read the file again; 2: fit to what was verified
+``dspark_cost``         0: forget the step cost; 1: read the file again; 2: write it
+======================  =========================================================================
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from dspark_sglang.core.policy import Choice
+from dspark_sglang.errors import ConfigError, DSparkError
+
+logger = logging.getLogger(__name__)
+
+Apply = Callable[[], None]
+T = TypeVar("T")
+
+SPECULATION: dict[int, Choice] = {-1: "auto", 0: "off", 1: "on"}
+
+
+class Commands:
+    """The keys of one worker. Each is checked in full before anything is changed."""
+
+    def __init__(self, worker: Any) -> None:
+        self._worker = worker
+        self._known: dict[str, Callable[[float], Apply]] = {
+            "dspark_speculation": self._speculation,
+            "dspark_budget": self._budget,
+            "dspark_sts": self._sts,
+            "dspark_cost": self._cost,
+        }
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Every key."""
+        return tuple(self._known)
+
+    def prepare(self, key: str, value: float) -> Apply:
+        """What applies a value.
+
+        Raises:
+            DSparkError: the value or a file it names is of no use, or this server does not
+                schedule.
+        """
+        if not self._worker.control.adaptive:
+            raise ConfigError(
+                f"{key} was set, but this server verifies everything it drafts.",
+                expected="a server with DSPARK_SCHEDULE=adaptive and no overlap scheduling",
+                fix="Start it that way.",
+            )
+        return self._known[key](value)
+
+    def _speculation(self, value: float) -> Apply:
+        choice = _choose("dspark_speculation", value, SPECULATION)
+        return lambda: self._worker.control.choose(choice)
+
+    def _budget(self, value: float) -> Apply:
+        if value != -1 and not 0.0 <= value <= 1.0:
+            raise ConfigError(
+                f"dspark_budget is {value}.",
+                expected="a share of the drafted tokens, 0 to 1, or -1",
+                fix="0 verifies nothing, 1 everything, -1 what pays.",
+            )
+
+        def apply() -> None:
+            self._worker.control.forced = None if value == -1 else float(value)
+
+        return apply
+
+    def _sts(self, value: float) -> Apply:
+        worker = self._worker
+        plans: dict[int, Callable[[], Apply]] = {
+            0: worker.plan_no_sts, 1: worker.plan_sts_file, 2: worker.plan_sts_refit
+        }  # fmt: skip
+        return _choose("dspark_sts", value, plans)()
+
+    def _cost(self, value: float) -> Apply:
+        worker = self._worker
+        plans: dict[int, Callable[[], Apply]] = {
+            0: lambda: worker.control.cost.forget,
+            1: worker.plan_cost_file,
+            2: lambda: worker.save_cost,
+        }
+        return _choose("dspark_cost", value, plans)()
+
+
+def _choose(key: str, value: float, choices: Mapping[int, T]) -> T:
+    if value not in choices:
+        raise ConfigError(
+            f"{key} is {value}.",
+            expected=" or ".join(str(choice) for choice in choices),
+            fix="Use one of these; docs/scheduling.md says what they do.",
+        )
+    return choices[int(value)]
+
+
+def handlers(original: Callable[[Any], dict[str, Any]], controller: Any) -> dict[str, Any]:
+    """SGLang's table of keys with ours in it.
+
+    Args:
+        original: ``SchedulerInternalStateController._update_handlers``.
+        controller: its ``self``.
+    """
+    from sglang.srt.managers.scheduler_components import internal_state
+
+    known = dict(original(controller))
+    commands: Commands | None = getattr(controller.scheduler.draft_worker, "commands", None)
+    if commands is None:
+        return known
+    prepared: dict[str, Apply] = {}
+
+    def validate(key: str, value: Any) -> None:
+        try:
+            prepared[key] = commands.prepare(key, float(value))
+        except DSparkError as error:
+            raise internal_state.UpdateRejected(str(error)) from error
+
+    def apply(key: str, value: Any) -> None:
+        prepared.pop(key)()
+        logger.info("%s set to %r", key, value)
+
+    for key in commands.keys:
+        known[key] = internal_state._UpdateHandler(validate, apply)
+    return known

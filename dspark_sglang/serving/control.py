@@ -1,0 +1,311 @@
+"""What each step of the server does: whether it drafts, how deep, and how much it verifies.
+
+One object holds all that is learned in service (step cost, gain, acceptance, depth) and everything an
+operator can change while the server runs. Only the host side of scheduling is here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from dspark_sglang.core.depth import DepthCaps
+from dspark_sglang.core.policy import Choice, DraftPolicy
+from dspark_sglang.core.reliability import Reliability
+from dspark_sglang.core.schedule import (
+    History,
+    admission_order,
+    early_stop_budget,
+    global_budget,
+    lengths,
+)
+from dspark_sglang.core.steps import CostModel, Step
+from dspark_sglang.core.survival import survival
+from dspark_sglang.serving.options import RequestOptions, read_options
+
+Float64 = npt.NDArray[np.float64]
+Int64 = npt.NDArray[np.int64]
+
+#: Survival of a token that may be admitted is at least this: one that may not has 0.
+_ADMISSIBLE = 1e-300
+
+
+class StepPlan(NamedTuple):
+    """One step, decided before it drafts."""
+
+    #: ``[R]`` most drafted tokens of each request.
+    limits: Int64
+    #: Tokens to draft a request; 0: the draft forward is skipped.
+    depth: int
+    #: Verify everything that may be.
+    whole: bool = False
+    #: A step of the start-up measurement: nothing is learned from it but its cost.
+    profile: bool = False
+
+    @property
+    def draft(self) -> bool:
+        """Whether anything is drafted."""
+        return self.depth > 0
+
+    def packed(self, device: Any) -> torch.Tensor:
+        """``[3 + R]`` int64: what ranks have to agree on."""
+        head = [self.depth, int(self.whole), int(self.profile)]
+        return torch.tensor([*head, *self.limits.tolist()], device=device)
+
+    @classmethod
+    def unpacked(cls, packed: torch.Tensor) -> StepPlan:
+        """The plan that :meth:`packed` was made of."""
+        depth, whole, profile, *limits = packed.tolist()
+        return cls(np.array(limits, dtype=np.int64), depth, bool(whole), bool(profile))
+
+
+class Budgeted(NamedTuple):
+    """How much of a drafted step is verified."""
+
+    survival: Float64
+    order: Int64
+    budget: int
+
+
+class Control:
+    """Decides every step of one scheduler process."""
+
+    def __init__(self, *, gamma: int, adaptive: bool, lagged: bool = False) -> None:
+        """Args:
+        gamma: drafted tokens a request.
+        adaptive: steps are timed and scheduled; otherwise everything is drafted and verified.
+        lagged: budgets come from confidences two steps old, not from the current ones.
+        """
+        self.gamma = gamma
+        self.adaptive = adaptive
+        self.cost = CostModel(gamma=gamma)
+        self.policy = DraftPolicy()
+        self.reliability = Reliability(gamma=gamma)
+        self.depths = DepthCaps(gamma=gamma)
+        #: Share of the drafted tokens to verify whatever pays; None: what pays.
+        self.forced: float | None = None
+        self._lagged = lagged
+        self._history: History | None = None
+        self._requests: Sequence[RequestOptions] = ()
+        self._context = 0
+        self._sampled = np.zeros(0, dtype=bool)
+        self._profile_step = 0
+        self._profile_began: float | None = None
+        #: Wall seconds of the measurement at start-up, so far.
+        self.profile_seconds = 0.0
+        #: Confidence logits of the running step, from the proposer.
+        self.logits: Any = None
+        self._confidence: Float64 | None = None
+        self._budget = 0
+        #: Expected tokens of the running step.
+        self.expected = 0.0
+        self.plan = StepPlan(np.zeros(0, dtype=np.int64), gamma)
+        #: Counted over rounds that predicted: tokens expected and committed.
+        self.expected_tokens = 0.0
+        self.committed_tokens = 0
+        self.plain_steps = 0
+
+    # -- before drafting ---------------------------------------------------------------------
+
+    def begin(self, requests: Sequence[Any], context: int) -> StepPlan:
+        """Decide what a step does.
+
+        Args:
+            requests: SGLang's requests of the batch.
+            context: cached tokens of all of them.
+        """
+        options = [read_options(request) for request in requests]
+        self._requests, self._context = options, context
+        self._sampled = np.array([r.sampling_params.top_k > 1 for r in requests], dtype=bool)
+        self._confidence, self.expected, self._budget = None, float(len(options)), 0
+        limits = np.array([_limit(o, self.gamma) for o in options], dtype=np.int64)
+        self.plan = self._decide(options, limits)
+        return self.plan
+
+    def _decide(self, options: Sequence[RequestOptions], limits: Int64) -> StepPlan:
+        most = int(limits.max(initial=0))
+        if not self.adaptive:
+            return StepPlan(limits, self.gamma, whole=True)
+        if any(option.profile for option in options):
+            return self._profile(limits)
+        if not most or self.forced == 0.0:
+            return StepPlan(limits, 0)
+        decision = self.policy.decide(len(options))
+        if not decision.draft:
+            return StepPlan(limits, 0)
+        if decision.whole or self.forced is not None:
+            return StepPlan(limits, most, whole=decision.whole)
+        caps = np.array([self.depths.cap(option.workload) for option in options])
+        limits = np.minimum(limits, caps)
+        return StepPlan(limits, int(limits.max()))
+
+    def _profile(self, limits: Int64) -> StepPlan:
+        """Every second step is plain, so that both kinds meet the same machine."""
+        turn, plain = divmod(self._profile_step, 2)
+        self._profile_step += 1
+        if plain:
+            return StepPlan(limits, 0, profile=True)
+        depths = _spread(self.gamma)
+        own = np.minimum(limits, depths[turn % len(depths)])
+        return StepPlan(own, self.gamma, whole=True, profile=True)
+
+    # -- between drafting and verifying ------------------------------------------------------
+
+    def budget(
+        self,
+        confidence: Float64,
+        *,
+        slots: Int64,
+        generations: Int64,
+        pool: int,
+        buckets: Int64 | None,
+    ) -> Budgeted:
+        """How many drafted tokens to verify, and in which order they are admitted.
+
+        Args:
+            confidence: ``[R, gamma]`` calibrated.
+            slots: ``[R]`` rows of the request pool and their generations.
+            pool: rows of that pool.
+            buckets: tokens of the captured graphs, for budgets from older confidences.
+        """
+        plan, requests = self.plan, len(confidence)
+        if not plan.draft:
+            values = np.zeros((requests, self.gamma))
+            return Budgeted(values, admission_order(values), 0)
+        self._confidence = confidence
+        allowed = np.arange(self.gamma) < plan.limits[:, None]
+        values = survival(self.reliability.corrected(confidence, self._sampled))
+        # One that may not be verified ranks behind all that may.
+        values = np.where(allowed, np.maximum(values, _ADMISSIBLE), 0.0)
+        order, most = admission_order(values), int(allowed.sum())
+        if not self.adaptive:
+            return Budgeted(values, order, most)
+        curve = self.cost.curve(requests, self._context, int(self._sampled.sum()))
+        if self._lagged and self._history is None:
+            self._history = History(slots=pool, gamma=self.gamma)
+        if self._history is None:
+            paying = early_stop_budget(values, order, curve)
+        else:
+            earlier = self._history.advance(slots, generations, values)
+            paying = global_budget(earlier, curve, buckets)
+        paying = min(paying, most)
+        self._learn_depth(order, paying)
+        budget = paying
+        if plan.whole:
+            budget = most
+        elif self.forced is not None:
+            budget = min(int(self.forced * values.size), most)
+        self._budget = budget
+        admitted = values.T.reshape(-1)[order[:budget]]
+        self.expected = requests + float(admitted.sum())
+        if not plan.profile:
+            self._learn_gain(values, order, paying)
+        return Budgeted(values, order, budget)
+
+    def _learn_gain(self, values: Float64, order: Int64, paying: int) -> None:
+        """What drafting brings at the budget that pays, against not drafting."""
+        if not self.cost.comparable:
+            return
+        requests, load = len(values), (self._context, int(self._sampled.sum()))
+        tokens = requests + float(values.T.reshape(-1)[order[:paying]].sum())
+        drafting = tokens / self.cost.round_seconds(requests, paying, *load)
+        plain = requests / self.cost.plain_seconds(requests, *load)
+        self.policy.learn(requests, drafting / plain)
+
+    def _learn_depth(self, order: Int64, paying: int) -> None:
+        if self.plan.depth < self.gamma or self.plan.profile:
+            return
+        wanted = lengths(order, paying, requests=len(self._requests))
+        for workload in {option.workload for option in self._requests}:
+            own = [i for i, option in enumerate(self._requests) if option.workload == workload]
+            self.depths.learn(workload, wanted[own])
+
+    # -- after the step ----------------------------------------------------------------------
+
+    def accepted(self, lens: Int64, counts: Int64) -> None:
+        """Learn from what was accepted.
+
+        Args:
+            lens: ``[R]`` drafted tokens verified.
+            counts: ``[R]`` drafted tokens kept.
+        """
+        if not self.plan.draft:
+            self.plain_steps += 1
+            return
+        if self._confidence is None or self.plan.profile or not self.adaptive:
+            return
+        logits = np.zeros_like(self._confidence)
+        raw = self.logits.cpu().numpy()
+        logits[:, : raw.shape[1]] = raw
+        self.reliability.observe(self._confidence, logits, lens, counts, self._sampled)
+        self.expected_tokens += self.expected
+        self.committed_tokens += int(counts.sum()) + len(counts)
+
+    def finished(self, seconds: float, now: float) -> None:
+        """Learn what the step cost.
+
+        Args:
+            seconds: from its beginning to its end.
+            now: seconds of a monotonic clock.
+        """
+        if self.plan.profile:
+            if self._profile_began is None:
+                self._profile_began = now - seconds
+            self.profile_seconds = now - self._profile_began
+        if self.adaptive and self._requests:
+            count = len(self._requests)
+            sampled = int(self._sampled.sum())
+            step = Step(count, self._budget, self._context, self.plan.draft, sampled)
+            self.cost.observe(step, seconds)
+
+    # -- for people --------------------------------------------------------------------------
+
+    def choose(self, choice: Choice) -> None:
+        """Draft always, never, or where it pays."""
+        self.policy.choice = choice
+
+    def snapshot(self) -> dict[str, Any]:
+        """JSON-ready numbers for ``/server_info`` and metrics."""
+        requests = max(1, len(self._requests))
+        expected = self.expected_tokens
+        return {
+            "speculation": self.policy.choice,
+            "drafting": self.policy.drafting(requests) if self.adaptive else True,
+            "gain": round(self.policy.gain(requests), 4),
+            "switches": self.policy.switches,
+            "plain_steps": self.plain_steps,
+            "forced_budget": self.forced,
+            "depth_caps": self.depths.caps(),
+            "step_error": self.cost.error,
+            "slowdown": round(self.cost.slowdown, 4),
+            "observations": self.cost.observations,
+            "expected_tokens": round(expected, 2),
+            "observed_tokens": self.committed_tokens,
+            "tau_error": None if not expected else abs(self.committed_tokens / expected - 1.0),
+            "ece": self.reliability.error(),
+            "ece_served": self.reliability.served_error(),
+            "ece_by_position": self.reliability.errors().round(4).tolist(),
+            "drift_alarm": bool(self.reliability.alarms.any()),
+        }
+
+    def clear(self) -> None:
+        """Start counting again; what was learned stays."""
+        self.expected_tokens, self.committed_tokens, self.plain_steps = 0.0, 0, 0
+
+
+def _limit(options: RequestOptions, gamma: int) -> int:
+    return gamma if options.max_draft_tokens is None else min(options.max_draft_tokens, gamma)
+
+
+def _spread(gamma: int) -> list[int]:
+    """Depths 0 to gamma, far ones next to each other."""
+    order: list[int] = []
+    low, high = 0, gamma
+    while low <= high:
+        order += [high, low] if low < high else [low]
+        low, high = low + 1, high - 1
+    return order

@@ -1,0 +1,142 @@
+"""Where a measured step cost is kept, and what it is valid for."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+
+from dspark_sglang import __version__
+from dspark_sglang.artifacts import SCHEMA_VERSION, Provenance, write_json
+from dspark_sglang.config import Settings
+from dspark_sglang.core.steps import CostModel
+from dspark_sglang.errors import ArtifactError, ConfigError
+from dspark_sglang.provenance import machine, provenance
+
+logger = logging.getLogger(__name__)
+
+_FIX = "Measure it again with `dspark profile`, or unset DSPARK_COST."
+
+
+class CostArtifact(msgspec.Struct, frozen=True, kw_only=True, tag="cost", tag_field="kind"):
+    """A measured step cost and everything it depends on."""
+
+    schema_version: int
+    #: Two servers with the same fingerprint have the same step cost.
+    fingerprint: dict[str, str]
+    model: dict[str, Any]
+    #: Wall seconds the measurement at start-up took.
+    seconds: float | None = None
+    provenance: Provenance
+
+
+def device_name(device: torch.device, threads: int) -> str:
+    """The device steps run on, as fingerprints name it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{machine()}, {threads} threads"
+
+
+def fingerprint(
+    *, target: str, drafter_sha256: str, drafter: str, **others: object
+) -> dict[str, str]:
+    """What a step's cost depends on, as text.
+
+    Args:
+        target, drafter: directories or names; a local target is known by its configuration and
+            the size of its weights.
+        others: device, dtype, ranks, backend and the like.
+    """
+    known = {name: str(value) for name, value in others.items()}
+    return {
+        "plugin": __version__,
+        "target": _model(Path(target)),
+        "drafter": drafter_sha256 or drafter,
+        **known,
+    }
+
+
+def _model(path: Path) -> str:
+    config = path / "config.json"
+    if not config.is_file():
+        return str(path)
+    size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+    return f"{hashlib.sha256(config.read_bytes()).hexdigest()[:16]}-{size}"
+
+
+def place(settings: Settings, wanted: dict[str, str]) -> Path:
+    """Where the cost of that fingerprint is cached."""
+    key = hashlib.sha256(msgspec.json.encode(wanted, order="sorted")).hexdigest()[:16]
+    return settings.cache_path / "cost" / f"{key}.json"
+
+
+def load(path: Path, wanted: dict[str, str], model: CostModel) -> CostArtifact:
+    """Take over the cost in ``path``.
+
+    Returns:
+        What was read.
+
+    Raises:
+        ArtifactError: missing, damaged, edited into nonsense, or of another fingerprint.
+    """
+    expected = "a cost file of this plugin"
+    try:
+        found = msgspec.json.decode(path.read_bytes(), type=CostArtifact)
+    except (OSError, msgspec.DecodeError) as error:
+        raise ArtifactError(
+            f"{path} cannot be read: {error}.", expected=expected, fix=_FIX
+        ) from error
+    if found.schema_version != SCHEMA_VERSION:
+        raise ArtifactError(
+            f"{path} has schema_version {found.schema_version}.",
+            expected=str(SCHEMA_VERSION),
+            fix=_FIX,
+        )
+    names = sorted(found.fingerprint.keys() | wanted.keys())
+    other = [name for name in names if found.fingerprint.get(name) != wanted.get(name)]
+    if other:
+        name = other[0]
+        raise ArtifactError(
+            f"{path} was measured with another {', '.join(other)} "
+            f"({name}: {found.fingerprint.get(name)}).",
+            expected=f"{name}: {wanted.get(name)}",
+            fix=_FIX,
+        )
+    try:
+        model.restore(found.model)
+    except ConfigError as error:
+        raise ArtifactError(f"{path}: {error}", expected=expected, fix=_FIX) from error
+    return found
+
+
+def load_cached(path: Path, wanted: dict[str, str], model: CostModel) -> CostArtifact | None:
+    """Take over a cached cost if there is a sound one; a bad one is as good as none."""
+    if not path.is_file():
+        return None
+    try:
+        return load(path, wanted, model)
+    except ArtifactError as error:
+        logger.warning("%s It will be measured again.", error)
+        return None
+
+
+def save(
+    path: Path, wanted: dict[str, str], model: CostModel, *, seconds: float | None = None
+) -> None:
+    """Write the cost, all or nothing.
+
+    Args:
+        seconds: that measuring it took, where it was measured at start-up.
+    """
+    artifact = CostArtifact(
+        schema_version=SCHEMA_VERSION,
+        fingerprint=wanted,
+        model=model.state(),
+        seconds=seconds,
+        provenance=provenance(["dspark", "profile"], data=f"{model.observations} steps"),
+    )
+    write_json(path, artifact)

@@ -17,8 +17,8 @@ from dspark_sglang.errors import ConfigError
 
 
 def calibrate(
-    target: Annotated[Path, typer.Option(help="The target's directory.")],
-    drafter: Annotated[Path, typer.Option(help="The drafter's directory.")],
+    target: Annotated[Path | None, typer.Option(help="The target's directory.")] = None,
+    drafter: Annotated[Path | None, typer.Option(help="The drafter's directory.")] = None,
     prompts: Annotated[
         Path | None,
         typer.Option(help="Prompts file. Default: packaged ones that no benchmark uses."),
@@ -28,8 +28,26 @@ def calibrate(
     ] = None,
     max_tokens: Annotated[int, typer.Option(min=16, help="Tokens of each answer.")] = 96,
     seed: Annotated[int, typer.Option(help="Seed of the target's answers.")] = 0,
+    url: Annotated[
+        str,
+        typer.Option(help="A running server: fit to what it verified lately, and serve with that."),
+    ] = "",
 ) -> None:
-    """Fit STS on half of the prompts and report calibration on the other half."""
+    """Fit STS on half of the prompts and report calibration on the other half.
+
+    With --url to what a running server verified instead; --out then keeps the fit for the next start.
+    """
+    if url:
+        from dspark_sglang.evaluation.refit import refit
+
+        refit(url, out)
+        return
+    if target is None or drafter is None:
+        raise ConfigError(
+            "calibrate was given no models.",
+            expected="--target and --drafter, or --url of a running server",
+            fix="Pass them.",
+        )
     from dspark_sglang.core.draft import cpu_shortlist
     from dspark_sglang.core.sts import fit_sts, survival_errors
     from dspark_sglang.evaluation import standalone

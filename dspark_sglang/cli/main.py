@@ -22,6 +22,7 @@ from dspark_sglang.cli import (
     generate_data,
     lossless,
     package,
+    profile,
     train,
 )
 from dspark_sglang.errors import DSparkError
@@ -62,6 +63,7 @@ app.command("ablate")(ablate.ablate)
 app.command("eval")(evaluate.evaluate)
 app.command("lossless")(lossless.lossless)
 app.command("calibrate")(calibrate.calibrate)
+app.command("profile")(profile.profile)
 app.command("package")(package.package)
 app.command("card")(package.card)
 app.command("verify")(package.verify)

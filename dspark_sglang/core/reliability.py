@@ -133,6 +133,11 @@ class Reliability:
         found: Float64 = np.clip(confidence + shift[kind, column, _bin(confidence)], 0.0, 1.0)
         return found
 
+    def table(self) -> dict[str, list[list[list[float]]]]:
+        """JSON-ready counts by kind of request, position and bin: seen, predicted and kept."""
+        known = {"seen": self._seen, "predicted": self._predicted, "kept": self._kept}
+        return {name: values.round(3).tolist() for name, values in known.items()}
+
     @property
     def blocks(self) -> Blocks:
         """The blocks kept for a new fit."""

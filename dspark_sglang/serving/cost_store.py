@@ -5,33 +5,21 @@ from __future__ import annotations
 import hashlib
 import logging
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import torch
 
 from dspark_sglang import __version__
-from dspark_sglang.artifacts import SCHEMA_VERSION, Provenance, write_json
+from dspark_sglang.artifacts import SCHEMA_VERSION, write_json
 from dspark_sglang.config import Settings
 from dspark_sglang.core.steps import CostModel
 from dspark_sglang.errors import ArtifactError, ConfigError
 from dspark_sglang.provenance import machine, provenance
+from dspark_sglang.serving.cost_file import CostArtifact
 
 logger = logging.getLogger(__name__)
 
 _FIX = "Measure it again with `dspark profile`, or unset DSPARK_COST."
-
-
-class CostArtifact(msgspec.Struct, frozen=True, kw_only=True, tag="cost", tag_field="kind"):
-    """A measured step cost and everything it depends on."""
-
-    schema_version: int
-    #: Two servers with the same fingerprint have the same step cost.
-    fingerprint: dict[str, str]
-    model: dict[str, Any]
-    #: Wall seconds the measurement at start-up took.
-    seconds: float | None = None
-    provenance: Provenance
 
 
 def device_name(device: torch.device, threads: int) -> str:

@@ -85,6 +85,8 @@ class DSparkWorker(DSparkWorkerV2):
         if not self._hosts_draft:
             return
         self._settings = settings = read_settings()
+        #: Requests of the last step.
+        self._running: list[str] = []
         self.telemetry = Telemetry(gamma=self.gamma)
         # Under overlap the host only launches a round and cannot time it: verify everything.
         times_rounds = bool(get_schedule().disable_overlap_schedule)
@@ -271,8 +273,6 @@ class DSparkWorker(DSparkWorkerV2):
             ArtifactError: the file named by ``DSPARK_COST`` is damaged or of something else.
         """
         self._ranks = get_parallel().tp_size
-        #: Requests of the last step.
-        self._running: list[str] = []
         self.cost_path: Path | None = None
         self.cost_fingerprint: dict[str, str] = {}
         self.cost_source = "off"
@@ -387,6 +387,8 @@ class DSparkWorker(DSparkWorkerV2):
             "schedule": self._schedule,
             "verification": self._verification,
             "temperatures": self._ops.temperatures,
+            "drafter_sha256": self.drafter_sha256,
+            "reliability": self.control.reliability.table(),
             "cost_source": self.cost_source,
             "profile_s": self.profile_s,
             **self.telemetry.snapshot(),

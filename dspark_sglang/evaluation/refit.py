@@ -1,0 +1,113 @@
+"""Fitting STS to what a running server verified, without stopping it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from dspark_sglang.artifacts import SCHEMA_VERSION, STSArtifact, write_json
+from dspark_sglang.errors import ServerError
+from dspark_sglang.provenance import provenance
+
+_KINDS = ("greedy", "sampled")
+
+
+def _record(url: str) -> dict[str, Any]:
+    try:
+        states = httpx.get(f"{url}/server_info", timeout=60.0).json()["internal_states"]
+        record: dict[str, Any] = states[0]["dspark_info_record"]
+        if not record["active"]:
+            raise KeyError("active")
+    except (httpx.HTTPError, ValueError, KeyError, IndexError, TypeError) as error:
+        raise ServerError(
+            f"{url}/server_info tells nothing of DSPARK: {error!r}.",
+            expected="a server that runs this plugin",
+            fix="Check the address; `dspark doctor` says what a machine runs.",
+        ) from error
+    return record
+
+
+def refit(url: str, out: Path | None) -> None:
+    """Let the server fit and use new temperatures; keep them in ``out`` if given.
+
+    Raises:
+        ServerError: it cannot be reached, or has verified too little since its last fit.
+    """
+    console = Console()
+    before = _record(url)
+    body = {"server_args": {"dspark_sts": 2}}
+    answer = httpx.post(f"{url}/set_internal_state", json=body, timeout=60.0)
+    if answer.status_code != 200 or not all(answer.json()):
+        raise ServerError(
+            "The server made no new fit.",
+            expected="at least 256 verified blocks since the last one, and adaptive scheduling",
+            fix="Wait for more requests; the reason is in the server's log.",
+        )
+    after = _record(url)
+    view = Table(title="STS temperatures")
+    for heading in ("position", "before", "after"):
+        view.add_column(heading, justify="right")
+    for place, pair in enumerate(zip(before["temperatures"], after["temperatures"], strict=True)):
+        view.add_row(str(place + 1), *(f"{value:.3f}" for value in pair))
+    console.print(view)
+    console.print(f"The server runs with it now ({after['sts']}).")
+    if out is None:
+        return
+    write_json(
+        out,
+        STSArtifact(
+            schema_version=SCHEMA_VERSION,
+            gamma=after["gamma"],
+            temperatures=after["temperatures"],
+            drafter_sha256=after["drafter_sha256"] or "",
+            target="as served",
+            ece_before=before["ece"],
+            provenance=provenance(["dspark", "calibrate", "--url", url], data=after["sts"]),
+        ),
+    )
+    plot = out.with_suffix(".png")
+    draw(before["reliability"], plot)
+    console.print(f"Written: {out}, {plot} (reliability before the fit)")
+
+
+def draw(table: Mapping[str, Any], path: Path) -> None:
+    """Observed against predicted acceptance of each position, as a server counted them.
+
+    Args:
+        table: :meth:`dspark_sglang.core.reliability.Reliability.table`.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    seen, predicted, kept = (np.array(table[name]) for name in ("seen", "predicted", "kept"))
+    gamma = seen.shape[1]
+    figure, axes = plt.subplots(
+        1, gamma, figsize=(2.5 * gamma, 2.9), sharey=True, layout="constrained", squeeze=False
+    )
+    for place, axis in enumerate(axes[0]):
+        axis.plot([0, 1], [0, 1], ":", color="black", linewidth=0.8)
+        for kind, colour in zip(range(2), ("#c44e52", "#1f6fb4"), strict=True):
+            enough = seen[kind, place] >= 5.0
+            if enough.any():
+                axis.scatter(
+                    predicted[kind, place][enough] / seen[kind, place][enough],
+                    kept[kind, place][enough] / seen[kind, place][enough],
+                    s=4.0 + 60.0 * seen[kind, place][enough] / seen[kind, place].max(),
+                    color=colour,
+                    alpha=0.7,
+                    label=_KINDS[kind],
+                )
+        axis.set_title(f"position {place + 1}", fontsize=9)
+        axis.set_xlabel("confidence")
+    axes[0][0].set_ylabel("accepted")
+    axes[0][0].legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=140)
+    plt.close(figure)

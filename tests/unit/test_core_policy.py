@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from dspark_sglang.core.policy import HYSTERESIS, PROBE_ROUNDS, DraftPolicy
 
-
 #: Plain steps between two probes, at most.
 LONGEST_WAIT = 160
 

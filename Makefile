@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.dspark-installed
 SOURCES := dspark_sglang kernels packaging loadtests tests requirements
 
-.PHONY: help install demo test test-unit test-server lint format typecheck bench bench-kernels lossless gpu lock wheel clean
+.PHONY: help install demo test test-unit test-server lint format typecheck bench bench-kernels bench-load bench-load-full lossless gpu lock wheel clean
 
 help:  ## Show what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -47,6 +47,12 @@ bench: install  ## Measure a round against a plain step, and where its time goes
 
 bench-kernels: install  ## Count what the kernels cost, next to floor and builtin; time them on a GPU
 	$(BIN)/dspark bench-kernels
+
+bench-load: install  ## Keep servers under load, four ways of serving in turn (about half an hour)
+	$(BIN)/dspark bench-load
+
+bench-load-full: install  ## The same at six concurrencies, twice as many turns
+	$(BIN)/dspark bench-load --concurrency 1,2,4,8,16,32 --blocks 6
 
 lossless: install  ## Prove through the real server that the output law is plain decoding's
 	$(BIN)/dspark lossless

@@ -8,6 +8,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
+import httpx
+import msgspec
 import typer
 from rich.console import Console
 from rich.progress import (
@@ -22,12 +24,12 @@ from rich.progress import (
 from dspark_loadtests.prompts import Prompt, load_prompts
 from dspark_sglang import targets
 from dspark_sglang.artifacts import write_bytes
+from dspark_sglang.checkpoint import weights_digest
 from dspark_sglang.cli.demo import DRAFTER
 from dspark_sglang.demo import report
-from dspark_sglang.demo.measure import running
+from dspark_sglang.demo.measure import running, stream_text
 from dspark_sglang.demo.server import Server, free_ports
 from dspark_sglang.errors import ConfigError, ServerError
-from dspark_sglang.load.closed_loop import Load, run_block
 from dspark_sglang.load.compare import run_cell
 from dspark_sglang.load.modes import MODES, ModeName, make_server, mode
 from dspark_sglang.load.summary import (
@@ -115,19 +117,21 @@ def _start(
 def _try(
     servers: dict[ModeName, Server], prompts: list[Prompt], temperature: float
 ) -> dict[ModeName, str]:
-    """Which servers cannot answer at this temperature, and why."""
+    """Which servers cannot answer at this temperature, and why.
+
+    Raises:
+        ServerError: one that must.
+    """
     missing: dict[ModeName, str] = {}
-    load = Load(
-        concurrency=2, temperature=temperature, max_tokens=16, warm_s=0.5, window_s=4.0, seed=0
-    )
     for name, server in servers.items():
         try:
-            with running(server):
-                run_block(server.url, prompts, load)
+            with running(server), httpx.Client(timeout=120.0) as client:
+                stream_text(client, server, prompts[0], max_tokens=16, temperature=temperature)
         except ServerError:
             if name != "builtin_static":
                 raise
             missing[name] = server.reason()
+            server.stop()
     return missing
 
 
@@ -141,10 +145,13 @@ def bench_load(
     temperatures: Annotated[str, typer.Option(help="Temperatures.")] = "0,1",
     dtypes: Annotated[str, typer.Option(help="bfloat16, float32.")] = "bfloat16,float32",
     modes: Annotated[str, typer.Option(help="What is compared.")] = ",".join(MODES),
-    blocks: Annotated[int, typer.Option(min=2, help="Turns of each mode in a cell.")] = 4,
-    warm_s: Annotated[float, typer.Option(min=0.0, help="Seconds before a window.")] = 4.0,
-    window_s: Annotated[float, typer.Option(min=1.0, help="Seconds of a window.")] = 12.0,
+    blocks: Annotated[int, typer.Option(min=2, help="Turns of each mode in a cell.")] = 3,
+    warm_s: Annotated[float, typer.Option(min=0.0, help="Seconds before a window.")] = 2.5,
+    window_s: Annotated[float, typer.Option(min=1.0, help="Seconds of a window.")] = 7.0,
     max_tokens: Annotated[int, typer.Option(min=8, help="Tokens of each answer.")] = 96,
+    resume: Annotated[
+        bool, typer.Option(help="Keep the cells that an earlier run of the same setting finished.")
+    ] = False,
 ) -> None:
     """Keep a real server under load in paired blocks, each way of serving in turn."""
     console = Console()
@@ -162,6 +169,8 @@ def bench_load(
         max_tokens=max_tokens,
     )
     run.command = _command(locals())
+    if resume:
+        run.cells = _finished(out, run.setting())
     for dtype in _names(dtypes, "--dtypes", ("bfloat16", "float32")):
         run.measure(dtype)
     summary = run.write()
@@ -210,6 +219,8 @@ class _Run:
             turns = len(self.temperatures) * len(self.concurrency) * self.blocks * len(servers)
             task = bar.add_task(dtype, total=turns)
             for heat in self.temperatures:
+                if all(cell_name(heat, c, dtype) in self.cells for c in self.concurrency):
+                    continue
                 able = {name: own for name, own in servers.items() if name not in missing}
                 missing |= _try(able, prompts, heat)
                 able = {name: own for name, own in servers.items() if name not in missing}
@@ -229,6 +240,9 @@ class _Run:
     ) -> None:
         (heat, users, dtype), (bar, task) = cell, shown
         name = cell_name(heat, users, dtype)
+        if name in self.cells:
+            bar.update(task, advance=self.blocks * len(servers))
+            return
         found = run_cell(
             servers,
             prompts,
@@ -245,6 +259,19 @@ class _Run:
         self.cells[name] = summarise_cell(found, missing)
         self.write()
 
+    def setting(self) -> dict[str, Any]:
+        """What cells of one summary have in common."""
+        return {
+            "drafter_sha256": weights_digest(self.drafter),
+            "modes": self.modes,
+            "blocks": self.blocks,
+            "warm_s": self.warm_s,
+            "window_s": self.window_s,
+            "max_tokens": self.max_tokens,
+            "machine": machine(),
+            "versions": versions(),
+        }
+
     def write(self) -> dict[str, Any]:
         """What is known so far; a run that is cut off leaves its finished cells."""
         summary = {
@@ -253,12 +280,35 @@ class _Run:
             "on_share": on_share(self.cells),
             **service_figures(self.about),
             "server": self.about,
-            "machine": machine(),
-            "versions": versions(),
+            **self.setting(),
             "command": self.command,
         }
         write_bytes(self.out / "summary.json", report.dumps(summary))
         return summary
+
+
+def _finished(out: Path, setting: dict[str, Any]) -> dict[str, Any]:
+    """Cells of an earlier run with the same setting.
+
+    Raises:
+        ConfigError: the summary there is of another setting, or damaged.
+    """
+    path = out / "summary.json"
+    if not path.is_file():
+        return {}
+    try:
+        known = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+        other = [name for name, value in setting.items() if known.get(name) != value]
+        cells: dict[str, Any] = known["cells"]
+    except (msgspec.DecodeError, KeyError) as error:
+        other, cells = [repr(error)], {}
+    if other:
+        raise ConfigError(
+            f"{path} was measured with another {', '.join(other)}.",
+            expected="the same setting",
+            fix="Leave --resume out, or choose another --out.",
+        )
+    return cells
 
 
 def _command(given: dict[str, Any]) -> str:

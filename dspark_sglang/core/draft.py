@@ -14,9 +14,9 @@ from dspark_sglang.core.seeded import Noise, seeded_draw
 #: Candidates a position in serving: the Markov stage reads this many rows of W2, not all.
 SHORTLIST = 128
 #: Tokens of largest bias after each token that our kernels draft from beside those, whatever their
-#: base logits. With them, and the other tokens at their base logits, sampled requests lose 0.6% of
+#: base logits. With them, and the other tokens at their base logits, sampled requests lose 1% of
 #: the accepted length instead of 7.5% (docs/kernels.md).
-FOLLOWING = 64
+FOLLOWING = 128
 #: A draft vocabulary up to here is drafted from whole: on a CPU, finding candidates takes longer.
 WHOLE_VOCABULARY = 16384
 #: Candidates on a CPU where some request samples. A small target's law at temperature 1 has a long tail, and what

@@ -34,7 +34,7 @@ from dspark_kernels.support.report import Build, Case, Example
 
 #: M, K, and rows that kernels are compiled for.
 SIZE = 128
-FOLLOW = 64
+FOLLOW = 128
 ROWS = 64
 BF16 = 2
 #: Candidates of a span, about: the columns above a bound that depends on the logits, M at least.

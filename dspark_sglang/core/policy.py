@@ -19,8 +19,9 @@ HYSTERESIS = 0.02
 PROBE_ROUNDS, OVERHEAD = 3, 0.005
 #: Fewest and most plain steps between probes: a changed workload must be noticed.
 _NEAREST, _FARTHEST = 24, 160
-#: Rounds between looks at what plain steps cost, and at blocks that are verified whole.
-_PLAIN_EVERY, _WHOLE_EVERY = 256, 128
+#: Rounds before the first look at what plain steps cost and, each time twice as many, between later
+#: ones at most; rounds between blocks that are verified whole.
+_FIRST_LOOK, _PLAIN_EVERY, _WHOLE_EVERY = 12, 256, 128
 #: Weight of the newest gain.
 _RATE = 0.08
 
@@ -44,6 +45,8 @@ class _State:
         #: Steps since drafting was last looked at the other way, and of that look still to come.
         self.since = 0
         self.probing = 0
+        #: Rounds until the next look at plain steps.
+        self.wait = _FIRST_LOOK
 
 
 class DraftPolicy:
@@ -83,8 +86,9 @@ class DraftPolicy:
             state.probing -= 1
             return Decision(not state.drafting, whole=False)
         if state.drafting:
-            if state.since >= _PLAIN_EVERY:
+            if state.since >= state.wait:
                 state.since, state.probing = 0, PROBE_ROUNDS - 1
+                state.wait = min(2 * state.wait, _PLAIN_EVERY)
                 return Decision(False)
             return Decision(True, whole=state.since % _WHOLE_EVERY == _WHOLE_EVERY // 2)
         loss = max(HYSTERESIS, 1.0 - math.exp(state.gain))
@@ -112,4 +116,5 @@ class DraftPolicy:
         if wanted != state.drafting:
             state.drafting = wanted
             state.since = state.probing = 0
+            state.wait = _FIRST_LOOK
             self.switches += 1

@@ -104,7 +104,7 @@ class _Kind:
             self._fit(step, seconds)
         rows, columns, weights = self._nodes(step)
         new = self.seen[rows, columns] < 1.0
-        pace = np.where(new, 0.5, 0.15 * trust)
+        pace = np.where(new, 0.5, 0.3 * trust)
         self.seen[rows, columns] += weights
         error = math.log(seconds / self.predict(step))
         self.grid[rows, columns] = np.clip(

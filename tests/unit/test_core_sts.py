@@ -84,3 +84,61 @@ def test_temperatures_leave_the_ranking_of_a_position_alone(
     scaled = area_under_curve(sigmoid(logits[:, 0] / 3.0), outcomes[:, 0])
     assert plain == pytest.approx(scaled, abs=1e-6)
     assert plain > 0.7
+
+
+# --- blocks of which only a part was verified --------------------------------------------------
+
+
+def test_all_verified_is_the_same_as_no_mask(blocks: tuple[np.ndarray, np.ndarray]) -> None:
+    logits, outcomes = (part[:8000] for part in blocks)
+    found = fit_sts(logits, outcomes, verified=np.ones(logits.shape, dtype=bool))
+    wanted = fit_sts(logits, outcomes)
+    for one, other in zip(found, wanted, strict=True):
+        assert one.tolist() == other.tolist()
+
+
+def censored(
+    logits: np.ndarray, outcomes: np.ndarray, lens: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Outcomes as service sees them, 0 after the last token verified, and which were verified."""
+    verified = np.arange(logits.shape[1]) < lens[:, None]
+    return outcomes * verified, verified
+
+
+@pytest.mark.parametrize("lens", ["random", "by confidence"])
+def test_censored_blocks_give_the_true_temperatures(
+    blocks: tuple[np.ndarray, np.ndarray], lens: str
+) -> None:
+    logits, outcomes = blocks
+    if lens == "random":
+        chosen = np.random.default_rng(4).integers(0, 4, len(logits))
+    else:  # a scheduler verifies what it is confident of
+        chosen = (np.cumprod(sigmoid(logits / TRUE), axis=1) > 0.25).sum(axis=1)
+    seen, verified = censored(logits, outcomes, chosen)
+    fit = fit_sts(logits, seen, verified=verified)
+    assert fit.temperatures == pytest.approx(TRUE, rel=0.3)
+    assert fit.after.mean() < 0.01 < fit.before.mean()
+    # Taken for rejections, the others would spoil it.
+    assert fit_sts(logits, seen).after.mean() > 3 * fit.after.mean()
+
+
+def test_what_was_not_verified_is_not_read(blocks: tuple[np.ndarray, np.ndarray]) -> None:
+    logits, outcomes = (part[:8000] for part in blocks)
+    lens = np.random.default_rng(5).integers(0, 4, len(logits))
+    seen, verified = censored(logits, outcomes, lens)
+    one = fit_sts(logits, seen, verified=verified)
+    other = fit_sts(np.where(verified, logits, 99.0), np.where(verified, seen, 1.0),
+                    verified=verified)  # fmt: skip
+    assert one.temperatures.tolist() == other.temperatures.tolist()
+    assert one.after.tolist() == other.after.tolist()
+
+
+@pytest.mark.xfail(strict=True, reason="of equal errors the sharpest temperature is taken")
+def test_a_position_that_was_never_verified_keeps_its_scale(
+    blocks: tuple[np.ndarray, np.ndarray],
+) -> None:
+    logits, outcomes = (part[:4000] for part in blocks)
+    seen, verified = censored(logits, outcomes, np.full(4000, 2))
+    fit = fit_sts(logits, seen, verified=verified)
+    assert fit.temperatures[2] == pytest.approx(1.0, rel=0.05)
+    assert fit.after[2] == fit.before[2] == 0.0

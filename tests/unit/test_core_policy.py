@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -107,7 +108,11 @@ def test_around_nothing_to_gain_nothing_changes(started: float) -> None:
 def test_who_drafts_looks_at_plain_steps_and_at_whole_blocks_now_and_then() -> None:
     run = serve(DraftPolicy(), [1.5] * 2560)
     plain = [i for i, drafted in enumerate(run.drafted) if not drafted]
-    assert 8 * PROBE_ROUNDS <= len(plain) <= 11 * PROBE_ROUNDS
+    assert 10 * PROBE_ROUNDS <= len(plain) <= 15 * PROBE_ROUNDS
+    assert plain[0] < 20  # soon after drafting starts, then ever more seldom
+    looks = plain[::PROBE_ROUNDS]
+    assert np.diff(looks).tolist() == sorted(np.diff(looks).tolist())
+    assert looks[-1] - looks[-2] > 250
     # They come together: the cost model learns most right after a change of kind.
     assert plain[1:3] == [plain[0] + 1, plain[0] + 2]
     assert 2560 // 128 - 2 <= run.whole <= 2560 // 128 + 1

@@ -175,7 +175,7 @@ def test_one_stall_moves_predictions_a_little_and_is_forgotten(
     model.observe(step, 10 * stairs(step))
     for kind in (True, False):
         moved = ratios(model, drafts=kind) / ratios(learned, drafts=kind)
-        assert moved.min() > 0.75 and moved.max() < 1.35
+        assert moved.min() > 0.75 and moved.max() < 1.6  # a third of the stall, at most
     learn(model, 300, seed=seed + 50)
     assert np.median(np.abs(ratios(model, drafts=drafts) - 1)) < 0.06
 

@@ -18,10 +18,10 @@ HYSTERESIS = 0.02
 #: Rounds of a probe, and the share of time that probing may cost.
 PROBE_ROUNDS, OVERHEAD = 3, 0.005
 #: Fewest and most plain steps between probes: a changed workload must be noticed.
-_NEAREST, _FARTHEST = 24, 160
+_NEAREST, _FARTHEST, _EXTREME = 24, 160, 960
 #: Rounds before the first look at what plain steps cost and, each time twice as many, between later
 #: ones at most; rounds between blocks that are verified whole.
-_FIRST_LOOK, _PLAIN_EVERY, _WHOLE_EVERY = 12, 256, 128
+_FIRST_LOOK, _PLAIN_EVERY, _WHOLE_EVERY = 12, 256, 96
 #: Weight of the newest gain.
 _RATE = 0.08
 
@@ -45,6 +45,8 @@ class _State:
         #: Steps since drafting was last looked at the other way, and of that look still to come.
         self.since = 0
         self.probing = 0
+        #: How long a round lasts in plain steps.
+        self.length = 1.5
         #: Rounds until the next look at plain steps.
         self.wait = _FIRST_LOOK
 
@@ -84,32 +86,43 @@ class DraftPolicy:
         state.since += 1
         if state.probing:
             state.probing -= 1
-            return Decision(not state.drafting, whole=False)
+            return Decision(not state.drafting)
         if state.drafting:
             if state.since >= state.wait:
                 state.since, state.probing = 0, PROBE_ROUNDS - 1
                 state.wait = min(2 * state.wait, _PLAIN_EVERY)
                 return Decision(False)
             return Decision(True, whole=state.since % _WHOLE_EVERY == _WHOLE_EVERY // 2)
-        loss = max(HYSTERESIS, 1.0 - math.exp(state.gain))
-        wait = min(max(PROBE_ROUNDS * loss / OVERHEAD, _NEAREST), _FARTHEST)
-        if state.since >= wait:
+        if state.since >= self._pause(state):
             state.since, state.probing = 0, PROBE_ROUNDS - 1
-            return Decision(True)
+            # In full: what the last workload taught about depth and confidence may be over.
+            return Decision(True, whole=True)
         return Decision(False)
 
-    def learn(self, requests: int, gain: float) -> None:
+    @staticmethod
+    def _pause(state: _State) -> float:
+        """Plain steps until the next probe."""
+        loss = max(HYSTERESIS, 1.0 - math.exp(state.gain))
+        bill = PROBE_ROUNDS * state.length * loss
+        # Far apart at most where that keeps to a bill of a few times what is meant.
+        return max(
+            _NEAREST, min(bill / OVERHEAD, max(_FARTHEST, bill / (3.0 * OVERHEAD)), _EXTREME)
+        )
+
+    def learn(self, requests: int, gain: float, length: float = 1.5) -> None:
         """Take in the gain of a round: throughput with drafting over without, as predicted.
 
         Args:
             gain: positive and finite; anything else is ignored.
+            length: seconds of the round over those of a plain step.
         """
-        if not 0.0 < gain < math.inf:
+        if not (0.0 < gain < math.inf and 0.0 < length < math.inf):
             return
         state = self._state(requests)
         state.rounds += 1
         rate = max(_RATE, 1.0 / state.rounds) if state.drafting else max(0.3, 1.0 / state.rounds)
         state.gain += rate * (math.log(gain) - state.gain)
+        state.length += rate * (length - state.length)
         if state.rounds < PROBE_ROUNDS:
             return
         wanted = state.gain > (-HYSTERESIS if state.drafting else HYSTERESIS)

@@ -25,7 +25,7 @@ ENOUGH, ALARM = 300.0, 0.10
 #: Below this share of it the alarm is taken back.
 _RELIEF = 0.6
 #: Observations of a bin at which half of its error is corrected.
-_TRUST = 30.0
+_TRUST = 6.0
 BLOCKS_KEPT = 4096
 
 

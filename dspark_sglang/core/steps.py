@@ -32,6 +32,9 @@ _AFTER_SWITCH = 3
 #: the machine's speed counts as followed.
 _TRUST, _SETTLED = 0.3, 0.06
 _ERRORS_KEPT = 512
+#: Limits of what is taken for a cost model: seconds, and logarithms of ratios.
+_LARGEST = {"theta": 1e6, "moments": 1e30, "products": 1e30, "grid": 0.7, "seen": 1e12}
+_LARGEST_SLOWDOWN = 7.0
 #: Steps after which curves are made anew.
 _CURVE_AGE = 16
 
@@ -132,19 +135,21 @@ class _Kind:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        shapes = {name: getattr(self, name).shape for name in state if name != "observations"}
-        for name, shape in shapes.items():
-            values = np.array(state[name], dtype=np.float64)
-            if values.shape != shape or not np.isfinite(values).all():
+        if state.keys() != self.state().keys():
+            raise KeyError(*(state.keys() ^ self.state().keys()))
+        for name, most in _LARGEST.items():
+            values, shape = np.array(state[name], dtype=np.float64), getattr(self, name).shape
+            if values.shape != shape or not (np.abs(values) <= most).all():
                 raise ConfigError(
-                    f"The cost model's {name} has shape {values.shape}.",
-                    expected=f"finite numbers of shape {shape}",
+                    f"The cost model's {name} has shape {values.shape}, or numbers beyond {most:g}.",
+                    expected=f"finite numbers of shape {shape}, at most {most:g}",
                     fix="Measure it again with `dspark profile`.",
                 )
             setattr(self, name, values)
-        if (self.theta < 0).any() or not self.theta.any() or (self.seen < 0).any():
+        falls = (self.theta < 0).any() or (self.seen < 0).any()
+        if falls or not self.theta.any() or np.linalg.eigvalsh(self.moments).min() < -1e-6:
             raise ConfigError(
-                "The cost model says that steps take no time.",
+                "The cost model says that steps take no time, or what no steps can have taught.",
                 expected="coefficients that are not negative, one above 0",
                 fix="Measure it again with `dspark profile`.",
             )
@@ -284,7 +289,9 @@ class CostModel:
             for name, kind in (("round", fresh._round), ("plain", fresh._plain)):
                 kind.restore(state[name])
             fresh._slower = float(state["slower"])
-        except (KeyError, TypeError, ValueError) as error:
+            if not abs(fresh._slower) <= _LARGEST_SLOWDOWN:
+                raise ValueError(f"slower, {fresh._slower}")
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ConfigError(
                 f"The cost model lacks or garbles {error}.",
                 expected="what `dspark profile` writes",

@@ -115,6 +115,9 @@ def fit_sts(
     temperatures, after = np.ones(gamma), np.zeros(gamma)
     for k in range(gamma):
         own = seen[:, k]
+        if not own.any():  # nothing is known of it: it keeps its scale
+            product = product * sigmoid(logits[:, k])
+            continue
         before, scores, target = product[own], logits[own, k], truth[own, k]
         limit = log_loss(before * sigmoid(scores), target) + 1e-12
         errors = []

@@ -460,8 +460,7 @@ def read_shortlist_loss(path: Path) -> float | None:
         shown = " and ".join(f"{best} + {following}" for best, following in sorted(sizes))
         raise ArtifactError(
             f"{path} is of {shown} candidates a position.",
-            expected=f"{SHORTLIST} + {FOLLOWING}, which the kernels draft from and whose bytes are "
-            "counted",
+            expected=f"{SHORTLIST} + {FOLLOWING}, as the kernels draft and their bytes are counted",
             fix=f"Run dspark eval --shortlist {SHORTLIST} --shortlist-loss {path}.",
         )
     return found.tau_loss_pct

@@ -178,6 +178,7 @@ class Control:
             return Budgeted(values, admission_order(values), 0)
         self._confidence = confidence
         allowed = np.arange(self.gamma) < plan.limits[:, None]
+        survival(confidence)  # says what is wrong with numbers that are no confidences
         values = survival(self.reliability.corrected(confidence, self._sampled))
         # One that may not be verified ranks behind all that may.
         values = np.where(allowed, np.maximum(values, _ADMISSIBLE), 0.0)
@@ -212,9 +213,9 @@ class Control:
             return
         requests, load = len(values), (self._context, int(self._sampled.sum()))
         tokens = requests + float(values.T.reshape(-1)[order[:paying]].sum())
-        drafting = tokens / self.cost.round_seconds(requests, paying, *load)
-        plain = requests / self.cost.plain_seconds(requests, *load)
-        self.policy.learn(requests, drafting / plain)
+        length = self.cost.round_seconds(requests, paying, *load)
+        length /= self.cost.plain_seconds(requests, *load)
+        self.policy.learn(requests, tokens / requests / length, length)
 
     def _learn_depth(self, order: Int64, paying: int) -> None:
         if self.plan.depth < self.gamma or self.plan.profile:

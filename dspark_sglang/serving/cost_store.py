@@ -73,7 +73,10 @@ def load(path: Path, wanted: dict[str, str], model: CostModel) -> CostArtifact:
     """
     expected = "a cost file of this plugin"
     try:
-        found = msgspec.json.decode(path.read_bytes(), type=CostArtifact)
+        data = path.read_bytes()
+        found = msgspec.json.decode(data, type=CostArtifact)
+        if "kind" not in msgspec.json.decode(data):  # msgspec takes a missing tag for the right one
+            raise msgspec.DecodeError("it names no kind")
     except (OSError, msgspec.DecodeError) as error:
         raise ArtifactError(
             f"{path} cannot be read: {error}.", expected=expected, fix=_FIX

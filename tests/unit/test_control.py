@@ -163,7 +163,6 @@ def test_extreme_confidences_and_batches(count: int, edge: float) -> None:
 
 
 @pytest.mark.parametrize("bad", [np.nan, 1.5, -0.1])
-@pytest.mark.xfail(strict=True, reason="the correction indexes and clips before survival looks")
 def test_confidences_that_are_none_are_explained(bad: float) -> None:
     control = measured()
     control.choose("on")

@@ -97,7 +97,6 @@ def test_confidences_stuck_at_0_that_are_right_cost_little() -> None:
     assert speed(made.run(1000)) > 0.97 * best_speed(made)
 
 
-@pytest.mark.xfail(strict=True, reason="probes verify what pays: nothing, so nothing is learned")
 def test_confidences_stuck_at_0_are_seen_through() -> None:
     made = world(1, acceptance=0.8)
     made.confidence = 0.0
@@ -106,7 +105,6 @@ def test_confidences_stuck_at_0_are_seen_through() -> None:
     assert speed(made.run(800)) > 0.95 * best_speed(made)
 
 
-@pytest.mark.xfail(strict=True, reason="probes draft no deeper than the cap that the past left")
 def test_a_better_workload_is_noticed_although_the_last_one_used_one_position() -> None:
     """Drafting costs so much that only deep blocks pay."""
     made = world(4, acceptance=0.02)

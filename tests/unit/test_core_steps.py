@@ -296,7 +296,6 @@ def test_what_is_no_cost_model_is_refused_and_changes_nothing(
 
 
 @pytest.mark.parametrize("name", ACCEPTED)
-@pytest.mark.xfail(strict=True, reason="_Kind.restore checks neither fields nor magnitudes")
 def test_what_would_stop_the_server_later_is_refused(learned: CostModel, name: str) -> None:
     (path, value), model = ACCEPTED[name], copy.deepcopy(learned)
     with pytest.raises(ConfigError):

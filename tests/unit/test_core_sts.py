@@ -133,7 +133,6 @@ def test_what_was_not_verified_is_not_read(blocks: tuple[np.ndarray, np.ndarray]
     assert one.after.tolist() == other.after.tolist()
 
 
-@pytest.mark.xfail(strict=True, reason="of equal errors the sharpest temperature is taken")
 def test_a_position_that_was_never_verified_keeps_its_scale(
     blocks: tuple[np.ndarray, np.ndarray],
 ) -> None:

@@ -104,7 +104,6 @@ def test_a_file_of_no_use_is_refused_with_its_reason(
     assert target.state() == before
 
 
-@pytest.mark.xfail(strict=True, reason="msgspec takes a missing tag for the right one")
 def test_a_file_that_names_no_kind_is_refused(saved: Path) -> None:
     edited(lambda content: content.pop("kind"))(saved)
     with pytest.raises(ArtifactError):

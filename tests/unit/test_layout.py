@@ -86,10 +86,10 @@ TOOLS = (
 
 
 def broken_rule(module: str, imported: str) -> str | None:
-    core_may = ("torch", "numpy", "dspark_sglang.core", "dspark_sglang.errors")
+    core_may = ("torch", "numpy", "scipy", "dspark_sglang.core", "dspark_sglang.errors")
     standard = imported.split(".")[0] in sys.stdlib_module_names
     rules = {
-        "core imports torch, numpy and itself only": within(module, "dspark_sglang.core")
+        "core imports torch, numpy, scipy and itself only": within(module, "dspark_sglang.core")
         and not (standard or within(imported, *core_may)),
         "kernels import torch and triton only": within(module, "dspark_kernels")
         and not (standard or within(imported, "torch", "triton", "dspark_kernels")),

@@ -228,7 +228,10 @@ class _Run:
                     self._cell(able, prompts, (heat, users, dtype), missing, (bar, task))
             if "dspark" in servers:
                 with running(servers["dspark"]) as server:
-                    self.about[dtype] = server.dspark()
+                    record = server.dspark() or {}
+                    places = ("cost_source", "sts")  # where files lie says nothing to a reader
+                    named = {name: Path(str(record.get(name))).name for name in places}
+                    self.about[dtype] = record | named
 
     def _cell(
         self,

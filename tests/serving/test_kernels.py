@@ -14,7 +14,8 @@ from dspark_sglang.demo.server import Server, free_port, serve_command
 from dspark_sglang.lossless.models import PROMPT, ensure_models
 
 pytestmark = pytest.mark.server
-KERNELS = {"DSPARK_KERNELS": "triton", "TRITON_INTERPRET": "1"}
+#: Nothing is measured at the start: the interpreter's times say nothing.
+KERNELS = {"DSPARK_KERNELS": "triton", "TRITON_INTERPRET": "1", "DSPARK_COST": "online"}
 ONE_THREAD = {"DSPARK_CPU_THREADS": "1", "OMP_NUM_THREADS": "1"}
 
 
@@ -38,6 +39,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tiny]:
             started.append(server.start())
         for server in started:
             server.wait_ready()
+        always = {"server_args": {"dspark_speculation": 1}}
+        answer = httpx.post(f"{started[1].url}/set_internal_state", json=always, timeout=60.0)
+        assert answer.json() == [True]
         yield Tiny(*started)
     finally:
         for server in started:

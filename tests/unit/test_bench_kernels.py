@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 COMMITTED = ROOT / "docs" / "results" / "kernels.json"
 DOCUMENT = ROOT / "docs" / "kernels.md"
 WHEN = Provenance(created="2026-01-01", command="dspark bench-kernels", versions={"torch": "2"})
-LOSS = '{"tau_loss_pct": 0.7, "by_temperature": [{"candidates": 128, "following": 64, "more": 1}]}'
+LOSS = '{"tau_loss_pct": 0.7, "by_temperature": [{"candidates": 128, "following": 128, "more": 1}]}'
 ACCEPT, MARKOV = "gamma5-V1000-bf16-dense", "full-vanilla-gamma5-V1000-r256-sampled"
 
 

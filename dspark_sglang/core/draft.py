@@ -57,19 +57,20 @@ class DraftBlock(NamedTuple):
     lse: torch.Tensor | None = None
 
 
-def undrafted(requests: int, *, laws: int, device: torch.device) -> DraftBlock:
+def undrafted(requests: int, *, laws: int | None, device: torch.device) -> DraftBlock:
     """A block of one token that nobody verifies, for steps without drafting.
 
     Args:
-        laws: requests with a drafted law; 0 for none.
+        laws: requests that have a drafted law, 0 in a batch whose sampling ones have just left;
+            None: no laws are wanted.
     """
     tokens = torch.zeros((requests, 1), dtype=torch.int64, device=device)
-    shape = (laws, 1, 1)
+    shape = (laws or 0, 1, 1)
     return DraftBlock(
         tokens=tokens,
         previous=tokens,
-        probs=torch.zeros(shape, device=device) if laws else None,
-        support=torch.zeros(shape, dtype=torch.int64, device=device) if laws else None,
+        probs=None if laws is None else torch.zeros(shape, device=device),
+        support=None if laws is None else torch.zeros(shape, dtype=torch.int64, device=device),
     )
 
 

@@ -147,7 +147,9 @@ class _Kind:
                 )
             setattr(self, name, values)
         falls = (self.theta < 0).any() or (self.seen < 0).any()
-        if falls or not self.theta.any() or np.linalg.eigvalsh(self.moments).min() < -1e-6:
+        # Features that always rise together leave an eigenvalue of 0, rounded either way.
+        indefinite = np.linalg.eigvalsh(self.moments).min() < -1e-9 * max(1.0, self.moments.trace())
+        if falls or not self.theta.any() or indefinite:
             raise ConfigError(
                 "The cost model says that steps take no time, or what no steps can have taught.",
                 expected="coefficients that are not negative, one above 0",

@@ -340,7 +340,7 @@ def test_tables_are_written_into_a_document(tmp_path: Path) -> None:
         (["--summary", "SUMMARY", "--docs", "none.md"], ConfigError, "none.md"),
         (["--summary", "SUMMARY", "--docs", "SUMMARY"], ConfigError, "no generated part"),
         (["--ops", "admit", "--shortlist", "BROKEN"], ArtifactError, "--shortlist-loss"),
-        (["--ops", "admit", "--shortlist", "LONGER"], ArtifactError, "1024 + 64 candidates"),
+        (["--ops", "admit", "--shortlist", "LONGER"], ArtifactError, "1024 + 1024 candidates"),
     ],
     ids=[
         "no such op",

@@ -269,23 +269,25 @@ def test_candidates_on_a_cpu(columns: int, sampled: bool, own: bool, wanted: int
     assert cpu_shortlist(columns, sampled=sampled, draft_vocabulary=own) == wanted
 
 
-@pytest.mark.parametrize("laws", [0, 2])
-def test_a_block_that_nobody_drafted_is_verified_like_plain_decoding(laws: int) -> None:
+@pytest.mark.parametrize("laws", [None, 0, 2])
+def test_a_block_that_nobody_drafted_is_verified_like_plain_decoding(laws: int | None) -> None:
     """Without drafted tokens to send, acceptance gives one token of the target's own law."""
     block = undrafted(3, laws=laws, device=torch.device("cpu"))
     assert block.tokens.shape == block.previous.shape == (3, 1)
     none, rows = torch.zeros(3, dtype=torch.int64), torch.arange(3)
-    if not laws:
+    if laws is None:
         assert block.probs is None and block.support is None
         outcome = accept_greedy(torch.tensor([5, 6, 7]), block.tokens, none, rows)
         assert (outcome.count.tolist(), outcome.token.tolist()) == ([0, 0, 0], [5, 6, 7])
         return
     assert block.probs is not None and block.support is not None
-    weights = torch.tensor([[0.0, 2.0, 0.0, 0.0], [0.0, 0.0, 0.0, 9.0]])
-    sent = Round(weights, block.tokens[:2], block.probs, none[:2], rows[:2], block.support)
+    # None left: the requests that sampled have ended, and the batch does not know it yet.
+    weights = torch.tensor([[0.0, 2.0, 0.0, 0.0], [0.0, 0.0, 0.0, 9.0]])[:laws]
+    own = (block.tokens[:laws], block.probs, none[:laws], rows[:laws], block.support)
     for accept in (accept_sampled, accept_block):
-        outcome = accept(sent, torch.full((2, 2), 0.5, dtype=torch.float64))
-        assert (outcome.count.tolist(), outcome.token.tolist()) == ([0, 0], [1, 3])
+        outcome = accept(Round(weights, *own), torch.full((laws, 2), 0.5, dtype=torch.float64))
+        found = (outcome.count.tolist(), outcome.token.tolist())
+        assert found == ([0] * laws, [1, 3][:laws])
 
 
 def test_gamma_one() -> None:

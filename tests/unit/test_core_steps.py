@@ -224,6 +224,21 @@ def test_what_was_learned_survives_being_written_down(learned: CostModel) -> Non
         assert predict(found, step) == predict(learned, step)
 
 
+@pytest.mark.parametrize("faster", [1.0, 10.0, 100.0], ids=["cpu", "gpu", "fast-gpu"])
+def test_a_load_that_never_varies_in_kind_is_kept_too(faster: float) -> None:
+    """All requests sample and all contexts are alike: what is learned of them is of lower rank."""
+    model, rng = CostModel(gamma=GAMMA), np.random.default_rng(9)
+    for _ in range(300):
+        for drafts in (True, False):
+            step = some_step(rng, drafts=drafts)
+            step = step._replace(sampled=step.requests, context=400 * step.requests)
+            noise = math.exp(0.03 * rng.standard_normal())
+            model.observe(step, affine(step) / faster * noise)
+    found = CostModel(gamma=GAMMA)
+    found.restore(model.state())
+    assert found.state() == model.state()
+
+
 def test_restoring_replaces_old_curves(learned: CostModel) -> None:
     model = CostModel(gamma=GAMMA)
     before = model.curve(4, 100).seconds(np.array([4]))[0]
@@ -271,8 +286,8 @@ BAD: dict[str, tuple[tuple[str, ...], Any]] = {
     "seen-is-negative": (("round", "seen"), [[-1.0] * (GAMMA + 1)] * 12),
     "a-kind-is-a-list": (("round",), [1, 2]),
 }
-#: What is taken for a cost model although it is none; see the reasons.
-ACCEPTED: dict[str, tuple[tuple[str, ...], Any]] = {
+#: What looks like a cost model and would stop the server later.
+HARMFUL: dict[str, tuple[tuple[str, ...], Any]] = {
     "no-grid": (("round", "grid"), None),
     "no-moments": (("plain", "moments"), None),
     "a-field-more": (("round", "colour"), [1.0]),
@@ -295,9 +310,9 @@ def test_what_is_no_cost_model_is_refused_and_changes_nothing(
     assert model.state() == learned.state()
 
 
-@pytest.mark.parametrize("name", ACCEPTED)
+@pytest.mark.parametrize("name", HARMFUL)
 def test_what_would_stop_the_server_later_is_refused(learned: CostModel, name: str) -> None:
-    (path, value), model = ACCEPTED[name], copy.deepcopy(learned)
+    (path, value), model = HARMFUL[name], copy.deepcopy(learned)
     with pytest.raises(ConfigError):
         model.restore(changed(learned.state(), *path, value=value))
     assert model.state() == learned.state()

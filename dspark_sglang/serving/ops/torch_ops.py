@@ -90,7 +90,7 @@ class TorchOps:
 
     def nothing(self, rows: SampledRows | None, requests: int) -> DraftBlock:
         """See :meth:`dspark_sglang.serving.ops.Ops.nothing`."""
-        sampled = 0 if rows is None or rows.seeds is not None else len(rows.index)
+        sampled = None if rows is None or rows.seeds is not None else len(rows.index)
         return undrafted(requests, laws=sampled, device=self.markov.w1.device)
 
     def confidence(

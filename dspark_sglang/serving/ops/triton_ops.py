@@ -112,7 +112,7 @@ class TritonOps:
 
     def nothing(self, rows: SampledRows | None, requests: int) -> DraftBlock:
         """See :meth:`dspark_sglang.serving.ops.Ops.nothing`."""
-        sampled = 0 if rows is None or rows.seeds is not None else requests
+        sampled = None if rows is None or rows.seeds is not None else requests
         return undrafted(requests, laws=sampled, device=self._head.w1.device)
 
     def _sampling(self, rows: SampledRows, positions: torch.Tensor) -> Sampling:

@@ -15,8 +15,7 @@ from dspark_loadtests.prompts import load_prompts
 from dspark_sglang.demo.measure import NEAR_TIE, tie_gap
 from dspark_sglang.demo.server import Server, free_port, serve_command
 
-# Not run to its end yet, so it is not part of `make test`.
-pytestmark = [pytest.mark.server, pytest.mark.slow]
+pytestmark = pytest.mark.server
 PROMPTS = load_prompts()
 #: Answers that measure something are long enough for a few rounds.
 TOKENS = 32
@@ -157,15 +156,18 @@ def test_speculation_is_switched_off_on_and_left_to_pay(server: Server) -> None:
     assert counted.rounds + counted.plain > 0
 
 
-def test_sampled_requests_are_answered_without_drafting_too(server: Server) -> None:
-    assert update(server, {"dspark_speculation": 0})
-    with Counted(server) as counted:
-        options = {"temperature": 1.0, "top_p": 0.9}
-        texts = {chat(server, PROMPTS[5], **options, seed=seed) for seed in (1, 1, 2)}
-    assert counted.rounds == 0 and 2 <= len(texts) <= 3
-    assert len(texts) == 2  # a seed decides the text, drafting or not
-    assert update(server, {"dspark_speculation": 1})
-    assert chat(server, PROMPTS[5], **options, seed=1) in texts
+def test_sampled_and_greedy_requests_share_steps_that_do_not_draft(server: Server) -> None:
+    prompts = PROMPTS[10:13]
+    plain = [chat(server, prompt) for prompt in prompts]
+    for value in (0, 1):
+        assert update(server, {"dspark_speculation": value})
+        jobs = [(prompt, heat) for prompt in prompts for heat in (0.0, 1.0)]
+        with Counted(server) as counted, concurrent.futures.ThreadPoolExecutor(6) as pool:
+            texts = list(pool.map(lambda job: chat(server, job[0], temperature=job[1]), jobs))
+        assert (counted.rounds > 0) == bool(value) and (counted.plain > 0) != bool(value)
+        for prompt, one, other in zip(prompts, plain, texts[::2], strict=True):
+            assert same(server, prompt, one, other), prompt.id
+        assert texts[1::2] != texts[::2]  # those were drawn
 
 
 @pytest.mark.parametrize(

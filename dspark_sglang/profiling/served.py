@@ -70,5 +70,6 @@ def count_step() -> Iterator[dict[str, Any]]:
             )
         )
 
+    step()  # what is made once, and what is drawn for many steps at once
     found = moved.count(step)
     yield {"launches": found.launches, "operations": found.operations}

@@ -44,6 +44,15 @@ class Proposer(DraftBlockProposer):
         self._ops = ops
         self._telemetry = telemetry
         self._head = head
+        #: Requests of the last step, and those of them that sample.
+        self._requests: list[Any] = []
+        self._rows: SampledRows | None = None
+
+    def _sampled_rows(self, batch: Any, sampling_info: Any) -> SampledRows | None:
+        """Which requests sample and how; read again only when the batch changes."""
+        if batch.reqs != self._requests:
+            self._requests, self._rows = list(batch.reqs), SampledRows.of(sampling_info)
+        return self._rows
 
     def attach_draft_sampler(self, draft_sampler: Any) -> None:
         """SGLang's sampler is folded into the draft graph; ours runs after it, so it stays out."""
@@ -61,8 +70,9 @@ class Proposer(DraftBlockProposer):
         anchor_prepared: bool = False,
     ) -> DraftProposal:
         depth = self._control.plan.depth
+        rows = self._sampled_rows(batch, sampling_info)
         if not depth:
-            return self._nothing(draft_input, bs, sampling_info)
+            return self._nothing(draft_input, bs, rows)
         embed = target_model.get_input_embeddings() if self.sample_from_anchor else None
         forward = self._run_forward(
             batch=batch,
@@ -77,7 +87,6 @@ class Proposer(DraftBlockProposer):
         with self._telemetry.timed("draft_head"):
             hidden = forward.raw_hidden.view(bs, self.gamma, -1)[:, :depth]
             logits, features = self._base_logits(hidden.reshape(bs * depth, -1))
-            rows = SampledRows.of(sampling_info)
             anchors = forward.draft_block_ids[:, 0]
             block = self._ops.draft(
                 logits.view(bs, depth, -1),
@@ -119,11 +128,10 @@ class Proposer(DraftBlockProposer):
             verify_ids=torch.cat([anchors[:, None], tokens], dim=1),
         )
 
-    def _nothing(self, draft_input: Any, bs: int, sampling_info: Any) -> DraftProposal:
+    def _nothing(self, draft_input: Any, bs: int, rows: SampledRows | None) -> DraftProposal:
         """A proposal of no tokens, for a step that does not draft: only anchors are verified."""
         ids = self.draft_block_ids_view(bs=bs, device=draft_input.bonus_tokens.device)
         ids[:, 0].copy_(draft_input.bonus_tokens.view(-1))
-        rows = SampledRows.of(sampling_info)
         greedy = torch.ones(bs, dtype=torch.bool, device=ids.device)
         if rows is not None:
             greedy[rows.index] = False

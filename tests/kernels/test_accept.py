@@ -217,6 +217,23 @@ def test_kernel_decides_as_the_reference(case: Case, device: torch.device) -> No
     assert case.apart == 0.0 or fair >= 0.6 * case.requests
 
 
+def test_rows_and_counts_may_be_int64(device: torch.device) -> None:
+    given = operands(CASES[-1], 12, device)
+    narrow = run(given)
+    rows = given["rows"]._replace(
+        logits=given["rows"].logits.clone(),
+        first=given["rows"].first.long(),
+        lens=given["rows"].lens.long(),
+    )
+    out = poisoned(len(rows.lens), device)
+    wide = accept(
+        **{**given, "rows": rows}, backend="triton", out=out._replace(count=out.count.long())
+    )
+    assert wide.count.dtype == torch.int64
+    for mine, theirs in zip(wide, narrow, strict=True):
+        assert torch.equal(mine.long(), theirs.long())
+
+
 @settings(max_examples=8)
 @given(
     requests=st.integers(1, 3),
@@ -482,7 +499,7 @@ def test_adjusted_rows_change_in_place_and_once(device: torch.device) -> None:
         ("logits", lambda x: x.double(), "rows.logits has dtype float64"),
         ("logits", lambda x: x.repeat(1, 2)[:, ::2], "last stride of 1"),
         ("logits", lambda x: x[0], "rows.logits has shape"),
-        ("lens", lambda x: x.long(), "rows.lens has dtype int64"),
+        ("lens", lambda x: x.short(), "rows.lens has dtype int16"),
         ("first", lambda x: x.repeat(2), "rows.first has shape"),
         ("drafted", lambda x: x.int(), "rows.drafted has dtype int32"),
         ("drafted", lambda x: x[:, :0], "at least one drafted token"),
@@ -492,7 +509,7 @@ def test_adjusted_rows_change_in_place_and_once(device: torch.device) -> None:
         "float64",
         "columns",
         "vector",
-        "int64-lens",
+        "int16-lens",
         "first",
         "int32-tokens",
         "gamma0",

@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dspark_kernels.accept import DenseDraft, Filters, Keys, ListedDraft, Rows, accept
+from dspark_kernels.accept import Accepted as Outcome
+from dspark_kernels.accept import DenseDraft, Keys, ListedDraft, Rows, accept
 from dspark_kernels.admit import admit
 from dspark_kernels.confidence import confidence
 from dspark_kernels.markov_step import Head, Sampling, draft_shortlist, successor_table
@@ -20,7 +21,9 @@ from dspark_sglang.core.accept import Accepted
 from dspark_sglang.core.draft import FOLLOWING, SHORTLIST, DraftBlock, undrafted
 from dspark_sglang.core.heads import ConfidenceHead, MarkovHead
 from dspark_sglang.errors import NumericsError
+from dspark_sglang.serving.ops.batch import Batch
 from dspark_sglang.serving.ops.rows import Admitted, SampledRows, Verified
+from dspark_sglang.serving.ops.supply import Supply
 from dspark_sglang.serving.telemetry import Telemetry
 
 _FLAGS = {
@@ -51,7 +54,8 @@ class TritonOps:
         joint = markov.gate or markov.joint or (None, None)
         self._head = Head(markov.w1.detach(), markov.w2.detach(), *joint)
         self._confidence = confidence
-        self._generator = generator
+        self._supply = Supply(generator)
+        self._batch: Batch | None = None
         self._verification = verification
         self._telemetry = telemetry
         self._following: torch.Tensor | None = None
@@ -116,18 +120,21 @@ class TritonOps:
         return undrafted(requests, laws=sampled, device=self._head.w1.device)
 
     def _sampling(self, rows: SampledRows, positions: torch.Tensor) -> Sampling:
-        count, device = len(positions), positions.device
-        # Requests without a seed get a new one every round: draws then repeat nowhere.
-        fresh = torch.randint(
-            1 << 62, (count,), dtype=torch.int64, device=device, generator=self._generator
-        )
-        own = rows.seeds is not None
+        batch = self._given(rows, len(positions))
         return Sampling(
-            temperatures=_spread(rows.temperatures, rows.index, count, 0.0),
-            seeds=fresh if rows.seeds is None else fresh.index_copy(0, rows.index, rows.seeds),
+            temperatures=batch.temperatures,
+            # Requests without a seed get a new one every round: draws then repeat nowhere.
+            seeds=self._supply.seeds(len(positions)) if batch.seeds is None else batch.seeds,
             positions=positions.to(torch.int64).contiguous(),
-            recorded=torch.full((count,), 0 if own else 1, dtype=torch.uint8, device=device),
+            recorded=batch.recorded,
         )
+
+    def _given(self, rows: SampledRows | None, requests: int) -> Batch:
+        """Parameters of the running batch, spread over its requests when it is first seen."""
+        known = self._batch
+        if known is None or known.rows is not rows or len(known.temperatures) != requests:
+            self._batch = known = Batch.of(rows, requests, self._head.w1.device)
+        return known
 
     def confidence(
         self, features: torch.Tensor, previous: torch.Tensor
@@ -165,11 +172,10 @@ class TritonOps:
     ) -> Admitted:
         """See :meth:`dspark_sglang.serving.ops.Ops.admit`."""
         values = torch.from_numpy(np.ascontiguousarray(survival)).to(device)
-        allowed = torch.full((1,), budget, dtype=torch.int32, device=device)
-        found = admit(values, allowed, backend="triton")
+        most = max(0, min(budget, survival.size))
+        found = admit(values, self._supply.budget(most, device), backend="triton")
         self._telemetry.ran["admit:triton"] += 1
-        total = len(survival) + max(0, min(budget, survival.size))
-        return Admitted(found.lens, found.rows[:total])
+        return Admitted(found.lens, found.rows[: len(survival) + most])
 
     def accept(self, given: Verified) -> Accepted:
         """See :meth:`dspark_sglang.serving.ops.Ops.accept`.
@@ -180,35 +186,28 @@ class TritonOps:
         """
         self._check_flags()
         rows, requests = given.rows, len(given.lens)
-        device = given.logits.device
-        width = given.drafted.shape[1] + 1
-        if rows is None:
-            temperatures = torch.zeros(requests, device=device)
-            uniforms = torch.empty((requests, width), dtype=torch.float64, device=device)
-        else:
-            temperatures = _spread(rows.temperatures, rows.index, requests, 0.0)
-            uniforms = torch.rand(
-                (requests, width), dtype=torch.float64, device=device, generator=self._generator
-            )
+        device, width = given.logits.device, given.drafted.shape[1] + 1
+        batch = self._given(rows, requests)
+        keys = None
+        if batch.seeds is not None and batch.coupled is not None:
+            positions = given.anchors.to(torch.int64).contiguous()
+            keys = Keys(batch.seeds, positions, batch.coupled)
+        count, token = (torch.empty(requests, dtype=torch.int64, device=device) for _ in range(2))
         found = accept(
-            Rows(
-                given.logits,
-                given.first.to(torch.int32),
-                given.lens.to(torch.int32),
-                given.drafted.contiguous(),
-            ),
-            temperatures,
-            uniforms,
+            Rows(given.logits, given.first, given.lens, given.drafted.contiguous()),
+            batch.temperatures,
+            self._supply.uniforms(requests, width),
             draft=_law(given),
-            filters=None if rows is None else _filters(rows, requests, given.logits.shape[1]),
-            keys=None if rows is None else _keys(rows, requests, given.anchors),
+            filters=batch.filters,
+            keys=keys,
             block=self._verification == "block",
+            out=Outcome(count, token, torch.empty(requests, dtype=torch.int32, device=device)),
             backend="triton",
         )
         self._watch(found.flag)
         kind = "greedy" if rows is None else "seeded" if rows.seeds is not None else None
         self._telemetry.ran[f"accept:triton-{kind or self._verification}"] += 1
-        return Accepted(count=found.count.long(), token=found.token)
+        return Accepted(count=found.count, token=found.token)
 
     def _watch(self, flag: torch.Tensor) -> None:
         if flag.device.type == "cpu":
@@ -233,12 +232,6 @@ class TritonOps:
                 )
 
 
-def _spread(values: torch.Tensor, index: torch.Tensor, count: int, rest: float) -> torch.Tensor:
-    """``[count]`` with ``values`` at ``index`` and ``rest`` elsewhere."""
-    whole = torch.full((count,), rest, dtype=values.dtype, device=values.device)
-    return whole.index_copy(0, index, values)
-
-
 def _law(given: Verified) -> DenseDraft | ListedDraft | None:
     if given.laws is None:
         return None
@@ -246,31 +239,3 @@ def _law(given: Verified) -> DenseDraft | ListedDraft | None:
         return DenseDraft(given.laws, given.lse)
     assert given.support is not None
     return ListedDraft(given.laws, given.support)
-
-
-def _filters(rows: SampledRows, requests: int, size: int) -> Filters | None:
-    if rows.top_k is None and rows.top_p is None and rows.min_p is None:
-        return None
-    device = rows.index.device
-
-    def whole(values: torch.Tensor | None, rest: float, dtype: torch.dtype) -> torch.Tensor:
-        if values is None:
-            return torch.full((requests,), rest, dtype=dtype, device=device)
-        return _spread(values.to(dtype), rows.index, requests, rest)
-
-    return Filters(
-        top_k=whole(rows.top_k, size, torch.int32),
-        top_p=whole(rows.top_p, 1.0, torch.float32),
-        min_p=whole(rows.min_p, 0.0, torch.float32),
-    )
-
-
-def _keys(rows: SampledRows, requests: int, anchors: torch.Tensor) -> Keys | None:
-    if rows.seeds is None:
-        return None
-    ones = torch.ones(len(rows.index), dtype=torch.int32, device=rows.index.device)
-    return Keys(
-        seeds=_spread(rows.seeds, rows.index, requests, 0),
-        positions=anchors.to(torch.int64).contiguous(),
-        coupled=_spread(ones, rows.index, requests, 0),
-    )

@@ -77,7 +77,7 @@ def accept(
             adjusted logit would be another law.
         block: block verification for sampled requests.
         backend: see :func:`dspark_kernels.support.backend.resolve`.
-        out: written and returned instead of new tensors: ``[R]`` int32, int64 and int32.
+        out: written and returned instead of new tensors: ``[R]`` int32 or int64, int64 and int32.
 
     Returns:
         counts, tokens and flags. A law that is NaN, infinite or without mass is flagged, never decided on.

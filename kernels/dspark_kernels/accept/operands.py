@@ -16,9 +16,9 @@ class Rows(NamedTuple):
 
     #: ``[N, V]`` bfloat16 or float32, rows contiguous, any row stride.
     logits: torch.Tensor
-    #: ``[R]`` int32.
+    #: ``[R]`` int32 or int64.
     first: torch.Tensor
-    #: ``[R]`` int32 in 0..gamma; -1: a padded request, whose outcome is count 0 and token 0.
+    #: ``[R]`` int32 or int64 in 0..gamma; -1: a padded request, whose outcome is count 0 and token 0.
     lens: torch.Tensor
     #: ``[R, gamma]`` int64, gamma at least 1.
     drafted: torch.Tensor
@@ -93,7 +93,7 @@ class Adjustments(NamedTuple):
 class Accepted(NamedTuple):
     """The outcome of one round."""
 
-    #: ``[R]`` int32 drafted tokens kept.
+    #: ``[R]`` int32 drafted tokens kept; int64 where such a tensor was given to write to.
     count: torch.Tensor  # type: ignore[assignment]  # hides tuple.count
     #: ``[R]`` int64 the token after them (correction or bonus).
     token: torch.Tensor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +22,9 @@ from dspark_kernels.support.errors import OperandError
 #: A program's warps. With 16 a thread has 128 registers.
 WARPS = 16
 FLOATS = (torch.float32, torch.bfloat16)
+INTEGERS = (torch.int32, torch.int64)
+#: Dtypes by name of the operand.
+Types = Mapping[str, torch.dtype | tuple[torch.dtype, ...]]
 
 
 class Plan(NamedTuple):
@@ -126,7 +130,7 @@ def check(
 
 FILTER_TYPES = {"top_k": torch.int32, "top_p": torch.float32, "min_p": torch.float32}
 KEY_TYPES = {"seeds": torch.int64, "positions": torch.int64, "coupled": torch.int32}
-OUT_TYPES = {"count": torch.int32, "token": torch.int64, "flag": torch.int32}
+OUT_TYPES: Types = {"count": INTEGERS, "token": torch.int64, "flag": torch.int32}
 LISTED_TYPES = {
     "tokens": torch.int64,
     "counts": torch.int32,
@@ -155,8 +159,8 @@ def check_rows(rows: Rows) -> tuple[int, int, int]:
         )
     operand("rows.drafted", drafted, shape=[None, None], dtype=torch.int64, device=device)
     requests, gamma = drafted.shape
-    operand("rows.first", rows.first, shape=[requests], dtype=torch.int32, device=device)
-    operand("rows.lens", rows.lens, shape=[requests], dtype=torch.int32, device=device)
+    for name, tensor in (("first", rows.first), ("lens", rows.lens)):
+        operand(f"rows.{name}", tensor, shape=[requests], dtype=INTEGERS, device=device)
     if gamma < 1 or logits.shape[1] < 1:
         raise OperandError(
             f"rows.drafted has shape {list(drafted.shape)} and rows.logits {list(logits.shape)}.",
@@ -169,7 +173,7 @@ def check_rows(rows: Rows) -> tuple[int, int, int]:
 def vectors(
     given: tuple[torch.Tensor, ...] | None,
     name: str,
-    types: dict[str, torch.dtype],
+    types: Types,
     size: int,
     device: torch.device,
 ) -> None:

@@ -7,7 +7,6 @@ from collections import OrderedDict
 import numpy as np
 import numpy.typing as npt
 
-Float64 = npt.NDArray[np.float64]
 Int64 = npt.NDArray[np.int64]
 
 #: A position is drafted while more than this share of a workload's requests would verify it.

@@ -16,22 +16,20 @@ class Mode(NamedTuple):
     """One way of serving."""
 
     name: ModeName
-    #: What a reader of the results should know about it.
-    meaning: str
     speculates: bool
     environment: Mapping[str, str]
 
 
 _KNOWN: dict[ModeName, Mode] = {
-    "none": Mode("none", "no speculation", False, {}),
-    "fixed": Mode("fixed", "every drafted token verified", True, {"DSPARK_SCHEDULE": "all"}),
+    "none": Mode("none", False, {}),
+    # Every drafted token is verified.
+    "fixed": Mode("fixed", True, {"DSPARK_SCHEDULE": "all"}),
+    # SGLang's own DSPARK, on the same CPU platform.
     "builtin_static": Mode(
-        "builtin_static",
-        "SGLang's own DSPARK in its static mode, on the same CPU platform",
-        True,
-        {"DSPARK_PLUGIN": "off", "SGLANG_RAGGED_VERIFY_MODE": "static"},
+        "builtin_static", True, {"DSPARK_PLUGIN": "off", "SGLANG_RAGGED_VERIFY_MODE": "static"}
     ),
-    "dspark": Mode("dspark", "this plugin as it comes", True, {}),
+    # This plugin as it comes.
+    "dspark": Mode("dspark", True, {}),
 }
 
 

@@ -24,7 +24,7 @@ from dspark_sglang.core.schedule import (
     lengths,
 )
 from dspark_sglang.core.steps import CostModel, Step
-from dspark_sglang.core.survival import survival
+from dspark_sglang.core.survival import check, survival
 from dspark_sglang.serving.options import RequestOptions, read_options
 
 Float64 = npt.NDArray[np.float64]
@@ -88,11 +88,14 @@ class Control:
         self.depths = DepthCaps(gamma=gamma)
         #: Share of the drafted tokens to verify whatever pays; None: what pays.
         self.forced: float | None = None
-        self._lagged = lagged
+        #: Whether budgets come from confidences two steps old.
+        self.lagged = lagged
         self._history: History | None = None
         self._requests: Sequence[RequestOptions] = ()
         self._context = 0
         self._sampled = np.zeros(0, dtype=bool)
+        #: How many requests of the running step sample.
+        self._sampling = 0
         self._profile_step = 0
         self._profile_began: float | None = None
         #: Wall seconds of the measurement at start-up, so far.
@@ -121,6 +124,7 @@ class Control:
         options = [read_options(request) for request in requests]
         self._requests, self._context = options, context
         self._sampled = np.array([r.sampling_params.top_k > 1 for r in requests], dtype=bool)
+        self._sampling = int(self._sampled.sum())
         self._confidence, self.expected, self._budget = None, float(len(options)), 0
         limits = np.array([_limit(o, self.gamma) for o in options], dtype=np.int64)
         self.plan = self._decide(options, limits)
@@ -178,15 +182,15 @@ class Control:
             return Budgeted(values, admission_order(values), 0)
         self._confidence = confidence
         allowed = np.arange(self.gamma) < plan.limits[:, None]
-        survival(confidence)  # says what is wrong with numbers that are no confidences
+        check(confidence)  # before a correction hides what is wrong with them
         values = survival(self.reliability.corrected(confidence, self._sampled))
         # One that may not be verified ranks behind all that may.
         values = np.where(allowed, np.maximum(values, _ADMISSIBLE), 0.0)
         order, most = admission_order(values), int(allowed.sum())
         if not self.adaptive:
             return Budgeted(values, order, most)
-        curve = self.cost.curve(requests, self._context, int(self._sampled.sum()))
-        if self._lagged and self._history is None:
+        curve = self.cost.curve(requests, self._context, self._sampling)
+        if self.lagged and self._history is None:
             self._history = History(slots=pool, gamma=self.gamma)
         if self._history is None:
             paying = early_stop_budget(values, order, curve)
@@ -211,7 +215,7 @@ class Control:
         """What drafting brings at the budget that pays, against not drafting."""
         if not self.cost.comparable:
             return
-        requests, load = len(values), (self._context, int(self._sampled.sum()))
+        requests, load = len(values), (self._context, self._sampling)
         tokens = requests + float(values.T.reshape(-1)[order[:paying]].sum())
         length = self.cost.round_seconds(requests, paying, *load)
         length /= self.cost.plain_seconds(requests, *load)
@@ -259,8 +263,7 @@ class Control:
             self.profile_seconds = now - self._profile_began
         if self.adaptive and self._requests:
             count = len(self._requests)
-            sampled = int(self._sampled.sum())
-            step = Step(count, self._budget, self._context, self.plan.draft, sampled)
+            step = Step(count, self._budget, self._context, self.plan.draft, self._sampling)
             self.cost.observe(step, seconds)
 
     # -- for people --------------------------------------------------------------------------

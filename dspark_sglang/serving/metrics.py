@@ -43,10 +43,9 @@ class Metrics:
 
     Args:
         labels: what runs, by name.
-        gamma: drafted tokens a request.
     """
 
-    def __init__(self, labels: Mapping[str, str], *, gamma: int) -> None:
+    def __init__(self, labels: Mapping[str, str]) -> None:
         from prometheus_client import Counter, Gauge
 
         names = ("version", *labels)

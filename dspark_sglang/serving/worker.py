@@ -52,8 +52,15 @@ _SEED_DOMAIN = 0x6A09E667F3BCC908
 _MARKOV_HEADS = ("VanillaMarkov", "GatedMarkovHead", "RNNHead")
 
 
-def load_temperatures(settings: Settings, drafter: str, gamma: int) -> tuple[torch.Tensor, str]:
+def load_temperatures(
+    settings: Settings, drafter: str, gamma: int, drafter_sha256: str | None
+) -> tuple[torch.Tensor, str]:
     """STS temperatures for the running drafter and where they came from.
+
+    Args:
+        drafter: its directory or name.
+        gamma: tokens it drafts.
+        drafter_sha256: digest of its weights; None where they are not in a local directory.
 
     Returns:
         ``[gamma]`` float32 and the file's path, or ones and ``"none"``.
@@ -66,8 +73,7 @@ def load_temperatures(settings: Settings, drafter: str, gamma: int) -> tuple[tor
     path = Path(settings.sts) if settings.sts else directory / STS_FILE
     if not settings.sts and not path.is_file():
         return torch.ones(gamma), "none"
-    digest = weights_digest(directory) if directory.is_dir() else None
-    artifact = read_sts(path, gamma=gamma, drafter_sha256=digest)
+    artifact = read_sts(path, gamma=gamma, drafter_sha256=drafter_sha256)
     return torch.tensor(artifact.temperatures), str(path)
 
 
@@ -92,20 +98,21 @@ class DSparkWorker(DSparkWorkerV2):
         times_rounds = bool(get_schedule().disable_overlap_schedule)
         adaptive = times_rounds and settings.schedule != "all"
         self._schedule = settings.schedule if adaptive else "all"
-        self._lagged = self._schedule == "lagged"
-        self.control = Control(gamma=self.gamma, adaptive=adaptive, lagged=self._lagged)
+        self.control = Control(
+            gamma=self.gamma, adaptive=adaptive, lagged=self._schedule == "lagged"
+        )
         self._remove_folded_parts()
         self._require_known_heads()
+        drafter = str(get_spec().speculative_draft_model_path)
+        self.drafter_sha256 = weights_digest(Path(drafter)) if Path(drafter).is_dir() else None
         given = get_spec().speculative_dspark_confidence_sts_path
         if given:  # SGLang's own flag: its constructor has read and checked the file
             temperatures = self.draft_model.confidence_head.sts_temperatures
             self._sts_source = str(given)
         else:
             temperatures, self._sts_source = load_temperatures(
-                settings, get_spec().speculative_draft_model_path, self.gamma
+                settings, drafter, self.gamma, self.drafter_sha256
             )
-        drafter = Path(str(get_spec().speculative_draft_model_path))
-        self.drafter_sha256 = weights_digest(drafter) if drafter.is_dir() else None
         self._install_parts(settings, temperatures)
         self._known_cost(settings)
         self.commands = Commands(self)
@@ -134,8 +141,7 @@ class DSparkWorker(DSparkWorkerV2):
                     "verification": self._verification,
                     "markov": self._ops.markov.kind,
                     "gamma": str(self.gamma),
-                },
-                gamma=self.gamma,
+                }
             )
 
     @property
@@ -213,13 +219,7 @@ class DSparkWorker(DSparkWorkerV2):
             verify_num_draft_tokens=self.verify_num_draft_tokens,
             tp_sync=self._tp_sync,
         )
-        planner.bind(
-            control=self.control,
-            scheduled=self.control.adaptive,
-            lagged=self._lagged,
-            ops=self._ops,
-            telemetry=self.telemetry,
-        )
+        planner.bind(control=self.control, ops=self._ops, telemetry=self.telemetry)
         verifier = Verifier(
             target_worker=self.target_worker,
             gamma=self.gamma,
@@ -263,8 +263,9 @@ class DSparkWorker(DSparkWorkerV2):
 
     def _draft_up_to_date(self) -> None:
         """Commit what plain steps left for the draft, under the draft's own placement."""
-        with self._draft_context():
-            self._verify_executor.flush()
+        if self._verify_executor.pending:
+            with self._draft_context():
+                self._verify_executor.flush()
 
     def _known_cost(self, settings: Settings) -> None:
         """Take over a step cost that was measured before, where there is one.
@@ -319,7 +320,7 @@ class DSparkWorker(DSparkWorkerV2):
         given = get_spec().speculative_dspark_confidence_sts_path
         settings = msgspec.structs.replace(self._settings, sts=str(given or self._settings.sts))
         drafter = str(get_spec().speculative_draft_model_path)
-        temperatures, source = load_temperatures(settings, drafter, self.gamma)
+        temperatures, source = load_temperatures(settings, drafter, self.gamma, self.drafter_sha256)
         return lambda: self._set_temperatures(temperatures, source)
 
     def plan_sts_refit(self) -> Callable[[], None]:

@@ -64,7 +64,7 @@ def truncated(path: Path) -> None:
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
-    "missing": (Path.unlink, "cannot be read"),
+    "missing": (Path.unlink, "does not exist"),
     "empty": (lambda path: path.write_bytes(b""), "cannot be read"),
     "truncated": (truncated, "cannot be read"),
     "no JSON": (lambda path: path.write_text("steps: 3"), "cannot be read"),

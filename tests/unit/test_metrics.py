@@ -24,7 +24,7 @@ from dspark_sglang.serving.metrics import Metrics
 from dspark_sglang.serving.telemetry import Telemetry
 
 telemetry, control = Telemetry(gamma=3), Control(gamma=3, adaptive=True)
-metrics = Metrics({{"schedule": "adaptive", "gamma": "3"}}, gamma=3)
+metrics = Metrics({{"schedule": "adaptive", "gamma": "3"}})
 {textwrap.dedent(code)}
 from prometheus_client import CollectorRegistry, generate_latest, multiprocess
 registry = CollectorRegistry()

@@ -173,6 +173,21 @@ class Server:
             raise self.gone(error) from error
         return answer
 
+    def requests(self) -> int:
+        """How many requests run or wait, as the scheduler said last.
+
+        From ``/v1/loads``: ``/server_info`` does not tell.
+
+        Raises:
+            ServerError: the server does not answer, or says nothing of its load.
+        """
+        try:
+            answer = httpx.get(f"{self.url}/v1/loads", params={"include": "core"}, timeout=60.0)
+            loads = answer.json()["loads"]
+            return sum(load["num_running_reqs"] + load["num_waiting_reqs"] for load in loads)
+        except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
+            raise self.gone(error) from error
+
     def gone(self, error: Exception) -> ServerError:
         """What to raise when a running server stops answering."""
         return ServerError(

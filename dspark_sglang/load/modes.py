@@ -11,6 +11,9 @@ from dspark_sglang.demo.server import Server, serve_command
 ModeName = Literal["none", "fixed", "builtin_static", "dspark"]
 MODES: tuple[ModeName, ...] = ("none", "fixed", "builtin_static", "dspark")
 
+#: What runs is published at every step, not every 15: a block ends when nothing does.
+_TELLS_ITS_LOAD = ("--load-snapshot-publish-interval", "1")
+
 
 class Mode(NamedTuple):
     """One way of serving."""
@@ -55,7 +58,7 @@ def make_server(
         requests: most requests that will run at once.
         extra: more flags of SGLang.
     """
-    flags = ("--max-running-requests", str(requests), *extra)
+    flags = ("--max-running-requests", str(requests), *_TELLS_ITS_LOAD, *extra)
     command = serve_command(
         target, port, dtype=dtype, drafter=drafter if chosen.speculates else None, extra=flags
     )

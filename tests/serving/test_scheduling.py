@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import json
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 from dspark_loadtests.prompts import load_prompts
 from dspark_sglang.demo.measure import NEAR_TIE, tie_gap
 from dspark_sglang.demo.server import Server, free_port, serve_command
+from dspark_sglang.load import compare
 
 pytestmark = pytest.mark.server
 PROMPTS = load_prompts()
@@ -325,3 +327,24 @@ def test_the_next_start_takes_the_measured_cost_over(
         assert found["observations"] > 100 and found["steps"] == 0
     finally:
         second.stop()
+
+
+def test_a_block_of_load_ends_when_the_server_has_come_to_rest(server: Server) -> None:
+    body = {
+        "text": "Tell me a long story.", "stream": True,
+        "sampling_params": {"max_new_tokens": 2000, "ignore_eos": True},
+    }  # fmt: skip
+    with httpx.stream("POST", f"{server.url}/generate", json=body, timeout=300.0) as answer:
+        chunks, busy = answer.iter_raw(), 0
+        for _ in range(200):  # what runs is published every 15 steps
+            next(chunks)
+            busy = server.requests()
+            if busy:
+                break
+    assert busy == 1
+    compare._idle(server)
+    before = record(server)
+    assert server.requests() == 0
+    time.sleep(0.5)
+    after = record(server)
+    assert before["rounds"] + before["plain_rounds"] == after["rounds"] + after["plain_rounds"]

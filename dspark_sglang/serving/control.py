@@ -142,7 +142,8 @@ class Control:
         if not decision.draft:
             return StepPlan(limits, 0)
         if decision.whole or self.forced is not None:
-            return StepPlan(limits, most, whole=decision.whole)
+            # An operator's budget holds in steps that would verify everything to learn, too.
+            return StepPlan(limits, most, whole=self.forced is None)
         caps = np.array([self.depths.cap(option.workload) for option in options])
         limits = np.minimum(limits, caps)
         return StepPlan(limits, int(limits.max()))

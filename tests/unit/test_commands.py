@@ -148,6 +148,7 @@ REFUSED = [
     {"dspark_budget": -0.5},
     {"dspark_budget": float("nan")},
     {"dspark_budget": float("inf")},
+    {"dspark_force_budget_frac": 1.01},
     {"dspark_sts": 3},
     {"dspark_sts": 1},  # there is no file
     {"dspark_sts": 2},  # nothing was verified

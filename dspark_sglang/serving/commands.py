@@ -93,7 +93,7 @@ class Commands:
         plans: dict[int, Callable[[], Apply]] = {
             0: lambda: worker.control.cost.forget,
             1: worker.plan_cost_file,
-            2: lambda: worker.save_cost,
+            2: worker.plan_save_cost,
         }
         return _choose("dspark_cost", value, plans)()
 

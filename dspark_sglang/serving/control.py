@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from dspark_sglang.config import COST_ONLINE
 from dspark_sglang.core.depth import DepthCaps
 from dspark_sglang.core.policy import Choice, DraftPolicy
 from dspark_sglang.core.reliability import Reliability
@@ -32,6 +33,9 @@ Int64 = npt.NDArray[np.int64]
 
 #: Survival of a token that may be admitted is at least this: one that may not has 0.
 _ADMISSIBLE = 1e-300
+#: Sources of the step cost besides files: nothing is timed; it is being measured before the server
+#: listens.
+COST_OFF, COST_UNMEASURED = "off", "unmeasured"
 
 
 class StepPlan(NamedTuple):
@@ -86,6 +90,8 @@ class Control:
         self.policy = DraftPolicy()
         self.reliability = Reliability(gamma=gamma)
         self.depths = DepthCaps(gamma=gamma)
+        #: Where the step cost comes from, in words of the settings or as a file.
+        self.cost_source = COST_OFF if not adaptive else COST_ONLINE
         #: Share of the drafted tokens to verify whatever pays; None: what pays.
         self.forced: float | None = None
         #: Whether budgets come from confidences two steps old.
@@ -112,6 +118,11 @@ class Control:
         self.committed_tokens = 0
         self.plain_steps = 0
 
+    @property
+    def measuring(self) -> bool:
+        """Whether the measurement at start-up is still to end."""
+        return self.cost_source == COST_UNMEASURED
+
     # -- before drafting ---------------------------------------------------------------------
 
     def begin(self, requests: Sequence[Any], context: int) -> StepPlan:
@@ -134,7 +145,7 @@ class Control:
         most = int(limits.max(initial=0))
         if not self.adaptive:
             return StepPlan(limits, self.gamma, whole=True)
-        if any(option.profile for option in options):
+        if self.measuring and any(option.profile for option in options):
             return self._profile(limits)
         if not most or self.forced == 0.0:
             return StepPlan(limits, 0)
@@ -278,6 +289,7 @@ class Control:
         requests = max(1, len(self._requests))
         expected = self.expected_tokens
         return {
+            "cost_source": self.cost_source,
             "speculation": self.policy.choice,
             "drafting": self.policy.drafting(requests) if self.adaptive else True,
             "gain": round(self.policy.gain(requests), 4),

@@ -100,6 +100,20 @@ def load_cached(path: Path, wanted: dict[str, str], model: CostModel) -> CostArt
         return None
 
 
+def require_both_kinds(model: CostModel) -> None:
+    """Refuse to keep a cost that :func:`load` would refuse.
+
+    Raises:
+        ConfigError: rounds or plain steps have not been seen.
+    """
+    if not model.comparable:
+        raise ConfigError(
+            f"The step cost cannot be kept: its {model.observations} steps are not of both kinds.",
+            expected="rounds and plain steps, which scheduling compares",
+            fix="Serve requests with dspark_speculation -1, then send dspark_cost 2.",
+        )
+
+
 def save(
     path: Path, wanted: dict[str, str], model: CostModel, *, seconds: float | None = None
 ) -> None:
@@ -107,7 +121,11 @@ def save(
 
     Args:
         seconds: that measuring it took, where it was measured at start-up.
+
+    Raises:
+        ConfigError: one that :func:`load` would refuse.
     """
+    require_both_kinds(model)
     artifact = CostArtifact(
         schema_version=SCHEMA_VERSION,
         fingerprint=wanted,

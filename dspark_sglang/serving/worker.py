@@ -33,10 +33,10 @@ from dspark_sglang.config import (
 from dspark_sglang.core.heads import ConfidenceHead, MarkovHead
 from dspark_sglang.core.steps import CostModel
 from dspark_sglang.errors import CompatibilityError, ConfigError
-from dspark_sglang.serving import cost_store, sts_refit
+from dspark_sglang.serving import cost_store, requests, sts_refit
 from dspark_sglang.serving.commands import Commands
 from dspark_sglang.serving.compat import installed_version
-from dspark_sglang.serving.control import Control, StepPlan
+from dspark_sglang.serving.control import COST_UNMEASURED, Control, StepPlan
 from dspark_sglang.serving.draft_head import DraftHead
 from dspark_sglang.serving.metrics import Metrics
 from dspark_sglang.serving.ops import Ops, choose
@@ -77,6 +77,14 @@ def load_temperatures(
     return torch.tensor(artifact.temperatures), str(path)
 
 
+def _no_cost_file(expected: str) -> ConfigError:
+    return ConfigError(
+        "This server has no cost file.",
+        expected=expected,
+        fix="Start it that way, or use dspark_cost 0.",
+    )
+
+
 class DSparkWorker(DSparkWorkerV2):
     """Builds SGLang's worker, then puts our proposer, planner and verifier in its place."""
 
@@ -115,6 +123,7 @@ class DSparkWorker(DSparkWorkerV2):
             )
         self._install_parts(settings, temperatures)
         self._known_cost(settings)
+        requests.bind(self.control)
         self.commands = Commands(self)
         self._metrics: Metrics | None = None
         if get_parallel().tp_rank == 0:
@@ -276,11 +285,9 @@ class DSparkWorker(DSparkWorkerV2):
         self._ranks = get_parallel().tp_size
         self.cost_path: Path | None = None
         self.cost_fingerprint: dict[str, str] = {}
-        self.cost_source = "off"
         self.profile_s: float | None = None
         if not self.control.adaptive:
             return
-        self.cost_source = COST_ONLINE
         if settings.cost == COST_ONLINE:
             return
         runner, device = self.model_runner, torch.device(self.device)
@@ -300,12 +307,13 @@ class DSparkWorker(DSparkWorkerV2):
         if settings.cost != COST_AUTO:
             path = Path(settings.cost)
             known = cost_store.load(path, self.cost_fingerprint, self.control.cost)
-            self.profile_s, self.cost_source = known.seconds, settings.cost
+            self.profile_s, self.control.cost_source = known.seconds, settings.cost
             return
         self.cost_path = cost_store.place(settings, self.cost_fingerprint)
         cached = cost_store.load_cached(self.cost_path, self.cost_fingerprint, self.control.cost)
         self.profile_s = None if cached is None else cached.seconds
-        self.cost_source = "unmeasured" if cached is None else str(self.cost_path)
+        found = COST_UNMEASURED if cached is None else str(self.cost_path)
+        self.control.cost_source = found
 
     def plan_no_sts(self) -> Callable[[], None]:
         """What serves without calibration."""
@@ -342,24 +350,39 @@ class DSparkWorker(DSparkWorkerV2):
         named = self._settings.cost not in (COST_AUTO, COST_ONLINE)
         path = Path(self._settings.cost) if named else self.cost_path
         if path is None:
-            raise ConfigError(
-                "This server has no cost file.",
-                expected="DSPARK_COST=auto or a path",
-                fix="Start it that way, or use dspark_cost 0.",
-            )
+            raise _no_cost_file("DSPARK_COST=auto or a path")
         found = CostModel(gamma=self.gamma)
         cost_store.load(path, self.cost_fingerprint, found)
         return lambda: self.control.cost.restore(found.state())
 
-    def save_cost(self) -> None:
-        """Keep the step cost as it is known now for the next start of such a server."""
-        if self.cost_path is None or get_parallel().tp_rank != 0:
+    def plan_save_cost(self) -> Callable[[], None]:
+        """What keeps the step cost as it is known now for the next start of such a server.
+
+        It ends the measurement at start-up, whatever came of that.
+
+        Raises:
+            ConfigError: there is no place for it, or another start would refuse it; the latter not
+                while measuring, whose end must not fail.
+        """
+        if self.cost_path is None:
+            raise _no_cost_file("DSPARK_COST=auto")
+        if not self.control.measuring:
+            cost_store.require_both_kinds(self.control.cost)
+        path = self.cost_path
+        return lambda: self._save_cost(path)
+
+    def _save_cost(self, path: Path) -> None:
+        try:
+            cost_store.require_both_kinds(self.control.cost)
+        except ConfigError as error:
+            logger.warning("%s It is learned while serving, and measured at the next start.", error)
+            self.control.cost_source = COST_ONLINE
             return
         self.profile_s = self.control.profile_seconds or self.profile_s
-        cost_store.save(
-            self.cost_path, self.cost_fingerprint, self.control.cost, seconds=self.profile_s
-        )
-        self.cost_source = str(self.cost_path)
+        self.control.cost_source = str(path)
+        if get_parallel().tp_rank == 0:
+            cost = self.control.cost
+            cost_store.save(path, self.cost_fingerprint, cost, seconds=self.profile_s)
 
     def _set_temperatures(self, temperatures: torch.Tensor, source: str) -> None:
         """Serve with other STS temperatures from the next step on."""
@@ -390,7 +413,6 @@ class DSparkWorker(DSparkWorkerV2):
             "temperatures": self._ops.temperatures,
             "drafter_sha256": self.drafter_sha256,
             "reliability": self.control.reliability.table(),
-            "cost_source": self.cost_source,
             "profile_s": self.profile_s,
             **self.telemetry.snapshot(),
             **self.control.snapshot(),

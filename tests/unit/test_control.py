@@ -18,7 +18,7 @@ from test_core_schedule import DRAFT, SECOND, TARGET, TOKENS
 from dspark_sglang.core.schedule import lengths
 from dspark_sglang.core.steps import Step
 from dspark_sglang.errors import NumericsError
-from dspark_sglang.serving.control import Budgeted, Control, StepPlan
+from dspark_sglang.serving.control import COST_UNMEASURED, Budgeted, Control, StepPlan
 
 
 def budgeted(control: Control, confidence: np.ndarray) -> Budgeted:
@@ -70,6 +70,8 @@ def prepared(branch: str) -> tuple[Control, list[Any]]:
         control.forced = float(branch.split()[1])
     if branch == "always":
         control.choose("on")
+    if branch == "profile":
+        control.cost_source = COST_UNMEASURED
     return control, limited(profile=branch == "profile")
 
 
@@ -224,6 +226,7 @@ def test_ranks_unpack_the_plan_that_was_packed(plan: StepPlan) -> None:
 
 def test_the_measurement_tries_both_kinds_at_every_depth() -> None:
     control = Control(gamma=GAMMA, adaptive=True)
+    control.cost_source = COST_UNMEASURED
     kinds, depths = [], set()
     for turn in range(2 * (GAMMA + 1)):
         plan = control.begin([request(profile=True)] * 2, 0)

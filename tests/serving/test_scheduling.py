@@ -173,13 +173,19 @@ def test_sampled_and_greedy_requests_share_steps_that_do_not_draft(server: Serve
 
 
 @pytest.mark.parametrize(
-    ("budget", "least", "most"), [(0, 0.0, 0.0), (0.5, 0.3, 0.5), (1, 1.0, 1.0)]
+    ("key", "budget", "least", "most"),
+    [
+        ("dspark_budget", 0, 0.0, 0.0),
+        ("dspark_budget", 0.5, 0.3, 0.5),
+        ("dspark_budget", 1, 1.0, 1.0),
+        ("dspark_force_budget_frac", 0.5, 0.3, 0.5),  # SGLang's own
+    ],
 )
 def test_a_forced_budget_is_what_is_verified(
-    server: Server, budget: float, least: float, most: float
+    server: Server, key: str, budget: float, least: float, most: float
 ) -> None:
     plain = chat(server, PROMPTS[7])
-    assert update(server, {"dspark_budget": budget, "dspark_speculation": 1})
+    assert update(server, {key: budget, "dspark_speculation": 1})
     assert record(server)["forced_budget"] == budget
     with Counted(server) as counted:
         ours = chat(server, PROMPTS[7])
@@ -272,7 +278,13 @@ def test_workloads_are_told_apart(server: Server) -> None:
 
 @pytest.mark.parametrize(
     "given",
-    [{"max_draft_tokens": -1}, {"max_draft_tokens": "all"}, {"max_tokens": 3}, 5],
+    [
+        {"max_draft_tokens": -1},
+        {"max_draft_tokens": "all"},
+        {"max_tokens": 3},
+        {"profile": True},
+        5,
+    ],
     ids=str,
 )
 def test_options_that_are_wrong_are_refused(server: Server, given: Any) -> None:

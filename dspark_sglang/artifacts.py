@@ -1,6 +1,7 @@
 """Small JSON artifacts: calibration and draft vocabulary of a drafter, step cost of a server.
 
-Each carries ``schema_version``, its kind, what it belongs to and its provenance. Reading one for something else is an error, never a warning.
+Each carries ``schema_version``, its kind, what it belongs to and its provenance. Reading one for
+something else is an error, never a warning.
 """
 
 from __future__ import annotations

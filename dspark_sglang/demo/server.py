@@ -174,7 +174,7 @@ class Server:
         return answer
 
     def requests(self) -> int:
-        """How many requests run or wait, as the scheduler said last.
+        """How many requests run or wait in the scheduler that has most, as it said last.
 
         From ``/v1/loads``: ``/server_info`` does not tell.
 
@@ -184,7 +184,8 @@ class Server:
         try:
             answer = httpx.get(f"{self.url}/v1/loads", params={"include": "core"}, timeout=60.0)
             loads = answer.json()["loads"]
-            return sum(load["num_running_reqs"] + load["num_waiting_reqs"] for load in loads)
+            # One for each scheduler; max() of none is an error.
+            return max(int(load["num_running_reqs"] + load["num_waiting_reqs"]) for load in loads)
         except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
             raise self.gone(error) from error
 

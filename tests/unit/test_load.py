@@ -207,7 +207,9 @@ def test_a_server_that_does_not_come_to_rest_is_an_error(tmp_path: Path) -> None
         compare._idle(server, 0.3)
 
 
-@pytest.mark.parametrize("answer", [{}, {"loads": [{}]}, {"loads": None}, []], ids=str)
+@pytest.mark.parametrize(
+    "answer", [{}, {"loads": []}, {"loads": [{}]}, {"loads": None}, []], ids=str
+)
 def test_an_answer_that_does_not_tell_is_no_rest(answer: Any, tmp_path: Path) -> None:
     with telling([answer], tmp_path) as (server, _), pytest.raises(ServerError):
         compare._idle(server, 0.3)

@@ -165,4 +165,3 @@ def _same_total(said: int, computed: int, where: Path) -> None:
             expected=f"{computed / 1e9:.2f} GB (from config.json)",
             fix="Index and config.json belong to different checkpoints or revisions: download both.",
         )
-

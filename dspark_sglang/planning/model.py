@@ -312,4 +312,3 @@ def _same_revision(ours: str | None, theirs: str | None, target: Source, drafter
             expected="a drafter and its target of the same revision",
             fix=f"Download the target again with `hf download --revision {theirs}`.",
         )
-

@@ -29,7 +29,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     ep: int = 1
     pd: Role = "null"
     page_size: int | None = None
-    max_running: int = DEFAULT_RUNNING
+    max_running: int | None = None
     chunked_prefill: int | None = None
     mem_fraction: float | None = None
     max_total_tokens: int | None = None
@@ -47,6 +47,11 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     context: int | None = None
     #: DSPARK_PLUGIN=off: SGLang's own DSPARK.
     builtin: bool = False
+
+    @property
+    def running(self) -> int:
+        """Requests at once, chosen or not."""
+        return DEFAULT_RUNNING if self.max_running is None else self.max_running
 
 
 def check(options: Options) -> None:

@@ -39,14 +39,14 @@ class Case(msgspec.Struct, frozen=True):
 
 
 class Citation(msgspec.Struct, frozen=True):
-    """A line of source."""
+    """A line of source; in this package, whose lines move, a text that its file holds."""
 
     file: str
-    line: int
+    line: int | None
     text: str
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.line}"
+        return self.file if self.line is None else f"{self.file}:{self.line}"
 
 
 class Rule(msgspec.Struct, frozen=True):
@@ -94,18 +94,22 @@ RULES = (
     ),
     Rule(
         "dp-a2a",
-        lambda case: case.drafts
-        and case.options.attention_dp > 1
-        and case.options.moe_a2a not in ("none", "megamoe", "mori"),
+        lambda case: (
+            case.drafts
+            and case.options.attention_dp > 1
+            and case.options.moe_a2a not in ("none", "megamoe", "mori")
+        ),
         "refused",
         "DSPARK with attention data parallelism takes --moe-a2a-backend none, megamoe or mori.",
         Citation(_SPECULATIVE, 679, "DSpark with dp attention supports moe_a2a_backend"),
     ),
     Rule(
         "dp-a2a-static",
-        lambda case: case.drafts
-        and case.options.attention_dp > 1
-        and case.options.moe_a2a in ("megamoe", "mori"),
+        lambda case: (
+            case.drafts
+            and case.options.attention_dp > 1
+            and case.options.moe_a2a in ("megamoe", "mori")
+        ),
         "refused",
         "With attention data parallelism and an expert all-to-all, DSPARK verifies whole blocks only "
         "(SGLANG_RAGGED_VERIFY_MODE=static), which this plugin does not. Use --moe-a2a-backend none.",
@@ -144,7 +148,7 @@ RULES = (
         lambda case: case.ours and case.options.pd != "null",
         "refused",
         "This plugin refuses PD disaggregation. Serve without it, or with DSPARK_PLUGIN=off (--builtin).",
-        Citation(_ARGUMENTS, 106, "--disaggregation-mode"),
+        Citation(_ARGUMENTS, None, "--disaggregation-mode"),
     ),
     Rule(
         "eplb-needs-ep",
@@ -167,36 +171,45 @@ RULES = (
         "LoRA with DSPARK needs SGLANG_RAGGED_VERIFY_MODE=static; this plugin verifies ragged blocks. "
         "Serve adapters without DSPARK, or with DSPARK_PLUGIN=off and that mode.",
         Citation(
-            "srt/arg_groups/lora_hook.py", 272, 'cfg.speculative_algorithm == "DSPARK" and ragged_mode'
+            "srt/arg_groups/lora_hook.py",
+            272,
+            'cfg.speculative_algorithm == "DSPARK" and ragged_mode',
         ),
     ),
     Rule(
         "v4-page",
-        lambda case: case.model.architecture == V4
-        and case.options.page_size not in (None, case.model.page_size),
+        lambda case: (
+            case.model.architecture == V4
+            and case.options.page_size not in (None, case.model.page_size)
+        ),
         "refused",
         "DeepSeek-V4 takes --page-size 256. Leave it out.",
         Citation("srt/mem_cache/kv_cache_configurator.py", 2070, "page_size must be 256"),
     ),
     Rule(
         "v4-backend",
-        lambda case: case.model.architecture == V4
-        and case.options.attention_backend not in (None, "dsv4"),
+        lambda case: (
+            case.model.architecture == V4 and case.options.attention_backend not in (None, "dsv4")
+        ),
         "refused",
         "DeepSeek-V4 has an attention backend of its own, dsv4. Leave --attention-backend out.",
-        Citation("srt/arg_groups/model_overrides/deepseek_v4.py", 24, '"attention_backend": "dsv4"'),
+        Citation(
+            "srt/arg_groups/model_overrides/deepseek_v4.py", 24, '"attention_backend": "dsv4"'
+        ),
     ),
     Rule(
         "v4-cpu",
         lambda case: case.model.architecture in (V3, V4) and case.machine.on_cpu,
         "refused",
         "DeepSeek models do not run on this plugin's CPU platform. Choose --hardware with GPUs.",
-        Citation("dspark_sglang/serving/cpu/platform.py", 131, 'if kind == "mha" else None'),
+        Citation("dspark_sglang/serving/cpu/platform.py", None, 'if kind == "mha" else None'),
     ),
     Rule(
         "v4-groups",
-        lambda case: case.model.architecture == V4
-        and int(case.model.target.config["o_groups"]) % case.layout.attention_tp != 0,
+        lambda case: (
+            case.model.architecture == V4
+            and int(case.model.target.config["o_groups"]) % case.layout.attention_tp != 0
+        ),
         "refused",
         "The groups of the output projection (o_groups) do not divide over these ranks. Choose a "
         "smaller --tp or --attention-dp.",
@@ -204,10 +217,12 @@ RULES = (
     ),
     Rule(
         "v4-fp4-width",
-        lambda case: case.model.architecture == V4
-        and case.machine.architecture == "sm90"
-        and not _marlin(case)
-        and _narrow(case, 128),
+        lambda case: (
+            case.model.architecture == V4
+            and case.machine.architecture == "sm90"
+            and not _marlin(case)
+            and _narrow(case, 128)
+        ),
         "refused",
         "Experts are too narrow on one rank for Hopper's fp4 kernel (multiples of 128). Use --ep or "
         "--moe-runner-backend marlin.",
@@ -247,7 +262,7 @@ RULES = (
         "added",
         "This plugin does not serve drafters with heads sharded over ranks, as DeepSeek-V4's: the "
         "command runs SGLang's builtin (DSPARK_PLUGIN=off).",
-        Citation("dspark_sglang/serving/worker.py", 161, "DSPARK_PLUGIN=off"),
+        Citation("dspark_sglang/serving/worker.py", None, "DSPARK_PLUGIN=off"),
     ),
     Rule(
         "flashinfer-ragged",
@@ -265,7 +280,9 @@ RULES = (
         "refused",
         "--enable-hierarchical-cache and --disable-radix-cache exclude each other.",
         Citation(
-            "srt/arg_groups/kv_cache_hook.py", 395, "enable-hierarchical-cache and disable-radix-cache"
+            "srt/arg_groups/kv_cache_hook.py",
+            395,
+            "enable-hierarchical-cache and disable-radix-cache",
         ),
     ),
     Rule(
@@ -274,7 +291,7 @@ RULES = (
         "note",
         "HiCache keeps a copy in host memory, twice the device pool unless told otherwise; it is not "
         "in these figures.",
-        Citation("srt/arg_groups/hicache_hook.py", 121, '1.2 if cfg.hicache_host_memory_mode == "buffer_only" else 2.0'),  # fmt: skip
+        Citation("srt/arg_groups/hicache_hook.py", 121, "buffer_only"),
     ),
     Rule(
         "running-default",
@@ -297,13 +314,15 @@ RULES = (
         "note",
         "SGLang budgets one draft layer of V4's window pool and allocates one for each stage; the "
         "rest comes out of its reserve.",
-        Citation("srt/model_executor/pool_configurator.py", 1242, "draft_layers = 1"),
+        Citation("srt/model_executor/pool_configurator.py", 1253, "draft_layers = 1"),
     ),
     Rule(
         "draft-heads",
-        lambda case: case.drafts
-        and not case.model.bundled
-        and any(heads % case.layout.tp for heads in case.model.heads[1:]),
+        lambda case: (
+            case.drafts
+            and not case.model.bundled
+            and any(heads % case.layout.tp for heads in case.model.heads[1:])
+        ),
         "refused",
         "The drafter's attention heads do not divide over these ranks: a dense drafter is always "
         "shared over all of them. Choose another --tp.",
@@ -311,8 +330,10 @@ RULES = (
     ),
     Rule(
         "heads",
-        lambda case: case.layout.tp % case.options.attention_dp == 0
-        and case.model.heads[0] % case.layout.attention_tp != 0,
+        lambda case: (
+            case.layout.tp % case.options.attention_dp == 0
+            and case.model.heads[0] % case.layout.attention_tp != 0
+        ),
         "refused",
         "The target's attention heads do not divide over these ranks. Choose another --tp.",
         Citation("srt/models/llama.py", 183, "assert self.total_num_heads % tp_size == 0"),
@@ -322,9 +343,9 @@ RULES = (
         lambda case: case.machine.on_cpu and (case.layout.tp > 1 or case.options.attention_dp > 1),
         "refused",
         "The CPU platform serves one rank here. Leave --tp and --attention-dp out.",
-        Citation(_ARGUMENTS, 176, "--dp-size with attention data parallelism"),
+        Citation(_ARGUMENTS, None, "--dp-size with attention data parallelism"),
     ),
-)  # fmt: skip
+)
 
 
 def apply(case: Case) -> list[Finding]:

@@ -1,28 +1,84 @@
-"""Tensors of dense decoder models (Llama, Qwen2, Qwen3, Gemma 3) and of stand-alone drafters.
+"""Tensors of dense decoder models (Llama, Qwen3, Gemma 3 and 4) and of stand-alone drafters.
 
-Source: SGLang 0.5.23, ``models/{llama,qwen2,qwen3,gemma3_causal,dflash,dspark}.py``.
+Source: SGLang 0.5.23, ``models/{llama,qwen3,gemma3_causal,gemma4_causal,dflash,dspark}.py``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
 from dspark_sglang.checkpoint import DrafterConfig, dense_tensors
-from dspark_sglang.planning.kv import DraftKv, FullKv
+from dspark_sglang.errors import CheckpointError
+from dspark_sglang.planning.kv import DraftKv, FullKv, SlidingKv
 from dspark_sglang.planning.reading import integer, optional
 from dspark_sglang.planning.tensors import SIZES, Split, Tensor
 
 Config = Mapping[str, Any]
 
-_QK_NORM = ("Qwen3ForCausalLM", "Gemma3ForCausalLM")
-_GEMMA = "Gemma3ForCausalLM"
+GEMMA3, GEMMA4 = "Gemma3ForCausalLM", "Gemma4ForCausalLM"
+_GEMMAS = (GEMMA3, GEMMA4)
+_QK_NORM = ("Qwen3ForCausalLM", *_GEMMAS)
+#: Parts of Gemma 4 that some of its checkpoints have and a plan does not know.
+_UNPLANNED = (
+    "enable_moe_block",
+    "hidden_size_per_layer_input",
+    "num_kv_shared_layers",
+    "attention_k_eq_v",
+)
+_SLIDING, _FULL = "sliding_attention", "full_attention"
+
+
+class Heads(NamedTuple):
+    """Attention of one layer: query heads, key and value heads, width of each."""
+
+    query: int
+    groups: int
+    dim: int
+
+
+def heads(config: Config, architecture: str, layer: int) -> Heads:
+    """Attention of a layer.
+
+    Raises:
+        CheckpointError: a field is missing or nonsense, or asks for what is not planned.
+    """
+    query = integer(config, "num_attention_heads")
+    groups = query if config.get("num_key_value_heads") is None else integer(config, "num_key_value_heads")  # fmt: skip
+    dim = integer(config, "hidden_size") // query
+    dim = dim if config.get("head_dim") is None else integer(config, "head_dim")
+    if architecture == GEMMA4 and layer_types(config)[layer] == _FULL:
+        dim = dim if config.get("global_head_dim") is None else integer(config, "global_head_dim")
+    return Heads(query, groups, dim)
+
+
+def layer_types(config: Config) -> list[str]:
+    """Gemma 4: whether each layer attends to everything or to a window.
+
+    Raises:
+        CheckpointError: not a list of one of the two for each layer, or a variant not planned.
+    """
+    for key in _UNPLANNED:
+        if config.get(key):
+            raise CheckpointError(
+                f"config.json says {key} {config[key]!r}.",
+                expected="a dense Gemma 4 without it",
+                fix="Its memory cannot be planned; nothing is assumed to fit.",
+            )
+    found, depth = config.get("layer_types"), integer(config, "num_hidden_layers")
+    if not isinstance(found, list) or len(found) != depth or set(found) - {_SLIDING, _FULL}:
+        raise CheckpointError(
+            f"config.json says layer_types {found!r}.",
+            expected=f"{depth} times {_SLIDING} or {_FULL}",
+            fix="Download config.json of this model again with `hf download`.",
+        )
+    return found
 
 
 def _tied(config: Config, architecture: str) -> bool:
-    return bool(optional(config, "tie_word_embeddings", architecture == _GEMMA))
+    return bool(optional(config, "tie_word_embeddings", architecture in _GEMMAS))
 
 
 def target(config: Config, architecture: str, stored: str, kept: str) -> list[Tensor]:
@@ -36,13 +92,13 @@ def target(config: Config, architecture: str, stored: str, kept: str) -> list[Te
     """
     hidden, vocab = integer(config, "hidden_size"), integer(config, "vocab_size")
     # Gemma's embedding is an ordinary one there, whole on every rank.
-    rows = Split.WHOLE if architecture == _GEMMA else Split.VOCAB
+    rows = Split.WHOLE if architecture in _GEMMAS else Split.VOCAB
     made = [_tensor("model.embed_tokens.weight", (vocab, hidden), "embedding", rows)]
     made.append(_tensor("model.norm.weight", (hidden,), "norms"))
     if not _tied(config, architecture):
         made.append(_tensor("lm_head.weight", (vocab, hidden), "head", Split.HEAD_VOCAB))
     for layer in range(integer(config, "num_hidden_layers")):
-        made += _layer(config, architecture, f"model.layers.{layer}.")
+        made += _layer(config, architecture, layer)
     return [msgspec.structs.replace(tensor, stored=stored, kept=kept) for tensor in made]
 
 
@@ -63,31 +119,23 @@ def _tensor(
     )
 
 
-def _layer(config: Config, architecture: str, prefix: str) -> list[Tensor]:
+def _layer(config: Config, architecture: str, layer: int) -> list[Tensor]:
+    prefix = f"model.layers.{layer}."
     hidden, wide = integer(config, "hidden_size"), integer(config, "intermediate_size")
-    heads = integer(config, "num_attention_heads")
-    groups, dim = kv_heads(config), head_dim(config)
+    query, groups, dim = heads(config, architecture, layer)
     attention = [
-        ("q_proj", (heads * dim, hidden), Split.ATTENTION, 0, dim),
-        ("k_proj", (groups * dim, hidden), Split.HEADS, 0, dim),
-        ("v_proj", (groups * dim, hidden), Split.HEADS, 0, dim),
-        ("o_proj", (hidden, heads * dim), Split.ATTENTION, 1, dim),
+        ("q_proj", (query * dim, hidden), Split.ATTENTION, 0),
+        ("k_proj", (groups * dim, hidden), Split.HEADS, 0),
+        ("v_proj", (groups * dim, hidden), Split.HEADS, 0),
+        ("o_proj", (hidden, query * dim), Split.ATTENTION, 1),
     ]
-    made = [
-        _tensor(
-            f"{prefix}self_attn.{name}.weight", shape, "attention", split, dim=axis, grain=grain
-        )
-        for name, shape, split, axis, grain in attention
-    ]
-    if optional(config, "attention_bias", architecture == "Qwen2ForCausalLM"):
-        biased = attention[:3] if architecture == "Qwen2ForCausalLM" else attention
-        for name, shape, split, axis, grain in biased:
-            split = split if axis == 0 else Split.WHOLE
-            made.append(
-                _tensor(
-                    f"{prefix}self_attn.{name}.bias", shape[:1], "attention", split, grain=grain
-                )
-            )
+    made = []
+    for name, shape, split, axis in attention:
+        name = f"{prefix}self_attn.{name}"
+        made.append(_tensor(f"{name}.weight", shape, "attention", split, dim=axis, grain=dim))
+        if config.get("attention_bias"):
+            shared = split if axis == 0 else Split.WHOLE
+            made.append(_tensor(f"{name}.bias", shape[:1], "attention", shared, grain=dim))
     if architecture in _QK_NORM:
         made += [_tensor(f"{prefix}self_attn.{n}_norm.weight", (dim,), "norms") for n in "qk"]
     made += [
@@ -97,34 +145,35 @@ def _layer(config: Config, architecture: str, prefix: str) -> list[Tensor]:
     down = f"{prefix}mlp.down_proj.weight"
     made.append(_tensor(down, (hidden, wide), "mlp", Split.TENSOR, dim=1))
     norms = ["input_layernorm", "post_attention_layernorm"]
-    if architecture == _GEMMA:
+    if architecture in _GEMMAS:
         norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
+    if architecture == GEMMA4:
+        made.append(_tensor(f"{prefix}layer_scalar", (1,), "norms"))
     return made + [_tensor(f"{prefix}{name}.weight", (hidden,), "norms") for name in norms]
 
 
-def head_dim(config: Config) -> int:
-    """Width of one attention head."""
-    given = config.get("head_dim")
-    if given is not None:
-        return integer(config, "head_dim")
-    return integer(config, "hidden_size") // integer(config, "num_attention_heads")
-
-
-def kv_heads(config: Config) -> int:
-    """Key and value heads of a layer."""
-    if config.get("num_key_value_heads") is None:
-        return integer(config, "num_attention_heads")
-    return integer(config, "num_key_value_heads")
-
-
-def kv(config: Config, element: int) -> FullKv:
-    """The target's pool; ``element`` is the bytes of one value."""
-    return FullKv(
-        layers=integer(config, "num_hidden_layers"),
-        heads=kv_heads(config),
-        width=2 * head_dim(config),
-        element=element,
+def kv(config: Config, architecture: str, element: int) -> FullKv | SlidingKv:
+    """The target's pools; ``element`` is the bytes of one value."""
+    depth = integer(config, "num_hidden_layers")
+    # SGLang keeps every token in every layer of Gemma 3, windows or not.
+    if architecture != GEMMA4:
+        return _pool(heads(config, architecture, 0), depth, element)
+    types = layer_types(config)
+    if _SLIDING not in types or _FULL not in types:
+        raise CheckpointError(
+            f"config.json says layer_types {sorted(set(types))} only.",
+            expected="layers of both kinds",
+            fix="Its memory cannot be planned; nothing is assumed to fit.",
+        )
+    full, sliding = (
+        _pool(heads(config, architecture, types.index(kind)), types.count(kind), element)
+        for kind in (_FULL, _SLIDING)
     )
+    return SlidingKv(full=full, sliding=sliding, window=integer(config, "sliding_window"))
+
+
+def _pool(shape: Heads, layers: int, element: int) -> FullKv:
+    return FullKv(layers=layers, heads=shape.groups, width=2 * shape.dim, element=element)
 
 
 def drafter(config: DrafterConfig, stored: str, kept: str) -> list[Tensor]:

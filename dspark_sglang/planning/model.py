@@ -24,10 +24,9 @@ from dspark_sglang.planning.tensors import SIZES, Tensor
 Config = Mapping[str, Any]
 
 V4, V3 = "DeepseekV4ForCausalLM", "DeepseekV3ForCausalLM"
-DENSE = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Gemma3ForCausalLM")
+DENSE = ("LlamaForCausalLM", "Qwen3ForCausalLM", dense.GEMMA3, dense.GEMMA4)
+#: Targets whose memory is known here.
 ARCHITECTURES = (*DENSE, V3, V4)
-#: Models whose target latent is the same on every rank, for which SGLang reserves more.
-_LATENT = (V3, V4)
 _PROVENANCE = "provenance.json"
 
 
@@ -62,11 +61,6 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
     #: Heads of the target's attention and of the drafter's.
     heads: tuple[int, ...]
     bundled: bool = False
-
-    @property
-    def latent(self) -> bool:
-        """Whether SGLang counts the target among its latent-attention models."""
-        return self.architecture in _LATENT
 
     @property
     def page_size(self) -> int:
@@ -189,11 +183,12 @@ def _standalone(source: Source, architecture: str, drafter: str | None, loading:
     block = _block(source.config)
     if architecture == V3:
         weights = mla.Weights(stored, kept, block)
-        tensors, pool = mla.target(config, weights), mla.kv(config, element)
+        tensors = mla.target(config, weights)
+        pool: Kv = mla.kv(config, element)
     else:
         _unquantised(source.config)
         tensors = dense.target(config, architecture, stored, kept)
-        pool = dense.kv(config, element)
+        pool = dense.kv(config, architecture, element)
     own = find(drafter, role="drafter") if drafter is not None else _nested(source)
     parsed = _drafter(own, source) if own is not None else None
     draft: list[Tensor] = []
@@ -224,7 +219,7 @@ def _rotary(config: Config, architecture: str) -> int:
     """Width of the rotary table."""
     if architecture == V3:
         return reading.integer(config, "qk_rope_head_dim")
-    return dense.head_dim(config)
+    return dense.heads(config, architecture, 0).dim
 
 
 def _nested(target: Source) -> Source | None:

@@ -58,7 +58,8 @@ def render(plan: Plan) -> RenderableType:
     colour = "green" if plan.fits else "red"
     parts: list[RenderableType] = [title, Text(where), Text(verdict(plan), style=f"bold {colour}")]
     if plan.per_gpu_bytes:
-        parts += ["", _memory(plan), "", _concurrency(plan), *_drafter(plan)]
+        parts += ["", _title("Memory of one GPU"), _memory(plan)]
+        parts += ["", _title("Requests at once"), _concurrency(plan), *_drafter(plan)]
     if plan.findings:
         parts.append("")
         parts += list(_findings(plan))
@@ -76,8 +77,12 @@ def show(plan: Plan, console: Console) -> None:
         console.print("On the other nodes: the same with their --node-rank.")
 
 
+def _title(text: str) -> Text:
+    return Text(text, style="bold")
+
+
 def _memory(plan: Plan) -> Table:
-    table = Table(title="Memory of one GPU", title_justify="left", title_style="bold", box=None)
+    table = Table(box=None)
     table.add_column("part")
     table.add_column("GB", justify="right")
     table.add_column("share", justify="right")
@@ -85,6 +90,8 @@ def _memory(plan: Plan) -> Table:
     total = plan.hardware.memory_mib * 2**20
     detail = _detail(plan)
     for part, size in plan.per_gpu_bytes.items():
+        if not size:
+            continue
         note = "estimate" if part in _ESTIMATES else detail.get(part, "")
         table.add_row(part, gigabytes(size), f"{size / total:.0%}", note)
     used = sum(plan.per_gpu_bytes.values())
@@ -113,7 +120,7 @@ def _largest(parts: dict[str, int], count: int = 4) -> str:
 
 
 def _concurrency(plan: Plan) -> Table:
-    table = Table(title="Requests at once", title_justify="left", title_style="bold", box=None)
+    table = Table(box=None)
     table.add_column("context")
     for length in plan.max_concurrency:
         number = int(length)

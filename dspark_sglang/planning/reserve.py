@@ -9,7 +9,7 @@ from __future__ import annotations
 import msgspec
 
 from dspark_sglang.planning.hardware import MIB, Hardware
-from dspark_sglang.planning.model import Model
+from dspark_sglang.planning.model import V3, Model
 from dspark_sglang.planning.options import Options
 from dspark_sglang.planning.tensors import Layout
 
@@ -74,6 +74,7 @@ def _graphs(model: Model, options: Options, layout: Layout, tokens: int) -> floa
         if layout.attention_dp > 1:
             total += requests * layout.attention_dp * (4.5 if requests > 300 else 3.0)
     if options.pd != "decode":
-        latent = model.latent
+        # SGLang counts DeepSeek-V4 among its multi-head models (configs/model_config.py:1430).
+        latent = model.architecture == V3
         total += _LATENT_PREFILL_MIB if latent else _prefill_graphs(tokens) * _PREFILL_GRAPH_MIB
     return total

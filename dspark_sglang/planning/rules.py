@@ -11,6 +11,7 @@ from typing import Literal
 
 import msgspec
 
+from dspark_sglang.planning.dense import GEMMA3, GEMMA4
 from dspark_sglang.planning.hardware import Hardware
 from dspark_sglang.planning.model import V3, V4, Model
 from dspark_sglang.planning.options import Options, expert_width, needs_marlin
@@ -69,6 +70,8 @@ class Finding(msgspec.Struct, frozen=True):
     source: str
 
 
+#: Backends of multi-head targets that verify requests of different lengths in one graph.
+RAGGED_BACKENDS = ("fa3", "fa4", "trtllm_mha")
 _SPECULATIVE = "srt/arg_groups/speculative_hook.py"
 _PARALLEL = "srt/arg_groups/parallel_hook.py"
 _ARGUMENTS = "dspark_sglang/serving/arguments.py"
@@ -265,14 +268,51 @@ RULES = (
         Citation("dspark_sglang/serving/worker.py", None, "DSPARK_PLUGIN=off"),
     ),
     Rule(
-        "flashinfer-ragged",
-        lambda case: case.ours and case.options.attention_backend == "flashinfer",
-        "refused",
-        "FlashInfer cannot verify ragged blocks in CUDA graphs, and this plugin always does. Choose "
-        "another --attention-backend.",
-        Citation(
-            "srt/layers/attention/flashinfer_backend.py", 760, "does not support ragged verify"
+        "ragged-backend",
+        lambda case: (
+            case.ours
+            and not case.machine.on_cpu
+            and case.options.attention_backend not in (None, *RAGGED_BACKENDS)
         ),
+        "refused",
+        "This plugin verifies ragged blocks in CUDA graphs, which this attention backend cannot. "
+        f"Choose --attention-backend {' or '.join(RAGGED_BACKENDS)}.",
+        Citation(
+            "srt/layers/attention/base_attn_backend.py",
+            65,
+            "supports_ragged_verify_graph: bool = False",
+        ),
+    ),
+    Rule(
+        "capture",
+        lambda case: case.drafts and case.model.architecture == GEMMA3,
+        "refused",
+        "SGLang's Gemma 3 cannot hand its states to a drafter. Serve it without DSPARK.",
+        Citation(
+            "srt/model_executor/model_runner_components/attention_backend_setup.py",
+            70,
+            "set_dspark_layers_to_capture nor set_dflash_layers_to_capture",
+        ),
+    ),
+    Rule(
+        "gemma4-backend",
+        lambda case: (
+            case.ours
+            and case.model.architecture == GEMMA4
+            and not case.machine.on_cpu
+            and case.options.attention_backend is None
+        ),
+        "refused",
+        "For Gemma 4 SGLang may choose Triton, which cannot verify ragged blocks. Pass "
+        "--attention-backend fa4 or trtllm_mha.",
+        Citation("srt/arg_groups/model_hook.py", 658, "Gemma4 only supports"),
+    ),
+    Rule(
+        "gemma4-cpu",
+        lambda case: case.machine.on_cpu and case.model.architecture == GEMMA4,
+        "refused",
+        "SGLang does not take this plugin's CPU attention for Gemma 4. Choose --hardware with GPUs.",
+        Citation("srt/arg_groups/model_hook.py", 658, "Gemma4 only supports"),
     ),
     Rule(
         "hicache-radix",

@@ -5,6 +5,7 @@ A tensor says how SGLang shares it out; what a rank holds follows from shape, ke
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable
 from enum import StrEnum
@@ -109,6 +110,7 @@ def rank_bytes(tensor: Tensor, layout: Layout) -> int:
     return math.ceil(tensor.elements / ranks) * size
 
 
+@functools.cache
 def _ranks(split: Split, layout: Layout) -> int:
     """Ranks among which a tensor is shared."""
     with_dp = layout.attention_dp > 1

@@ -10,6 +10,8 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import msgspec
+
 from dspark_sglang.core.v4.shape import V4Shape
 from dspark_sglang.core.v4.tensors import v4_tensors
 from dspark_sglang.errors import CheckpointError
@@ -95,12 +97,11 @@ def target(config: Config, kernels: Kernels) -> list[Tensor]:
         *_head_mix("", shape),
     ]
     hashed = int(optional(config, "num_hash_layers", 0))
+    common = _layer(shape, kernels)
     for layer, ratio in enumerate(ratios):
         prefix = f"layers.{layer}."
-        for name, size in _layer_shapes(shape).items():
-            if name == "ffn.gate.bias" and layer < hashed:
-                continue
-            made += _tensors(prefix + name, size, _kind(name, shape, kernels))
+        routed = [t for t in common if layer >= hashed or t.name != "ffn.gate.bias"]
+        made += _named(prefix, routed)
         if layer < hashed:
             table = (shape.vocab, shape.active)
             made.append(
@@ -138,9 +139,7 @@ def mtp_layer(config: Config, kernels: Kernels) -> list[Tensor]:
             f"mtp.0.{name}.weight", (shape.hidden, shape.hidden), Kind("F8_E4M3", "F8_E4M3", "main_proj")
         )  # fmt: skip
     made += _head_mix("mtp.0.", shape)
-    for name, size in _layer_shapes(shape).items():
-        made += _tensors("mtp.0." + name, size, _kind(name, shape, kernels))
-    return made
+    return made + _named("mtp.0.", _layer(shape, kernels))
 
 
 def _ratios(config: Config) -> tuple[int, ...]:
@@ -156,14 +155,18 @@ def _ratios(config: Config) -> tuple[int, ...]:
     return ratios[:depth]
 
 
-def _layer_shapes(shape: V4Shape) -> dict[str, tuple[int, ...]]:
+def _layer(shape: V4Shape, kernels: Kernels) -> list[Tensor]:
     """Tensors that every layer has, by their name in it (the drafter's layers are the target's)."""
-    inside = {}
+    made: list[Tensor] = []
     for name, size in v4_tensors(shape).items():
         stage, local = name.split(".", 2)[1:]
         if stage == "0" and _drafter_part(local) is None:
-            inside[local] = size
-    return inside
+            made += _tensors(local, size, _kind(local, shape, kernels))
+    return made
+
+
+def _named(prefix: str, tensors: list[Tensor]) -> list[Tensor]:
+    return [msgspec.structs.replace(tensor, name=prefix + tensor.name) for tensor in tensors]
 
 
 def _drafter_part(local: str) -> str | None:

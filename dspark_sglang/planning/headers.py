@@ -141,7 +141,8 @@ def _same_names(found: Iterable[str], wanted: dict[str, Tensor], where: Path) ->
         raise CheckpointError(
             f"In {where} {' and '.join(what)}.",
             expected=f"the {len(wanted)} tensors that its config.json implies",
-            fix="Weights and config.json belong to different checkpoints or revisions: download both.",
+            fix="Weights and config.json belong to different checkpoints or revisions: download both. "
+            "If SGLang serves them all the same, pass --config-only.",
         )
 
 

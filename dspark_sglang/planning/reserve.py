@@ -51,7 +51,9 @@ def _prefill_graphs(tokens: int) -> int:
 def reserve(machine: Hardware, model: Model, options: Options, layout: Layout) -> Reserve:
     """What SGLang would set aside on one rank."""
     tokens = chunk(machine, options)
-    activations = _BASE_MIB + max(tokens, _LEAST_TOKENS) * _TOKEN_MIB + layout.tp / 8 * 1024
+    # The decoding side of PD has no prompts, only verified blocks.
+    rows = options.running * (model.gamma + 1) if options.pd == "decode" else tokens
+    activations = _BASE_MIB + max(rows, _LEAST_TOKENS) * _TOKEN_MIB + layout.tp / 8 * 1024
     graphs = 0.0 if machine.on_cpu else _graphs(model, options, layout, tokens)
     if machine.memory_mib > _LARGE_MIB and not machine.on_cpu:
         activations = max(activations, _LARGE_RESERVE_MIB - graphs)

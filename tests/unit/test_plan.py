@@ -23,6 +23,7 @@ from plan_samples import (
 )
 from typer.testing import CliRunner
 
+from dspark_sglang.cli import doctor
 from dspark_sglang.cli.main import app
 from dspark_sglang.errors import CheckpointError, ConfigError, DSparkError
 from dspark_sglang.planning import dense, hardware, layouts, model, plan, published, report
@@ -293,6 +294,31 @@ def test_numbers_no_server_takes(llama: Path, wrong: dict[str, Any]) -> None:
         make(llama, **wrong)
 
 
+def test_what_is_kept_free_is_sglangs_rule_of_thumb() -> None:
+    """In MiB: 512, 1.5 a prompt token, 1024 for 8 ranks, 2 a request and 8 a prompt graph."""
+    made = plan.make("deepseek-v4-flash-dspark", None, hardware.read("h100x8"))
+    free = 512 + 8192 * 1.5 + 1024 + 48 * 2 + 58 * 8
+    assert made.mem_fraction_static == round(1 - free / 81559, 3)
+    assert made.per_gpu_bytes["graphs"] == (48 * 2 + 58 * 8) * 2**20
+    # From 60 GiB on at least 10 GiB stay free.
+    small = plan.make("deepseek-v4-flash-dspark", None, hardware.read("h100x8"), Options(chunked_prefill=512))  # fmt: skip
+    assert small.mem_fraction_static == round(1 - 10240 / 81559, 3)
+
+
+def test_rows_of_a_draft_vocabulary_are_counted(llama: Path, drafter: Path) -> None:
+    (drafter / "draft_vocab.json").write_text(json.dumps({"tokens": [1, 2, 3]}))
+    made = make(llama, drafter=drafter, tp=1)
+    assert made.weights_by_part["drafter: draft vocabulary"] == 3 * 8 * 2
+
+
+def test_the_cpu_keeps_projections_twice(llama: Path) -> None:
+    made = make(llama, CPU)
+    projections = 5 * (8 * 8 + 2 * 4 * 8 + 8 * 8 + 3 * 12 * 8) + 16 * 8
+    assert made.weights_by_part["packed copies"] == 2 * projections
+    assert made.per_gpu_bytes["graphs"] == 0
+    assert "packed copies" not in make(llama, CPU, dtype="float32").weights_by_part
+
+
 # --- rules -----------------------------------------------------------------------------------
 
 #: For every rule, a case it applies to: model, machine, options.
@@ -413,6 +439,18 @@ def test_the_page_says_what_matters(llama: Path, drafter: Path) -> None:
     for word in ("Fits", "computed, not run", "target weights", "Requests at once", "sglang serve"):
         assert word in text
     assert run("--show-hardware", "2xh200x8").stdout.startswith("gpu:")
+
+
+def test_doctor_plans_for_the_machine_at_hand(llama: Path, drafter: Path) -> None:
+    found = doctor._memory(llama, drafter)
+    assert found.level == "ok" and "Fits" in found.what and "computed, not run" in found.what
+    (llama / "model.safetensors.index.json").unlink()
+    missing = doctor._memory(llama, None)
+    assert missing.level == "warning" and missing.fix
+    write_config(llama, LLAMA | {"architectures": ["Gemma3ForCausalLM"]})
+    write_index(llama, dense.target(LLAMA, "Gemma3ForCausalLM", "BF16", "BF16"))
+    refused = doctor._memory(llama, drafter)
+    assert refused.level == "problem" and "cannot hand its states" in refused.fix
 
 
 # --- what is shipped -------------------------------------------------------------------------

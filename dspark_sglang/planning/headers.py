@@ -113,11 +113,11 @@ def check(stored: Stored, computed: Iterable[Tensor], *, where: Path) -> None:
         CheckpointError: a tensor is missing, unknown, of another shape or type, or the sum differs.
     """
     wanted = {tensor.name: tensor for tensor in computed if not tensor.derived}
-    found = {_usual(name): name for name in stored.names if not name.endswith(_SKIPPED)}
+    found = {name for name in stored.names if not name.endswith(_SKIPPED)}
     copies = {name for name in found if name.endswith(COPIES) and name not in wanted}
-    _same_names(found.keys() - copies, wanted, where)
+    _same_names(found - copies, wanted, where)
     for name, tensor in wanted.items():
-        header = stored.headers.get(found[name])
+        header = stored.headers.get(name)
         if header is not None:
             _same_tensor(header, tensor, where)
     total = disk_bytes(wanted.values())
@@ -125,13 +125,8 @@ def check(stored: Stored, computed: Iterable[Tensor], *, where: Path) -> None:
         _same_total(stored.total, total, where)
 
 
-def _usual(name: str) -> str:
-    """A name without the prefixes that some exports add or leave out."""
-    return name.removeprefix("language_model.")
-
-
-def _same_names(found: Iterable[str], wanted: dict[str, Tensor], where: Path) -> None:
-    missing, unknown = sorted(wanted.keys() - set(found)), sorted(set(found) - wanted.keys())
+def _same_names(found: set[str], wanted: dict[str, Tensor], where: Path) -> None:
+    missing, unknown = sorted(wanted.keys() - found), sorted(found - wanted.keys())
     if missing or unknown:
         what = [
             f"{len(names)} tensors {verb}, the first {names[0]}"

@@ -42,6 +42,8 @@ class Pools(msgspec.Struct, frozen=True, kw_only=True):
     #: Bytes of the target's pools and of the drafter's.
     target_bytes: int
     draft_bytes: int
+    #: Bytes of the budget that SGLang counts them as.
+    charged: int
     #: Slots of sliding windows; 0 without any.
     window_tokens: int = 0
 
@@ -135,7 +137,12 @@ def size(kv: Kv, draft: DraftKv, *, budget: float, serving: Serving, layout: Lay
     target, drafted = kv.token_bytes(layout), _draft_bytes(draft, layout)
     tokens = _tokens(budget / (target + drafted), serving)
     rows = tokens + serving.page_size
-    return Pools(tokens=tokens, target_bytes=rows * target, draft_bytes=rows * drafted)
+    return Pools(
+        tokens=tokens,
+        target_bytes=rows * target,
+        draft_bytes=rows * drafted,
+        charged=tokens * (target + drafted),
+    )
 
 
 def _draft_bytes(draft: DraftKv, layout: Layout) -> int:
@@ -159,6 +166,7 @@ def _sliding(
         tokens=tokens,
         target_bytes=(tokens + page) * full + (slots + page) * window,
         draft_bytes=(tokens + page) * drafted,
+        charged=round(tokens * (full + serving.swa_ratio * window + drafted)),
         window_tokens=slots,
     )
 
@@ -195,11 +203,12 @@ def _compressed(
     reserve = (kv.layers + (draft.compressed_stages > 0)) / kv.layers
     states = compressed_request_bytes(kv, running)
     slot, token = compressed_slot_bytes(kv, page), compressed_token_bytes(kv, page)
-    left = max(0.0, budget - states - slots * slot * reserve)
-    tokens = _tokens(left / (token * reserve), serving)
+    fixed = states + slots * slot * reserve
+    tokens = _tokens(max(0.0, budget - fixed) / (token * reserve), serving)
     return Pools(
         tokens=tokens,
         target_bytes=round((tokens + page) * token + (slots + page) * slot + states),
         draft_bytes=round((slots + page) * draft.compressed_stages * page_bytes(page) / page),
+        charged=round(fixed + tokens * token * reserve),
         window_tokens=slots,
     )

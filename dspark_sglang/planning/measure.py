@@ -25,7 +25,7 @@ from dspark_sglang.planning import hardware, tiny
 from dspark_sglang.planning import plan as planning
 from dspark_sglang.planning.anchors import anchors
 from dspark_sglang.planning.options import Options
-from dspark_sglang.planning.plan import DRAFTER
+from dspark_sglang.planning.sizing import DRAFTER
 from dspark_sglang.provenance import machine, provenance
 from dspark_sglang.serving.footprint import MARK
 

@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 
 import msgspec
 
-from dspark_sglang.artifacts import DRAFT_VOCAB_FILE
-from dspark_sglang.checkpoint import read_json
 from dspark_sglang.errors import ConfigError
-from dspark_sglang.planning import kv
 from dspark_sglang.planning import options as given
 from dspark_sglang.planning.command import command
 from dspark_sglang.planning.hardware import MIB, Hardware
 from dspark_sglang.planning.model import Loading, Model, load
 from dspark_sglang.planning.options import DEFAULT_CONTEXT, Options
-from dspark_sglang.planning.reserve import Reserve, reserve
 from dspark_sglang.planning.rules import Case, Finding, apply
-from dspark_sglang.planning.tensors import SIZES, Layout, Split, by_part
+from dspark_sglang.planning.sizing import DRAFTER, Sized, Sizer
+from dspark_sglang.planning.tensors import Layout, by_part
 
 #: What every figure here is.
 LABEL = "computed, not run"
 #: Contexts that concurrency is given for.
 CONTEXTS = (4096, 8192, 16384, 32768, 65536, 131072, 262144, 524288, 1048576)
-#: Where SGLang's defaults leave too little room: prompt tokens a step and requests at once to try.
-_TIGHTER = ((4096, 48), (4096, 32), (2048, 32), (2048, 16), (2048, 8), (2048, 4))
-#: Parts of the drafter are shown under this prefix.
-DRAFTER = "drafter: "
 
 
 class DrafterCost(msgspec.Struct, frozen=True, kw_only=True):
@@ -128,18 +120,6 @@ def _marlin(model: Model, machine: Hardware, options: Options) -> list[bool]:
     ]
 
 
-class _Sized(msgspec.Struct, frozen=True, kw_only=True):
-    """One number of ranks, worked out."""
-
-    options: Options
-    layout: Layout
-    weights: dict[str, int]
-    reserved: Reserve
-    pools: kv.Pools
-    budget: float
-    headroom: int
-
-
 class _Planner:
     """Tries numbers of ranks for one model on one machine."""
 
@@ -162,112 +142,28 @@ class _Planner:
         allowed = [tp for tp in wanted if not _refused(findings[tp])]
         if not allowed:
             return self._refusal(wanted[0], findings[wanted[0]])
-        sized = {tp: self._size(tp) for tp in allowed}
-        fitting = [tp for tp in allowed if sized[tp].headroom >= 0]
-        chosen = allowed[0]
+        sized = self._sizes(allowed)
+        fitting = [tp for tp, found in sized.items() if found.headroom >= 0]
+        chosen = next(iter(sized))
         return self._result(sized[chosen], findings[chosen], min(fitting, default=None))
+
+    def _sizes(self, allowed: list[int]) -> dict[int, Sized]:
+        """Those numbers of ranks that the weights can be shared over; an error if there is none."""
+        sizer = Sizer(self.model, self.machine, self.options, self.context)
+        found: dict[int, Sized] = {}
+        for tp in allowed:
+            try:
+                found[tp] = sizer.size(tp)
+            except ConfigError:
+                if not found and tp == allowed[-1]:
+                    raise
+        return found
 
     def _findings(self, tp: int) -> list[Finding]:
         layout = given.layout(self.options, self.model, tp)
         return apply(Case(self.options, self.model, self.machine, layout))
 
-    def _serving(self, options: Options, reserved: Reserve) -> kv.Serving:
-        return kv.Serving(
-            max_running=options.running,
-            draft_tokens=self.model.gamma + 1,
-            page_size=options.page_size or self.model.page_size,
-            chunked_prefill=reserved.chunked_prefill,
-            overlap=not self.machine.on_cpu,
-            radix_cache=options.radix_cache,
-            pd_decode=options.pd == "decode",
-            max_tokens=options.max_total_tokens,
-        )
-
-    def _size(self, tp: int) -> _Sized:
-        """Memory on one of ``tp`` ranks, with tighter settings where that makes it fit."""
-        layout = given.layout(self.options, self.model, tp)
-        weights = self._weights(layout)
-        plain = self._sized(self.options, layout, weights)
-        if plain.headroom >= 0:
-            return plain
-        for chunk, running in _TIGHTER:
-            tighter = msgspec.structs.replace(
-                self.options,
-                chunked_prefill=self.options.chunked_prefill or chunk,
-                max_running=self.options.max_running or max(running, self.options.requests),
-            )
-            sized = self._sized(tighter, layout, weights)
-            if sized.headroom >= 0:
-                return sized
-        return plain
-
-    def _weights(self, layout: Layout) -> dict[str, int]:
-        model = self.model
-        weights = by_part(model.tensors, layout)
-        drafted = by_part(model.draft_tensors, layout)
-        weights |= {DRAFTER + part: size for part, size in drafted.items()}
-        if rows := self._draft_vocabulary(layout):
-            weights[DRAFTER + "draft vocabulary"] = rows
-        weights["rotary tables"] = model.rope_bytes
-        if copies := self._packed():
-            weights["packed copies"] = copies
-        return weights
-
-    def _sized(self, options: Options, layout: Layout, weights: dict[str, int]) -> _Sized:
-        machine = self.machine
-        reserved = reserve(machine, self.model, options, layout)
-        budget = machine.usable * reserved.mem_fraction - sum(weights.values())
-        serving = self._serving(options, reserved)
-        pools = self._pools(serving, layout, budget)
-        window = self.context + serving.draft_tokens
-        tokens = math.ceil(options.requests / layout.attention_dp) * window
-        page = serving.page_size
-        least = msgspec.structs.replace(serving, max_tokens=math.ceil(tokens / page) * page)
-        needed = self._pools(least, layout, math.inf)
-        capped = options.max_total_tokens is not None and pools.tokens < tokens
-        headroom = round(budget) - needed.target_bytes - needed.draft_bytes
-        return _Sized(
-            options=options,
-            layout=layout,
-            weights=weights,
-            reserved=reserved,
-            pools=pools,
-            budget=budget,
-            headroom=min(headroom, -1) if capped else headroom,
-        )
-
-    def _pools(self, serving: kv.Serving, layout: Layout, budget: float) -> kv.Pools:
-        model = self.model
-        return kv.size(model.kv, model.draft_kv, budget=budget, serving=serving, layout=layout)
-
-    def _draft_vocabulary(self, layout: Layout) -> int:
-        """Bytes of the LM head's rows that drafting copies, where the drafter names some."""
-        drafter = self.model.drafter
-        path = drafter.directory / DRAFT_VOCAB_FILE if drafter and drafter.directory else None
-        if path is None or layout.tp > 1 or not path.is_file():
-            return 0
-        tokens = read_json(path, what="a draft vocabulary").get("tokens")
-        width = self.model.tensors[0].shape[1]
-        count = len(tokens) if isinstance(tokens, list) else 0
-        return count * width * SIZES[self.model.tensors[0].kept]
-
-    def _packed(self) -> int:
-        """Bytes of the copies that the CPU platform lays out for oneDNN (bfloat16 projections)."""
-        if not self.machine.on_cpu:
-            return 0
-        projections = (*self.model.tensors, *self.model.draft_tensors)
-        size = sum(
-            tensor.elements * 2
-            for tensor in projections
-            if tensor.kept == "BF16" and tensor.part in ("attention", "mlp", "layers")
-            and len(tensor.shape) == 2
-        )  # fmt: skip
-        heads = [t for t in self.model.tensors if t.split in (Split.HEAD_VOCAB, Split.VOCAB)]
-        if heads and heads[-1].kept == "BF16":
-            size += heads[-1].elements * 2
-        return size if size <= self.machine.usable / 4 else 0
-
-    def _result(self, sized: _Sized, findings: list[Finding], smallest: int | None) -> Plan:
+    def _result(self, sized: Sized, findings: list[Finding], smallest: int | None) -> Plan:
         layout, reserved, pools = sized.layout, sized.reserved, sized.pools
         if sized.options != self.options:
             findings = [*findings, _tightened(sized.options)]
@@ -308,7 +204,7 @@ class _Planner:
             findings=findings,
         )
 
-    def _concurrency(self, tokens: int, sized: _Sized) -> dict[str, int]:
+    def _concurrency(self, tokens: int, sized: Sized) -> dict[str, int]:
         most, groups = sized.options.running, sized.layout.attention_dp
         reach = [length for length in CONTEXTS if length < self.model.context]
         window = self.model.gamma + 1

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dspark_sglang.planning.plan import Plan
+from dspark_sglang.planning.sizing import DRAFTER
 
 _GB = 1e9
 #: Parts that are estimates, not sums over tensors.
@@ -101,11 +102,9 @@ def _memory(plan: Plan) -> Table:
 
 def _detail(plan: Plan) -> dict[str, str]:
     """The largest parts of the weights; capacity of the pools."""
-    target = {k: v for k, v in plan.weights_by_part.items() if not k.startswith("drafter: ")}
+    target = {k: v for k, v in plan.weights_by_part.items() if not k.startswith(DRAFTER)}
     drafted = {
-        k.removeprefix("drafter: "): v
-        for k, v in plan.weights_by_part.items()
-        if k.startswith("drafter: ")
+        k.removeprefix(DRAFTER): v for k, v in plan.weights_by_part.items() if k.startswith(DRAFTER)
     }
     return {
         "target weights": _largest(target),

@@ -257,6 +257,25 @@ def test_it_says_by_how_much_it_does_not_fit(bundle: Path) -> None:
     assert make(bundle, enough, tp=1, context=4000, requests=1000).fits
 
 
+def test_what_fits_has_its_tokens(bundle: Path, llama: Path) -> None:
+    for folder, tp in ((bundle, 1), (bundle, 4), (llama, 1)):
+        verdicts = set()
+        for memory in range(4096, 16384, 1024):
+            machine = msgspec.structs.replace(SMALL_GPU, memory_mib=memory)
+            made = make(folder, machine, tp=tp, context=60, requests=40, max_running=40)
+            verdicts.add(made.fits)
+            assert made.fits == (made.tokens >= 40 * (60 + 1)), memory
+        assert True in verdicts
+
+
+def test_ranks_that_cannot_share_the_weights_are_passed_over(tmp_path: Path) -> None:
+    config = LLAMA | {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 1}
+    folder = write_config(tmp_path / "even", config)
+    assert make(folder, config_only=True).tp == 4  # 12 of width
+    with pytest.raises(ConfigError, match="for 8 ranks"):
+        make(folder, config_only=True, tp=8)
+
+
 def test_more_memory_holds_more(bundle: Path) -> None:
     large = msgspec.structs.replace(SMALL_GPU, memory_mib=32768)
     small, big = make(bundle, tp=2), make(bundle, large, tp=2)

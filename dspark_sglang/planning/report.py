@@ -32,7 +32,8 @@ def verdict(plan: Plan) -> str:
     """Whether it fits, in a sentence."""
     least = f"{plan.requests} request{'s' * (plan.requests > 1)} of {plan.context:,} tokens"
     if plan.refused:
-        return f"Refused: {len(plan.refused)} of the chosen settings exclude each other."
+        count = len(plan.refused)
+        return f"Refused, for {count} reason{'s' * (count > 1)}:"
     if plan.fits:
         return f"Fits: {least} with {gigabytes(plan.headroom)} GB a GPU to spare."
     return f"Does not fit: for {least} {gigabytes(-plan.headroom)} GB a GPU are missing."
@@ -141,6 +142,6 @@ def _drafter(plan: Plan) -> list[RenderableType]:
 
 
 def _findings(plan: Plan) -> Iterator[RenderableType]:
-    for finding in plan.findings:
+    for finding in plan.refused or plan.findings:
         mark, style = _MARKS[finding.verdict]
         yield Text.assemble((f"{mark} ", style), finding.message, (f" [{finding.source}]", "dim"))

@@ -169,7 +169,7 @@ RULES = (
     ),
     Rule(
         "lora",
-        lambda case: case.drafts and case.options.lora,
+        lambda case: case.ours and case.options.lora,
         "refused",
         "LoRA with DSPARK needs SGLANG_RAGGED_VERIFY_MODE=static; this plugin verifies ragged blocks. "
         "Serve adapters without DSPARK, or with DSPARK_PLUGIN=off and that mode.",

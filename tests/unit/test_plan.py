@@ -345,7 +345,7 @@ GEMMA3 = LLAMA | {"architectures": ["Gemma3ForCausalLM"]}
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "dp-lm-head": ("v4", "small", {"attention_dp": 2, "tp": 2}),
     "dp-a2a": ("v4", "small", {"attention_dp": 2, "tp": 2, "moe_a2a": "deepep"}),
-    "dp-a2a-static": ("v4", "small", {"attention_dp": 2, "tp": 2, "moe_a2a": "megamoe"}),
+    "dp-a2a-static": ("llama", "small", {"attention_dp": 2, "tp": 2, "moe_a2a": "megamoe"}),
     "dp-divides": ("v4", "small", {"attention_dp": 3, "tp": 4}),
     "ep-divides": ("v4", "small", {"ep": 3, "tp": 4}),
     "pp": ("llama", "small", {"pp": 2, "tp": 1}),
@@ -411,6 +411,15 @@ def test_a_rule_applies_where_it_should(
 def test_nothing_is_refused_without_a_reason(llama: Path, drafter: Path) -> None:
     made = make(llama, drafter=drafter, tp=1)
     assert made.fits and [f.rule for f in made.findings if f.verdict != "note"] == []
+
+
+def test_the_builtin_verifies_whole_blocks_and_so_takes_more(
+    bundle: Path, llama: Path, drafter: Path
+) -> None:
+    assert make(bundle, lora=True).fits
+    assert make(bundle, tp=2, attention_dp=2, moe_a2a="megamoe").fits
+    assert make(llama, drafter=drafter, tp=1, lora=True, builtin=True).fits
+    assert not make(llama, drafter=drafter, tp=1, lora=True).fits
 
 
 def test_latent_models_plan_too(tmp_path: Path) -> None:

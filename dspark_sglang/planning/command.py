@@ -37,7 +37,7 @@ def _environment(model: Model, options: Options, layout: Layout) -> list[str]:
     words = []
     if model.drafter is not None and (options.builtin or model.bundled):
         words.append("DSPARK_PLUGIN=off")
-    if layout.shared_experts_whole:
+    if layout.shared_experts_whole and options.moe_a2a == "none":
         words.append("SGLANG_SHARED_EXPERT_TP1=1")
     return words
 

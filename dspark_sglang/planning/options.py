@@ -17,6 +17,8 @@ Role = Literal["null", "prefill", "decode"]
 DEFAULT_RUNNING = 48
 #: Context of the least that has to fit.
 DEFAULT_CONTEXT = 32_768
+#: All-to-all backends of experts, all of which spread them over every rank.
+TO_ALL = ("deepep", "deepep_v2", "megamoe", "flashinfer_megamoe", "mooncake", "mori", "nixl", "pplx", "flashinfer")  # fmt: skip
 _SIZES = {"auto": None, "fp8_e4m3": 1, "fp8_e5m2": 1, "bfloat16": 2, "bf16": 2}
 
 
@@ -70,6 +72,12 @@ def check(options: Options) -> None:
             raise ConfigError(
                 f"--{name.replace('_', '-')} is {value}.", expected="at least 1", fix="Change it."
             )
+    if options.moe_a2a not in ("none", *TO_ALL):
+        raise ConfigError(
+            f"--moe-a2a-backend is {options.moe_a2a!r}.",
+            expected=" or ".join(("none", *TO_ALL)),
+            fix="Choose one of these.",
+        )
     if options.mem_fraction is not None and not 0.0 < options.mem_fraction < 1.0:
         raise ConfigError(
             f"--mem-fraction-static is {options.mem_fraction}.",
@@ -95,8 +103,10 @@ def kv_element(options: Options) -> int | None:
 
 def layout(options: Options, model: Model, tp: int) -> Layout:
     """How ``tp`` ranks share the weights of ``model``."""
-    shared = Layout(tp=tp, attention_dp=options.attention_dp, ep=options.ep)
-    whole = not _shared_experts_divide(model, shared)
+    to_all = options.moe_a2a != "none"
+    ep = tp if to_all else options.ep
+    shared = Layout(tp=tp, attention_dp=options.attention_dp, ep=ep)
+    whole = to_all or not _shared_experts_divide(model, shared)
     return msgspec.structs.replace(shared, shared_experts_whole=whole)
 
 

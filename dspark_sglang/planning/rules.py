@@ -109,7 +109,7 @@ RULES = (
     Rule(
         "dp-a2a-static",
         lambda case: (
-            case.drafts
+            case.ours
             and case.options.attention_dp > 1
             and case.options.moe_a2a in ("megamoe", "mori")
         ),
@@ -131,6 +131,14 @@ RULES = (
         "refused",
         "--ep-size has to divide --tp-size.",
         Citation("srt/runtime_context.py", 308, "tp_size == moe_ep_size * moe_dp_size"),
+    ),
+    Rule(
+        "a2a-ep",
+        lambda case: case.options.moe_a2a != "none",
+        "note",
+        "An all-to-all of experts makes --ep-size the number of ranks and keeps shared experts whole "
+        "on every rank.",
+        Citation("srt/arg_groups/overrides.py", 1619, '{"ep_size": view.tp_size}'),
     ),
     Rule(
         "pp",
@@ -253,7 +261,7 @@ RULES = (
     ),
     Rule(
         "shared-experts-whole",
-        lambda case: case.layout.shared_experts_whole,
+        lambda case: case.layout.shared_experts_whole and case.options.moe_a2a == "none",
         "added",
         "Shared experts do not divide into whole fp8 blocks: SGLANG_SHARED_EXPERT_TP1=1 keeps them "
         "whole on every rank.",

@@ -305,7 +305,7 @@ def test_a_capped_pool_that_is_too_small_does_not_fit(llama: Path) -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"tp": 0}, {"requests": 0}, {"mem_fraction": 1.5}, {"kv_cache_dtype": "fp4"}, {"tp": 9},
+    [{"tp": 0}, {"requests": 0}, {"mem_fraction": 1.5}, {"kv_cache_dtype": "fp4"}, {"moe_a2a": "fast"}, {"tp": 9},
      {"context": 100_000}],
 )  # fmt: skip
 def test_numbers_no_server_takes(llama: Path, wrong: dict[str, Any]) -> None:
@@ -348,6 +348,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "dp-a2a-static": ("llama", "small", {"attention_dp": 2, "tp": 2, "moe_a2a": "megamoe"}),
     "dp-divides": ("v4", "small", {"attention_dp": 3, "tp": 4}),
     "ep-divides": ("v4", "small", {"ep": 3, "tp": 4}),
+    "a2a-ep": ("v4", "small", {"moe_a2a": "megamoe", "tp": 2}),
     "pp": ("llama", "small", {"pp": 2, "tp": 1}),
     "pp-unplanned": ("v4", "small", {"pp": 2, "pd": "prefill"}),
     "pd-plugin": ("llama", "small", {"pd": "decode", "tp": 1}),
@@ -417,7 +418,10 @@ def test_the_builtin_verifies_whole_blocks_and_so_takes_more(
     bundle: Path, llama: Path, drafter: Path
 ) -> None:
     assert make(bundle, lora=True).fits
-    assert make(bundle, tp=2, attention_dp=2, moe_a2a="megamoe").fits
+    to_all = make(bundle, tp=2, attention_dp=2, moe_a2a="megamoe")
+    assert not to_all.refused and to_all.ep == 2
+    one = make(bundle, tp=1).weights_by_part["shared_experts"]
+    assert to_all.weights_by_part["shared_experts"] == one
     assert make(llama, drafter=drafter, tp=1, lora=True, builtin=True).fits
     assert not make(llama, drafter=drafter, tp=1, lora=True).fits
 

@@ -23,6 +23,7 @@ from dspark_sglang.cli import (
     lossless,
     package,
     profile,
+    push,
     train,
 )
 from dspark_sglang.errors import DSparkError
@@ -67,6 +68,7 @@ app.command("profile")(profile.profile)
 app.command("package")(package.package)
 app.command("card")(package.card)
 app.command("verify")(package.verify)
+app.command("push")(push.push)
 
 
 def _terminate(number: int, frame: object) -> None:

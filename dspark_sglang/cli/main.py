@@ -22,6 +22,7 @@ from dspark_sglang.cli import (
     generate_data,
     lossless,
     package,
+    package_check,
     profile,
     push,
     train,
@@ -69,6 +70,7 @@ app.command("package")(package.package)
 app.command("card")(package.card)
 app.command("verify")(package.verify)
 app.command("push")(push.push)
+app.command("package-check")(package_check.package_check)
 
 
 def _terminate(number: int, frame: object) -> None:

@@ -25,7 +25,7 @@ from dspark_packaging.layout import (
 from dspark_packaging.manifest import MANIFEST_FILE, SIGNATURE_FILE
 from dspark_packaging.progress import Meter, Progress, silent
 from dspark_packaging.schemas import BUNDLE_FILE
-from dspark_packaging.shards import Shards, Stored, index_bytes, read_shards
+from dspark_packaging.shards import Stored, index_bytes, read_shards
 from dspark_packaging.subset import write_subset
 from dspark_packaging.transfer import Job, Method, place
 from dspark_packaging.workspace import workspace
@@ -135,10 +135,11 @@ def _by_names(bundle: Path) -> _Parts:
     jobs: list[Job] = []
     rewrites: list[tuple[Rewrite, str]] = []
     where: dict[str, dict[str, Stored]] = {TARGET: {}, DRAFTER: {}}
-    for file in shards.files:
-        for part, keep in _sides(shards, file).items():
+    for file, own in shards.by_file().items():
+        sides = _sides(own)
+        for part, keep in sides.items():
             where[part] |= {name: shards.tensors[name] for name in keep}
-            if len(_sides(shards, file)) == 1:
+            if len(sides) == 1:
                 jobs.append(Job(bundle / file, f"{part}/{file}"))
             else:
                 rewrites.append((Rewrite(bundle / file, file, keep), part))
@@ -154,8 +155,7 @@ def _by_names(bundle: Path) -> _Parts:
     return _Parts(jobs=jobs, rewrites=rewrites, written=written)
 
 
-def _sides(shards: Shards, file: str) -> dict[str, list[str]]:
-    own = [name for name, stored in shards.tensors.items() if stored.file == file]
+def _sides(own: list[str]) -> dict[str, list[str]]:
     sides = {
         TARGET: [name for name in own if not name.startswith(V4_PREFIX)],
         DRAFTER: [name for name in own if name.startswith(V4_PREFIX)],

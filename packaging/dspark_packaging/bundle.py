@@ -141,10 +141,11 @@ def plan_target(target: Path, replaced: list[str], shards: Shards) -> tuple[Plan
     rewrites: list[Rewrite] = []
     files: dict[str, str] = {}
     left_out: list[str] = []
+    held = shards.by_file()
     for entry in visible_entries(target):
         name = entry.name
         if entry.suffix == ".safetensors":
-            own = [key for key, stored in shards.tensors.items() if stored.file == name]
+            own = held[name]
             keep = [key for key in own if key not in gone]
             if len(keep) == len(own):
                 jobs.append(Job(entry, name))

@@ -126,6 +126,22 @@ def _memory(package: Package, sizes: Sizes) -> dict[str, Any]:
     }
 
 
+def _shape(package: Package) -> dict[str, Any]:
+    """Sizes that dense and V4 configurations name differently."""
+    config, raw = package.drafter.config, package.drafter.raw
+    if not config.bundled:
+        return {
+            "layers": config.num_layers,
+            "feed_forward": config.intermediate_size,
+            "experts": None,
+        }
+    return {
+        "layers": len(config.target_layer_ids),
+        "feed_forward": raw.get("moe_intermediate_size", 0),
+        "experts": raw.get("dspark_n_routed_experts") or raw.get("n_routed_experts"),
+    }
+
+
 def _refuse_figures(provenance: DrafterProvenance) -> None:
     """Refuse a figure typed into prose: results come from what measured them."""
     for limit in provenance.limits:
@@ -174,6 +190,7 @@ def render_card(directory: Path) -> str:
             p=records.provenance,
             architecture=drafter.architecture,
             config=drafter.config,
+            shape=_shape(package),
             sizes=sizes,
             memory=_memory(package, sizes),
             digest=drafter.digest,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,31 +56,23 @@ def is_v4(raw: Mapping[str, Any]) -> bool:
 
 
 class _File(NamedTuple):
-    """A weight file by its original name and what tells whether it is still the same."""
+    """A weight file by its original name, and what tells whether it is still the same."""
 
     name: str
-    path: str
     device: int
     inode: int
     size: int
     modified_ns: int
 
 
-@lru_cache(maxsize=16)
-def _digest(files: tuple[_File, ...]) -> str:
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.name.encode())
-        with Path(file.path).open("rb") as stream:
-            while piece := stream.read(_PIECE):
-                digest.update(piece)
-    return digest.hexdigest()
+#: Digests of this process. A drafter of 40 GB is asked for several times, under several links.
+_known: dict[tuple[_File, ...], str] = {}
 
 
 def digest_of(directory: Path, names: Mapping[str, str]) -> str:
     """:func:`~dspark_sglang.checkpoint.weights_digest` of files that may have been renamed.
 
-    Computed once for files that did not change: a drafter of 40 GB is asked for several times.
+    Computed once for files that did not change.
 
     Args:
         directory: where they lie.
@@ -89,18 +80,18 @@ def digest_of(directory: Path, names: Mapping[str, str]) -> str:
     """
     files = []
     for original, here in sorted(names.items()):
-        found = (directory / here).stat()
-        files.append(
-            _File(
-                original,
-                str(directory / here),
-                found.st_dev,
-                found.st_ino,
-                found.st_size,
-                found.st_mtime_ns,
-            )
-        )
-    return _digest(tuple(files))
+        of = (directory / here).stat()
+        files.append(_File(original, of.st_dev, of.st_ino, of.st_size, of.st_mtime_ns))
+    key = tuple(files)
+    if key not in _known:
+        digest = hashlib.sha256()
+        for original, here in sorted(names.items()):
+            digest.update(original.encode())
+            with (directory / here).open("rb", buffering=0) as stream:
+                while piece := stream.read(_PIECE):
+                    digest.update(piece)
+        _known[key] = digest.hexdigest()
+    return _known[key]
 
 
 def read_drafter(directory: Path, shards: Shards | None = None) -> Drafter:

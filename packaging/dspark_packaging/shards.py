@@ -38,6 +38,13 @@ class Shards(msgspec.Struct, frozen=True, kw_only=True):
         """Bytes of all tensors (headers excluded)."""
         return sum(stored.tensor.nbytes for stored in self.tensors.values())
 
+    def by_file(self) -> dict[str, list[str]]:
+        """The tensors of every file."""
+        held: dict[str, list[str]] = {file: [] for file in self.files}
+        for name, stored in self.tensors.items():
+            held[stored.file].append(name)
+        return held
+
     def header(self, file: str) -> Header:
         """The header of one of the files, read again."""
         return read_header(self.directory / file)

@@ -6,6 +6,7 @@ model-transparency), so ``model_signing verify key`` checks the same file.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from types import ModuleType
 
@@ -84,7 +85,9 @@ def verify_signature(directory: Path, public_key: Path) -> None:
             .set_allow_symlinks(True)
         ).verify(directory, signature)
     except Exception as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        changed = re.findall(r"mismatch for \\?'([^'\\]+)", str(error))
+        words = f"{', '.join(changed)} changed" if changed else " ".join(str(error).split())[:200]
+        reason = words or type(error).__name__
         raise PackageError(
             f"{signature} does not hold: {reason}.",
             expected="the files that the owner of the key signed",

@@ -45,7 +45,7 @@ _MAX_REPO_ID = 96
 _FIX = "Correct provenance.json and run `dspark card DIR`."
 
 
-class _UniqueKeys(yaml.SafeLoader):
+class UniqueKeys(yaml.SafeLoader):
     """YAML keeps the last of two equal keys silently; the Hub refuses them."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -73,7 +73,7 @@ def read_front_matter(card: str) -> dict[str, Any]:
         raise _refuse("is missing", "a YAML block between --- lines at the very top")
     try:
         # A subclass of SafeLoader: builds plain values only.
-        value = yaml.load(match[1], Loader=_UniqueKeys)
+        value = yaml.load(match[1], Loader=UniqueKeys)
     except yaml.YAMLError as error:
         raise _refuse(f"is not YAML ({' '.join(str(error).split())})", "valid YAML") from error
     if not isinstance(value, dict):

@@ -94,7 +94,8 @@ def _next_piece(reader: int, writer: int, done: int, size: int, meter: Meter) ->
         os.ftruncate(writer, data)
         meter(data - done)
         return data
-    piece = os.pread(reader, min(_PIECE, size - done), done)
+    hole = os.lseek(reader, done, os.SEEK_HOLE)
+    piece = os.pread(reader, min(_PIECE, hole - done, size - done), done)
     if not piece:
         raise OSError(errno.EIO, "the source became shorter while it was read")
     view = memoryview(piece)

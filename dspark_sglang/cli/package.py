@@ -130,7 +130,11 @@ def _bundle(
     from dspark_packaging.progress import shown
 
     options = JoinOptions(layout=layout, method=method or "auto", replace_mtp=replace_mtp)
-    done = build_bundle(target, source, out, options, progress=shown)
+    try:
+        done = build_bundle(target, source, out, options, progress=shown)
+    except KeyboardInterrupt:
+        typer.echo("Run the same command again to go on from here.", err=True)
+        raise
     if done.resumed:
         typer.echo("Continued an interrupted build.")
     if done.left_out:
@@ -213,8 +217,12 @@ def verify(
         how = "fingerprint equal" if compared else "shapes fit (the package has no target.json)"
         typer.echo(f"Target: {target}, {how}.")
     typer.echo(summary("Verified", directory, result))
-    if load and (bundled or target is not None):
-        _load(directory if bundled else target or directory, None if bundled else directory)
+    if not load:
+        return
+    if not bundled and target is None:
+        typer.echo("Load in SGLang: not tried, a drafter needs its target (--target DIR).")
+        return
+    _load(directory if bundled else target or directory, None if bundled else directory)
 
 
 def _load(model: Path, drafter: Path | None) -> None:

@@ -48,10 +48,15 @@ def results_yaml(measured: EvalArtifact) -> str:
     )
 
 
-def write_eval_results(directory: Path) -> None:
-    """Write the file from ``eval.json``, or remove it where nothing was measured."""
+def write_eval_results(directory: Path, home: Path | None = None) -> None:
+    """Write the file from ``eval.json``, or remove it where nothing was measured.
+
+    Args:
+        directory: the package; the Hub looks at its top only.
+        home: where ``eval.json`` lies, if not there.
+    """
     path = directory / EVAL_RESULTS / RESULTS_FILE
-    source = directory / EVAL_FILE
+    source = (home or directory) / EVAL_FILE
     if source.is_file():
         write_bytes(path, results_yaml(read_eval_as_it_is(source)).encode())
         return
@@ -60,14 +65,14 @@ def write_eval_results(directory: Path) -> None:
         path.parent.rmdir()
 
 
-def check_eval_results(directory: Path) -> None:
+def check_eval_results(directory: Path, home: Path | None = None) -> None:
     """Check that the file says what ``eval.json`` says, and that the Hub's client reads it.
 
     Raises:
         PackageError: it differs, holds more, or is there without a measurement.
     """
     folder = directory / EVAL_RESULTS
-    source = directory / EVAL_FILE
+    source = (home or directory) / EVAL_FILE
     present = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     wanted = [RESULTS_FILE] if source.is_file() else []
     fix = f"Run `dspark package {directory} {directory}`."

@@ -20,6 +20,7 @@ from dspark_packaging.eval_results import write_eval_results
 from dspark_packaging.fingerprint import check_revision, check_target, fingerprint, read_target
 from dspark_packaging.layout import (
     CONFIG_FILE,
+    DRAFT_FOLDER,
     LICENSE_FILE,
     is_tokenizer,
     require_apart,
@@ -168,7 +169,7 @@ def _write_records(space: Workspace, plan: Plan, drafter: Path) -> None:
     if not (folder / LICENSE_FILE).exists():
         write_bytes(folder / LICENSE_FILE, (drafter / LICENSE_FILE).read_bytes())
     write_card(folder)
-    write_eval_results(folder)
+    write_eval_results(folder, folder / DRAFT_FOLDER if plan.record.layout == "folder" else None)
     # What an interrupted run hashed of these is old.
     for name in (*plan.written, BUNDLE_FILE, LICENSE_FILE, CONFIG_FILE):
         space.digests.known.pop(name, None)

@@ -118,7 +118,10 @@ def require_inside(path: Path, directory: Path) -> None:
     real, home = path.resolve(), directory.resolve()
     if real.parent == home:
         return
-    cached = home.parent.name == "snapshots" and real.parent == home.parent.parent / "blobs"
+    cached = any(
+        place.name == "snapshots" and real.parent == place.parent / "blobs"
+        for place in home.parents
+    )
     if not cached:
         raise PackageError(
             f"{path} is a link to {real}.",

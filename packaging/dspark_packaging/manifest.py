@@ -10,6 +10,7 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import os
+import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -102,14 +103,23 @@ def file_entries(
     total = sum(path.stat().st_size for path in files)
     found: dict[str, Entry] = {}
     workers = len(os.sched_getaffinity(0))
+    stopped = threading.Event()
     with progress("checksums", total) as meter, ThreadPoolExecutor(workers) as pool:
+
+        def count(nbytes: int) -> None:
+            # An interrupt reaches the main thread only; a file of gigabytes must not delay it.
+            if stopped.is_set():
+                raise InterruptedError("stopped")
+            meter(nbytes)
+
         try:
-            entries = pool.map(lambda path: (path.name, file_entry(path, meter)), files)
+            entries = pool.map(lambda path: (path.name, file_entry(path, count)), files)
             for name, entry in entries:
                 found[name] = entry
                 if done is not None:
                     done(name, entry)
         except BaseException:
+            stopped.set()
             pool.shutdown(cancel_futures=True, wait=False)
             raise
     return found

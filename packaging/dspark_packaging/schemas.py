@@ -146,6 +146,8 @@ class DrafterProvenance(
     language: list[str] = []
     target: Target
     training: Training
+    #: Commit of dspark-sglang that trained it.
+    commit: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{7,40}$")] | None = None
     #: Libraries that trained it.
     versions: dict[str, str]
     #: The SGLang release that served it.

@@ -73,7 +73,7 @@ def check_contents(package: Package) -> None:
     Raises:
         DSparkError: as :func:`verify_artifact`.
     """
-    check_eval_results(package.home)
+    check_eval_results(package.directory, package.home)
     check_card_of(
         package.directory / CARD_FILE,
         package.records.provenance,

@@ -16,6 +16,7 @@ from dspark_packaging.apart import split_bundle
 from dspark_packaging.build import BuildOptions, build_artifact
 from dspark_packaging.check import v4_layout
 from dspark_packaging.check.cases import CASES, Case, run_case
+from dspark_packaging.check.keys import make_keys
 from dspark_packaging.check.large import fill_disk
 from dspark_packaging.check.samples import edit, tree, write_package, write_target
 from dspark_packaging.errors import PackageError
@@ -24,6 +25,7 @@ from dspark_packaging.headers import read_header
 from dspark_packaging.join import JoinOptions, build_bundle
 from dspark_packaging.progress import silent
 from dspark_packaging.shards import read_shards
+from dspark_packaging.signing import sign, verify_signature
 from dspark_packaging.smoke import obstacle
 from dspark_packaging.transfer import Job, place
 from dspark_packaging.verify_bundle import verify_any
@@ -93,6 +95,32 @@ def test_bundle_leaves_the_sources_alone(pair: tuple[Path, Path], tmp_path: Path
     build_bundle(*pair, tmp_path / "bundle")
     assert [tree(folder) for folder in pair] == before
     assert modes == [p.stat().st_mode for folder in pair for p in sorted(folder.rglob("*"))]
+
+
+def test_a_bundle_in_the_hub_cache_verifies(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """There every file is a link to a blob, also those in ``dspark/``."""
+    build_bundle(*pair, tmp_path / "bundle")
+    cache = tmp_path / "models--someone--tiny"
+    snapshot = cache / "snapshots" / ("a" * 40)
+    (cache / "blobs").mkdir(parents=True)
+    for number, name in enumerate(tree(tmp_path / "bundle")):
+        blob = cache / "blobs" / str(number)
+        blob.write_bytes((tmp_path / "bundle" / name).read_bytes())
+        (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
+        (snapshot / name).symlink_to(blob)
+    assert verify_any(snapshot).shape == "bundle (folder)"
+
+
+def test_a_bundle_can_be_signed(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    bundle = tmp_path / "bundle"
+    build_bundle(*pair, bundle)
+    private, public = make_keys(tmp_path / "keys")
+    sign(bundle, private)
+    verify_any(bundle)
+    verify_signature(bundle, public)
+    (bundle / "dspark" / "README.md").unlink()
+    with pytest.raises(PackageError, match="does not hold"):
+        verify_signature(bundle, public)
 
 
 def test_an_output_that_is_taken_is_refused(pair: tuple[Path, Path], tmp_path: Path) -> None:

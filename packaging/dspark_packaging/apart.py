@@ -9,7 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from dspark_packaging.bundle import BundleRecord, Rewrite, read_record, split_config
+from dspark_packaging.bundle import Rewrite, split_config
+from dspark_packaging.bundle_record import BundleRecord, read_record
 from dspark_packaging.drafter import V4_PREFIX, of_drafter
 from dspark_packaging.errors import PackageError
 from dspark_packaging.eval_results import write_eval_results

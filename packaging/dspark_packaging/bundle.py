@@ -16,10 +16,11 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 
+from dspark_packaging.bundle_record import BundleRecord, Layout
 from dspark_packaging.drafter import V4_PREFIX, Drafter, of_drafter
 from dspark_packaging.errors import PackageError
 from dspark_packaging.layout import (
@@ -35,42 +36,14 @@ from dspark_packaging.layout import (
 )
 from dspark_packaging.manifest import MANIFEST_FILE
 from dspark_packaging.progress import Meter
-from dspark_packaging.schemas import BUNDLE_FILE, Digest
+from dspark_packaging.schemas import BUNDLE_FILE
 from dspark_packaging.shards import Shards, Stored, index_bytes
 from dspark_packaging.subset import subset_bytes, write_subset
 from dspark_packaging.transfer import Job
 from dspark_sglang.artifacts import SCHEMA_VERSION
 from dspark_sglang.checkpoint import BUNDLED_KEYS
-from dspark_sglang.errors import ArtifactError
 
-Layout = Literal["mtp", "folder"]
 _V4 = "DeepseekV4ForCausalLM"
-
-
-class BundleRecord(
-    msgspec.Struct,
-    frozen=True,
-    kw_only=True,
-    forbid_unknown_fields=True,
-    tag="bundle",
-    tag_field="kind",
-):
-    """How a bundle was put together: ``dspark_bundle.json``."""
-
-    schema_version: int
-    layout: Layout
-    gamma: int
-    drafter_sha256: Digest
-    #: The target's files by the name they had, and the name they have here.
-    target_files: dict[str, str]
-    #: The same of the drafter's (layout ``mtp``).
-    drafter_files: dict[str, str] = {}
-    #: Digest of ``dspark/checksums.json`` (layout ``folder``), which lists the drafter's files.
-    drafter_manifest_sha256: Digest | None = None
-    #: Files of the target that were not carried (code, images), and tensors that were replaced.
-    left_out: list[str] = []
-    replaced: list[str] = []
-    replaced_bytes: int = 0
 
 
 class Rewrite(msgspec.Struct, frozen=True):
@@ -305,27 +278,6 @@ def split_config(config: dict[str, Any]) -> bytes:
     """A bundle's ``config.json`` without what belongs to its drafter."""
     plain = {key: value for key, value in config.items() if not _is_dspark(key)}
     return json.dumps(plain, indent=2, ensure_ascii=False).encode() + b"\n"
-
-
-def read_record(directory: Path) -> BundleRecord:
-    """Read ``dspark_bundle.json``.
-
-    Raises:
-        ArtifactError: missing, malformed, or naming files outside the folder.
-    """
-    path = directory / BUNDLE_FILE
-    fix = "Download the bundle again, or make it again with `dspark package`."
-    try:
-        record = msgspec.json.decode(path.read_bytes(), type=BundleRecord)
-    except (OSError, msgspec.DecodeError) as error:
-        raise ArtifactError(
-            f"{path} cannot be read: {error}.", expected="a record of the bundle", fix=fix
-        ) from error
-    names = [*record.target_files.items(), *record.drafter_files.items()]
-    for name in (name for pair in names for name in pair):
-        if name != Path(name).name or name in ("", ".", ".."):
-            raise ArtifactError(f"{path} names {name!r}.", expected="plain file names", fix=fix)
-    return record
 
 
 def make_rewrites(plan: Plan, folder: Path, meter: Meter) -> None:

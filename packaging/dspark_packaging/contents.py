@@ -6,7 +6,7 @@ from pathlib import Path
 
 import msgspec
 
-from dspark_packaging.bundle import BundleRecord, read_record
+from dspark_packaging.bundle_record import BundleRecord, read_record
 from dspark_packaging.drafter import (
     Drafter,
     check_drafter,

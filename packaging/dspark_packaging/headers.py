@@ -65,12 +65,13 @@ def _damaged(path: Path, what: str) -> CheckpointError:
     )
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, for ``object_pairs_hook``; a key given twice is a ValueError."""
     value = dict(pairs)
     if len(value) != len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"its header names {twice} twice")
+        raise ValueError(f"it names {twice} twice")
     return value
 
 
@@ -89,7 +90,7 @@ def read_header(path: Path) -> Header:
             raise _damaged(path, f"its header would have {length} bytes, the file has {size}")
         raw = stream.read(length)
     try:
-        fields = json.loads(raw, object_pairs_hook=_unique)
+        fields = json.loads(raw, object_pairs_hook=unique_keys)
         metadata = msgspec.convert(fields.pop(_METADATA, {}), dict[str, str])
         tensors = msgspec.convert(fields, dict[str, Tensor])
     except (ValueError, AttributeError, RecursionError) as error:

@@ -5,14 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from dspark_packaging.bundle import (
-    Layout,
-    Plan,
-    choose_layout,
-    make_rewrites,
-    plan_folder,
-    plan_mtp,
-)
+from dspark_packaging.bundle import Plan, choose_layout, make_rewrites, plan_folder, plan_mtp
+from dspark_packaging.bundle_record import Layout
 from dspark_packaging.card import write_card
 from dspark_packaging.drafter import Drafter, read_drafter
 from dspark_packaging.errors import PackageError

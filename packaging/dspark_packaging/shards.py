@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 
 from dspark_packaging.errors import PackageError
-from dspark_packaging.headers import Header, Tensor, read_header
+from dspark_packaging.headers import Header, Tensor, read_header, unique_keys
 from dspark_packaging.layout import INDEX_FILE, SINGLE_FILE, is_weight, require_inside
 from dspark_sglang.checkpoint import weight_files
 from dspark_sglang.errors import CheckpointError
@@ -87,14 +87,6 @@ def read_shards(directory: Path) -> Shards:
     return Shards(directory=directory, files=tuple(path.name for path in files), tensors=tensors)
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(n for n in names if names.count(n) > 1)} is given twice")
-    return value
-
-
 def read_index(directory: Path) -> dict[str, str] | None:
     """The weight map of a folder; None without an index.
 
@@ -107,7 +99,7 @@ def read_index(directory: Path) -> dict[str, str] | None:
         return None
     require_inside(path, directory)
     try:
-        value = json.loads(path.read_bytes(), object_pairs_hook=_unique)
+        value = json.loads(path.read_bytes(), object_pairs_hook=unique_keys)
         mapped = msgspec.convert(value["weight_map"], dict[str, str])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise PackageError(

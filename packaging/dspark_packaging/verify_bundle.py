@@ -7,7 +7,7 @@ from pathlib import Path
 
 import msgspec
 
-from dspark_packaging.bundle import BundleRecord
+from dspark_packaging.bundle_record import BundleRecord
 from dspark_packaging.contents import Package, open_package
 from dspark_packaging.drafter import V4_PREFIX
 from dspark_packaging.errors import PackageError

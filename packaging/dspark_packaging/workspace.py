@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -79,6 +80,25 @@ class Workspace:
 
 
 @contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Let one process at a time build ``out``."""
+    path = out.with_name(f".{out.name}.lock")
+    with path.open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise PackageError(
+                f"Another process is building {out}.",
+                expected="one at a time",
+                fix="Wait for it to end, or choose another output folder.",
+            ) from None
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
 def workspace(out: Path, sources: Iterable[Path]) -> Iterator[Workspace]:
     """A workspace for ``out``; it survives an interruption or a full disk.
 
@@ -92,15 +112,16 @@ def workspace(out: Path, sources: Iterable[Path]) -> Iterator[Workspace]:
             fix="Choose another output folder.",
         )
     out.parent.mkdir(parents=True, exist_ok=True)
-    space = Workspace(out, describe(sources))
     try:
-        yield space
-        space.finish()
+        with _alone(out):
+            space = Workspace(out, describe(sources))
+            yield space
+            space.finish()
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         raise PackageError(
-            f"{space.root} cannot grow: {os.strerror(error.errno)}.",
+            f"{out} cannot grow: {os.strerror(error.errno)}.",
             expected="space for the files that cannot be linked",
             fix="Free some space and run the same command again: it goes on from there.",
         ) from error

@@ -377,6 +377,16 @@ def test_changed_sources_are_not_continued(tmp_path: Path) -> None:
         assert list(space.folder.iterdir()) == []
 
 
+def test_one_process_at_a_time_builds_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"1")
+    with (
+        pytest.raises(PackageError, match="Another process"),
+        workspace(tmp_path / "out", [tmp_path / "a"]),
+        workspace(tmp_path / "out", [tmp_path / "a"]),
+    ):
+        pytest.fail("two at once")
+
+
 @pytest.mark.slow
 def test_a_full_disk_is_said_and_the_build_continued(tmp_path: Path) -> None:
     assert fill_disk(tmp_path) == (True, True, True)

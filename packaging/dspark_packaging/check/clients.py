@@ -55,7 +55,8 @@ def install(client: Client, cache: Path) -> Path:
 
 def environment(hub: FakeHub, home: Path) -> dict[str, str]:
     """An environment in which a client knows the local hub and nothing else."""
-    kept = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")}
+    copied = {**os.environ}
+    kept = {k: v for k, v in copied.items() if not k.lower().endswith("_proxy")}
     kept = {k: v for k, v in kept.items() if not k.startswith(("HF_", "HUGGING"))}
     return kept | {
         "HF_ENDPOINT": hub.url,

@@ -212,7 +212,13 @@ def verify(
     elif (directory / SIGNATURE_FILE).is_file():
         typer.echo(f"Signature: {SIGNATURE_FILE} is there, not checked (no --public-key).")
     bundled = result.shape != "drafter"
-    if target is not None and not bundled:
+    if target is not None and bundled:
+        raise PackageError(
+            f"{directory} is a {result.shape}, and --target was given.",
+            expected="no --target: a bundle is compared with the target inside it",
+            fix="Leave --target out.",
+        )
+    if target is not None:
         compared = verify_pair(directory, target)
         how = "fingerprint equal" if compared else "shapes fit (the package has no target.json)"
         typer.echo(f"Target: {target}, {how}.")

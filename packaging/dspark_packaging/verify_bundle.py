@@ -21,9 +21,9 @@ from dspark_packaging.layout import (
 )
 from dspark_packaging.manifest import MANIFEST_FILE, verify_manifest
 from dspark_packaging.progress import Progress, silent
-from dspark_packaging.schemas import BUNDLE_FILE
+from dspark_packaging.schemas import BUNDLE_FILE, PROVENANCE_FILE
 from dspark_packaging.verify import Verified, check_contents, summary, verify_artifact
-from dspark_sglang.checkpoint import check_fits, read_config
+from dspark_sglang.checkpoint import BUNDLED_KEYS, check_fits, read_config
 
 _FIX = "Download the bundle again, or make it again with `dspark package`."
 
@@ -155,4 +155,13 @@ def verify_any(directory: Path, *, progress: Progress = silent) -> Verified:
     require_directory(directory)
     if (directory / BUNDLE_FILE).exists():
         return verify_bundle(directory, progress=progress)
+    if not (directory / PROVENANCE_FILE).exists() and (directory / CONFIG_FILE).is_file():
+        config = read_config(directory, role="drafter")
+        if any(config.get(key) is not None for key in BUNDLED_KEYS):
+            raise PackageError(
+                f"{directory} carries a drafter, but no records of `dspark package`.",
+                expected=f"{BUNDLE_FILE} and {PROVENANCE_FILE}",
+                fix=f"Split it with `dspark package {directory} OUT --split`, add {PROVENANCE_FILE} "
+                "to OUT/drafter and package that.",
+            )
     return verify_artifact(directory, progress=progress)

@@ -199,6 +199,9 @@ def test_a_bundle_of_another_origin_is_split_by_names(
         if name.startswith(("target-", "drafter-", "dspark_", "checksums")):
             (bundle / name).unlink(missing_ok=True)
     _mix(bundle)
+    (bundle / "provenance.json").unlink()
+    with pytest.raises(PackageError, match="no records of"):
+        verify_any(bundle)
     stored = _all_bytes(bundle)
     parts = split_bundle(bundle, tmp_path / "parts")
     assert not parts.original

@@ -112,6 +112,16 @@ def test_typed_figures_are_refused(packed: Path, text: str) -> None:
         render_card(packed)
 
 
+def test_a_step_cost_is_carried_if_it_is_of_this_drafter(source: Path, tmp_path: Path) -> None:
+    fingerprint = {"gamma": "3", "drafter": weights_digest(source), "target": "some target"}
+    put(source / "cost.json", {"kind": "cost", "fingerprint": fingerprint})
+    build_artifact(source, tmp_path / "out")
+    assert "`cost.json`: step cost" in (tmp_path / "out" / "README.md").read_text()
+    put(source / "cost.json", {"kind": "cost", "fingerprint": fingerprint | {"gamma": "5"}})
+    with pytest.raises(ArtifactError, match="measured with gamma 5"):
+        build_artifact(source, tmp_path / "again")
+
+
 # --- calibration ------------------------------------------------------------------------------
 
 

@@ -16,6 +16,7 @@ from dspark_packaging.apart import split_bundle
 from dspark_packaging.check.samples import tree
 from dspark_packaging.check.v4_layout import Width, write_pair
 from dspark_packaging.errors import PackageError
+from dspark_packaging.headers import read_header
 from dspark_packaging.join import JoinOptions, build_bundle
 from dspark_packaging.layout import visible_entries
 from dspark_packaging.progress import shown, silent
@@ -58,13 +59,18 @@ def in_process(function: Callable[..., Any], *arguments: Any) -> Any:
         return pool.apply(function, arguments)
 
 
-def pack_large(root: Path, width: Width = WIDE, shards: int = _SHARDS) -> Large:
-    """Pack and split a layout of sparse files; call through :func:`in_process`.
+def make_large(root: Path, width: Width = WIDE, shards: int = _SHARDS) -> None:
+    """Write the sparse layout; in a process of its own, so that packing is measured alone."""
+    write_pair(root, width, shards=shards, sparse=True)
+
+
+def pack_large(root: Path, shards: int = _SHARDS) -> Large:
+    """Pack and split what :func:`make_large` wrote; call through :func:`in_process`.
 
     Raises:
         DSparkError: a step failed.
     """
-    target, drafter = write_pair(root, width, shards=shards, sparse=True)
+    target, drafter = root / "target", root / "drafter"
     before = {p: (p.stat().st_size, p.stat().st_mtime_ns) for p in _files(target, drafter)}
     start = time.monotonic()
     done = build_bundle(target, drafter, root / "bundle", progress=shown)
@@ -73,8 +79,6 @@ def pack_large(root: Path, width: Width = WIDE, shards: int = _SHARDS) -> Large:
     split = time.monotonic()
     # One shard without its first tensor: what replacing tensors writes anew.
     shard = target / f"model-00002-of-{shards:05d}.safetensors"
-    from dspark_packaging.headers import read_header
-
     names = sorted(read_header(shard).tensors)[1:]
     write_subset(shard, root / "rewritten.safetensors", names, lambda nbytes: None)
     rewritten = (root / "rewritten.safetensors").stat().st_size

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from dspark_packaging.check.cases import CASES, run_case
-from dspark_packaging.check.large import fill_disk, in_process, pack_large, v4_layout
+from dspark_packaging.check.large import fill_disk, in_process, make_large, pack_large, v4_layout
 from dspark_packaging.check.round_trip import round_trip
 from dspark_packaging.check.v4_layout import Width
 from dspark_packaging.errors import PackageError
@@ -47,6 +47,7 @@ def check(artifact: Path, target: Path, work: Path | None, say: Say) -> dict[str
         say("V4-Pro's keys: pack, verify, split")
         verified, same, tensors = v4_layout(root / "v4", Width(), 64)
         say("more than 100 GB in sparse files")
+        in_process(make_large, root / "large")
         large = in_process(pack_large, root / "large")
         say(f"{large.bytes / 1e9:.0f} GB: {large.pack_s} s, peak {large.peak_rss_gb} GB of memory")
         (root / "trip").mkdir()

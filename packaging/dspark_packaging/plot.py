@@ -43,7 +43,7 @@ def _draw(path: Path, measured: Calibration) -> None:
                 label=label,
             )
         panel.set(title=f"position {k + 1}", xlim=(0, 1), ylim=(0, 1))
-        panel.set_xticks([0, 0.5, 1])
+        panel.set_xticks([0, 0.5, 1], labels=["0", "0.5", "1"])
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("observed survival")

@@ -22,8 +22,10 @@ from dspark_sglang.cli import (
     generate_data,
     lossless,
     package,
+    package_check,
     plan,
     profile,
+    push,
     train,
 )
 from dspark_sglang.errors import DSparkError
@@ -69,6 +71,8 @@ app.command("profile")(profile.profile)
 app.command("package")(package.package)
 app.command("card")(package.card)
 app.command("verify")(package.verify)
+app.command("push")(push.push)
+app.command("package-check")(package_check.package_check)
 
 
 def _terminate(number: int, frame: object) -> None:

@@ -3,52 +3,244 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from dspark_packaging.build import build_artifact
-from dspark_packaging.card import check_card, write_card
+from dspark_packaging.errors import PackageError
 from dspark_packaging.layout import CARD_FILE
-from dspark_packaging.verify import Verified, verify_artifact
 
-Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A packaged drafter.")]
+if TYPE_CHECKING:
+    from dspark_packaging.verify import Verified
+
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A packaged drafter or a bundle.")]
+Method = Literal["auto", "reflink", "link", "copy"]
+Layout = Literal["mtp", "folder"]
 
 
-def _summary(done: str, path: Path, result: Verified) -> str:
+def summary(done: str, path: Path, result: Verified) -> str:
+    """One line that says what was checked."""
     calibration = "calibrated" if result.calibrated else "not calibrated (no sts.json)"
     measured = "measured" if result.measured else "not measured (no eval.json)"
+    kind = "" if result.shape == "drafter" else f", {result.shape}"
     return (
-        f"{done} {path}: {result.name}, block size {result.gamma}, {len(result.files)} files "
+        f"{done} {path}: {result.name}{kind}, block size {result.gamma}, {len(result.files)} files "
         f"checked, {calibration}, {measured}."
     )
 
 
 def package(
     source: Annotated[
-        Path, typer.Argument(help="Folder with config.json, weights and provenance.json.")
+        Path,
+        typer.Argument(help="Drafter: config.json, weights, provenance.json. Or a bundle."),
     ],
     out: Annotated[Path, typer.Argument(help="Folder to write; may be SOURCE itself.")],
+    target: Annotated[
+        Path | None,
+        typer.Option(help="The target's folder: its fingerprint is recorded in target.json."),
+    ] = None,
+    throughput: Annotated[
+        Path | None, typer.Option(help="A result of `dspark bench-load` to put on the card.")
+    ] = None,
+    bundle: Annotated[
+        Path | None,
+        typer.Option(help="Put the packaged drafter SOURCE and this target into one folder OUT."),
+    ] = None,
+    layout: Annotated[
+        Layout | None,
+        typer.Option(help="Of a bundle. Default: mtp for DeepSeek-V4, folder (dspark/) otherwise."),
+    ] = None,
+    split: Annotated[
+        bool, typer.Option("--split", help="Split the bundle SOURCE into OUT/target, OUT/drafter.")
+    ] = False,
+    method: Annotated[
+        Method | None,
+        typer.Option(
+            help="How files are brought. Default: copy for a drafter; for bundles auto (reflink, "
+            "else hard link, else copy)."
+        ),
+    ] = None,
+    replace_mtp: Annotated[
+        bool,
+        typer.Option("--replace-mtp", help="Leave out the target's own mtp.* tensors."),
+    ] = False,
+    sign: Annotated[
+        Path | None, typer.Option(help="Private key (PEM) for an OpenSSF signature, model.sig.")
+    ] = None,
 ) -> None:
-    """Build the folder to publish: weights, records, card, licence and checksums."""
-    typer.echo(_summary("Wrote", out, build_artifact(source, out)))
+    """Build the folder to publish: weights, records, card, licence and checksums.
+
+    A drafter alone, or with --bundle in one folder with its target; --split takes a bundle apart.
+    Bundles of any size: files are linked where possible, and an interrupted build is continued
+    by the same command.
+    """
+    from dspark_packaging.signing import sign as sign_folder
+
+    if split and (bundle or target or throughput or sign):
+        raise PackageError(
+            "--split was given with options of packaging.",
+            expected="--split alone, or with --method",
+            fix="Split first, then package the parts.",
+        )
+    if bundle and (target or throughput):
+        raise PackageError(
+            "--bundle was given with --target or --throughput.",
+            expected="a SOURCE that `dspark package` made with them",
+            fix="Package the drafter first, then bundle the package.",
+        )
+    if split:
+        _split(source, out, method)
+    elif bundle is not None:
+        _bundle(source, out, bundle, layout, method, replace_mtp)
+    else:
+        _drafter(source, out, target, throughput, method, sign)
+    if sign is not None:
+        typer.echo(f"Signed: {sign_folder(out, sign)}.")
+
+
+def _drafter(
+    source: Path,
+    out: Path,
+    target: Path | None,
+    throughput: Path | None,
+    method: Method | None,
+    sign: Path | None,
+) -> None:
+    from dspark_packaging.build import BuildOptions, build_artifact
+    from dspark_packaging.progress import shown
+    from dspark_packaging.schemas import BUNDLE_FILE
+    from dspark_packaging.verify_bundle import verify_any
+
+    if (source / BUNDLE_FILE).is_file() and source.resolve() == out.resolve() and sign:
+        typer.echo(summary("Verified", out, verify_any(out, progress=shown)))
+        return
+    options = BuildOptions(target=target, throughput=throughput, method=method or "copy")
+    typer.echo(summary("Wrote", out, build_artifact(source, out, options, progress=shown)))
+
+
+def _bundle(
+    source: Path,
+    out: Path,
+    target: Path,
+    layout: Layout | None,
+    method: Method | None,
+    replace_mtp: bool,
+) -> None:
+    from dspark_packaging.join import JoinOptions, build_bundle
+    from dspark_packaging.progress import shown
+
+    options = JoinOptions(layout=layout, method=method or "auto", replace_mtp=replace_mtp)
+    try:
+        done = build_bundle(target, source, out, options, progress=shown)
+    except KeyboardInterrupt:
+        typer.echo("Run the same command again to go on from here.", err=True)
+        raise
+    if done.resumed:
+        typer.echo("Continued an interrupted build.")
+    if done.left_out:
+        typer.echo(f"Not carried from the target (code or folders): {', '.join(done.left_out)}.")
+    how = ", ".join(f"{count} by {name}" for name, count in sorted(done.methods.items()))
+    typer.echo(summary("Wrote", out, done.verified))
+    typer.echo(f"Files: {how}; {done.written_bytes / 1e9:.2f} GB of shards written anew.")
+
+
+def _split(source: Path, out: Path, method: Method | None) -> None:
+    from dspark_packaging.apart import split_bundle
+    from dspark_packaging.progress import shown
+
+    done = split_bundle(source, out, method=method or "auto", progress=shown)
+    if done.resumed:
+        typer.echo("Continued an interrupted split.")
+    state = "byte for byte the originals" if done.original else "every tensor's bytes unchanged"
+    typer.echo(f"Wrote {done.target} and {done.drafter}: {state}.")
+    if done.lost:
+        typer.echo(f"The bundle had left out {done.lost} files or tensors; they are not back.")
 
 
 def card(
-    directory: Folder,
+    directory: Annotated[
+        Path,
+        typer.Argument(metavar="DIR", help="A package, a bundle, or a folder with facts.yaml."),
+    ],
     check: Annotated[
         bool, typer.Option("--check", help="Only check that README.md is current.")
     ] = False,
+    html: Annotated[
+        Path | None, typer.Option(help="Also write the card as an HTML page, to look at it.")
+    ] = None,
 ) -> None:
     """Write the model card from the files beside it, or check that it is current."""
+    from dspark_packaging.card import check_card, write_card
+    from dspark_packaging.html import render_html
+
     path = directory / CARD_FILE
     if check:
         check_card(directory)
         typer.echo(f"{path} is current.")
+    else:
+        typer.echo(f"Wrote {path}." if write_card(directory) else f"{path} was current.")
+    if html is not None:
+        html.write_text(render_html(path.read_text(encoding="utf-8"), directory), encoding="utf-8")
+        typer.echo(f"Wrote {html}.")
+
+
+def verify(
+    directory: Folder,
+    target: Annotated[
+        Path | None,
+        typer.Option(help="The target's folder: compare fingerprints, then load both in SGLang."),
+    ] = None,
+    public_key: Annotated[
+        Path | None, typer.Option(help="Key (PEM) that model.sig has to hold for.")
+    ] = None,
+    load: Annotated[
+        bool,
+        typer.Option(help="Load it in SGLang on the CPU, where it fits and a target is there."),
+    ] = True,
+) -> None:
+    """Check a package: files, checksums, signature, tensors, records, target; then load it."""
+    from dspark_packaging.manifest import SIGNATURE_FILE
+    from dspark_packaging.progress import shown
+    from dspark_packaging.signing import verify_signature
+    from dspark_packaging.verify import verify_pair
+    from dspark_packaging.verify_bundle import verify_any
+
+    result = verify_any(directory, progress=shown)
+    if public_key is not None:
+        verify_signature(directory, public_key)
+        typer.echo(f"Signature: {SIGNATURE_FILE} holds for {public_key}.")
+    elif (directory / SIGNATURE_FILE).is_file():
+        typer.echo(f"Signature: {SIGNATURE_FILE} is there, not checked (no --public-key).")
+    bundled = result.shape != "drafter"
+    if target is not None and bundled:
+        raise PackageError(
+            f"{directory} is a {result.shape}, and --target was given.",
+            expected="no --target: a bundle is compared with the target inside it",
+            fix="Leave --target out.",
+        )
+    if target is not None:
+        compared = verify_pair(directory, target)
+        how = "fingerprint equal" if compared else "shapes fit (the package has no target.json)"
+        typer.echo(f"Target: {target}, {how}.")
+    typer.echo(summary("Verified", directory, result))
+    if not load:
         return
-    typer.echo(f"Wrote {path}." if write_card(directory) else f"{path} was current.")
+    if not bundled and target is None:
+        typer.echo("Load in SGLang: not tried, a drafter needs its target (--target DIR).")
+        return
+    _load(directory if bundled else target or directory, None if bundled else directory)
 
 
-def verify(directory: Folder) -> None:
-    """Check a packaged drafter: files, checksums, tensors, records and front matter."""
-    typer.echo(_summary("Verified", directory, verify_artifact(directory)))
+def _load(model: Path, drafter: Path | None) -> None:
+    from dspark_packaging.smoke import obstacle, smoke_load
+
+    reason = obstacle(model, drafter)
+    if reason is not None:
+        typer.echo(f"Load in SGLang: does not fit here: {reason}.")
+        return
+    typer.echo("Load in SGLang: starting a server on the CPU ...")
+    done = smoke_load(model, drafter)
+    typer.echo(
+        f"Load in SGLang: {done.tokens} tokens in {done.rounds} rounds, beginning "
+        f"{done.text.strip()[:60]!r}."
+    )

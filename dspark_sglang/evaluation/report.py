@@ -36,6 +36,14 @@ class Lengths(msgspec.Struct, frozen=True, kw_only=True):
     survival: list[float]
 
 
+class Reliability(msgspec.Struct, frozen=True, kw_only=True):
+    """Predicted against observed survival of one position, in the bins that hold enough blocks."""
+
+    predicted: list[float]
+    observed: list[float]
+    blocks: list[int]
+
+
 class Calibration(msgspec.Struct, frozen=True, kw_only=True):
     """How well survival is predicted at temperature 1."""
 
@@ -47,6 +55,9 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True):
     per_position_after: list[float] | None
     #: Area under the ROC curve of survival, by position; STS hardly moves it.
     per_position_auc: list[float] | None = None
+    #: One entry a position; after: with the artifact's temperatures.
+    reliability_before: list[Reliability] = []
+    reliability_after: list[Reliability] | None = None
 
 
 class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
@@ -112,6 +123,30 @@ def lengths(
     )
 
 
+def reliability(
+    logits: Float64, acceptance: Float64, temperatures: Sequence[float]
+) -> list[Reliability]:
+    """Reliability of survival at every position of ``[N, gamma]`` blocks."""
+    survived = np.cumprod(sigmoid(logits / np.asarray(temperatures)), axis=1)
+    curves = []
+    for predicted, truth in zip(survived.T, np.cumprod(acceptance, axis=1).T, strict=True):
+        index = np.minimum((predicted * BINS).astype(int), BINS - 1)
+        count = np.bincount(index, minlength=BINS)
+        used = count >= max(5, len(predicted) // 500)
+        means = [
+            np.bincount(index, weights=values, minlength=BINS)[used] / count[used]
+            for values in (predicted, truth)
+        ]
+        curves.append(
+            Reliability(
+                predicted=[round(float(value), 5) for value in means[0]],
+                observed=[round(float(value), 5) for value in means[1]],
+                blocks=[int(value) for value in count[used]],
+            )
+        )
+    return curves
+
+
 def calibration(
     logits: Float64, acceptance: Float64, temperatures: Sequence[float] | None
 ) -> Calibration:
@@ -132,6 +167,10 @@ def calibration(
                 np.cumprod(sigmoid(logits), axis=1).T, np.cumprod(acceptance, axis=1).T, strict=True
             )
         ],
+        reliability_before=reliability(logits, acceptance, np.ones(logits.shape[1]).tolist()),
+        reliability_after=None
+        if temperatures is None
+        else reliability(logits, acceptance, temperatures),
     )
 
 
@@ -168,6 +207,7 @@ def card_artifact(evaluation: Evaluation, hardware: str) -> dict[str, object]:
             }
             for row in rows
         ],
+        "calibration": msgspec.to_builtins(evaluation.calibration),
     }
 
 
@@ -207,23 +247,17 @@ def reliability_plot(
     from matplotlib import pyplot
 
     gamma = logits.shape[1]
-    truth = np.cumprod(acceptance, axis=1)
     figure, axes = pyplot.subplots(
         1, gamma, figsize=(2.6 * gamma, 3.1), sharey=True, layout="constrained", squeeze=False
     )
-    settings = [("before", np.ones(gamma), "tab:gray")]
+    curves = [("before", reliability(logits, acceptance, [1.0] * gamma), "tab:gray")]
     if temperatures is not None:
-        settings.append(("after STS", np.array(temperatures), "tab:blue"))
+        curves.append(("after STS", reliability(logits, acceptance, temperatures), "tab:blue"))
     for k, panel in enumerate(axes[0]):
         panel.plot([0, 1], [0, 1], color="black", linewidth=0.7, linestyle=":")
-        for label, scale, colour in settings:
-            predicted = np.cumprod(sigmoid(logits / scale), axis=1)[:, k]
-            index = np.minimum((predicted * BINS).astype(int), BINS - 1)
-            count = np.bincount(index, minlength=BINS)
-            used = count >= max(5, len(predicted) // 500)
-            x = np.bincount(index, weights=predicted, minlength=BINS)[used] / count[used]
-            y = np.bincount(index, weights=truth[:, k], minlength=BINS)[used] / count[used]
-            panel.plot(x, y, marker="o", markersize=3, linewidth=1.2, color=colour, label=label)
+        for label, points, colour in curves:
+            line = {"marker": "o", "markersize": 3, "linewidth": 1.2, "color": colour}
+            panel.plot(points[k].predicted, points[k].observed, label=label, **line)
         panel.set(title=f"position {k + 1}", xlim=(0, 1), ylim=(0, 1), xlabel="predicted survival")
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)

@@ -33,7 +33,8 @@ LICENSES = frozenset(_LICENSE_IDS.split())
 RELATIONS = ("finetune", "adapter", "merge", "quantized")
 #: Tasks of the Hub that a speculatively decoded target can have.
 TASKS = ("text-generation", "image-text-to-text", "video-text-to-text", "any-to-any")
-REQUIRED_TAGS = ("speculative-decoding", "dspark", "draft-model", "sglang")
+DRAFT_TAG = "draft-model"
+REQUIRED_TAGS = ("speculative-decoding", "dspark", DRAFT_TAG, "sglang")
 _REQUIRED = ("license", "base_model", "base_model_relation", "pipeline_tag", "library_name", "tags")
 _OPTIONAL = ("language", "license_name", "license_link")
 _FENCE = re.compile(r"\A---\n(.*?\n)---\n", re.DOTALL)
@@ -44,7 +45,7 @@ _MAX_REPO_ID = 96
 _FIX = "Correct provenance.json and run `dspark card DIR`."
 
 
-class _UniqueKeys(yaml.SafeLoader):
+class UniqueKeys(yaml.SafeLoader):
     """YAML keeps the last of two equal keys silently; the Hub refuses them."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -72,7 +73,7 @@ def read_front_matter(card: str) -> dict[str, Any]:
         raise _refuse("is missing", "a YAML block between --- lines at the very top")
     try:
         # A subclass of SafeLoader: builds plain values only.
-        value = yaml.load(match[1], Loader=_UniqueKeys)
+        value = yaml.load(match[1], Loader=UniqueKeys)
     except yaml.YAMLError as error:
         raise _refuse(f"is not YAML ({' '.join(str(error).split())})", "valid YAML") from error
     if not isinstance(value, dict):
@@ -89,8 +90,8 @@ def is_repo_id(value: object) -> bool:
     return all(_REPO_NAME.fullmatch(part) for part in value.split("/"))
 
 
-def check_front_matter(card: str) -> dict[str, Any]:
-    """Check the front matter of a drafter's card and return it.
+def check_front_matter(card: str, *, bundle: bool = False) -> dict[str, Any]:
+    """Check the front matter of a drafter's card, or of a bundle's, and return it.
 
     Raises:
         PackageError: the first rule that is broken.
@@ -111,9 +112,11 @@ def check_front_matter(card: str) -> dict[str, Any]:
     if not isinstance(meta["library_name"], str) or not _SLUG.fullmatch(meta["library_name"]):
         raise _refuse(f"has library_name {meta['library_name']!r}", "one lower-case word")
     _check_list(meta["tags"], "tags", _SLUG)
-    missing = [tag for tag in REQUIRED_TAGS if tag not in meta["tags"]]
+    # A bundle is served by itself: it is no draft model.
+    needed = [tag for tag in REQUIRED_TAGS if tag != DRAFT_TAG or not bundle]
+    missing = [tag for tag in needed if tag not in meta["tags"]]
     if missing:
-        raise _refuse(f"lacks the tags {', '.join(missing)}", ", ".join(REQUIRED_TAGS))
+        raise _refuse(f"lacks the tags {', '.join(missing)}", ", ".join(needed))
     if "language" in meta:
         _check_list(meta["language"], "language", _LANGUAGE)
     return meta

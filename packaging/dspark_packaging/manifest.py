@@ -9,15 +9,22 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
+import os
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated
 
 import msgspec
 
 from dspark_packaging.errors import PackageError
+from dspark_packaging.progress import Meter, Progress, silent
 from dspark_sglang.artifacts import write_json
 
 MANIFEST_FILE = "checksums.json"
+#: Made last, over everything else, so the manifest cannot list it.
+SIGNATURE_FILE = "model.sig"
 #: Files that SGLang's verifier leaves out when it lists a folder.
 IGNORED = (
     ".DS_Store",
@@ -29,7 +36,7 @@ IGNORED = (
     "README.*",
     "NOTICE",
 )
-_CHUNK = 1 << 20
+_CHUNK = 4 << 20
 _REPACK = "Download the folder again, or package it again with `dspark package DIR DIR`."
 
 
@@ -46,6 +53,13 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     files: dict[str, Entry]
 
 
+class Digests:
+    """Digests that are already known, by name: an interrupted build does not compute them again."""
+
+    def __init__(self, known: dict[str, Entry]) -> None:
+        self.known = dict(known)
+
+
 def listed_names(directory: Path) -> list[str]:
     """The names that belong in the manifest of a folder, sorted."""
     return sorted(
@@ -53,25 +67,90 @@ def listed_names(directory: Path) -> list[str]:
         for entry in directory.iterdir()
         if entry.is_file()
         and not entry.name.startswith(".")
-        and entry.name != MANIFEST_FILE
+        and entry.name not in (MANIFEST_FILE, SIGNATURE_FILE)
         and not any(fnmatch.fnmatch(entry.name, pattern) for pattern in IGNORED)
     )
 
 
-def file_entry(path: Path) -> Entry:
+def file_entry(path: Path, meter: Meter | None = None) -> Entry:
     """Digest and size of a file, read in pieces."""
     digest = hashlib.sha256()
     size = 0
-    with path.open("rb") as stream:
-        while chunk := stream.read(_CHUNK):
-            digest.update(chunk)
-            size += len(chunk)
+    buffer = memoryview(bytearray(_CHUNK))
+    with path.open("rb", buffering=0) as stream:
+        while count := stream.readinto(buffer):
+            digest.update(buffer[:count])
+            size += count
+            if meter is not None:
+                meter(count)
     return Entry(sha256=digest.hexdigest(), size=size)
 
 
-def write_manifest(directory: Path) -> Manifest:
-    """Write the manifest of what the folder holds now."""
-    manifest = Manifest(files={n: file_entry(directory / n) for n in listed_names(directory)})
+def file_entries(
+    paths: Iterable[Path],
+    *,
+    progress: Progress = silent,
+    done: Callable[[str, Entry], None] | None = None,
+) -> dict[str, Entry]:
+    """Digests of several files, as many at a time as there are cores.
+
+    Args:
+        paths: files of different names.
+        progress: shows how far it is.
+        done: told each file's entry as soon as it is known.
+    """
+    files = list(paths)
+    total = sum(path.stat().st_size for path in files)
+    found: dict[str, Entry] = {}
+    workers = len(os.sched_getaffinity(0))
+    stopped = threading.Event()
+    with progress("checksums", total) as meter, ThreadPoolExecutor(workers) as pool:
+
+        def count(nbytes: int) -> None:
+            # An interrupt reaches the main thread only; a file of gigabytes must not delay it.
+            if stopped.is_set():
+                raise InterruptedError("stopped")
+            meter(nbytes)
+
+        try:
+            entries = pool.map(lambda path: (path.name, file_entry(path, count)), files)
+            for name, entry in entries:
+                found[name] = entry
+                if done is not None:
+                    done(name, entry)
+        except BaseException:
+            stopped.set()
+            pool.shutdown(cancel_futures=True, wait=False)
+            raise
+    return found
+
+
+def write_manifest(
+    directory: Path,
+    *,
+    digests: Digests | None = None,
+    progress: Progress = silent,
+    save: Callable[[], None] | None = None,
+) -> Manifest:
+    """Write the manifest of what the folder holds now.
+
+    Args:
+        directory: the folder.
+        digests: known ones; filled with those computed here.
+        progress: shows how far it is.
+        save: called whenever ``digests`` has grown.
+    """
+    known = Digests({}) if digests is None else digests
+    names = listed_names(directory)
+
+    def note(name: str, entry: Entry) -> None:
+        known.known[name] = entry
+        if save is not None:
+            save()
+
+    missing = [directory / name for name in names if name not in known.known]
+    file_entries(missing, progress=progress, done=note)
+    manifest = Manifest(files={name: known.known[name] for name in names})
     write_json(directory / MANIFEST_FILE, manifest)
     return manifest
 
@@ -101,11 +180,11 @@ def read_manifest(directory: Path) -> Manifest:
     return manifest
 
 
-def check_entry(directory: Path, name: str, entry: Entry) -> None:
-    """Check one file against its entry.
+def check_size(directory: Path, name: str, entry: Entry) -> None:
+    """Check that a file is there, whole.
 
     Raises:
-        PackageError: missing, another size, or another digest.
+        PackageError: missing, or of another size.
     """
     path = directory / name
     if not path.is_file():
@@ -114,21 +193,30 @@ def check_entry(directory: Path, name: str, entry: Entry) -> None:
             expected=f"{entry.size} bytes, as {MANIFEST_FILE} lists",
             fix=_REPACK,
         )
-    # The size first: it is free, and says "truncated" where a digest says only "different".
     if path.stat().st_size != entry.size:
         raise PackageError(
             f"{path} has {path.stat().st_size} bytes.", expected=f"{entry.size} bytes", fix=_REPACK
         )
-    found = file_entry(path)
+
+
+def check_entry(directory: Path, name: str, entry: Entry, found: Entry | None = None) -> None:
+    """Check one file against its entry.
+
+    Raises:
+        PackageError: missing, another size, or another digest.
+    """
+    # The size first: it is free, and says "truncated" where a digest says only "different".
+    check_size(directory, name, entry)
+    found = file_entry(directory / name) if found is None else found
     if found != entry:
         raise PackageError(
-            f"{path} has SHA-256 {found.sha256[:16]}...",
+            f"{directory / name} has SHA-256 {found.sha256[:16]}...",
             expected=f"{entry.sha256[:16]}..., as {MANIFEST_FILE} lists",
             fix=_REPACK,
         )
 
 
-def verify_manifest(directory: Path) -> Manifest:
+def verify_manifest(directory: Path, *, progress: Progress = silent) -> Manifest:
     """Check every listed file, and that no file is left out of the list.
 
     Raises:
@@ -136,7 +224,10 @@ def verify_manifest(directory: Path) -> Manifest:
     """
     manifest = read_manifest(directory)
     for name, entry in manifest.files.items():
-        check_entry(directory, name, entry)
+        check_size(directory, name, entry)
+    found = file_entries((directory / name for name in manifest.files), progress=progress)
+    for name, entry in manifest.files.items():
+        check_entry(directory, name, entry, found[name])
     unlisted = [name for name in listed_names(directory) if name not in manifest.files]
     if unlisted:
         raise PackageError(

@@ -16,6 +16,9 @@ from dspark_sglang.errors import ArtifactError
 
 EVAL_FILE = "eval.json"
 PROVENANCE_FILE = "provenance.json"
+THROUGHPUT_FILE = "throughput.json"
+TARGET_FILE = "target.json"
+BUNDLE_FILE = "dspark_bundle.json"
 
 Kind = Literal["chat", "math", "code", "instructions"]
 Digest = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
@@ -46,6 +49,28 @@ class AcceptedLength(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     ci95: tuple[float, float] | None = None
 
 
+class Reliability(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Predicted against observed survival of one position, bin by bin."""
+
+    predicted: list[Share]
+    observed: list[Share]
+    blocks: list[Annotated[int, msgspec.Meta(ge=1)]]
+
+
+class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How well the confidence head predicts survival at temperature 1, before and after STS."""
+
+    blocks: Annotated[int, msgspec.Meta(ge=1)]
+    #: Expected calibration error, mean over positions and by position.
+    ece_before: Share
+    ece_after: Share | None
+    per_position_before: list[Share]
+    per_position_after: list[Share] | None
+    per_position_auc: list[Share] | None = None
+    reliability_before: list[Reliability] = []
+    reliability_after: list[Reliability] | None = None
+
+
 class EvalArtifact(
     msgspec.Struct,
     frozen=True,
@@ -69,6 +94,8 @@ class EvalArtifact(
     hardware: Text
     provenance: Provenance
     accepted_length: Annotated[list[AcceptedLength], msgspec.Meta(min_length=1)]
+    #: None where confidences were not judged (a measurement through a server).
+    calibration: Calibration | None = None
 
 
 class Target(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -119,6 +146,8 @@ class DrafterProvenance(
     language: list[str] = []
     target: Target
     training: Training
+    #: Commit of dspark-sglang that trained it.
+    commit: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{7,40}$")] | None = None
     #: Libraries that trained it.
     versions: dict[str, str]
     #: The SGLang release that served it.
@@ -165,6 +194,22 @@ def read_provenance(path: Path, *, gamma: int, drafter_sha256: str) -> DrafterPr
     """
     fix = "Describe these weights in provenance.json (fields: dspark_packaging.schemas)."
     return _read(path, DrafterProvenance, gamma=gamma, drafter_sha256=drafter_sha256, fix=fix)
+
+
+def read_eval_as_it_is(path: Path) -> EvalArtifact:
+    """Decode ``eval.json``; whether it belongs to the weights is checked by :func:`read_eval`.
+
+    Raises:
+        ArtifactError: malformed.
+    """
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=EvalArtifact)
+    except (OSError, msgspec.DecodeError) as error:
+        raise ArtifactError(
+            f"{path} cannot be read: {error}.",
+            expected="what `dspark eval --record` wrote",
+            fix="Measure these weights again, or remove the file.",
+        ) from error
 
 
 def read_eval(path: Path, *, gamma: int, drafter_sha256: str) -> EvalArtifact:

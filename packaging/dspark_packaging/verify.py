@@ -1,4 +1,4 @@
-"""Whether a folder is a packaged drafter that may be published or served."""
+"""Whether a folder is a package that may be published or served."""
 
 from __future__ import annotations
 
@@ -7,83 +7,104 @@ from pathlib import Path
 import msgspec
 
 from dspark_packaging import hub_rules
+from dspark_packaging.contents import Package, open_package
 from dspark_packaging.errors import PackageError
+from dspark_packaging.eval_results import check_eval_results
+from dspark_packaging.fingerprint import check_revision, check_target, fingerprint
 from dspark_packaging.layout import CARD_FILE, check_names, require_directory
 from dspark_packaging.manifest import verify_manifest
-from dspark_packaging.schemas import (
-    EVAL_FILE,
-    PROVENANCE_FILE,
-    DrafterProvenance,
-    read_eval,
-    read_provenance,
-)
-from dspark_packaging.weights import check_shards
-from dspark_sglang.artifacts import DRAFT_VOCAB_FILE, STS_FILE, read_draft_vocab, read_sts
-from dspark_sglang.checkpoint import (
-    check_tensors,
-    parse_drafter_config,
-    read_config,
-    weights_digest,
-)
+from dspark_packaging.progress import Progress, silent
+from dspark_packaging.schemas import BUNDLE_FILE, PROVENANCE_FILE, DrafterProvenance
+from dspark_packaging.shards import check_weight_names
+from dspark_sglang.checkpoint import check_fits, read_config
 
 
 class Verified(msgspec.Struct, frozen=True, kw_only=True):
     """What was checked."""
 
     name: str
+    #: ``drafter``, or ``bundle`` with its layout.
+    shape: str
     gamma: int
     files: list[str]
     calibrated: bool
     measured: bool
+    tensors: int
+    nbytes: int
 
 
-def verify_artifact(directory: Path) -> Verified:
-    """Check names, checksums, tensors, every JSON file and the card's front matter.
+def verify_artifact(
+    directory: Path, *, checksums: bool = True, progress: Progress = silent
+) -> Verified:
+    """Check a stand-alone drafter: names, checksums, tensors, every record, the card's front matter.
 
     The order goes from "is this the folder that was published" to "does it make sense", so
     that a damaged download is reported as one.
 
+    Args:
+        directory: the package.
+        checksums: hash every file; False where they were just computed.
+        progress: shows how far hashing is.
+
     Raises:
         PackageError: a file that does not belong, is missing or changed; bad front matter.
-        CheckpointError: weights and configuration do not fit, or are no dense drafter.
+        CheckpointError: weights and configuration do not fit, or are no drafter.
         ArtifactError: a JSON file is malformed or belongs to other weights.
     """
     require_directory(directory)
-    check_names(directory)
-    manifest = verify_manifest(directory)
-    config = parse_drafter_config(read_config(directory, role="drafter"))
-    if config.bundled:
+    if (directory / BUNDLE_FILE).exists():
         raise PackageError(
-            f"{directory} is a target checkpoint with a drafter inside it.",
-            expected="a drafter with its own weights (Qwen3DSparkModel layout)",
-            fix="Serve such a checkpoint as it is; only separate drafters are packaged.",
+            f"{directory} is a bundle of target and drafter.",
+            expected="a drafter with its own weights",
+            fix="Split it first with `dspark package BUNDLE OUT --split`.",
         )
-    check_shards(directory)
-    check_tensors(directory, config)
-    digest = weights_digest(directory)
-    provenance = read_provenance(
-        directory / PROVENANCE_FILE, gamma=config.gamma, drafter_sha256=digest
+    check_names(directory)
+    if checksums:
+        verify_manifest(directory, progress=progress)
+    package = open_package(directory)
+    check_weight_names(package.shards)
+    check_contents(package)
+    return summary(package, "drafter")
+
+
+def check_contents(package: Package) -> None:
+    """Check results and front matter of an opened package.
+
+    Raises:
+        DSparkError: as :func:`verify_artifact`.
+    """
+    check_eval_results(package.directory, package.home)
+    check_card_of(
+        package.directory / CARD_FILE,
+        package.records.provenance,
+        bundle=package.bundle is not None,
     )
-    sts, measured = directory / STS_FILE, directory / EVAL_FILE
-    if sts.exists():
-        read_sts(sts, gamma=config.gamma, drafter_sha256=digest)
-    if (directory / DRAFT_VOCAB_FILE).exists():
-        read_draft_vocab(directory / DRAFT_VOCAB_FILE, vocab_size=config.vocab_size)
-    if measured.exists():
-        read_eval(measured, gamma=config.gamma, drafter_sha256=digest)
-    _check_card(directory / CARD_FILE, provenance)
+
+
+def summary(package: Package, shape: str) -> Verified:
+    """What was checked, for the user."""
+    from dspark_packaging.manifest import read_manifest
+
     return Verified(
-        name=provenance.name,
-        gamma=config.gamma,
-        files=sorted(manifest.files),
-        calibrated=sts.exists(),
-        measured=measured.exists(),
+        name=package.records.provenance.name,
+        shape=shape,
+        gamma=package.drafter.config.gamma,
+        files=sorted(read_manifest(package.directory).files),
+        calibrated=package.records.sts is not None,
+        measured=package.records.eval is not None,
+        tensors=len(package.shards.tensors),
+        nbytes=package.shards.nbytes,
     )
 
 
-def _check_card(path: Path, provenance: DrafterProvenance) -> None:
-    """Front matter only: a card made by an older template is still a true card."""
-    meta = hub_rules.check_front_matter(path.read_text(encoding="utf-8", errors="replace"))
+def check_card_of(path: Path, provenance: DrafterProvenance, *, bundle: bool) -> None:
+    """Front matter only: a card made by an older template is still a true card.
+
+    Raises:
+        PackageError: it breaks a rule of the Hub or contradicts ``provenance.json``.
+    """
+    text = path.read_text(encoding="utf-8", errors="replace")
+    meta = hub_rules.check_front_matter(text, bundle=bundle)
     for key, said, meant in (
         ("base_model", meta["base_model"], provenance.target.repo_id),
         ("license", meta["license"], provenance.license),
@@ -94,3 +115,22 @@ def _check_card(path: Path, provenance: DrafterProvenance) -> None:
                 expected=f"{meant}, as {PROVENANCE_FILE} says",
                 fix=f"Run `dspark card {path.parent}`.",
             )
+
+
+def verify_pair(directory: Path, target: Path) -> bool:
+    """Check that a stand-alone drafter and a target on disk belong together.
+
+    Returns:
+        Whether the fingerprint was compared (False: the package has no ``target.json``).
+
+    Raises:
+        DSparkError: they do not, or either is damaged.
+    """
+    package = open_package(directory)
+    check_fits(package.drafter.config, read_config(target, role="target"), name=target.name)
+    check_revision(target, package.records.provenance.target.revision)
+    recorded = package.records.target
+    if recorded is not None:
+        found = fingerprint(target, drafter_sha256=package.drafter.digest)
+        check_target(recorded, found, str(target))
+    return recorded is not None

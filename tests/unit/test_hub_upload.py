@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fake_hub import FakeHub, running_hub
 
+from dspark_packaging.check.hub import FakeHub, running_hub
 from dspark_packaging.verify import verify_artifact
 
 ARTIFACT = Path(__file__).parents[2] / "model_cards" / "smollm2-135m-instruct-dspark"
@@ -46,8 +46,16 @@ def hf(hub: FakeHub, home: Path, *arguments: str) -> subprocess.CompletedProcess
     )
 
 
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and ".cache" not in path.parts
+    }
+
+
 def test_upload_download_verify(hub: FakeHub, tmp_path: Path) -> None:
-    sent = {path.name: path.read_bytes() for path in ARTIFACT.iterdir()}
+    sent = files_of(ARTIFACT)
 
     upload = hf(hub, tmp_path / "home", "upload", REPO, str(ARTIFACT), ".")
     assert upload.returncode == 0, upload.stderr
@@ -60,7 +68,7 @@ def test_upload_download_verify(hub: FakeHub, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     download = hf(hub, tmp_path / "other", "download", REPO, "--local-dir", str(copy))
     assert download.returncode == 0, download.stderr
-    assert {path.name: path.read_bytes() for path in copy.iterdir() if path.is_file()} == sent
+    assert files_of(copy) == sent
     # `hf download` leaves .cache/ there, which verification has to put up with.
     assert (copy / ".cache").is_dir()
     assert verify_artifact(copy).name == "smollm2-135m-instruct-dspark"
@@ -77,7 +85,7 @@ def test_second_upload_changes_nothing(hub: FakeHub, tmp_path: Path) -> None:
 
 def test_download_into_the_cache_verifies(hub: FakeHub, tmp_path: Path) -> None:
     # The cache holds symlinks to blobs: what a server gets from a repository id.
-    hub.repos[REPO] = {path.name: path.read_bytes() for path in ARTIFACT.iterdir()}
+    hub.repos[REPO] = files_of(ARTIFACT)
     download = hf(hub, tmp_path / "home", "download", REPO, "--quiet")
     assert download.returncode == 0, download.stderr
     snapshots = list((tmp_path / "home").glob("hub/models--*/snapshots/*"))

@@ -361,7 +361,7 @@ def _card_of_another_target(folder: Path) -> None:
         (_missing_tensor, CheckpointError, r"no tensor layers\.0\.mlp\.up_proj"),
         (_no_confidence_head, CheckpointError, "no confidence head"),
         (_wrong_shape, CheckpointError, r"mlp\.gate_proj"),
-        (_bundled, PackageError, "drafter inside it"),
+        (_bundled, CheckpointError, "configuration has no"),
         (_broken_front_matter, PackageError, "license 'apache2'"),
         (_card_of_another_target, PackageError, "says base_model a/b"),
     ],

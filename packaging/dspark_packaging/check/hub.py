@@ -3,7 +3,8 @@
 Git LFS over HTTP (no Xet): create the repository, validate the card, ask which files are
 large, upload those by digest, then commit all files as newline-delimited JSON. What the real
 Hub would refuse is refused here too: bytes that do not match their digest, a commit of a
-large file that never arrived, a request without a token.
+large file that never arrived, a request without a token. It can drop connections in the middle
+of an upload, as networks do.
 """
 
 from __future__ import annotations
@@ -37,6 +38,12 @@ class FakeHub:
         self.objects: dict[str, bytes] = {}
         self.commits: list[str] = []
         self.requests: list[str] = []
+        self.private: dict[str, bool] = {}
+        #: Every ``Authorization`` header seen, to search outputs for what was in it.
+        self.tokens: set[str] = set()
+        #: Uploads to cut off after half of their bytes, by file size; None: none.
+        self.drop_larger_than: int | None = None
+        self.dropped = 0
 
     def sha(self) -> str:
         """The head commit, of all repositories alike."""
@@ -116,6 +123,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         path, body = self._path(), self._body()
+        self.hub.tokens.add(str(self.headers.get("Authorization")))
         if self.headers.get("Authorization") is None:
             return self._reply(401, {"error": "a token is needed"})
         if path == "/api/repos/create":
@@ -131,7 +139,9 @@ class _Handler(BaseHTTPRequestHandler):
             found = self.hub.objects.get(wanted["oid"])
             ok = found is not None and len(found) == wanted["size"]
             return self._reply(200 if ok else 404, {})
-        if match := re.fullmatch(r"/api/models/(.+)/commit/main", path):
+        if re.fullmatch(r"/api/models/(.+)/branch/[^/]+", path):
+            return self._reply(200, {})
+        if match := re.fullmatch(r"/api/models/(.+)/commit/[^/]+", path):
             try:
                 self.hub.commit(match[1], [json.loads(line) for line in body.splitlines()])
             except ValueError as error:
@@ -142,7 +152,16 @@ class _Handler(BaseHTTPRequestHandler):
         return self._reply(404, {"error": f"no POST {path}"})
 
     def do_PUT(self) -> None:
-        path, body = self._path(), self._body()
+        path = self._path()
+        limit, size = self.hub.drop_larger_than, int(self.headers.get("Content-Length") or 0)
+        if limit is not None and size > limit:
+            self.rfile.read(size // 2)
+            self.hub.dropped += 1
+            self.close_connection = True
+            # Bytes that were not read make the close a reset, as a lost connection is.
+            self.connection.close()
+            return None
+        body = self._body()
         digest = path.removeprefix("/lfs/objects/")
         if hashlib.sha256(body).hexdigest() != digest:
             return self._reply(400, {"error": "digest mismatch"})
@@ -155,7 +174,8 @@ class _Handler(BaseHTTPRequestHandler):
             files = self.hub.repos.get(match[1])
             if files is None:
                 return self._reply(404, {}, {"X-Error-Code": "RepoNotFound"})
-            info = {"id": match[1], "sha": self.hub.sha(), "private": False, "tags": []}
+            info: dict[str, Any] = {"id": match[1], "sha": self.hub.sha(), "tags": []}
+            info["private"] = self.hub.private.get(match[1], False)
             info["siblings"] = [{"rfilename": name} for name in sorted(files)]
             return self._reply(200, info)
         if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/[^/]+", path):
@@ -171,6 +191,9 @@ class _Handler(BaseHTTPRequestHandler):
         name = f"{request.get('organization') or 'someone'}/{request['name']}"
         known = name in self.hub.repos
         self.hub.repos.setdefault(name, {})
+        if not known:
+            visibility = request.get("visibility")
+            self.hub.private[name] = bool(request.get("private")) or visibility == "private"
         answer = {"url": f"{self.hub.url}/{name}", "name": name, "id": name}
         self._reply(409 if known else 200, answer)
 

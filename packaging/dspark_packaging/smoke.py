@@ -1,0 +1,114 @@
+"""Load a package in SGLang on this machine and let it generate a few tokens."""
+
+from __future__ import annotations
+
+import importlib.util
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import httpx
+import msgspec
+import psutil
+
+from dspark_packaging.errors import PackageError
+from dspark_packaging.shards import read_shards
+from dspark_sglang.checkpoint import read_config
+from dspark_sglang.demo.server import Server, free_port, serve_command
+from dspark_sglang.errors import ServerError
+
+#: What a server process needs beside two copies of the weights (packed for the CPU) and its KV.
+_WORKING_BYTES = 3 << 30
+_CUDA_ONLY = ("DeepseekV4", "DeepseekV3", "DeepseekV2")
+_PROMPT, _TOKENS = "The capital of France is", 24
+
+
+class Loaded(msgspec.Struct, frozen=True, kw_only=True):
+    """What the server did."""
+
+    text: str
+    #: Rounds of drafting and verification, and tokens they committed.
+    rounds: int
+    tokens: int
+
+
+def obstacle(target: Path, drafter: Path | None) -> str | None:
+    """Why a package cannot be loaded here; None where it can be tried.
+
+    Args:
+        target: the target, or a bundle.
+        drafter: a stand-alone drafter.
+    """
+    if importlib.util.find_spec("sglang") is None:
+        return "SGLang is not installed"
+    named = read_config(target, role="target").get("architectures") or ["?"]
+    if any(str(name).startswith(_CUDA_ONLY) for name in named):
+        return f"{named[0]} needs CUDA: its attention has no CPU form in SGLang"
+    folders = [target, *((drafter,) if drafter else ())]
+    needed = 2 * sum(read_shards(folder).nbytes for folder in folders) + _WORKING_BYTES
+    free = psutil.virtual_memory().available
+    if needed > free:
+        return f"{needed / 2**30:.1f} GiB of memory are needed, {free / 2**30:.1f} are free"
+    return None
+
+
+def ask(url: str) -> Mapping[str, Any]:
+    """Greedy text of a running server, with what it says about it.
+
+    Raises:
+        ServerError: it does not answer.
+    """
+    parameters = {"temperature": 0, "max_new_tokens": _TOKENS, "ignore_eos": True}
+    try:
+        reply = httpx.post(
+            f"{url}/generate",
+            json={"text": _PROMPT, "sampling_params": parameters},
+            timeout=300.0,
+        ).raise_for_status()
+        answer: Mapping[str, Any] = reply.json()
+    except (httpx.HTTPError, ValueError) as error:
+        raise ServerError(
+            f"The server did not answer: {error}.",
+            expected="generated text",
+            fix="Serve it by hand and read its log.",
+        ) from error
+    return answer
+
+
+def smoke_load(target: Path, drafter: Path | None, *, dtype: str = "bfloat16") -> Loaded:
+    """Start SGLang with the package, generate, stop.
+
+    Args:
+        target: the target, or a bundle that holds its drafter.
+        drafter: a stand-alone drafter.
+        dtype: of the weights in the server.
+
+    Raises:
+        ServerError: it did not start or answer.
+        PackageError: it served without speculation, or no round ran.
+    """
+    port = free_port()
+    command = serve_command(target, port, dtype=dtype, drafter=drafter)
+    if drafter is None:
+        command += ["--speculative-algorithm", "DSPARK"]
+    with tempfile.TemporaryDirectory() as scratch:
+        # Verified whole at every step, so that a round certainly runs.
+        environment = {"DSPARK_SCHEDULE": "all", "DSPARK_COST": "online"}
+        with Server(
+            command, port=port, log=Path(scratch) / "server.log", environment=environment
+        ) as server:
+            server.wait_ready()
+            answer = ask(server.url)
+            record = server.dspark()
+    if record is None or not record.get("rounds"):
+        raise PackageError(
+            "The server generated without DSPARK.",
+            expected="drafting and verification to run",
+            fix="Check the installation with `dspark doctor`.",
+        )
+    return Loaded(
+        text=str(answer["text"]),
+        rounds=int(record["rounds"]),
+        tokens=int(record["committed_tokens"]),
+    )

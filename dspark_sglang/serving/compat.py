@@ -47,6 +47,7 @@ CPU_HOOKS = {
     "filtered_sampling": "sglang.srt.layers.sampler.top_k_top_p_min_p_sampling_from_probs_torch",
     "unfiltered_sampling": "sglang.srt.layers.sampler.sampling_from_probs_torch",
     "seeded_sampling": "sglang.srt.layers.sampler.multinomial_with_seed",
+    "threads": "sglang.srt.distributed.bootstrap._bind_threads_if_cpu",
     "batch_invariance": (
         "sglang.srt.model_executor.model_runner.ModelRunner.maybe_enable_batch_invariant_mode"
     ),
@@ -199,6 +200,7 @@ CPU_SYMBOLS = (
     Symbol(CPU_HOOKS["unfiltered_sampling"], _split("probs sampling_seed positions")),
     Symbol(CPU_HOOKS["seeded_sampling"], _split("logprobs seed positions")),
     Symbol(CPU_HOOKS["batch_invariance"], ()),
+    Symbol(CPU_HOOKS["threads"], ("device",)),
     Symbol(f"{_PLATFORM}.get_default_attention_backend", ()),
     Symbol(f"{_PLATFORM}.get_default_speculative_draft_attention_backend", ("algorithm",)),
     Symbol(f"{_PLATFORM}.supports_speculative_algorithm", ("algorithm",)),

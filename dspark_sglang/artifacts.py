@@ -1,7 +1,7 @@
-"""Small JSON artifacts that travel with a drafter: calibration and draft vocabulary.
+"""Small JSON artifacts: calibration and draft vocabulary of a drafter, step cost of a server.
 
-Each carries ``schema_version``, its kind, the drafter and target it belongs to, γ and its
-provenance. Reading one for something else is an error, never a warning.
+Each carries ``schema_version``, its kind, what it belongs to and its provenance. Reading one for
+something else is an error, never a warning.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import os
 import tempfile
 from itertools import pairwise
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -20,7 +20,7 @@ SCHEMA_VERSION = 1
 STS_FILE = "sts.json"
 DRAFT_VOCAB_FILE = "draft_vocab.json"
 
-Artifact = TypeVar("Artifact", "STSArtifact", "DraftVocabArtifact")
+Artifact = TypeVar("Artifact", "STSArtifact", "DraftVocabArtifact", "CostArtifact")
 
 
 class Provenance(msgspec.Struct, frozen=True, kw_only=True):
@@ -68,6 +68,18 @@ class DraftVocabArtifact(
     coverage: float
 
 
+class CostArtifact(msgspec.Struct, frozen=True, kw_only=True, tag="cost", tag_field="kind"):
+    """A measured step cost and everything it depends on."""
+
+    schema_version: int
+    #: Two servers with the same fingerprint have the same step cost.
+    fingerprint: dict[str, str]
+    model: dict[str, Any]
+    #: Wall seconds the measurement at start-up took.
+    seconds: float | None = None
+    provenance: Provenance
+
+
 def write_json(path: Path, value: msgspec.Struct | dict[str, object]) -> None:
     """Write ``value`` as indented JSON, all or nothing."""
     data = msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n"
@@ -90,8 +102,11 @@ def write_bytes(path: Path, data: bytes) -> None:
         raise
 
 
-def _read(path: Path, kind: type[Artifact], what: str, fix: str) -> Artifact:
+def read_artifact(path: Path, kind: type[Artifact], what: str, fix: str) -> Artifact:
     """Decode an artifact and check its kind and schema.
+
+    Args:
+        what, fix: what errors say was expected, and what to do.
 
     Raises:
         ArtifactError: missing, damaged, of another kind or another schema.
@@ -131,7 +146,7 @@ def read_sts(path: Path, *, gamma: int, drafter_sha256: str | None = None) -> ST
         ArtifactError: missing, damaged, another schema, γ or drafter, or a bad temperature.
     """
     fix = "Fit it again with `dspark calibrate`, or unset DSPARK_STS to serve without it."
-    artifact = _read(path, STSArtifact, "an STS calibration file", fix)
+    artifact = read_artifact(path, STSArtifact, "an STS calibration file", fix)
     if artifact.gamma != gamma or len(artifact.temperatures) != gamma:
         raise ArtifactError(
             f"{path} was fitted for gamma {artifact.gamma} "
@@ -166,7 +181,7 @@ def read_draft_vocab(path: Path, *, vocab_size: int) -> DraftVocabArtifact:
             ascending within it.
     """
     fix = "Take it out of the drafter's directory to draft over the whole vocabulary."
-    artifact = _read(path, DraftVocabArtifact, "a draft vocabulary", fix)
+    artifact = read_artifact(path, DraftVocabArtifact, "a draft vocabulary", fix)
     if artifact.vocab_size != vocab_size:
         raise ArtifactError(
             f"{path} is for a vocabulary of {artifact.vocab_size} tokens.",

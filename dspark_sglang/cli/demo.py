@@ -24,8 +24,8 @@ from dspark_sglang.demo.measure import (
     running,
     tie_gap,
 )
-from dspark_sglang.demo.server import Server, free_ports, serve_command
-from dspark_sglang.errors import CheckpointError, ServerError
+from dspark_sglang.demo.server import Server, free_ports, pause_when_up, serve_command
+from dspark_sglang.errors import CheckpointError
 
 DRAFTER = Path("model_cards/smollm2-135m-instruct-dspark")
 _COLUMNS = (
@@ -47,31 +47,18 @@ def start_pair(
     stack: ExitStack, console: Console, target: Path, drafter: Path, dtype: str, logs: Path
 ) -> tuple[Server, Server]:
     """Start both servers side by side and pause them."""
-    pair = []
+    pair = {}
     ports = free_ports(2)
     for port, (name, draft) in zip(ports, (("plain", None), ("dspark", drafter)), strict=True):
         command = serve_command(target, port, dtype=dtype, drafter=draft)
         server = Server(command, port=port, log=logs / f"{name}-{dtype}.log")
-        pair.append(stack.enter_context(server))
+        pair[name] = stack.enter_context(server)
     began = time.monotonic()
     with console.status("") as status:
-        waiting = dict.fromkeys(pair)
-        while waiting:
-            for server in list(waiting):
-                if server.poll():
-                    server.pause()
-                    del waiting[server]
-            took = time.monotonic() - began
-            status.update(f"starting two SGLang servers in {dtype} ({took:.0f} s, usually 40)")
-            if took > 300:
-                raise ServerError(
-                    "A server was not ready after 300 s.",
-                    expected="both servers up",
-                    fix=f"See the logs in {logs}.",
-                )
-            time.sleep(0.5)
+        doing = f"starting two SGLang servers in {dtype}"
+        pause_when_up(pair, tell=lambda took: status.update(f"{doing} ({took:.0f} s, usually 40)"))
     console.print(f"[green]✓[/] two servers in {dtype} up after {time.monotonic() - began:.0f} s")
-    return pair[0], pair[1]
+    return pair["plain"], pair["dspark"]
 
 
 def run_comparison(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,7 +18,6 @@ from dspark_sglang.errors import ConfigError, ServerError
 #: Loads shown and drawn.
 _SHOWN = (1, 2, 4, 8, 16, 32)
 _CONTEXT = 128
-_START_S = 300.0
 
 
 def profile(
@@ -62,15 +60,7 @@ def profile(
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with server, Progress(*columns, console=console) as bar:
         task = bar.add_task("starting, then measuring (about 40 s)", total=None)
-        began = time.monotonic()
-        while not server.poll():
-            if time.monotonic() - began > _START_S:
-                raise ServerError(
-                    f"The server was not ready after {_START_S:.0f} s.",
-                    expected="a measurement of at most 20 s",
-                    fix=f"See its log in {server.log}.",
-                )
-            time.sleep(0.5)
+        server.wait_ready()
         bar.update(task, total=1, completed=1, description="measured")
         record = server.dspark() or {}
     found = Path(str(record.get("cost_source", "")))
@@ -87,12 +77,12 @@ def profile(
 
 def report(console: Console, out: Path, record: dict[str, Any], requests: int) -> None:
     """Print and draw the cost in ``out/cost.json``."""
-    import msgspec
-
+    from dspark_sglang.artifacts import CostArtifact, read_artifact
     from dspark_sglang.core.steps import CostModel
-    from dspark_sglang.serving.cost_file import CostArtifact
 
-    artifact = msgspec.json.decode((out / "cost.json").read_bytes(), type=CostArtifact)
+    artifact = read_artifact(
+        out / "cost.json", CostArtifact, "a cost file of this plugin", "Run `dspark profile` again."
+    )
     model = CostModel(gamma=artifact.model["gamma"])
     model.restore(artifact.model)
     loads = [count for count in _SHOWN if count <= requests]

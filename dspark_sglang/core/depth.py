@@ -7,7 +7,6 @@ from collections import OrderedDict
 import numpy as np
 import numpy.typing as npt
 
-Float64 = npt.NDArray[np.float64]
 Int64 = npt.NDArray[np.int64]
 
 #: A position is drafted while more than this share of a workload's requests would verify it.
@@ -15,7 +14,7 @@ _USED = 0.02
 #: Weight of the newest step, and steps looked at before anything is cut.
 _RATE, _ENOUGH = 0.05, 32
 #: Workloads told apart; the one not seen for longest makes room.
-_WORKLOADS = 32
+WORKLOADS = 32
 
 
 class _Workload:
@@ -50,7 +49,7 @@ class DepthCaps:
         """
         known = self._known.pop(workload, None) or _Workload(self.gamma)
         self._known[workload] = known
-        if len(self._known) > _WORKLOADS:
+        if len(self._known) > WORKLOADS:
             self._known.popitem(last=False)
         share = (wanted[:, None] > np.arange(self.gamma)).mean(axis=0)
         known.steps += 1

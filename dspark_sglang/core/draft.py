@@ -19,9 +19,9 @@ SHORTLIST = 128
 FOLLOWING = 128
 #: A draft vocabulary up to here is drafted from whole: on a CPU, finding candidates takes longer.
 WHOLE_VOCABULARY = 16384
-#: Candidates on a CPU where some request samples. A small target's law at temperature 1 has a long tail, and what
-#: it puts outside the list can never be drafted: 128 candidates cost 7.5% of the accepted length of the
-#: drafter for SmolLM2 there, and 0.7% of greedy requests.
+#: Candidates on a CPU where some request samples. A small target's law at temperature 1 has a long
+#: tail, and what it puts outside the list can never be drafted: 128 candidates cost 7.5% of the
+#: accepted length of the drafter for SmolLM2 there, and 0.7% of greedy requests.
 SAMPLED_SHORTLIST = 1024
 
 
@@ -96,8 +96,8 @@ def draft_block(
 
     With a ``shortlist`` of ``M``, only the ``M`` tokens of largest base logit can be drafted at a
     position; with a ``vocabulary``, only its tokens. The drafted law is ours to choose, so
-    acceptance stays exact; the Markov stage then reads ``M`` rows of ``W2`` a step instead of ``V``,
-    the LM head only the rows of the vocabulary.
+    acceptance stays exact; the Markov stage then reads ``M`` rows of ``W2`` a step instead of
+    ``V``, the LM head only the rows of the vocabulary.
 
     Args:
         base_logits: ``[B, gamma, V]`` logits of the parallel stage, of the ``vocabulary`` if given.

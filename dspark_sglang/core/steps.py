@@ -1,9 +1,10 @@
 """What a step costs, learned from the steps a server runs.
 
 A *round* drafts and verifies; a *plain* step does neither. Each kind has its own model: an affine
-law of the requests, those of them that sample, the drafted tokens verified and the cached context, and over it a small grid of
-what that law misses (kernels whose time rises in stairs). A factor common to both follows the
-machine: a neighbour that slows it down slows both kinds alike, and what decides is their ratio.
+law of the requests, those of them that sample, the drafted tokens verified and the cached context,
+and over it a small grid of what that law misses (kernels whose time rises in stairs). A factor
+common to both follows the machine: a neighbour that slows it down slows both kinds alike, and what
+decides is their ratio.
 """
 
 from __future__ import annotations
@@ -141,7 +142,7 @@ class _Kind:
             values, shape = np.array(state[name], dtype=np.float64), getattr(self, name).shape
             if values.shape != shape or not (np.abs(values) <= most).all():
                 raise ConfigError(
-                    f"The cost model's {name} has shape {values.shape}, or numbers beyond {most:g}.",
+                    f"The cost model's {name} has shape {values.shape} or numbers beyond {most:g}.",
                     expected=f"finite numbers of shape {shape}, at most {most:g}",
                     fix="Measure it again with `dspark profile`.",
                 )

@@ -53,6 +53,22 @@ def calibration_error(predicted: Floats, observed: Floats, *, bins: int = BINS) 
     return float(np.abs(gap).sum() / predicted.size)
 
 
+def chance_error(predicted: Floats, observed: Floats, *, bins: int = BINS) -> float:
+    """The calibration error that right predictions would show of as many outcomes, by chance.
+
+    The sum of a bin's residuals is about normal with the sum of their squares as its variance, and a
+    normal number is ``sqrt(2 / pi)`` standard deviations from 0 on average.
+
+    Args:
+        predicted, observed: as for :func:`calibration_error`.
+    """
+    if not predicted.size:
+        return 0.0
+    index = np.minimum((predicted * bins).astype(np.int64), bins - 1)
+    spread = np.bincount(index, weights=(predicted - observed) ** 2, minlength=bins)
+    return float(np.sqrt(2.0 / np.pi * spread).sum() / predicted.size)
+
+
 def area_under_curve(predicted: Floats, observed: Floats) -> float:
     """Area under the ROC curve: how well predictions rank, whatever their temperature.
 
@@ -94,7 +110,9 @@ def fit_sts(
     """Fit one temperature a position.
 
     A flat prediction near the mean has next to no calibration error and says nothing. So only
-    temperatures count under which survival is predicted no worse, in cross-entropy, than without.
+    temperatures count under which survival is predicted no worse, in cross-entropy, than without;
+    and of those whose error differs from the smallest by no more than chance, the one of least
+    cross-entropy.
 
     Args:
         logits: ``[N, gamma]`` uncalibrated confidence logits of ``N`` blocks.
@@ -120,19 +138,32 @@ def fit_sts(
             continue
         before, scores, target = product[own], logits[own, k], truth[own, k]
         limit = log_loss(before * sigmoid(scores), target) + 1e-12
-        errors = []
-        for temperature in grid:
-            survival = before * sigmoid(scores / temperature)
-            allowed = log_loss(survival, target) <= limit
-            errors.append(calibration_error(survival, target) if allowed else np.inf)
-        if not np.isfinite(errors).any():  # 1 itself lies between two candidates
-            errors = [abs(np.log(temperature)) for temperature in grid]
-        best = int(np.argmin(errors))
+        best = _best(before, scores, target, grid=grid, limit=limit)
         temperatures[k] = grid[best]
         product = product * sigmoid(logits[:, k] / grid[best])
         after[k] = calibration_error(product[own], target)
     unscaled = [calibration_error(plain[seen[:, k], k], truth[seen[:, k], k]) for k in range(gamma)]
     return STSFit(temperatures=temperatures, before=np.array(unscaled), after=after)
+
+
+def _best(before: Float64, scores: Float64, target: Float64, *, grid: Float64, limit: float) -> int:
+    """Index of the temperature of one position, see :func:`fit_sts`.
+
+    Args:
+        before: ``[N]`` survival up to the position before.
+        scores: ``[N]`` logits of this one.
+        target: ``[N]`` observed survival.
+        limit: largest cross-entropy of a temperature that counts.
+    """
+    survival = [before * sigmoid(scores / temperature) for temperature in grid]
+    losses = np.array([log_loss(own, target) for own in survival])
+    errors = np.array([calibration_error(own, target) for own in survival])
+    errors[losses > limit] = np.inf
+    if not np.isfinite(errors).any():  # 1 itself lies between two candidates
+        return int(np.argmin(np.abs(np.log(grid))))
+    least = int(np.argmin(errors))
+    close = errors <= errors[least] + chance_error(survival[least], target)
+    return int(np.argmin(np.where(close, losses, np.inf)))
 
 
 def survival_errors(logits: Float64, acceptance: Float64, temperatures: Float64) -> Float64:

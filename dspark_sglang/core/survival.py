@@ -10,6 +10,26 @@ from dspark_sglang.errors import NumericsError
 Float64 = npt.NDArray[np.float64]
 
 
+def check(confidence: npt.NDArray[np.floating]) -> None:
+    """Say what is wrong with numbers that are no confidences.
+
+    Raises:
+        NumericsError: one that is NaN or outside [0, 1].
+    """
+    # NaN is neither.
+    if not confidence.size or (
+        np.minimum.reduce(confidence, axis=None) >= 0.0
+        and np.maximum.reduce(confidence, axis=None) <= 1.0
+    ):
+        return
+    bad = confidence[~((confidence >= 0.0) & (confidence <= 1.0))][0]
+    raise NumericsError(
+        f"A drafter's confidence is {bad}.",
+        expected="values in [0, 1]",
+        fix="Check the drafter's confidence_head weights and the STS file with `dspark verify`.",
+    )
+
+
 def survival(confidence: npt.NDArray[np.floating]) -> Float64:
     """``a_{r,j} = prod_{i <= j} c_{r,i}``, non-increasing in ``j`` bit for bit.
 
@@ -25,16 +45,7 @@ def survival(confidence: npt.NDArray[np.floating]) -> Float64:
     """
     # Positions first: that is the order in which admission scans candidates.
     values = np.array(np.asarray(confidence).T, dtype=np.float64, order="C")
-    # NaN is neither.
-    if values.size and not (
-        np.minimum.reduce(values, axis=None) >= 0.0 and np.maximum.reduce(values, axis=None) <= 1.0
-    ):
-        bad = values.T[~((values.T >= 0.0) & (values.T <= 1.0))][0]
-        raise NumericsError(
-            f"A drafter's confidence is {bad}.",
-            expected="values in [0, 1]",
-            fix="Check the drafter's confidence_head weights and the STS file with `dspark verify`.",
-        )
+    check(values.T)
     # An accumulation is sequential by definition: one product after the other, along each request.
     products: Float64 = np.multiply.accumulate(values, axis=0)
     return products.T

@@ -10,10 +10,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import IO, Any, Self, TypeVar
 
 import httpx
 
@@ -35,6 +35,7 @@ START_SECONDS = 300.0
 _STARTED = b"The server is fired up"
 _PR_SET_PDEATHSIG = 1
 STOP_SECONDS = 20.0
+Name = TypeVar("Name", bound=str)
 
 
 def free_ports(count: int) -> list[int]:
@@ -172,6 +173,22 @@ class Server:
             raise self.gone(error) from error
         return answer
 
+    def requests(self) -> int:
+        """How many requests run or wait in the scheduler that has most, as it said last.
+
+        From ``/v1/loads``: ``/server_info`` does not tell.
+
+        Raises:
+            ServerError: the server does not answer, or says nothing of its load.
+        """
+        try:
+            answer = httpx.get(f"{self.url}/v1/loads", params={"include": "core"}, timeout=60.0)
+            loads = answer.json()["loads"]
+            # One for each scheduler; max() of none is an error.
+            return max(int(load["num_running_reqs"] + load["num_waiting_reqs"]) for load in loads)
+        except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
+            raise self.gone(error) from error
+
     def gone(self, error: Exception) -> ServerError:
         """What to raise when a running server stops answering."""
         return ServerError(
@@ -211,3 +228,47 @@ class Server:
         trace: TracebackType | None,
     ) -> None:
         self.stop()
+
+
+def pause_when_up(
+    servers: Mapping[Name, Server],
+    *,
+    tell: Callable[[float], None],
+    may_fail: Collection[str] = (),
+) -> dict[Name, ServerError]:
+    """Wait until launched servers are up, pausing each at once so that it takes nothing from others.
+
+    Args:
+        servers: launched, by name.
+        tell: told the seconds waited, twice a second.
+        may_fail: names of those that may stop instead.
+
+    Returns:
+        The errors of those that did.
+
+    Raises:
+        ServerError: another one stopped, or some are not up in :data:`START_SECONDS`.
+    """
+    waiting, began = dict(servers), time.monotonic()
+    failed: dict[Name, ServerError] = {}
+    while waiting:
+        for name, server in list(waiting.items()):
+            try:
+                if not server.poll():
+                    continue
+                server.pause()
+            except ServerError as error:
+                if name not in may_fail:
+                    raise
+                failed[name] = error
+            del waiting[name]
+        took = time.monotonic() - began
+        if waiting and took > START_SECONDS:
+            raise ServerError(
+                f"{', '.join(waiting)} not ready after {START_SECONDS:.0f} s.",
+                expected="all servers up",
+                fix=f"See the log in {next(iter(waiting.values())).log}.",
+            )
+        tell(took)
+        time.sleep(0.5)
+    return failed

@@ -12,11 +12,14 @@ import numpy as np
 from dspark_loadtests.prompts import Prompt
 from dspark_sglang.demo.measure import running
 from dspark_sglang.demo.server import Server
+from dspark_sglang.errors import ServerError
 from dspark_sglang.load.closed_loop import Delivered, Load, run_block
 from dspark_sglang.load.modes import ModeName
 
 #: Seconds a server may take to end the requests whose connections were closed.
 _DRAIN_S = 20.0
+#: Looks in a row that must find nothing running.
+_QUIET = 2
 
 
 class Block(msgspec.Struct, frozen=True, kw_only=True):
@@ -46,13 +49,25 @@ def _state(server: Server) -> dict[str, Any]:
     return state
 
 
-def _idle(server: Server) -> None:
-    """Wait until nothing runs any more."""
-    deadline = time.monotonic() + _DRAIN_S
-    while time.monotonic() < deadline:
-        load = _state(server).get("num_running_reqs", 0)
-        if not load:
-            return
+def _idle(server: Server, seconds: float = _DRAIN_S) -> None:
+    """Wait until nothing runs any more: what does would run on in the server's next turn.
+
+    Twice in a row, since a request is published only once its prefill is over.
+
+    Raises:
+        ServerError: something still runs after that many seconds.
+    """
+    deadline = time.monotonic() + seconds
+    quiet = 0
+    while quiet < _QUIET:
+        left = server.requests()
+        quiet = 0 if left else quiet + 1
+        if left and time.monotonic() > deadline:
+            raise ServerError(
+                f"{left} requests still run {seconds:.0f} s after their connections were closed.",
+                expected="a server that ends them",
+                fix=f"See its log in {server.log}.",
+            )
         time.sleep(0.2)
 
 

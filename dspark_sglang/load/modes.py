@@ -11,27 +11,28 @@ from dspark_sglang.demo.server import Server, serve_command
 ModeName = Literal["none", "fixed", "builtin_static", "dspark"]
 MODES: tuple[ModeName, ...] = ("none", "fixed", "builtin_static", "dspark")
 
+#: What runs is published at every step, not every 15: a block ends when nothing does.
+_TELLS_ITS_LOAD = ("--load-snapshot-publish-interval", "1")
+
 
 class Mode(NamedTuple):
     """One way of serving."""
 
     name: ModeName
-    #: What a reader of the results should know about it.
-    meaning: str
     speculates: bool
     environment: Mapping[str, str]
 
 
 _KNOWN: dict[ModeName, Mode] = {
-    "none": Mode("none", "no speculation", False, {}),
-    "fixed": Mode("fixed", "every drafted token verified", True, {"DSPARK_SCHEDULE": "all"}),
+    "none": Mode("none", False, {}),
+    # Every drafted token is verified.
+    "fixed": Mode("fixed", True, {"DSPARK_SCHEDULE": "all"}),
+    # SGLang's own DSPARK, on the same CPU platform.
     "builtin_static": Mode(
-        "builtin_static",
-        "SGLang's own DSPARK in its static mode, on the same CPU platform",
-        True,
-        {"DSPARK_PLUGIN": "off", "SGLANG_RAGGED_VERIFY_MODE": "static"},
+        "builtin_static", True, {"DSPARK_PLUGIN": "off", "SGLANG_RAGGED_VERIFY_MODE": "static"}
     ),
-    "dspark": Mode("dspark", "this plugin as it comes", True, {}),
+    # This plugin as it comes.
+    "dspark": Mode("dspark", True, {}),
 }
 
 
@@ -57,7 +58,7 @@ def make_server(
         requests: most requests that will run at once.
         extra: more flags of SGLang.
     """
-    flags = ("--max-running-requests", str(requests), *extra)
+    flags = ("--max-running-requests", str(requests), *_TELLS_ITS_LOAD, *extra)
     command = serve_command(
         target, port, dtype=dtype, drafter=drafter if chosen.speculates else None, extra=flags
     )

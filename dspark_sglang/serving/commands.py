@@ -8,6 +8,8 @@ SGLang lets numbers through, nothing else:
 ``dspark_sts``          0: no calibration; 1: read the file again; 2: fit to what was verified
 ``dspark_cost``         0: forget the step cost; 1: read the file again; 2: write it
 ======================  =========================================================================
+
+SGLang's own ``dspark_force_budget_frac`` sets ``dspark_budget``; its null is -1.
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ logger = logging.getLogger(__name__)
 Apply = Callable[[], None]
 T = TypeVar("T")
 
+#: SGLang sets the budget of its own planner by it, which does not run here.
+_SGLANG_BUDGET = "dspark_force_budget_frac"
 SPECULATION: dict[int, Choice] = {-1: "auto", 0: "off", 1: "on"}
 
 
@@ -34,7 +38,8 @@ class Commands:
         self._worker = worker
         self._known: dict[str, Callable[[float], Apply]] = {
             "dspark_speculation": self._speculation,
-            "dspark_budget": self._budget,
+            "dspark_budget": lambda value: self._budget("dspark_budget", value),
+            _SGLANG_BUDGET: lambda value: self._budget(_SGLANG_BUDGET, value),
             "dspark_sts": self._sts,
             "dspark_cost": self._cost,
         }
@@ -63,10 +68,10 @@ class Commands:
         choice = _choose("dspark_speculation", value, SPECULATION)
         return lambda: self._worker.control.choose(choice)
 
-    def _budget(self, value: float) -> Apply:
+    def _budget(self, key: str, value: float) -> Apply:
         if value != -1 and not 0.0 <= value <= 1.0:
             raise ConfigError(
-                f"dspark_budget is {value}.",
+                f"{key} is {value}.",
                 expected="a share of the drafted tokens, 0 to 1, or -1",
                 fix="0 verifies nothing, 1 everything, -1 what pays.",
             )
@@ -88,7 +93,7 @@ class Commands:
         plans: dict[int, Callable[[], Apply]] = {
             0: lambda: worker.control.cost.forget,
             1: worker.plan_cost_file,
-            2: lambda: worker.save_cost,
+            2: worker.plan_save_cost,
         }
         return _choose("dspark_cost", value, plans)()
 
@@ -119,6 +124,8 @@ def handlers(original: Callable[[Any], dict[str, Any]], controller: Any) -> dict
     prepared: dict[str, Apply] = {}
 
     def validate(key: str, value: Any) -> None:
+        if value is None and key == _SGLANG_BUDGET:
+            value = -1
         try:
             prepared[key] = commands.prepare(key, float(value))
         except DSparkError as error:

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from dspark_sglang.config import COST_ONLINE
 from dspark_sglang.core.depth import DepthCaps
 from dspark_sglang.core.policy import Choice, DraftPolicy
 from dspark_sglang.core.reliability import Reliability
@@ -24,7 +25,7 @@ from dspark_sglang.core.schedule import (
     lengths,
 )
 from dspark_sglang.core.steps import CostModel, Step
-from dspark_sglang.core.survival import survival
+from dspark_sglang.core.survival import check, survival
 from dspark_sglang.serving.options import RequestOptions, read_options
 
 Float64 = npt.NDArray[np.float64]
@@ -32,6 +33,9 @@ Int64 = npt.NDArray[np.int64]
 
 #: Survival of a token that may be admitted is at least this: one that may not has 0.
 _ADMISSIBLE = 1e-300
+#: Sources of the step cost besides files: nothing is timed; it is being measured before the server
+#: listens.
+COST_OFF, COST_UNMEASURED = "off", "unmeasured"
 
 
 class StepPlan(NamedTuple):
@@ -86,13 +90,18 @@ class Control:
         self.policy = DraftPolicy()
         self.reliability = Reliability(gamma=gamma)
         self.depths = DepthCaps(gamma=gamma)
+        #: Where the step cost comes from, in words of the settings or as a file.
+        self.cost_source = COST_OFF if not adaptive else COST_ONLINE
         #: Share of the drafted tokens to verify whatever pays; None: what pays.
         self.forced: float | None = None
-        self._lagged = lagged
+        #: Whether budgets come from confidences two steps old.
+        self.lagged = lagged
         self._history: History | None = None
         self._requests: Sequence[RequestOptions] = ()
         self._context = 0
         self._sampled = np.zeros(0, dtype=bool)
+        #: How many requests of the running step sample.
+        self._sampling = 0
         self._profile_step = 0
         self._profile_began: float | None = None
         #: Wall seconds of the measurement at start-up, so far.
@@ -109,6 +118,11 @@ class Control:
         self.committed_tokens = 0
         self.plain_steps = 0
 
+    @property
+    def measuring(self) -> bool:
+        """Whether the measurement at start-up is still to end."""
+        return self.cost_source == COST_UNMEASURED
+
     # -- before drafting ---------------------------------------------------------------------
 
     def begin(self, requests: Sequence[Any], context: int) -> StepPlan:
@@ -121,6 +135,7 @@ class Control:
         options = [read_options(request) for request in requests]
         self._requests, self._context = options, context
         self._sampled = np.array([r.sampling_params.top_k > 1 for r in requests], dtype=bool)
+        self._sampling = int(self._sampled.sum())
         self._confidence, self.expected, self._budget = None, float(len(options)), 0
         limits = np.array([_limit(o, self.gamma) for o in options], dtype=np.int64)
         self.plan = self._decide(options, limits)
@@ -130,7 +145,7 @@ class Control:
         most = int(limits.max(initial=0))
         if not self.adaptive:
             return StepPlan(limits, self.gamma, whole=True)
-        if any(option.profile for option in options):
+        if self.measuring and any(option.profile for option in options):
             return self._profile(limits)
         if not most or self.forced == 0.0:
             return StepPlan(limits, 0)
@@ -138,7 +153,8 @@ class Control:
         if not decision.draft:
             return StepPlan(limits, 0)
         if decision.whole or self.forced is not None:
-            return StepPlan(limits, most, whole=decision.whole)
+            # An operator's budget holds in steps that would verify everything to learn, too.
+            return StepPlan(limits, most, whole=self.forced is None)
         caps = np.array([self.depths.cap(option.workload) for option in options])
         limits = np.minimum(limits, caps)
         return StepPlan(limits, int(limits.max()))
@@ -178,15 +194,15 @@ class Control:
             return Budgeted(values, admission_order(values), 0)
         self._confidence = confidence
         allowed = np.arange(self.gamma) < plan.limits[:, None]
-        survival(confidence)  # says what is wrong with numbers that are no confidences
+        check(confidence)  # before a correction hides what is wrong with them
         values = survival(self.reliability.corrected(confidence, self._sampled))
         # One that may not be verified ranks behind all that may.
         values = np.where(allowed, np.maximum(values, _ADMISSIBLE), 0.0)
         order, most = admission_order(values), int(allowed.sum())
         if not self.adaptive:
             return Budgeted(values, order, most)
-        curve = self.cost.curve(requests, self._context, int(self._sampled.sum()))
-        if self._lagged and self._history is None:
+        curve = self.cost.curve(requests, self._context, self._sampling)
+        if self.lagged and self._history is None:
             self._history = History(slots=pool, gamma=self.gamma)
         if self._history is None:
             paying = early_stop_budget(values, order, curve)
@@ -211,7 +227,7 @@ class Control:
         """What drafting brings at the budget that pays, against not drafting."""
         if not self.cost.comparable:
             return
-        requests, load = len(values), (self._context, int(self._sampled.sum()))
+        requests, load = len(values), (self._context, self._sampling)
         tokens = requests + float(values.T.reshape(-1)[order[:paying]].sum())
         length = self.cost.round_seconds(requests, paying, *load)
         length /= self.cost.plain_seconds(requests, *load)
@@ -259,8 +275,7 @@ class Control:
             self.profile_seconds = now - self._profile_began
         if self.adaptive and self._requests:
             count = len(self._requests)
-            sampled = int(self._sampled.sum())
-            step = Step(count, self._budget, self._context, self.plan.draft, sampled)
+            step = Step(count, self._budget, self._context, self.plan.draft, self._sampling)
             self.cost.observe(step, seconds)
 
     # -- for people --------------------------------------------------------------------------
@@ -274,6 +289,7 @@ class Control:
         requests = max(1, len(self._requests))
         expected = self.expected_tokens
         return {
+            "cost_source": self.cost_source,
             "speculation": self.policy.choice,
             "drafting": self.policy.drafting(requests) if self.adaptive else True,
             "gain": round(self.policy.gain(requests), 4),

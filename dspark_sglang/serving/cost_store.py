@@ -10,15 +10,15 @@ import msgspec
 import torch
 
 from dspark_sglang import __version__
-from dspark_sglang.artifacts import SCHEMA_VERSION, write_json
+from dspark_sglang.artifacts import SCHEMA_VERSION, CostArtifact, read_artifact, write_json
 from dspark_sglang.config import Settings
 from dspark_sglang.core.steps import CostModel
 from dspark_sglang.errors import ArtifactError, ConfigError
 from dspark_sglang.provenance import machine, provenance
-from dspark_sglang.serving.cost_file import CostArtifact
 
 logger = logging.getLogger(__name__)
 
+_WHAT = "a cost file of this plugin"
 _FIX = "Measure it again with `dspark profile`, or unset DSPARK_COST."
 
 
@@ -71,22 +71,7 @@ def load(path: Path, wanted: dict[str, str], model: CostModel) -> CostArtifact:
     Raises:
         ArtifactError: missing, damaged, edited into nonsense, or of another fingerprint.
     """
-    expected = "a cost file of this plugin"
-    try:
-        data = path.read_bytes()
-        found = msgspec.json.decode(data, type=CostArtifact)
-        if "kind" not in msgspec.json.decode(data):  # msgspec takes a missing tag for the right one
-            raise msgspec.DecodeError("it names no kind")
-    except (OSError, msgspec.DecodeError) as error:
-        raise ArtifactError(
-            f"{path} cannot be read: {error}.", expected=expected, fix=_FIX
-        ) from error
-    if found.schema_version != SCHEMA_VERSION:
-        raise ArtifactError(
-            f"{path} has schema_version {found.schema_version}.",
-            expected=str(SCHEMA_VERSION),
-            fix=_FIX,
-        )
+    found = read_artifact(path, CostArtifact, _WHAT, _FIX)
     names = sorted(found.fingerprint.keys() | wanted.keys())
     other = [name for name in names if found.fingerprint.get(name) != wanted.get(name)]
     if other:
@@ -100,7 +85,7 @@ def load(path: Path, wanted: dict[str, str], model: CostModel) -> CostArtifact:
     try:
         model.restore(found.model)
     except ConfigError as error:
-        raise ArtifactError(f"{path}: {error}", expected=expected, fix=_FIX) from error
+        raise ArtifactError(f"{path}: {error}", expected=_WHAT, fix=_FIX) from error
     return found
 
 
@@ -115,6 +100,20 @@ def load_cached(path: Path, wanted: dict[str, str], model: CostModel) -> CostArt
         return None
 
 
+def require_both_kinds(model: CostModel) -> None:
+    """Refuse to keep a cost that :func:`load` would refuse.
+
+    Raises:
+        ConfigError: rounds or plain steps have not been seen.
+    """
+    if not model.comparable:
+        raise ConfigError(
+            f"The step cost cannot be kept: its {model.observations} steps are not of both kinds.",
+            expected="rounds and plain steps, which scheduling compares",
+            fix="Serve requests with dspark_speculation -1, then send dspark_cost 2.",
+        )
+
+
 def save(
     path: Path, wanted: dict[str, str], model: CostModel, *, seconds: float | None = None
 ) -> None:
@@ -122,7 +121,11 @@ def save(
 
     Args:
         seconds: that measuring it took, where it was measured at start-up.
+
+    Raises:
+        ConfigError: one that :func:`load` would refuse.
     """
+    require_both_kinds(model)
     artifact = CostArtifact(
         schema_version=SCHEMA_VERSION,
         fingerprint=wanted,

@@ -6,11 +6,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from dspark_sglang import __version__
+from dspark_sglang.core.depth import WORKLOADS
 from dspark_sglang.serving.control import Control
 from dspark_sglang.serving.telemetry import Telemetry
 
 #: Seconds between updates: writing a metric costs more than counting.
 _EVERY_S = 1.0
+
+#: Label of the workloads without a series of their own: the deepest of them.
+OTHERS = "(others)"
 
 _COUNTERS = {
     "rounds": "Requests times steps that drafted.",
@@ -43,10 +47,9 @@ class Metrics:
 
     Args:
         labels: what runs, by name.
-        gamma: drafted tokens a request.
     """
 
-    def __init__(self, labels: Mapping[str, str], *, gamma: int) -> None:
+    def __init__(self, labels: Mapping[str, str]) -> None:
         from prometheus_client import Counter, Gauge
 
         names = ("version", *labels)
@@ -64,9 +67,14 @@ class Metrics:
             for name, text in _GAUGES.items()
         }
         self._depth = Gauge(
-            "dspark_depth_cap", "Tokens drafted a request.", ["workload"],
+            "dspark_depth_cap",
+            "Tokens drafted a request; 0: no request of the workload was seen lately.",
+            ["workload"],
             multiprocess_mode="mostrecent",
-        )  # fmt: skip
+        )
+        #: Workloads with a series of their own. prometheus_client cannot drop one again where
+        #: several processes write, and clients name workloads: the first few get one.
+        self._workloads: set[str] = set()
         self._next = 0.0
 
     def update(self, now: float, telemetry: Telemetry, control: Control) -> None:
@@ -94,5 +102,16 @@ class Metrics:
         for name, found in values.items():
             if found is not None:
                 self._gauges[name].set(float(found))
-        for workload, cap in known["depth_caps"].items():
-            self._depth.labels(workload=workload).set(cap)
+        self._show_depths(known["depth_caps"])
+
+    def _show_depths(self, caps: Mapping[str, int]) -> None:
+        for workload in caps:
+            if len(self._workloads) < WORKLOADS:
+                self._workloads.add(workload)
+        others = [cap for workload, cap in caps.items() if workload not in self._workloads]
+        if others:
+            self._workloads.add(OTHERS)
+        for workload in self._workloads:
+            self._depth.labels(workload=workload).set(caps.get(workload, 0))
+        if OTHERS in self._workloads:
+            self._depth.labels(workload=OTHERS).set(max(others, default=0))

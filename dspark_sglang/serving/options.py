@@ -17,7 +17,7 @@ class RequestOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     max_draft_tokens: int | None = None
     #: Requests that behave alike share a name; how deep to draft is learned for each.
     workload: str = ""
-    #: Set by the start-up measurement: every kind of step is tried in turn.
+    #: Set by the start-up measurement, and refused after it: every kind of step is tried in turn.
     profile: bool = False
 
 

@@ -22,27 +22,23 @@ class Planner(DSparkVerifyPlanner):
 
     _budget_planner: Any
 
-    def bind(
-        self, *, control: Control, scheduled: bool, lagged: bool, ops: Ops, telemetry: Telemetry
-    ) -> None:
+    def bind(self, *, control: Control, ops: Ops, telemetry: Telemetry) -> None:
         """Attach the scheduler; called once after construction.
 
         Args:
-            control: decides budgets.
-            scheduled: otherwise every drafted token is verified, and nothing is planned.
-            lagged: budgets come from confidences two steps old (the asynchronous form).
+            control: decides budgets; where it does not adapt, everything drafted is verified and
+                nothing is planned.
             ops: admits the budget.
         """
         self._control = control
-        self._scheduled = scheduled
-        self._form = "lagged" if lagged else "early-stop"
+        self._form = "lagged" if control.lagged else "early-stop"
         self._ops = ops
         self._telemetry = telemetry
         #: Cells of the window that the running step verifies; None: all of them.
         self.rows: torch.Tensor | None = None
         self._budgeted: Budgeted | None = None
-        self._is_verify_all = not scheduled
-        if not scheduled:
+        self._is_verify_all = not control.adaptive
+        if not control.adaptive:
             # Without it SGLang plans no budget, and no rank waits for another's.
             self._budget_planner = None
 
@@ -54,7 +50,7 @@ class Planner(DSparkVerifyPlanner):
         req_pool_indices: torch.Tensor,
     ) -> int | None:
         """The budget of this step, decided on the host (no overlap: the host has confidences)."""
-        if not self._scheduled:
+        if not self._control.adaptive:
             return None
         pool = self.model_runner.req_to_token_pool  # made after this planner
         with self._telemetry.timed("plan"):

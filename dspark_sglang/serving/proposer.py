@@ -12,6 +12,7 @@ from sglang.srt.speculative.dspark_components.dspark_draft import (
 )
 from sglang.srt.speculative.spec_tp_sync import SpecTpSyncSite
 
+from dspark_sglang.core.draft import DraftBlock
 from dspark_sglang.serving.control import Control
 from dspark_sglang.serving.draft_head import DraftHead
 from dspark_sglang.serving.ops import Ops, SampledRows
@@ -106,11 +107,37 @@ class Proposer(DraftBlockProposer):
             tokens, confidence, raw = (
                 torch.nn.functional.pad(part, (0, missing)) for part in (tokens, confidence, raw)
             )
-        greedy = torch.ones(bs, dtype=torch.bool, device=anchors.device)
+        return self._proposal(forward.draft_block_ids, tokens, block, rows, (confidence, raw))
+
+    def _nothing(self, draft_input: Any, bs: int, rows: SampledRows | None) -> DraftProposal:
+        """A proposal of no tokens, for a step that does not draft: only anchors are verified."""
+        ids = self.draft_block_ids_view(bs=bs, device=draft_input.bonus_tokens.device)
+        ids[:, 0].copy_(draft_input.bonus_tokens.view(-1))
+        none = torch.zeros((bs, self.gamma), device=ids.device)
+        return self._proposal(ids, none.long(), self._ops.nothing(rows, bs), rows, (none, none))
+
+    def _proposal(
+        self,
+        ids: torch.Tensor,
+        tokens: torch.Tensor,
+        block: DraftBlock,
+        rows: SampledRows | None,
+        confidence: tuple[torch.Tensor, torch.Tensor],
+    ) -> DraftProposal:
+        """What SGLang and our acceptance are given.
+
+        Args:
+            ids: ``[R, >= gamma]`` int64 rows of the draft forward, the anchors first.
+            tokens: ``[R, gamma]`` int64 drafted.
+            block: the laws they were drawn from.
+            confidence: ``[R, gamma]`` float32 each, calibrated and as logits.
+        """
+        greedy = torch.ones(len(tokens), dtype=torch.bool, device=ids.device)
         if rows is not None:
             greedy[rows.index] = False
+        calibrated, raw = confidence
         return DraftProposal(
-            draft_block_ids=forward.draft_block_ids[:, : self.gamma],
+            draft_block_ids=ids[:, : self.gamma],
             draft_block=OurDraftBlock(
                 draft_tokens=tokens,
                 corrected_logits=None,
@@ -122,36 +149,8 @@ class Proposer(DraftBlockProposer):
                 support=block.support,
                 lse=block.lse,
             ),
-            confidence=confidence,
+            confidence=calibrated,
             confidence_raw=raw,
-            folded=False,
-            verify_ids=torch.cat([anchors[:, None], tokens], dim=1),
-        )
-
-    def _nothing(self, draft_input: Any, bs: int, rows: SampledRows | None) -> DraftProposal:
-        """A proposal of no tokens, for a step that does not draft: only anchors are verified."""
-        ids = self.draft_block_ids_view(bs=bs, device=draft_input.bonus_tokens.device)
-        ids[:, 0].copy_(draft_input.bonus_tokens.view(-1))
-        greedy = torch.ones(bs, dtype=torch.bool, device=ids.device)
-        if rows is not None:
-            greedy[rows.index] = False
-        block = self._ops.nothing(rows, bs)
-        none = torch.zeros((bs, self.gamma), device=ids.device)
-        tokens = none.long()
-        return DraftProposal(
-            draft_block_ids=ids[:, : self.gamma],
-            draft_block=OurDraftBlock(
-                draft_tokens=tokens,
-                corrected_logits=None,
-                greedy_mask=greedy,
-                temperatures=None,
-                greedy_draft=rows is None,
-                rows=rows,
-                laws=block.probs,
-                support=block.support,
-            ),
-            confidence=none,
-            confidence_raw=none,
             folded=False,
             verify_ids=torch.cat([ids[:, :1], tokens], dim=1),
         )

@@ -7,8 +7,18 @@ from typing import Any
 
 from sglang.srt.runtime_context import get_exec
 
+from dspark_sglang.serving.control import Control
 from dspark_sglang.serving.options import KEY, read_options
 from dspark_sglang.serving.verifier import request_penalties
+
+#: Decides the steps of this process, once its worker is built.
+_control: Control | None = None
+
+
+def bind(control: Control) -> None:
+    """Tell what decides the steps of this process; called once by the worker."""
+    global _control
+    _control = control
 
 
 def refusal(req: Any, enable_overlap: bool) -> str | None:
@@ -18,7 +28,9 @@ def refusal(req: Any, enable_overlap: bool) -> str | None:
     next, and penalties depend on them.
     """
     try:
-        read_options(req)
+        options = read_options(req)
+        if options.profile and not (_control is not None and _control.measuring):
+            raise ValueError("profile belongs to the measurement at start-up")
     except ValueError as error:
         return (
             f"custom_params.{KEY} cannot be used: {error}. Expected max_draft_tokens (0 or more) "

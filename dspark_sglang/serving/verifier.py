@@ -345,19 +345,13 @@ class Verifier(TargetVerifyExecutor):
             if len(self._pending) >= _PENDING_STEPS:
                 self.flush()
             return
-        with self._telemetry.timed("commit"):
-            if self._kv_writer is not None:
-                self._kv_writer.write(
-                    hidden, places, torch.where(accepted, slots[self._packed], -1)
-                )
-            else:
-                keep = accepted.nonzero().view(-1)
-                injector.inject_target_hidden(
-                    target_hidden=hidden[keep],
-                    cache_loc=slots[self._packed[keep]],
-                    positions=places[keep],
-                )
+        self._write(hidden, slots[self._packed], places, accepted)
         self._telemetry.ran["commit:torch" if self._kv_writer is None else "commit:triton"] += 1
+
+    @property
+    def pending(self) -> bool:
+        """Whether plain steps left something to commit."""
+        return bool(self._pending)
 
     def flush(self) -> None:
         """Commit what plain steps left: before the draft's KV is read, or a slot changes hands."""
@@ -365,14 +359,35 @@ class Verifier(TargetVerifyExecutor):
             return
         hidden, slots, places = (torch.cat(parts) for parts in zip(*self._pending, strict=True))
         self._pending.clear()
+        self._write(hidden, slots, places, None)
+        self._telemetry.ran["commit:plain-steps"] += 1
+
+    def _write(
+        self,
+        hidden: torch.Tensor,
+        slots: torch.Tensor,
+        places: torch.Tensor,
+        accepted: torch.Tensor | None,
+    ) -> None:
+        """Write the draft's KV of target states.
+
+        Args:
+            hidden: ``[N, d]`` states.
+            slots, places: ``[N]`` int64 slots of the draft's pool and positions.
+            accepted: ``[N]`` bool rows to write; None: all.
+        """
         with self._telemetry.timed("commit"):
             if self._kv_writer is not None:
+                if accepted is not None:
+                    slots = torch.where(accepted, slots, -1)
                 self._kv_writer.write(hidden, places, slots)
-            else:
-                self.kv_injector.inject_target_hidden(
-                    target_hidden=hidden, cache_loc=slots, positions=places
-                )
-        self._telemetry.ran["commit:plain-steps"] += 1
+                return
+            if accepted is not None:
+                keep = accepted.nonzero().view(-1)
+                hidden, slots, places = hidden[keep], slots[keep], places[keep]
+            self.kv_injector.inject_target_hidden(
+                target_hidden=hidden, cache_loc=slots, positions=places
+            )
 
     @functools.cached_property
     def _kv_writer(self) -> KvWriter | None:

@@ -12,6 +12,7 @@ import asyncio
 import logging
 import random
 import time
+import uuid
 from typing import Any, NamedTuple
 
 from dspark_sglang.serving.options import KEY
@@ -19,11 +20,13 @@ from dspark_sglang.serving.options import KEY
 NAME = "dspark"
 logger = logging.getLogger(__name__)
 
-#: Seconds after which no further load is tried.
+#: Seconds after which no further load is tried, and the running one is cut off.
 BUDGET_S = 18.0
 #: Tokens of each answer: two kinds of step, six depths and more.
 _TOKENS = 20
 _SHORT, _LONG = 24, 384
+#: Seconds until a request that was not aborted yet is aborted again.
+_ABORT_AGAIN_S = 0.5
 
 
 class Load(NamedTuple):
@@ -49,10 +52,11 @@ def loads(most: int) -> list[Load]:
     return found
 
 
-async def _answer(manager: Any, load: Load, rng: random.Random, vocabulary: int) -> None:
+async def _answer(manager: Any, rid: str, load: Load, rng: random.Random, vocabulary: int) -> None:
     from sglang.srt.managers.io_struct import GenerateReqInput
 
     request = GenerateReqInput(
+        rid=rid,
         input_ids=[rng.randrange(vocabulary) for _ in range(load.prompt)],
         sampling_params={
             "temperature": load.temperature,
@@ -64,6 +68,30 @@ async def _answer(manager: Any, load: Load, rng: random.Random, vocabulary: int)
     )
     async for _ in manager.generate_request(request, None):
         pass
+
+
+async def _serve(
+    manager: Any, load: Load, rng: random.Random, vocabulary: int, seconds: float
+) -> bool:
+    """Serve one load to its end, or abort it.
+
+    Returns:
+        Whether it ended within ``seconds``. None of its requests runs any more either way.
+    """
+    answers = {
+        rid: asyncio.create_task(_answer(manager, rid, load, rng, vocabulary))
+        for rid in (f"{NAME}-{uuid.uuid4().hex}" for _ in range(load.requests))
+    }
+    _, late = await asyncio.wait(answers.values(), timeout=seconds)
+    running = late
+    while running:
+        for rid, answer in answers.items():
+            if answer in running:
+                manager.abort_request(rid)  # of no effect until the manager knows the request
+        # The scheduler answers an aborted request as well.
+        _, running = await asyncio.wait(running, timeout=_ABORT_AGAIN_S)
+    await asyncio.gather(*answers.values())  # raises what one of them raised
+    return not late
 
 
 async def measure(disaggregation_mode: str, manager: Any) -> None:
@@ -79,17 +107,16 @@ async def measure(disaggregation_mode: str, manager: Any) -> None:
     vocabulary = int(manager.model_config.vocab_size)
     done = 0
     for load in loads(most):
-        if time.monotonic() - began > BUDGET_S:
+        left = began + BUDGET_S - time.monotonic()
+        if left <= 0.0 or not await _serve(manager, load, rng, vocabulary, left):
             break
-        answers = (_answer(manager, load, rng, vocabulary) for _ in range(load.requests))
-        await asyncio.gather(*answers)
         done += 1
     await manager.flush_cache()
     await manager.set_internal_state(
         SetInternalStateReq(server_args={"dspark_cost": 2, "dspark_clear_info_records": 1})
     )
     logger.info(
-        "dspark: step cost measured under %d loads in %.1f s", done, time.monotonic() - began
+        "dspark: step cost measured under %d whole loads in %.1f s", done, time.monotonic() - began
     )
 
 

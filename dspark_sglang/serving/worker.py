@@ -33,10 +33,10 @@ from dspark_sglang.config import (
 from dspark_sglang.core.heads import ConfidenceHead, MarkovHead
 from dspark_sglang.core.steps import CostModel
 from dspark_sglang.errors import CompatibilityError, ConfigError
-from dspark_sglang.serving import cost_store, sts_refit
+from dspark_sglang.serving import cost_store, requests, sts_refit
 from dspark_sglang.serving.commands import Commands
 from dspark_sglang.serving.compat import installed_version
-from dspark_sglang.serving.control import Control, StepPlan
+from dspark_sglang.serving.control import COST_UNMEASURED, Control, StepPlan
 from dspark_sglang.serving.draft_head import DraftHead
 from dspark_sglang.serving.metrics import Metrics
 from dspark_sglang.serving.ops import Ops, choose
@@ -52,8 +52,15 @@ _SEED_DOMAIN = 0x6A09E667F3BCC908
 _MARKOV_HEADS = ("VanillaMarkov", "GatedMarkovHead", "RNNHead")
 
 
-def load_temperatures(settings: Settings, drafter: str, gamma: int) -> tuple[torch.Tensor, str]:
+def load_temperatures(
+    settings: Settings, drafter: str, gamma: int, drafter_sha256: str | None
+) -> tuple[torch.Tensor, str]:
     """STS temperatures for the running drafter and where they came from.
+
+    Args:
+        drafter: its directory or name.
+        gamma: tokens it drafts.
+        drafter_sha256: digest of its weights; None where they are not in a local directory.
 
     Returns:
         ``[gamma]`` float32 and the file's path, or ones and ``"none"``.
@@ -66,9 +73,16 @@ def load_temperatures(settings: Settings, drafter: str, gamma: int) -> tuple[tor
     path = Path(settings.sts) if settings.sts else directory / STS_FILE
     if not settings.sts and not path.is_file():
         return torch.ones(gamma), "none"
-    digest = weights_digest(directory) if directory.is_dir() else None
-    artifact = read_sts(path, gamma=gamma, drafter_sha256=digest)
+    artifact = read_sts(path, gamma=gamma, drafter_sha256=drafter_sha256)
     return torch.tensor(artifact.temperatures), str(path)
+
+
+def _no_cost_file(expected: str) -> ConfigError:
+    return ConfigError(
+        "This server has no cost file.",
+        expected=expected,
+        fix="Start it that way, or use dspark_cost 0.",
+    )
 
 
 class DSparkWorker(DSparkWorkerV2):
@@ -92,22 +106,24 @@ class DSparkWorker(DSparkWorkerV2):
         times_rounds = bool(get_schedule().disable_overlap_schedule)
         adaptive = times_rounds and settings.schedule != "all"
         self._schedule = settings.schedule if adaptive else "all"
-        self._lagged = self._schedule == "lagged"
-        self.control = Control(gamma=self.gamma, adaptive=adaptive, lagged=self._lagged)
+        self.control = Control(
+            gamma=self.gamma, adaptive=adaptive, lagged=self._schedule == "lagged"
+        )
         self._remove_folded_parts()
         self._require_known_heads()
+        drafter = str(get_spec().speculative_draft_model_path)
+        self.drafter_sha256 = weights_digest(Path(drafter)) if Path(drafter).is_dir() else None
         given = get_spec().speculative_dspark_confidence_sts_path
         if given:  # SGLang's own flag: its constructor has read and checked the file
             temperatures = self.draft_model.confidence_head.sts_temperatures
             self._sts_source = str(given)
         else:
             temperatures, self._sts_source = load_temperatures(
-                settings, get_spec().speculative_draft_model_path, self.gamma
+                settings, drafter, self.gamma, self.drafter_sha256
             )
-        drafter = Path(str(get_spec().speculative_draft_model_path))
-        self.drafter_sha256 = weights_digest(drafter) if drafter.is_dir() else None
         self._install_parts(settings, temperatures)
         self._known_cost(settings)
+        requests.bind(self.control)
         self.commands = Commands(self)
         self._metrics: Metrics | None = None
         if get_parallel().tp_rank == 0:
@@ -134,8 +150,7 @@ class DSparkWorker(DSparkWorkerV2):
                     "verification": self._verification,
                     "markov": self._ops.markov.kind,
                     "gamma": str(self.gamma),
-                },
-                gamma=self.gamma,
+                }
             )
 
     @property
@@ -213,13 +228,7 @@ class DSparkWorker(DSparkWorkerV2):
             verify_num_draft_tokens=self.verify_num_draft_tokens,
             tp_sync=self._tp_sync,
         )
-        planner.bind(
-            control=self.control,
-            scheduled=self.control.adaptive,
-            lagged=self._lagged,
-            ops=self._ops,
-            telemetry=self.telemetry,
-        )
+        planner.bind(control=self.control, ops=self._ops, telemetry=self.telemetry)
         verifier = Verifier(
             target_worker=self.target_worker,
             gamma=self.gamma,
@@ -263,8 +272,9 @@ class DSparkWorker(DSparkWorkerV2):
 
     def _draft_up_to_date(self) -> None:
         """Commit what plain steps left for the draft, under the draft's own placement."""
-        with self._draft_context():
-            self._verify_executor.flush()
+        if self._verify_executor.pending:
+            with self._draft_context():
+                self._verify_executor.flush()
 
     def _known_cost(self, settings: Settings) -> None:
         """Take over a step cost that was measured before, where there is one.
@@ -275,11 +285,9 @@ class DSparkWorker(DSparkWorkerV2):
         self._ranks = get_parallel().tp_size
         self.cost_path: Path | None = None
         self.cost_fingerprint: dict[str, str] = {}
-        self.cost_source = "off"
         self.profile_s: float | None = None
         if not self.control.adaptive:
             return
-        self.cost_source = COST_ONLINE
         if settings.cost == COST_ONLINE:
             return
         runner, device = self.model_runner, torch.device(self.device)
@@ -299,12 +307,13 @@ class DSparkWorker(DSparkWorkerV2):
         if settings.cost != COST_AUTO:
             path = Path(settings.cost)
             known = cost_store.load(path, self.cost_fingerprint, self.control.cost)
-            self.profile_s, self.cost_source = known.seconds, settings.cost
+            self.profile_s, self.control.cost_source = known.seconds, settings.cost
             return
         self.cost_path = cost_store.place(settings, self.cost_fingerprint)
         cached = cost_store.load_cached(self.cost_path, self.cost_fingerprint, self.control.cost)
         self.profile_s = None if cached is None else cached.seconds
-        self.cost_source = "unmeasured" if cached is None else str(self.cost_path)
+        found = COST_UNMEASURED if cached is None else str(self.cost_path)
+        self.control.cost_source = found
 
     def plan_no_sts(self) -> Callable[[], None]:
         """What serves without calibration."""
@@ -319,7 +328,7 @@ class DSparkWorker(DSparkWorkerV2):
         given = get_spec().speculative_dspark_confidence_sts_path
         settings = msgspec.structs.replace(self._settings, sts=str(given or self._settings.sts))
         drafter = str(get_spec().speculative_draft_model_path)
-        temperatures, source = load_temperatures(settings, drafter, self.gamma)
+        temperatures, source = load_temperatures(settings, drafter, self.gamma, self.drafter_sha256)
         return lambda: self._set_temperatures(temperatures, source)
 
     def plan_sts_refit(self) -> Callable[[], None]:
@@ -341,24 +350,39 @@ class DSparkWorker(DSparkWorkerV2):
         named = self._settings.cost not in (COST_AUTO, COST_ONLINE)
         path = Path(self._settings.cost) if named else self.cost_path
         if path is None:
-            raise ConfigError(
-                "This server has no cost file.",
-                expected="DSPARK_COST=auto or a path",
-                fix="Start it that way, or use dspark_cost 0.",
-            )
+            raise _no_cost_file("DSPARK_COST=auto or a path")
         found = CostModel(gamma=self.gamma)
         cost_store.load(path, self.cost_fingerprint, found)
         return lambda: self.control.cost.restore(found.state())
 
-    def save_cost(self) -> None:
-        """Keep the step cost as it is known now for the next start of such a server."""
-        if self.cost_path is None or get_parallel().tp_rank != 0:
+    def plan_save_cost(self) -> Callable[[], None]:
+        """What keeps the step cost as it is known now for the next start of such a server.
+
+        It ends the measurement at start-up, whatever came of that.
+
+        Raises:
+            ConfigError: there is no place for it, or another start would refuse it; the latter not
+                while measuring, whose end must not fail.
+        """
+        if self.cost_path is None:
+            raise _no_cost_file("DSPARK_COST=auto")
+        if not self.control.measuring:
+            cost_store.require_both_kinds(self.control.cost)
+        path = self.cost_path
+        return lambda: self._save_cost(path)
+
+    def _save_cost(self, path: Path) -> None:
+        try:
+            cost_store.require_both_kinds(self.control.cost)
+        except ConfigError as error:
+            logger.warning("%s It is learned while serving, and measured at the next start.", error)
+            self.control.cost_source = COST_ONLINE
             return
         self.profile_s = self.control.profile_seconds or self.profile_s
-        cost_store.save(
-            self.cost_path, self.cost_fingerprint, self.control.cost, seconds=self.profile_s
-        )
-        self.cost_source = str(self.cost_path)
+        self.control.cost_source = str(path)
+        if get_parallel().tp_rank == 0:
+            cost = self.control.cost
+            cost_store.save(path, self.cost_fingerprint, cost, seconds=self.profile_s)
 
     def _set_temperatures(self, temperatures: torch.Tensor, source: str) -> None:
         """Serve with other STS temperatures from the next step on."""
@@ -389,7 +413,6 @@ class DSparkWorker(DSparkWorkerV2):
             "temperatures": self._ops.temperatures,
             "drafter_sha256": self.drafter_sha256,
             "reliability": self.control.reliability.table(),
-            "cost_source": self.cost_source,
             "profile_s": self.profile_s,
             **self.telemetry.snapshot(),
             **self.control.snapshot(),

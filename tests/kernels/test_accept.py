@@ -3,51 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
+from accept_operands import Case, _moved, agree, operands, poisoned, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dspark_kernels.accept import (
-    Accepted,
-    Adjustments,
     DenseDraft,
     Filters,
-    Keys,
     ListedDraft,
     Rows,
     accept,
 )
-from dspark_kernels.accept.reference import judge
 from dspark_kernels.support.errors import OperandError
 from dspark_kernels.support.traffic import count
-from dspark_sglang.core import accept as core
-from dspark_sglang.core.sampling import Filters as CoreFilters
-from dspark_sglang.core.sampling import target_weights
-from dspark_sglang.core.seeded import Noise, seeded_draw
 
-#: Decisions closer to their boundary than this (in probability) may differ: float32 sums.
-FAIR = 2e-6
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-class Case(NamedTuple):
-    """Random operands of one shape."""
-
-    requests: int
-    gamma: int
-    width: int
-    draft: str = "dense"
-    dtype: torch.dtype = torch.float32
-    filters: bool = False
-    keys: bool = False
-    adjustments: bool = False
-    block: bool = False
-    temperature: str = "mixed"
-    #: How close the drafted law is to the target's: 0 equal.
-    apart: float = 0.7
 
 
 def named(case: Case) -> str:
@@ -81,132 +55,6 @@ CASES = [
     Case(4, 3, 140, apart=0.0, temperature="sampled"),
     Case(4, 3, 140, "listed", apart=0.0, temperature="sampled"),
 ]
-
-
-def operands(case: Case, seed: int, device: torch.device) -> dict[str, Any]:
-    """Random operands on the CPU, drafted tokens drawn from the drafted laws."""
-    g = torch.Generator().manual_seed(seed)
-    requests, gamma, width = case.requests, case.gamma, case.width
-    lens = torch.randint(0, gamma + 1, (requests,), generator=g)
-    if requests > 3:
-        lens[0], lens[1] = gamma, -1
-    gaps = torch.randint(0, 3, (requests,), generator=g)
-    first = (lens + 1 + gaps).cumsum(0) - (lens + 1)
-    size = int((lens + 1 + gaps).sum()) + 2
-    logits = 3 * torch.randn((size, width), generator=g)
-    logits[:, :: max(2, width // 9)] = -torch.inf
-    logits = logits.round(decimals=1)  # ties
-    logits = logits.to(case.dtype)
-    heat = 0.5 + torch.rand(requests, generator=g)
-    if case.temperature == "mixed":
-        heat[::2] = 0.0
-        if requests > 4:
-            heat[0] = 0.8
-    elif case.temperature == "greedy":
-        heat[:] = 0.0
-    place = (first[:, None] + torch.arange(gamma)).clamp(0, size - 1)
-    target = logits.float()[place]
-    hot = torch.where(heat > 0, heat, torch.ones_like(heat))[:, None, None]
-    noise = case.apart * torch.randn(target.shape, generator=g)
-    q_logits = (target + noise).to(case.dtype)
-    laws = torch.softmax(q_logits.double() / hot, -1)
-    draft: Any = None
-    if case.draft == "listed":
-        probs, tokens = laws.topk(min(width, 20), dim=-1)
-        probs = probs / probs.sum(-1, keepdim=True)
-        tokens[..., -1], probs[..., -1] = -1, 0.0
-        draft = ListedDraft(probs.float(), tokens)
-        drafted = tokens[..., :-1].gather(
-            -1, _drawn(probs[..., :-1].reshape(-1, probs.shape[-1] - 1), g, requests, gamma)
-        )[..., 0]
-    else:
-        drafted = _drawn(laws.reshape(-1, width), g, requests, gamma)[..., 0]
-        if case.draft == "dense":
-            draft = DenseDraft(q_logits, torch.logsumexp(q_logits.double() / hot, -1).float())
-    best = target.argmax(-1)
-    take = (heat <= 0)[:, None] & (torch.rand((requests, gamma), generator=g) < 0.7)
-    drafted = torch.where(take, best, drafted)
-    given: dict[str, Any] = {
-        "rows": Rows(logits, first.int(), lens.int(), drafted),
-        "temperature": heat,
-        "uniforms": torch.rand((requests, gamma + 1), dtype=torch.float64, generator=g),
-        "draft": draft,
-        "block": case.block,
-    }
-    if case.filters:
-        top_k = torch.tensor([3, width, 20, 1, width])[torch.arange(requests) % 5]
-        top_p = torch.tensor([1.0, 0.8, 0.95, 0.5, 1.0])[torch.arange(requests) % 5]
-        min_p = torch.tensor([0.0, 0.02, 0.0, 0.3, 0.05])[torch.arange(requests) % 5]
-        order = torch.randperm(requests, generator=g)
-        given["filters"] = Filters(top_k[order].int(), top_p[order], min_p[order])
-    if case.keys:
-        given["keys"] = Keys(
-            torch.randint(-(2**62), 2**62, (requests,), generator=g),
-            torch.randint(0, 10**6, (requests,), generator=g),
-            (torch.arange(requests) % 3 != 1).int(),
-        )
-    if case.adjustments:
-        given["adjustments"] = _adjustments(requests, width, drafted, g)
-    return {name: _moved(value, device) for name, value in given.items()}
-
-
-def _drawn(laws: torch.Tensor, g: torch.Generator, requests: int, gamma: int) -> torch.Tensor:
-    if not requests:
-        return torch.zeros((0, gamma, 1), dtype=torch.int64)
-    return torch.multinomial(laws.float(), 1, generator=g).view(requests, gamma, 1)
-
-
-def _adjustments(
-    requests: int, width: int, drafted: torch.Tensor, g: torch.Generator
-) -> Adjustments:
-    many = min(30, width // 2)
-    tokens = torch.stack([torch.randperm(width, generator=g)[:many] for _ in range(requests)])
-    tokens[:, 0] = drafted[:, 0]
-    tokens[:, 1:][tokens[:, 1:] == drafted[:, :1]] = -1
-    counts = torch.randint(0, 4, (requests, many), generator=g).int()
-    bias = torch.randn((requests, many), generator=g)
-    stops = (torch.rand((requests, many), generator=g) < 0.2).int()
-    part = torch.rand((3, requests), generator=g)
-    return Adjustments(
-        tokens, counts, bias, stops, part[0], part[1], 0.8 + 0.6 * part[2],
-        torch.randint(0, 8, (requests,), generator=g).int(),
-        torch.randint(2, 6, (requests,), generator=g).int(),
-    )  # fmt: skip
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.to(device)
-    if isinstance(value, tuple):
-        return type(value)(*(_moved(v, device) for v in value))
-    return value
-
-
-def poisoned(requests: int, device: torch.device) -> Accepted:
-    return Accepted(
-        torch.full((requests,), -7, dtype=torch.int32, device=device),
-        torch.full((requests,), -7, dtype=torch.int64, device=device),
-        torch.full((requests,), -7, dtype=torch.int32, device=device),
-    )
-
-
-def run(given: dict[str, Any]) -> Accepted:
-    """The kernel's outcome, with poisoned outputs and logits of its own."""
-    rows = given["rows"]
-    own = rows._replace(logits=rows.logits.clone())
-    out = poisoned(len(rows.lens), rows.logits.device)
-    return accept(**{**given, "rows": own}, backend="triton", out=out)
-
-
-def agree(given: dict[str, Any]) -> int:
-    """Compare kernel and reference where the margin is fair; returns how many requests were."""
-    expected = judge(**{**given, "rows": _moved(given["rows"], torch.device("cpu"))})
-    found = _moved(run(given), torch.device("cpu"))
-    fair = expected.margin > FAIR
-    for mine, theirs in zip(found, expected.outcome, strict=True):
-        assert (mine != -7).all()
-        assert torch.equal(mine[fair], theirs[fair]), (found, expected)
-    return int(fair.sum())
 
 
 @pytest.mark.parametrize("case", CASES, ids=named)
@@ -248,116 +96,6 @@ def test_any_shape_agrees(
 ) -> None:
     case = Case(requests, gamma, width, draft, keys=seed % 2 == 0, block=block)
     agree(operands(case, seed, DEVICE))
-
-
-def _some(value: Any, many: int) -> Any:
-    """The first ``many`` requests of per-request operands."""
-    if isinstance(value, torch.Tensor):
-        return value[:many].contiguous()
-    if isinstance(value, tuple):
-        return type(value)(*(_some(v, many) for v in value))
-    return value
-
-
-# --- laws ----------------------------------------------------------------------------------
-
-SMALL = 4
-TARGET = torch.tensor(
-    [[0.6, 0.3, 0.1, 0.0], [0.1, 0.2, 0.3, 0.4], [0.25, 0.25, 0.2, 0.3], [0.0, 0.5, 0.1, 0.4]],
-    dtype=torch.float64,
-)
-DRAFT = torch.tensor(
-    [[0.3, 0.3, 0.2, 0.2], [0.4, 0.3, 0.2, 0.1], [0.25, 0.25, 0.2, 0.3], [0.3, 0.3, 0.4, 0.0]],
-    dtype=torch.float64,
-)
-
-
-@pytest.mark.parametrize("listed", [False, True], ids=["dense", "listed"])
-@pytest.mark.parametrize("block", [False, True], ids=["rejection", "block"])
-def test_two_tokens_follow_the_target(block: bool, listed: bool, device: torch.device) -> None:
-    """Chi-square over the pairs of tokens that are committed, and the kernel on some of the draws.
-
-    A correct sampler fails once in ten thousand seeds; the seed is fixed. A run that stops after
-    the first token is completed by a draw of the target.
-    """
-    many, g = 4000, torch.Generator().manual_seed(5)
-    one = torch.multinomial(DRAFT[1].expand(many, -1), 1, generator=g)[:, 0]
-    two = torch.multinomial(DRAFT[one], 1, generator=g)[:, 0]
-    laws = torch.stack([DRAFT[1].expand(many, -1), DRAFT[one]], 1)
-    logits = torch.stack([TARGET[1].expand(many, -1), TARGET[one], TARGET[two]], 1).log()
-    draft: Any = DenseDraft(laws.log().float(), torch.zeros(many, 2))
-    if listed:
-        tokens = torch.arange(SMALL).flip(0).expand(many, 2, -1).contiguous()
-        draft = ListedDraft(laws.flip(-1).float().contiguous(), tokens)
-    rows = Rows(
-        logits.reshape(-1, SMALL).float(),
-        (3 * torch.arange(many)).int(),
-        torch.full((many,), 2, dtype=torch.int32),
-        torch.stack([one, two], 1),
-    )
-    given = {
-        "rows": rows,
-        "temperature": torch.ones(many),
-        "uniforms": torch.rand((many, 3), dtype=torch.float64, generator=g),
-        "draft": draft,
-        "block": block,
-    }
-    found = judge(**given).outcome
-    few = {name: _some(value, 12) for name, value in given.items()}
-    few["rows"] = few["rows"]._replace(logits=rows.logits)
-    assert agree({name: _moved(value, device) for name, value in few.items()}) == 12
-    first = torch.where(found.count > 0, one, found.token)
-    drawn = torch.multinomial(TARGET[found.token], 1, generator=g)[:, 0]
-    second = torch.where(found.count > 1, two, torch.where(found.count > 0, found.token, drawn))
-    counts = torch.bincount(first * SMALL + second, minlength=SMALL**2).double()
-    law = (TARGET[1][:, None] * TARGET).reshape(-1)
-    assert counts[law == 0].sum() == 0
-    likely = law * many >= 5
-    seen = torch.cat([counts[likely], counts[~likely].sum()[None]])
-    wanted = torch.cat([law[likely], law[~likely].sum()[None]]) * many
-    seen, wanted = seen[wanted > 0], wanted[wanted > 0]
-    statistic = ((seen - wanted) ** 2 / wanted).sum()
-    freedom = torch.tensor((len(seen) - 1) / 2, dtype=torch.float64)
-    assert torch.special.gammaincc(freedom, statistic / 2) > 1e-4
-
-
-def test_the_reference_integrates_to_the_target() -> None:
-    """The first token's law over a grid of both uniforms, within the width of its cells."""
-    grid = (torch.arange(40, dtype=torch.float64) + 0.5) / 40
-    test, final = (x.reshape(-1) for x in torch.meshgrid(grid, grid, indexing="ij"))
-    many, law = len(test), torch.zeros(SMALL, dtype=torch.float64)
-    for x in range(SMALL):
-        rows = Rows(
-            TARGET[[1, x]].log().float(),
-            torch.zeros(many, dtype=torch.int32),
-            torch.ones(many, dtype=torch.int32),
-            torch.full((many, 1), x),
-        )
-        draft = DenseDraft(DRAFT[1].log().float().expand(many, 1, -1), torch.zeros(many, 1))
-        found = judge(rows, torch.ones(many), torch.stack([test, final], 1), draft=draft).outcome
-        first = torch.where(found.count > 0, x, found.token)
-        law += DRAFT[1, x] * torch.bincount(first, minlength=SMALL).double() / many
-    assert (law - TARGET[1]).abs().max() < 1 / 40
-
-
-@pytest.mark.parametrize("draft", ["dense", "listed"])
-def test_equal_laws_leave_the_target_after_an_impossible_rejection(
-    draft: str, device: torch.device
-) -> None:
-    """u = 1 rejects p = q, all exactly 1/4: the residual is 0, so the token comes from p."""
-    laws: Any = DenseDraft(torch.zeros(1, 1, 4), torch.full((1, 1), torch.tensor(4.0).log()))
-    if draft == "listed":
-        laws = ListedDraft(torch.full((1, 1, 4), 0.25), torch.arange(4).view(1, 1, 4))
-    rows = Rows(
-        torch.zeros(2, 4),
-        torch.zeros(1, dtype=torch.int32),
-        torch.ones(1, dtype=torch.int32),
-        torch.tensor([[1]]),
-    )
-    given = (rows, torch.ones(1), torch.tensor([[1.0, 0.6]], dtype=torch.float64), laws)
-    moved = [_moved(x, device) for x in given]
-    found = accept(*moved[:3], draft=moved[3], backend="triton", out=poisoned(1, device))
-    assert (found.count.item(), found.token.item(), found.flag.item()) == (0, 2, 0)
 
 
 # --- broken input ----------------------------------------------------------------------------
@@ -549,60 +287,6 @@ def test_strided_rows_are_read_in_place(device: torch.device) -> None:
     wide[:, :300] = rows.logits
     found = accept(**{**given, "rows": rows._replace(logits=wide[:, :300])}, backend="triton")
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-
-
-# --- against the algorithm that serving runs on CPU -------------------------------------------
-
-
-@pytest.mark.parametrize("seed", [1, 2])
-@pytest.mark.parametrize(
-    "method", ["greedy", "rejection", "filtered", "block", "coupled", "ranked"]
-)
-def test_agrees_with_core(method: str, seed: int, device: torch.device) -> None:
-    many = 1 if method == "ranked" else 3
-    case = Case(
-        many, 3, 60,
-        temperature="greedy" if method == "greedy" else "sampled",
-        filters=method in ("filtered", "ranked"),
-        keys=method in ("coupled", "ranked"),
-        block=method == "block",
-    )  # fmt: skip
-    given = operands(case, seed, torch.device("cpu"))
-    rows, heat = given["rows"], given["temperature"]
-    # Filters and ranks of tied tokens depend on an unstable sort in core: no ties here.
-    g = torch.Generator().manual_seed(seed)
-    rows = rows._replace(logits=rows.logits + 0.01 * torch.rand(rows.logits.shape, generator=g))
-    if "keys" in given:
-        given["keys"] = given["keys"]._replace(coupled=torch.ones(many, dtype=torch.int32))
-    given["rows"] = rows
-    owner = torch.repeat_interleave(torch.arange(many), rows.lens.long() + 1)
-    start = (rows.lens.long() + 1).cumsum(0) - (rows.lens.long() + 1)
-    within = torch.arange(len(owner)) - start[owner]
-    logits = rows.logits[rows.first.long()[owner] + within]
-    filters = (
-        {} if not case.filters else {k: v[owner] for k, v in given["filters"]._asdict().items()}
-    )
-    lens = rows.lens.long()
-    if method == "greedy":
-        expected = core.accept_greedy(logits.argmax(-1), rows.drafted, lens, start)
-    elif case.keys:
-        probs = torch.softmax(logits / heat[owner, None], -1)
-        keys = given["keys"]
-        noise = Noise(
-            keys.seeds[owner], keys.positions[owner] + within,
-            CoreFilters(**filters) if filters else None,
-        )  # fmt: skip
-        expected = core.accept_greedy(seeded_draw(probs, noise), rows.drafted, lens, start)
-    else:
-        weights = target_weights(logits, heat[owner], **filters)
-        laws = torch.softmax(given["draft"].logits / heat[:, None, None], -1)
-        judge_core = core.accept_block if case.block else core.accept_sampled
-        expected = judge_core(
-            core.Round(weights, rows.drafted, laws, lens, start), given["uniforms"]
-        )
-    found = run({name: _moved(value, device) for name, value in given.items()})
-    assert torch.equal(found.count.cpu().long(), expected.count)
-    assert torch.equal(found.token.cpu(), expected.token)
 
 
 # --- ahead of time ---------------------------------------------------------------------------

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_accept import FAIR, Case, _one, named, operands, poisoned
+from accept_operands import FAIR, Case, operands, poisoned
+from test_accept import _one, named
 
 from dspark_kernels.accept import DenseDraft, Rows, accept
 from dspark_kernels.accept.reference import judge

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import json
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 from dspark_loadtests.prompts import load_prompts
 from dspark_sglang.demo.measure import NEAR_TIE, tie_gap
 from dspark_sglang.demo.server import Server, free_port, serve_command
+from dspark_sglang.load import compare
 
 pytestmark = pytest.mark.server
 PROMPTS = load_prompts()
@@ -171,13 +173,19 @@ def test_sampled_and_greedy_requests_share_steps_that_do_not_draft(server: Serve
 
 
 @pytest.mark.parametrize(
-    ("budget", "least", "most"), [(0, 0.0, 0.0), (0.5, 0.3, 0.5), (1, 1.0, 1.0)]
+    ("key", "budget", "least", "most"),
+    [
+        ("dspark_budget", 0, 0.0, 0.0),
+        ("dspark_budget", 0.5, 0.3, 0.5),
+        ("dspark_budget", 1, 1.0, 1.0),
+        ("dspark_force_budget_frac", 0.5, 0.3, 0.5),  # SGLang's own
+    ],
 )
 def test_a_forced_budget_is_what_is_verified(
-    server: Server, budget: float, least: float, most: float
+    server: Server, key: str, budget: float, least: float, most: float
 ) -> None:
     plain = chat(server, PROMPTS[7])
-    assert update(server, {"dspark_budget": budget, "dspark_speculation": 1})
+    assert update(server, {key: budget, "dspark_speculation": 1})
     assert record(server)["forced_budget"] == budget
     with Counted(server) as counted:
         ours = chat(server, PROMPTS[7])
@@ -270,7 +278,13 @@ def test_workloads_are_told_apart(server: Server) -> None:
 
 @pytest.mark.parametrize(
     "given",
-    [{"max_draft_tokens": -1}, {"max_draft_tokens": "all"}, {"max_tokens": 3}, 5],
+    [
+        {"max_draft_tokens": -1},
+        {"max_draft_tokens": "all"},
+        {"max_tokens": 3},
+        {"profile": True},
+        5,
+    ],
     ids=str,
 )
 def test_options_that_are_wrong_are_refused(server: Server, given: Any) -> None:
@@ -325,3 +339,24 @@ def test_the_next_start_takes_the_measured_cost_over(
         assert found["observations"] > 100 and found["steps"] == 0
     finally:
         second.stop()
+
+
+def test_a_block_of_load_ends_when_the_server_has_come_to_rest(server: Server) -> None:
+    body = {
+        "text": "Tell me a long story.", "stream": True,
+        "sampling_params": {"max_new_tokens": 2000, "ignore_eos": True},
+    }  # fmt: skip
+    with httpx.stream("POST", f"{server.url}/generate", json=body, timeout=300.0) as answer:
+        chunks, busy = answer.iter_raw(), 0
+        for _ in range(200):  # what runs is published every 15 steps
+            next(chunks)
+            busy = server.requests()
+            if busy:
+                break
+    assert busy == 1
+    compare._idle(server)
+    before = record(server)
+    assert server.requests() == 0
+    time.sleep(0.5)
+    after = record(server)
+    assert before["rounds"] + before["plain_rounds"] == after["rounds"] + after["plain_rounds"]

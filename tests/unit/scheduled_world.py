@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from dspark_sglang.config import COST_ONLINE
 from dspark_sglang.core.schedule import lengths
-from dspark_sglang.serving.control import Budgeted, Control, StepPlan
+from dspark_sglang.serving.control import COST_UNMEASURED, Budgeted, Control, StepPlan
 
 GAMMA = 5
 
@@ -89,10 +90,10 @@ class World:
 
     def measure(self) -> None:
         """The start-up measurement: both kinds of step at every depth."""
-        own = self.requests
+        own, self.control.cost_source = self.requests, COST_UNMEASURED
         self.requests = [request(profile=True) for _ in own]
         self.run(8 * (GAMMA + 1))
-        self.requests = own
+        self.requests, self.control.cost_source = own, COST_ONLINE
 
 
 def world(

@@ -53,9 +53,14 @@ class Worker:
         cost_store.load(self.cost_path, FINGERPRINT, found)
         return lambda: self.control.cost.restore(found.state())
 
-    def save_cost(self) -> None:
-        cost_store.save(self.cost_path, FINGERPRINT, self.control.cost)
-        self.saved += 1
+    def plan_save_cost(self) -> Callable[[], None]:
+        cost_store.require_both_kinds(self.control.cost)
+
+        def apply() -> None:
+            cost_store.save(self.cost_path, FINGERPRINT, self.control.cost)
+            self.saved += 1
+
+        return apply
 
 
 @pytest.fixture
@@ -106,6 +111,24 @@ def test_a_budget_is_forced(worker: Worker, value: float, forced: float | None) 
     assert worker.control.forced == forced
 
 
+@pytest.mark.parametrize(("value", "forced"), [(0.5, 0.5), (1, 1.0), (None, None), (0, 0.0)])
+def test_sglangs_own_key_sets_the_same_budget(
+    worker: Worker, value: float | None, forced: float | None
+) -> None:
+    worker.control.forced = 0.25
+    assert update(worker, {"dspark_force_budget_frac": value})
+    assert worker.control.forced == forced
+
+
+def test_a_cost_that_would_not_be_read_again_is_not_written(worker: Worker) -> None:
+    worker.control.cost.forget()
+    worker.control.cost.observe(Step(2, 0, 100, round=False), 0.01)
+    assert not update(worker, {"dspark_cost": 2})
+    assert worker.saved == 0 and not worker.cost_path.exists()
+    with pytest.raises(ConfigError, match="1 steps are not of both kinds"):
+        worker.commands.prepare("dspark_cost", 2)
+
+
 def test_the_step_cost_is_written_forgotten_and_read(worker: Worker) -> None:
     known = worker.control.cost.state()
     assert update(worker, {"dspark_cost": 2}) and worker.saved == 1
@@ -148,6 +171,7 @@ REFUSED = [
     {"dspark_budget": -0.5},
     {"dspark_budget": float("nan")},
     {"dspark_budget": float("inf")},
+    {"dspark_force_budget_frac": 1.01},
     {"dspark_sts": 3},
     {"dspark_sts": 1},  # there is no file
     {"dspark_sts": 2},  # nothing was verified

@@ -18,7 +18,7 @@ from test_core_schedule import DRAFT, SECOND, TARGET, TOKENS
 from dspark_sglang.core.schedule import lengths
 from dspark_sglang.core.steps import Step
 from dspark_sglang.errors import NumericsError
-from dspark_sglang.serving.control import Budgeted, Control, StepPlan
+from dspark_sglang.serving.control import COST_UNMEASURED, Budgeted, Control, StepPlan
 
 
 def budgeted(control: Control, confidence: np.ndarray) -> Budgeted:
@@ -70,6 +70,8 @@ def prepared(branch: str) -> tuple[Control, list[Any]]:
         control.forced = float(branch.split()[1])
     if branch == "always":
         control.choose("on")
+    if branch == "profile":
+        control.cost_source = COST_UNMEASURED
     return control, limited(profile=branch == "profile")
 
 
@@ -97,7 +99,8 @@ def test_no_request_ever_verifies_more_than_it_allows(branch: str) -> None:
         control.accepted(lens, lens // 2)
         control.finished(0.02, 1.0)
     # The limits are what held them back.
-    assert seen.tolist() == ALLOWED.tolist() if branch != "forced 0.01" else seen.sum() > 0
+    # (A hundredth of 40 tokens is none.)
+    assert seen.tolist() == (ALLOWED.tolist() if branch != "forced 0.01" else [0] * len(LIMITS))
     if branch in ("auto", "lagged"):
         assert 0 < whole < 10
 
@@ -133,6 +136,35 @@ def test_a_budget_of_0_skips_the_draft_and_one_of_1_verifies_everything() -> Non
     control.forced = None
     control.begin([request()] * 4, 0)
     assert budgeted(control, np.full((4, GAMMA), 0.01)).budget == 0
+
+
+@pytest.mark.parametrize("share", [0.2, 0.6])
+def test_an_operators_budget_holds_in_steps_that_would_verify_everything(share: float) -> None:
+    control, free = measured(token=0.00001), measured(token=0.00001)
+    control.forced = share
+    drafted, whole = set(), 0
+    for _ in range(300):
+        for own in (control, free):
+            plan = own.begin([request()] * 4, 0)
+            found = budgeted(own, np.full((4, GAMMA), 0.9))
+            if own is free:
+                whole += plan.whole
+            elif plan.draft:
+                drafted.add(found.budget)
+            lens = lengths(found.order, found.budget, requests=4)
+            own.accepted(lens, lens)
+            own.finished(0.02, 1.0)
+    assert drafted == {int(share * 4 * GAMMA)}
+    assert whole > 1  # the same server without that budget
+
+
+@pytest.mark.parametrize("source", ["off", "online", "/cache/cost/x.json"])
+def test_a_measurement_is_not_taken_from_a_client(source: str) -> None:
+    control = measured()
+    control.cost_source = source
+    control.choose("off")
+    plans = [control.begin([request(profile=True)] * 2, 0) for _ in range(8)]
+    assert not any(plan.profile or plan.draft for plan in plans)
 
 
 def test_a_server_that_does_not_schedule_verifies_everything() -> None:
@@ -194,6 +226,7 @@ def test_ranks_unpack_the_plan_that_was_packed(plan: StepPlan) -> None:
 
 def test_the_measurement_tries_both_kinds_at_every_depth() -> None:
     control = Control(gamma=GAMMA, adaptive=True)
+    control.cost_source = COST_UNMEASURED
     kinds, depths = [], set()
     for turn in range(2 * (GAMMA + 1)):
         plan = control.begin([request(profile=True)] * 2, 0)

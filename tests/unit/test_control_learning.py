@@ -90,43 +90,29 @@ def test_confidences_stuck_at_1_are_seen_through(acceptance: float, drafts: bool
     assert speed(steps) > 0.95 * best_speed(made)
 
 
-def test_confidences_stuck_at_0_that_are_right_cost_little() -> None:
-    made = world(1, acceptance=0.05)
-    made.confidence = 0.0
-    made.run(300)
-    assert speed(made.run(1000)) > 0.97 * best_speed(made)
-
-
-def test_confidences_stuck_at_0_are_seen_through() -> None:
-    made = world(1, acceptance=0.8)
+@pytest.mark.parametrize(
+    ("acceptance", "share"), [(0.05, 0.97), (0.8, 0.95)], ids=["right", "wrong"]
+)
+def test_confidences_stuck_at_0_cost_little(acceptance: float, share: float) -> None:
+    made = world(1, acceptance=acceptance)
     made.confidence = 0.0
     while made.now < 30.0:
         made.step()
-    assert speed(made.run(800)) > 0.95 * best_speed(made)
+    assert speed(made.run(1000)) > share * best_speed(made)
 
 
-def test_a_better_workload_is_noticed_although_the_last_one_used_one_position() -> None:
+@pytest.mark.parametrize("past", [5000, 0], ids=["one-position-in-use", "all-in-use"])
+def test_a_better_workload_is_noticed_whatever_the_last_one_used(past: int) -> None:
     """Drafting costs so much that only deep blocks pay."""
     made = world(4, acceptance=0.02)
     made.draft, made.token = 0.02, 0.0003
     made.control.cost.forget()
     made.measure()
-    made.run(5000)
+    made.run(past)
     made.acceptance = 0.95
     began = made.now
     while made.now - began < 30.0:
         made.step()
-    assert speed(made.run(800)) > 0.95 * best_speed(made)
-
-
-def test_a_better_workload_is_noticed_in_time_where_all_positions_were_in_use() -> None:
-    """The same without a past: what fails above is not the machine."""
-    made = world(4, acceptance=0.02)
-    made.draft, made.token = 0.02, 0.0003
-    made.control.cost.forget()
-    made.measure()
-    made.acceptance = 0.95
-    made.run(600)
     assert speed(made.run(800)) > 0.95 * best_speed(made)
 
 

@@ -14,7 +14,7 @@ import torch
 
 from dspark_sglang.config import Settings
 from dspark_sglang.core.steps import CostModel, Step
-from dspark_sglang.errors import ArtifactError
+from dspark_sglang.errors import ArtifactError, ConfigError
 from dspark_sglang.serving import cost_store
 
 GAMMA = 3
@@ -64,7 +64,7 @@ def truncated(path: Path) -> None:
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
-    "missing": (Path.unlink, "cannot be read"),
+    "missing": (Path.unlink, "does not exist"),
     "empty": (lambda path: path.write_bytes(b""), "cannot be read"),
     "truncated": (truncated, "cannot be read"),
     "no JSON": (lambda path: path.write_text("steps: 3"), "cannot be read"),
@@ -148,13 +148,18 @@ def test_writing_is_all_or_nothing(
     assert list(saved.parent.iterdir()) == [saved]
 
 
-def test_a_model_that_saw_one_kind_of_step_only_can_be_kept(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rounds", [True, False])
+def test_a_cost_of_one_kind_of_step_is_not_written(tmp_path: Path, rounds: bool) -> None:
     one = CostModel(gamma=GAMMA)
-    one.observe(Step(1, 1, 10, round=True), 0.02)
+    one.observe(Step(1, int(rounds), 10, round=rounds), 0.02)
     path = tmp_path / "one.json"
+    with pytest.raises(ConfigError, match="1 steps are not of both kinds") as caught:
+        cost_store.save(path, WANTED, one)
+    assert "dspark_cost 2" in caught.value.fix
+    assert not path.exists()
+    one.observe(Step(1, int(not rounds), 10, round=not rounds), 0.01)
     cost_store.save(path, WANTED, one)
-    with pytest.raises(ArtifactError, match="take no time"):  # it is refused when it is read
-        cost_store.load(path, WANTED, CostModel(gamma=GAMMA))
+    cost_store.load(path, WANTED, CostModel(gamma=GAMMA))
 
 
 # --- what it is valid for ----------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from rich.console import Console
 from dspark_loadtests.prompts import load_prompts
 from dspark_loadtests.stream import Outcome, RequestRecord
 from dspark_sglang.cli.bench_load import _names, _numbers
+from dspark_sglang.demo.server import Server
 from dspark_sglang.errors import ConfigError, ServerError
 from dspark_sglang.load import closed_loop, compare, summary
 from dspark_sglang.load.closed_loop import Delivered, Load
@@ -146,6 +147,72 @@ def test_the_same_seed_asks_the_same_in_the_same_order() -> None:
 def test_a_server_that_fails_is_not_measured() -> None:
     with streaming(status=503) as (url, _), pytest.raises(ServerError, match="HTTP 503: full"):
         closed_loop.run_block(url, load_prompts(), LOAD)
+
+
+# --- the end of a block --------------------------------------------------------------------------------
+
+
+def loads(running: int, waiting: int = 0) -> dict[str, Any]:
+    """``/v1/loads?include=core`` as SGLang 0.5.23 answers it."""
+    return {
+        "timestamp": "2026-11-27T09:14:59.455404+00:00", "version": "0.5.23", "accelerator": None,
+        "num_accelerators": 1,
+        "loads": [
+            {"timestamp": 1795770899.05, "dp_rank": 0, "num_running_reqs": running,
+             "num_waiting_reqs": waiting, "num_used_tokens": 14, "num_total_tokens": 14,
+             "max_total_num_tokens": 32768, "max_running_requests": 16, "token_usage": 0.0}
+        ],
+    }  # fmt: skip
+
+
+@contextmanager
+def telling(answers: list[Any], tmp_path: Path) -> Iterator[tuple[Server, list[str]]]:
+    """A server that answers in turn, the last answer for ever, and what it was asked."""
+    asked: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *args: Any) -> None:
+            pass
+
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            body = json.dumps(answers[min(len(asked), len(answers)) - 1]).encode()
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(body)
+
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=http.serve_forever, daemon=True).start()
+    log = tmp_path / "log"
+    log.write_text("")
+    try:
+        yield Server([], port=http.server_address[1], log=log), asked
+    finally:
+        http.shutdown()
+        http.server_close()
+
+
+def test_a_block_ends_when_nothing_runs_or_waits_any_more(tmp_path: Path) -> None:
+    answers = [loads(2), loads(0, waiting=1), loads(0), loads(1), loads(0), loads(0), loads(9)]
+    with telling(answers, tmp_path) as (server, asked):
+        compare._idle(server)
+    assert len(asked) == 6 and {path.partition("?")[0] for path in asked} == {"/v1/loads"}
+
+
+def test_a_server_that_does_not_come_to_rest_is_an_error(tmp_path: Path) -> None:
+    with (
+        telling([loads(3)], tmp_path) as (server, _),
+        pytest.raises(ServerError, match="3 requests still run"),
+    ):
+        compare._idle(server, 0.3)
+
+
+@pytest.mark.parametrize(
+    "answer", [{}, {"loads": []}, {"loads": [{}]}, {"loads": None}, []], ids=str
+)
+def test_an_answer_that_does_not_tell_is_no_rest(answer: Any, tmp_path: Path) -> None:
+    with telling([answer], tmp_path) as (server, _), pytest.raises(ServerError):
+        compare._idle(server, 0.3)
 
 
 # --- what a block counted ----------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from dspark_sglang.serving.metrics import Metrics
 from dspark_sglang.serving.telemetry import Telemetry
 
 telemetry, control = Telemetry(gamma=3), Control(gamma=3, adaptive=True)
-metrics = Metrics({{"schedule": "adaptive", "gamma": "3"}}, gamma=3)
+metrics = Metrics({{"schedule": "adaptive", "gamma": "3"}})
 {textwrap.dedent(code)}
 from prometheus_client import CollectorRegistry, generate_latest, multiprocess
 registry = CollectorRegistry()
@@ -108,3 +108,22 @@ def test_what_is_unknown_yet_is_left_at_0(tmp_path: Path, choice: str) -> None:
     assert found["dspark_drafting"] == (choice == "on")
     assert found["dspark_forced_budget"] == -1
     assert found.get("dspark_step_error", 0.0) == 0.0
+
+
+def test_workloads_that_clients_name_do_not_grow_the_metric(tmp_path: Path) -> None:
+    found = exposed(
+        """
+        from dspark_sglang.core.depth import WORKLOADS
+        for turn in range(3 * WORKLOADS):
+            control.depths.learn(f"w{turn}", np.array([2]))
+            metrics.update(10.0 * turn, telemetry, control)
+        """,
+        tmp_path,
+    )
+    series = {name: value for name, value in found.items() if "depth_cap{" in name}
+    from dspark_sglang.core.depth import WORKLOADS
+
+    assert len(series) == WORKLOADS + 1
+    # The first ones have been forgotten, and the last ones share a series.
+    assert {value for name, value in series.items() if "(others)" not in name} == {0.0}
+    assert series['dspark_depth_cap{workload="(others)"}'] == 3.0

@@ -34,6 +34,17 @@ def test_the_scale_of_a_head_is_found() -> None:
     assert found.blocks == 4096
 
 
+def test_the_last_position_is_as_right_on_average_as_the_first() -> None:
+    """Few of its tokens are reached, and their calibration error is about the same everywhere."""
+    found = [
+        sts_refit.fit(blocks(1500, scale=2.0, sampled=True, seed=seed)).temperatures
+        for seed in range(10)
+    ]
+    off = np.log(np.array(found) / 2.0)
+    assert np.abs(off.mean(axis=0)).max() < 0.15
+    assert np.sqrt((off**2).mean(axis=0)).max() < 0.35
+
+
 def test_sampled_requests_decide_where_there_are_enough() -> None:
     greedy = blocks(3000, scale=0.5, sampled=False)
     many = sts_refit.fit(both(greedy, blocks(1500, scale=3.0, sampled=True)))

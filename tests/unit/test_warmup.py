@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from types import SimpleNamespace
 from typing import Any
 
@@ -49,13 +50,27 @@ class Manager:
         self.requests: list[Any] = []
         self.calls: list[str] = []
         self.set: list[dict[str, float]] = []
+        #: Answers after which requests only end by being aborted; None: all end by themselves.
+        self.stuck_after: int | None = None
+        self.aborted: list[str] = []
+        self.running: dict[str, asyncio.Event] = {}
 
     async def get_internal_state(self) -> list[dict[str, Any]]:
         return [self._state]
 
     async def generate_request(self, request: Any, raw: Any) -> Any:
         self.requests.append(request)
+        if self.stuck_after is not None and len(self.requests) > self.stuck_after:
+            await asyncio.sleep(0.02)  # until then, SGLang does not know the request
+            self.running[request.rid] = asyncio.Event()
+            await self.running[request.rid].wait()
+            del self.running[request.rid]
         yield {}
+
+    def abort_request(self, rid: str) -> None:
+        if rid in self.running:
+            self.aborted.append(rid)
+            self.running[rid].set()
 
     async def flush_cache(self) -> None:
         self.calls.append("flush")
@@ -67,8 +82,6 @@ class Manager:
 
 @pytest.mark.parametrize("source", [None, "off", "online", "/cache/cost/x.json"])
 def test_what_is_known_or_not_wanted_is_not_measured(source: str | None) -> None:
-    import asyncio
-
     manager = Manager(source)
     asyncio.run(warmup.measure("null", manager))
     assert manager.requests == [] == manager.calls
@@ -76,8 +89,6 @@ def test_what_is_known_or_not_wanted_is_not_measured(source: str | None) -> None
 
 def test_what_is_unknown_is_measured_kept_and_cleaned_up_after() -> None:
     pytest.importorskip("sglang")
-    import asyncio
-
     manager = Manager("unmeasured")
     asyncio.run(warmup.measure("null", manager))
     assert len(manager.requests) == sum(load.requests for load in warmup.loads(4))
@@ -92,9 +103,33 @@ def test_what_is_unknown_is_measured_kept_and_cleaned_up_after() -> None:
 
 def test_a_slow_machine_is_measured_less(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("sglang")
-    import asyncio
-
     monkeypatch.setattr(warmup, "BUDGET_S", -1.0)
     manager = Manager("unmeasured")
     asyncio.run(warmup.measure("null", manager))
     assert manager.requests == [] and manager.calls == ["flush", "set"]
+
+
+@pytest.mark.parametrize("budget", [0.001, 0.3])
+def test_a_load_that_overruns_is_cut_off_and_nothing_is_left_behind(
+    monkeypatch: pytest.MonkeyPatch, budget: float
+) -> None:
+    pytest.importorskip("sglang")
+    monkeypatch.setattr(warmup, "BUDGET_S", budget)
+    monkeypatch.setattr(warmup, "_ABORT_AGAIN_S", 0.01)
+    manager = Manager("unmeasured")
+    whole = warmup.loads(4)[0].requests
+    manager.stuck_after = whole + 1 if budget > 0.1 else 0
+    asyncio.run(asyncio.wait_for(warmup.measure("null", manager), 10.0))
+    stuck = manager.requests[manager.stuck_after :]
+    assert sorted(manager.aborted) == sorted(request.rid for request in stuck) != []
+    assert not manager.running
+    assert manager.calls == ["flush", "set"]  # what was learned until then is kept
+    loads = warmup.loads(4)[: 3 if budget > 0.1 else 1]
+    assert len(manager.requests) == sum(load.requests for load in loads)
+
+
+def test_requests_are_told_apart() -> None:
+    pytest.importorskip("sglang")
+    manager = Manager("unmeasured")
+    asyncio.run(warmup.measure("null", manager))
+    assert len({request.rid for request in manager.requests}) == len(manager.requests)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -15,13 +13,14 @@ from dspark_sglang.core.heads import ConfidenceHead, MarkovHead
 from dspark_sglang.core.sampling import best, target_weights
 from dspark_sglang.core.schedule import lengths
 from dspark_sglang.core.seeded import seeded_draw
+from dspark_sglang.serving.ops.calibrated import Calibrated
 from dspark_sglang.serving.ops.rows import Admitted, SampledRows, Verified
 from dspark_sglang.serving.telemetry import Telemetry
 
 _METHODS = {"rejection": accept_sampled, "block": accept_block}
 
 
-class TorchOps:
+class TorchOps(Calibrated):
     """:class:`dspark_sglang.serving.ops.Ops` by :mod:`dspark_sglang.core`."""
 
     name = "torch"
@@ -100,16 +99,6 @@ class TorchOps:
         self._telemetry.ran["confidence:torch"] += 1
         raw = self._confidence.logits(features, previous, self.markov)
         return self._confidence.calibrate(raw), raw
-
-    @property
-    def temperatures(self) -> list[float]:
-        """See :attr:`dspark_sglang.serving.ops.Ops.temperatures`."""
-        return [round(float(value), 4) for value in self._confidence.temperatures]
-
-    def set_temperatures(self, temperatures: torch.Tensor) -> None:
-        """See :meth:`dspark_sglang.serving.ops.Ops.set_temperatures`."""
-        own = self._confidence.temperatures
-        self._confidence = dataclasses.replace(self._confidence, temperatures=temperatures.to(own))
 
     def admit(
         self,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import deque
 from typing import Any
 
@@ -21,7 +20,11 @@ from dspark_sglang.core.accept import Accepted
 from dspark_sglang.core.draft import FOLLOWING, SHORTLIST, DraftBlock, undrafted
 from dspark_sglang.core.heads import ConfidenceHead, MarkovHead
 from dspark_sglang.errors import NumericsError
+<<<<<<< HEAD
 from dspark_sglang.serving.ops.batch import Batch
+=======
+from dspark_sglang.serving.ops.calibrated import Calibrated
+>>>>>>> tidy
 from dspark_sglang.serving.ops.rows import Admitted, SampledRows, Verified
 from dspark_sglang.serving.ops.supply import Supply
 from dspark_sglang.serving.telemetry import Telemetry
@@ -32,7 +35,7 @@ _FLAGS = {
 }
 
 
-class TritonOps:
+class TritonOps(Calibrated):
     """:class:`dspark_sglang.serving.ops.Ops` by :mod:`dspark_kernels`.
 
     Laws of a block cover every request of the batch, in its order; those of greedy requests hold
@@ -152,16 +155,6 @@ class TritonOps:
         )
         self._telemetry.ran["confidence:triton"] += 1
         return found.confidence, found.logits
-
-    @property
-    def temperatures(self) -> list[float]:
-        """See :attr:`dspark_sglang.serving.ops.Ops.temperatures`."""
-        return [round(float(value), 4) for value in self._confidence.temperatures]
-
-    def set_temperatures(self, temperatures: torch.Tensor) -> None:
-        """See :meth:`dspark_sglang.serving.ops.Ops.set_temperatures`."""
-        own = self._confidence.temperatures
-        self._confidence = dataclasses.replace(self._confidence, temperatures=temperatures.to(own))
 
     def admit(
         self,

@@ -1,0 +1,44 @@
+"""Requests that are refused before they run, in words that say what to send instead."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("sglang")
+from dspark_sglang.serving import requests
+from dspark_sglang.serving.control import COST_UNMEASURED, Control
+
+
+@pytest.fixture
+def control(monkeypatch: pytest.MonkeyPatch) -> Iterator[Control]:
+    monkeypatch.setattr(requests, "_control", None)
+    made = Control(gamma=3, adaptive=True)
+    requests.bind(made)
+    yield made
+
+
+def asking(**options: Any) -> Any:
+    params = SimpleNamespace(custom_params={"dspark": options}, min_p=0.0)
+    return SimpleNamespace(sampling_params=params)
+
+
+def test_only_an_unmeasured_server_takes_the_measurements_requests(control: Control) -> None:
+    for source, taken in (
+        (COST_UNMEASURED, True), ("online", False), ("/cache/cost/x.json", False), ("off", False)
+    ):  # fmt: skip
+        control.cost_source = source
+        says = requests.refusal(asking(profile=True), False)
+        assert (says is None) == taken, source
+        if says is not None:
+            assert "profile" in says and "max_draft_tokens" in says
+        assert requests.refusal(asking(profile=False, max_draft_tokens=1), False) is None
+
+
+def test_without_a_worker_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(requests, "_control", None)
+    assert requests.refusal(asking(profile=True), False) is not None
+    assert requests.refusal(asking(workload="code"), False) is None

@@ -122,9 +122,7 @@ def _scale(logits: torch.Tensor) -> float:
     return low
 
 
-def write_target(
-    folder: Path, seed: int, heads: tuple[int, int] = Heads().target
-) -> torch.Tensor:
+def write_target(folder: Path, seed: int, heads: tuple[int, int] = Heads().target) -> torch.Tensor:
     """Write the target in float32; returns mean logits after each token, ``[V, V]``."""
     model = _random_target(seed, heads)
     logits = _contexts(model, seed, 8)

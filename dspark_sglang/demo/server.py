@@ -112,6 +112,10 @@ class Server:
         assert self._process is not None, "the server was not started"
         return self._process.pid
 
+    def alive(self) -> bool:
+        """Whether the launched process still runs."""
+        return self._process is not None and self._process.poll() is None
+
     def poll(self) -> bool:
         """Whether the server is up and takes requests.
 

@@ -65,6 +65,9 @@ class Heads(NamedTuple):
     drafter: tuple[int, int] = (4, 2)
 
 
+HEADS = Heads()
+
+
 def _random_target(seed: int, heads: tuple[int, int]) -> Any:
     from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -122,7 +125,7 @@ def _scale(logits: torch.Tensor) -> float:
     return low
 
 
-def write_target(folder: Path, seed: int, heads: tuple[int, int] = Heads().target) -> torch.Tensor:
+def write_target(folder: Path, seed: int, heads: tuple[int, int] = HEADS.target) -> torch.Tensor:
     """Write the target in float32; returns mean logits after each token, ``[V, V]``."""
     model = _random_target(seed, heads)
     logits = _contexts(model, seed, 8)
@@ -140,7 +143,7 @@ def write_random_drafter(
     target: Path,
     bigrams: torch.Tensor,
     seed: int,
-    heads: tuple[int, int] = Heads().drafter,
+    heads: tuple[int, int] = HEADS.drafter,
 ) -> None:
     """Write the drafter; ``bigrams`` ``[V, V]`` are the logits its Markov head should give."""
     from transformers import AutoConfig, AutoTokenizer
@@ -167,7 +170,7 @@ def write_random_drafter(
     write_drafter(folder, config, drafter.state_dict())
 
 
-def ensure_models(folder: Path, seed: int, heads: Heads = Heads()) -> tuple[Path, Path]:
+def ensure_models(folder: Path, seed: int, heads: Heads = HEADS) -> tuple[Path, Path]:
     """The target's and the drafter's folders below ``folder``, made unless already there."""
     target, drafter, done = folder / "target", folder / "drafter", folder / _DONE
     if not (done.is_file() and done.read_text() == str(seed)):

@@ -36,6 +36,9 @@ HOOKS = {
     "SchedulerInternalStateController._update_handlers",
     "finish": "sglang.srt.managers.schedule_batch.Req.update_finish_state",
     "arguments": "sglang.srt.arg_groups.speculative_hook._handle_dspark",
+    # The worker's own name for it.
+    "placement": "sglang.srt.speculative.dspark_components.dspark_worker_v2."
+    "resolve_draft_parallel_layout",
     "worker": "sglang.srt.speculative.spec_info.SpeculativeAlgorithm.create_worker",
     # The scheduler's own name for it: that module has imported the function by now.
     "validation": "sglang.srt.managers.scheduler.validate_dflash_request",
@@ -65,6 +68,35 @@ ALGORITHM_SYMBOLS = (
     Symbol("sglang.srt.entrypoints.warmup.execute_warmups"),
     Symbol(HOOKS["arguments"], _split("server_args")),
     Symbol(HOOKS["worker"], _split("server_args")),
+    Symbol(HOOKS["placement"], _split("model_spec collapse_cp")),
+    # Its annotations name a class that only type checkers import.
+    Symbol("sglang.srt.configs.draft_parallel.DraftParallelLayout"),
+    Symbol("sglang.srt.distributed.parallel_state.get_self_pp_group", ()),
+    Symbol("sglang.srt.distributed.parallel_state.GroupCoordinator.all_reduce", _split("input_")),
+    Symbol(
+        "sglang.srt.distributed.parallel_state.GroupCoordinator.all_gather",
+        _split("input_ dim output_tensor_list"),
+    ),
+    Symbol(
+        "sglang.srt.distributed.parallel_state.GroupCoordinator.broadcast", _split("input_ src")
+    ),
+    Symbol(
+        "sglang.srt.layers.logits_processor.LogitsProcessor._get_logits",
+        _split("hidden_states lm_head logits_metadata embedding_bias use_logits_buffer"),
+    ),
+    Symbol(
+        "sglang.srt.layers.vocab_parallel_embedding.VocabParallelEmbedding._embed_local_shard",
+        ("input_",),
+    ),
+    Symbol("sglang.srt.models.dspark.project_through_lm_head", _split("hidden lm_head")),
+    Symbol("sglang.srt.models.dspark.DSparkDraftMixin.compute_base_logits", ("hidden",)),
+    Symbol(
+        f"{_DSPARK}.dspark_worker_v2.DSparkWorkerV2.alloc_memory_pool",
+        _split("memory_pool_config req_to_token_pool token_to_kv_pool_allocator"),
+    ),
+    Symbol(f"{_DSPARK}.dspark_worker_v2.DSparkWorkerV2.init_cuda_graphs", ()),
+    Symbol(f"{_DSPARK}.dspark_kv_inject.TargetHiddenKvInjector.inject_prefill"),
+    Symbol("sglang.srt.environ.envs.SGLANG_DSPARK_EMBED_IN_GRAPH"),
     Symbol("sglang.srt.arg_groups.overrides.resolving_view", _split("server_args")),
     Symbol("sglang.srt.arg_groups.overrides.declare_resolution"),
     Symbol("sglang.srt.runtime_context.get_exec"),

@@ -17,7 +17,7 @@ class Sampling(NamedTuple):
     """The requests that sample, as ranks need them."""
 
     #: ``[S]`` int64 indices of their rows in the batch.
-    index: torch.Tensor
+    requests: torch.Tensor
     #: ``[S]`` temperatures above 0.
     temperatures: torch.Tensor
     #: ``[S, gamma, width]`` this rank's columns of the drafted laws; None where draws are coupled.
@@ -71,7 +71,7 @@ def accept(
         every = yield record
         require_finite(every[..., 0].amax(dim=0))
         return accept_greedy(best_of(every), drafted, lens, first)
-    row, owner, start = rows_of(lens[sampling.index], first[sampling.index])
+    row, owner, start = rows_of(lens[sampling.requests], first[sampling.requests])
     scaled = logits[row].double() / sampling.temperatures[owner, None].double()
     if sampling.seeds is not None and sampling.anchors is not None:
         within = torch.arange(len(owner), device=row.device) - start[owner]
@@ -82,7 +82,7 @@ def accept(
         every = yield record
         require_finite(every[..., 0].amax(dim=0))
         return accept_greedy(best_of(every), drafted, lens, first)
-    own = drafted[sampling.index]
+    own = drafted[sampling.requests]
     stats = _stats(scaled, sampling, own, (owner, start), shard)
     every = yield torch.cat([record.view(-1), stats.view(-1)])
     greedy, stats = every[:, : record.numel()], every[:, record.numel() :]
@@ -91,11 +91,11 @@ def accept(
     rows = _weigh(scaled, stats.reshape(-1, len(row), 4))
     if sampling.filters is not None:
         rows = yield from _filtered(rows, sampling.filters.take(owner), own, (owner, start), shard)
-    found = yield from _sampled(rows, sampling, own, lens[sampling.index], start, shard)
+    found = yield from _sampled(rows, sampling, own, lens[sampling.requests], start, shard)
     outcome = accept_greedy(best_of(greedy), drafted, lens, first)
     return Accepted(
-        count=outcome.count.index_copy(0, sampling.index, found.count),
-        token=outcome.token.index_copy(0, sampling.index, found.token),
+        count=outcome.count.index_copy(0, sampling.requests, found.count),
+        token=outcome.token.index_copy(0, sampling.requests, found.token),
     )
 
 

@@ -20,11 +20,8 @@ from dspark_sglang.core.accept import Accepted
 from dspark_sglang.core.draft import FOLLOWING, SHORTLIST, DraftBlock, undrafted
 from dspark_sglang.core.heads import ConfidenceHead, MarkovHead
 from dspark_sglang.errors import NumericsError
-<<<<<<< HEAD
 from dspark_sglang.serving.ops.batch import Batch
-=======
 from dspark_sglang.serving.ops.calibrated import Calibrated
->>>>>>> tidy
 from dspark_sglang.serving.ops.rows import Admitted, SampledRows, Verified
 from dspark_sglang.serving.ops.supply import Supply
 from dspark_sglang.serving.telemetry import Telemetry

@@ -54,7 +54,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     kernels: Kernels = "auto"
     #: Where the draft backbone lives with ``--tp``. ``replicate``: whole on every rank. ``shard``: its heads
     #: divided over the ranks, as SGLang does. ``single``: on rank 0, which sends its states to the
-    #: others. ``auto``: replicate or shard, whichever a cost model finds faster.
+    #: others. ``auto``: whichever of them a cost model finds fastest.
     placement: Placement = "auto"
     #: Seed of draft sampling and acceptance. Negative: SGLang's ``--random-seed``.
     seed: int = -1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -158,7 +159,7 @@ def bench_placement(
     console.print(f"The server ended after {death:.1f} s: {said}")
     summary = join_plan(summarise(known, found, death), plan)
     summary |= {
-        "rank_death_said": said.split(" (pid=")[0] + " " + said.rpartition(") ")[2],
+        "rank_death_said": re.sub(r"pid \d+", "pid N", said),
         "machine": machine(),
         "command": f"dspark bench-placement{'' if large else ' --no-large'}",
     }

@@ -183,9 +183,7 @@ def kill_rank(server: Server, prompt: tuple[int, ...]) -> tuple[float, str]:
             expected="nothing left",
             fix=f"See its log in {server.log}.",
         )
-    lines = server.log.read_text(encoding="utf-8", errors="replace").splitlines()
-    said = [line for line in lines if "crashed with exit code" in line]
-    return seconds, said[-1].split("] ", 1)[-1] if said else server.reason()
+    return seconds, server.reason()
 
 
 def _quietly(server: Server, prompt: tuple[int, ...]) -> Any:

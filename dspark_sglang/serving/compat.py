@@ -39,6 +39,8 @@ HOOKS = {
     # The worker's own name for it.
     "placement": "sglang.srt.speculative.dspark_components.dspark_worker_v2."
     "resolve_draft_parallel_layout",
+    "rank_death": "sglang.srt.managers.tokenizer_manager.SignalHandler."
+    "running_phase_sigquit_handler",
     "worker": "sglang.srt.speculative.spec_info.SpeculativeAlgorithm.create_worker",
     # The scheduler's own name for it: that module has imported the function by now.
     "validation": "sglang.srt.managers.scheduler.validate_dflash_request",
@@ -68,6 +70,11 @@ ALGORITHM_SYMBOLS = (
     Symbol("sglang.srt.entrypoints.warmup.execute_warmups"),
     Symbol(HOOKS["arguments"], _split("server_args")),
     Symbol(HOOKS["worker"], _split("server_args")),
+    Symbol(HOOKS["rank_death"], _split("signum frame")),
+    Symbol(
+        "sglang.srt.utils.watchdog.SubprocessWatchdog.__init__",
+        _split("processes process_names interval"),
+    ),
     Symbol(HOOKS["placement"], _split("model_spec collapse_cp")),
     # Its annotations name a class that only type checkers import.
     Symbol("sglang.srt.configs.draft_parallel.DraftParallelLayout"),

@@ -15,7 +15,7 @@ from dspark_sglang.core.placement import Backbone, Placement
 from dspark_sglang.errors import ConfigError
 
 #: Not of the backbone: on every rank whatever the placement.
-HEADS = ("markov_head.", "confidence_head.", "embed_tokens.", "lm_head.")
+_HEADS = ("markov_head.", "confidence_head.", "embed_tokens.", "lm_head.")
 
 
 class Placed(msgspec.Struct, frozen=True):
@@ -41,7 +41,7 @@ def backbone(drafter: DrafterConfig, element: int = 2) -> Backbone:
     parameters = sum(
         int(torch.Size(shape).numel())
         for name, shape in shapes.items()
-        if not name.startswith(HEADS)
+        if not name.startswith(_HEADS)
     )
     return Backbone(
         layers=drafter.num_layers,

@@ -10,7 +10,7 @@ import torch
 
 from dspark_sglang.core.placement import Placement
 from dspark_sglang.serving.draft_head import DraftHead
-from dspark_sglang.serving.placement import HEADS, settled
+from dspark_sglang.serving.placement import settled
 from dspark_sglang.serving.ranks import DraftEmbedding, Ranks, Vocabulary
 
 
@@ -61,17 +61,17 @@ class Seat(msgspec.Struct, frozen=True):
         )
 
     def forget(self, model: Any, injector: Any) -> None:
-        """Free the backbone of a rank that does not draft, and write no draft KV there.
+        """Free the layers of a rank that does not draft, and write no draft KV at prefill there.
 
-        The KV pool stays: SGLang gives every rank as many slots as the fullest one.
+        The KV pool stays: SGLang gives every rank as many slots as the fullest one. The projection of
+        target states stays too: some targets run it themselves.
         """
         if self.drafts:
             return
         for name, parameter in model.named_parameters():
-            if not name.startswith(HEADS):
+            if name.startswith("layers."):
                 parameter.data = parameter.data.new_empty(0)
         injector.inject_prefill = lambda *args, **kwargs: None
-        injector.inject_target_hidden = lambda *args, **kwargs: None
 
 
 def seat(model: Any, ranks: Ranks, *, folder: Path | None, mask: int, width: int) -> Seat:
@@ -94,7 +94,7 @@ def seat(model: Any, ranks: Ranks, *, folder: Path | None, mask: int, width: int
         model.embed_tokens = embedding = DraftEmbedding(embed, mask, width, ranks)
     return Seat(
         ranks=ranks,
-        placement=settled(),
+        placement=settled() if ranks.count > 1 else "replicate",
         vocabulary=vocabulary,
         head=None if folder is None else DraftHead.beside(folder, model, vocabulary),
         embedding=embedding,

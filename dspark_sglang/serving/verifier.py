@@ -349,6 +349,8 @@ class Verifier(TargetVerifyExecutor):
         bs: int,
         run_compact: bool,
     ) -> None:
+        if not self._seat.drafts:
+            return  # the draft's KV is another rank's
         injector = self.kv_injector
         pool = injector.draft_model_runner.token_to_kv_pool
         plain = not hasattr(pool, "set_swa_key_buffer_radix_fused_norm_rope")

@@ -190,6 +190,17 @@ def test_greedy_acceptance_takes_one_exchange(widths: Sequence[int]) -> None:
         assert torch.equal(own.token, expected.token)
 
 
+def test_a_batch_whose_sampling_requests_have_just_left() -> None:
+    given = world(2)
+    none = given._replace(
+        index=given.index[:0], temperatures=given.temperatures[:0], laws=given.laws[:0],
+        uniforms=given.uniforms[:0],
+    )  # fmt: skip
+    expected = whole.accept_greedy(best(given.logits), given.drafted, given.lens, given.first)
+    for own in on_shards(none, DIVISIONS[1])[0]:
+        assert torch.equal(own.token, expected.token)
+
+
 @pytest.mark.parametrize("widths", DIVISIONS, ids=str)
 def test_seeded_draws_are_those_of_whole_rows(widths: Sequence[int]) -> None:
     given = world(5)

@@ -86,9 +86,9 @@ def accept(
     stats = _stats(scaled, sampling, own, (owner, start), shard)
     every = yield torch.cat([record.view(-1), stats.view(-1)])
     greedy, stats = every[:, : record.numel()], every[:, record.numel() :]
-    greedy = greedy.view(-1, *record.shape)
+    greedy = greedy.reshape(len(every), *record.shape)
     require_finite(greedy[..., 0].amax(dim=0))
-    rows = _weigh(scaled, stats.reshape(-1, len(row), 4))
+    rows = _weigh(scaled, stats.reshape(len(every), len(row), 4))
     if sampling.filters is not None:
         rows = yield from _filtered(rows, sampling.filters.take(owner), own, (owner, start), shard)
     found = yield from _sampled(rows, sampling, own, lens[sampling.requests], start, shard)

@@ -67,7 +67,7 @@ def profile(
     if not found.is_file():
         raise ServerError(
             f"The server measured nothing (cost: {record.get('cost_source')}).",
-            expected="DSPARK_SCHEDULE=adaptive and DSPARK_COST=auto in its environment",
+            expected="time for a few steps within 18 s, DSPARK_SCHEDULE=adaptive, DSPARK_COST=auto",
             fix=f"See its log in {server.log}.",
         )
     shutil.copyfile(found, out / "cost.json")

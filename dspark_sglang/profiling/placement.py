@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -68,8 +69,8 @@ def running(case: Case, folder: Path) -> Iterator[tuple[Server, Path]]:
     (folder / case.name / "sitecustomize.py").write_text(
         collectives.customization(counts.resolve()), encoding="utf-8"
     )
-    paths = [str((folder / case.name).resolve()), os.environ.get("PYTHONPATH", "")]
-    environment = case.environment | {"PYTHONPATH": os.pathsep.join(p for p in paths if p)}
+    paths = [str((folder / case.name).resolve()), *(entry for entry in sys.path if entry)]
+    environment = case.environment | {"PYTHONPATH": os.pathsep.join(paths)}
     port = free_port()
     command = serve_command(
         case.target,

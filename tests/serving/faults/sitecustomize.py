@@ -1,0 +1,101 @@
+"""Faults in a real server's scheduler process: imported first by every Python under PYTHONPATH.
+
+``FAULT_FILE`` names a file that says which fault is on: empty or missing, none. It is looked at once a
+step, so a fault begins and ends while the server runs. Nothing of this is in the product.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import os
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+FILE = os.environ.get("FAULT_FILE", "")
+STALL_EVERY, STALLED_FOR = 10, 10
+HOUR = 3600.0
+
+
+def fault() -> str:
+    """The fault that is on."""
+    try:
+        return Path(FILE).read_text(encoding="utf-8").strip()
+    except OSError:
+        return ""
+
+
+class Clock:
+    """``time`` as the worker sees it."""
+
+    def __init__(self) -> None:
+        self.readings = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(time, name)
+
+    def perf_counter(self) -> float:
+        """Jumps an hour on and back again at every other reading while that fault is on."""
+        self.readings += 1
+        jump = HOUR if self.readings % 3 == 0 and fault() == "clock" else 0.0
+        return time.perf_counter() + jump
+
+
+def change_worker(module: ModuleType) -> None:
+    """Time of steps."""
+    module.time = Clock()  # type: ignore[attr-defined]
+
+
+def change_planner(module: ModuleType) -> None:
+    """Confidences, and steps that stall."""
+    original = module.Planner.compute_budget_sync
+    steps, usual, last = 0, 0.05, 0.0
+
+    def changed(self: Any, *, confidence: Any, **others: Any) -> Any:
+        nonlocal steps, usual, last
+        now = time.perf_counter()
+        if 0.0 < now - last < 1.0:
+            usual += 0.1 * (now - last - usual)
+        last, steps, what = now, steps + 1, fault()
+        if what == "confident":
+            confidence = confidence * 0.0 + 1.0
+        elif what == "doubtful":
+            confidence = confidence * 0.0
+        elif what == "stall" and steps % STALL_EVERY == 0:
+            time.sleep(STALLED_FOR * usual)
+            last = 0.0
+        return original(self, confidence=confidence, **others)
+
+    module.Planner.compute_budget_sync = changed
+
+
+CHANGES = {
+    "dspark_sglang.serving.worker": change_worker,
+    "dspark_sglang.serving.planner": change_planner,
+}
+
+
+class Finder(importlib.abc.MetaPathFinder):
+    """Changes modules of ours as they are imported."""
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
+        if name not in CHANGES:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path)
+        if spec is None or spec.loader is None:
+            return None
+        run = spec.loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            run(module)
+            CHANGES[name](module)
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+if FILE:
+    sys.meta_path.insert(0, Finder())

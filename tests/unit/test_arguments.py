@@ -258,5 +258,5 @@ def test_working_space_is_wanted_for_every_rank(
     free = SimpleNamespace(available=5 << 30)
     monkeypatch.setattr(preflight.psutil, "virtual_memory", lambda: free)
     preflight.check_memory(view(tmp_path, drafter, tp_size=2))
-    with pytest.raises(ConfigError, match="5.0 GiB of memory are free"):
+    with pytest.raises(ConfigError, match=r"5\.0 GiB of memory are free"):
         preflight.check_memory(view(tmp_path, drafter, tp_size=3))

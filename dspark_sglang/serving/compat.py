@@ -111,11 +111,6 @@ ALGORITHM_SYMBOLS = (
     Symbol("sglang.srt.runtime_context.get_observability"),
     Symbol("sglang.srt.runtime_context.get_parallel"),
     Symbol("sglang.srt.runtime_context.get_schedule"),
-    Symbol("sglang.srt.speculative.spec_tp_sync.SpecTpSyncSite.DSPARK_DRAFT"),
-    Symbol("sglang.srt.speculative.spec_tp_sync.SpecTpSyncSite.DSPARK_PLAN"),
-    Symbol("sglang.srt.speculative.spec_tp_sync.SpecTpSyncSite.DSPARK_ACCEPT_GREEDY"),
-    Symbol("sglang.srt.speculative.spec_tp_sync.SpecTpSyncSite.DSPARK_ACCEPT_SAMPLE"),
-    Symbol("sglang.srt.speculative.spec_tp_sync.SpecTpSync.sync"),
     Symbol("sglang.srt.models.dspark.DSparkDraftMixin._stacked_ctx_kv_params"),
     Symbol("sglang.srt.models.dflash.DFlashDraftModel.project_target_hidden"),
     Symbol(

@@ -10,7 +10,6 @@ from sglang.srt.speculative.dspark_components.dspark_draft import (
     DraftBlockResult,
     DraftProposal,
 )
-from sglang.srt.speculative.spec_tp_sync import SpecTpSyncSite
 
 from dspark_sglang.core.draft import DraftBlock
 from dspark_sglang.serving.control import Control
@@ -132,7 +131,7 @@ class Proposer(DraftBlockProposer):
             self._planner.decide(confidence, pool)
             planned = self._planner.packed().to(tokens.device)
         packed = torch.cat([planned, tokens.flatten()])
-        packed = self._seat.ranks.agree(SpecTpSyncSite.DSPARK_DRAFT, packed, "block")
+        packed = self._seat.ranks.broadcast(packed, "block")
         if self._control.adaptive:
             self._planner.agree(packed[: len(planned)], len(tokens))
         return packed[len(planned) :].view(tokens.shape)

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from sglang.srt.models.dspark import DSparkDraftMixin, project_through_lm_head
 from sglang.srt.runtime_context import get_parallel
-from sglang.srt.speculative.spec_tp_sync import SpecTpSync, SpecTpSyncSite
 
 from dspark_sglang.core.sharded import Exchange, Shard
 from dspark_sglang.core.sharded.shard import Result
@@ -21,26 +20,22 @@ class Ranks:
     The group is the target's even inside the draft's narrower context.
 
     Args:
-        sync: SGLang's broadcasts from rank 0.
-        group: the ranks that share the LM head.
+        group: SGLang's coordinator of the ranks that share the LM head.
     """
 
-    def __init__(self, sync: SpecTpSync, group: Any, telemetry: Telemetry) -> None:
-        self._sync = sync
+    def __init__(self, group: Any, telemetry: Telemetry) -> None:
         self._group = group
         self._telemetry = telemetry
         self.count = int(group.world_size)
         self.rank = int(group.rank_in_group)
 
-    def agree(self, site: SpecTpSyncSite, values: torch.Tensor, what: str) -> torch.Tensor:
-        """Rank 0's ``values`` on every rank."""
-        if self.count > 1 and self._sync.enabled(site):
-            self._telemetry.exchanged(what, values.numel() * values.element_size())
-            values = self._sync.sync(site, values)
-        return values
-
     def broadcast(self, values: torch.Tensor, what: str) -> torch.Tensor:
-        """Rank 0's ``values`` on every rank, whatever SGLang is told to leave out."""
+        """Rank 0's ``values`` on every rank.
+
+        ``SGLANG_SPEC_TP_SYNC`` does not leave any out: ranks decide by their own clocks.
+        """
+        if self.count == 1:
+            return values
         self._telemetry.exchanged(what, values.numel() * values.element_size())
         received: torch.Tensor = self._group.broadcast(values, src=0)
         return received

@@ -17,7 +17,6 @@ from sglang.srt.speculative.dspark_components.dspark_verify import (
     TargetVerifyExecutor,
     TargetVerifyResult,
 )
-from sglang.srt.speculative.spec_tp_sync import SpecTpSyncSite
 
 from dspark_sglang.core.accept import stop_at
 from dspark_sglang.core.penalties import Penalties
@@ -311,12 +310,7 @@ class Verifier(TargetVerifyExecutor):
                 # SGLang prefers a stop string anywhere in a run to a stop token before it.
                 outcome = stop_at(outcome, drafted, self._stops)
         packed = torch.stack([outcome.count, outcome.token])
-        site = (
-            SpecTpSyncSite.DSPARK_ACCEPT_GREEDY
-            if draft_block.rows is None
-            else SpecTpSyncSite.DSPARK_ACCEPT_SAMPLE
-        )
-        count, token = self._seat.ranks.agree(site, packed, "outcome").unbind(0)
+        count, token = self._seat.ranks.broadcast(packed, "outcome").unbind(0)
         self._telemetry.observe_later(torch.stack([lens, count]), self._control.plan.depth)
         if self._control.adaptive:
             self._control.accepted(lens.cpu().numpy(), count.cpu().numpy())

@@ -19,7 +19,6 @@ from sglang.srt.runtime_context import (
     get_spec,
 )
 from sglang.srt.speculative.dspark_components.dspark_worker_v2 import DSparkWorkerV2
-from sglang.srt.speculative.spec_tp_sync import SpecTpSyncSite
 
 from dspark_sglang import __version__
 from dspark_sglang.artifacts import STS_FILE, read_sts
@@ -203,7 +202,7 @@ class DSparkWorker(DSparkWorkerV2):
         group = getattr(self.draft_model.lm_head, "tp_group", None) or get_parallel().tp_group
         self._seat = seat(
             self.draft_model,
-            Ranks(self._tp_sync, group, self.telemetry),
+            Ranks(group, self.telemetry),
             folder=folder if settings.draft_vocab == "auto" else None,
             mask=self._mask_token_id,
             width=self.query_token_num,
@@ -296,8 +295,7 @@ class DSparkWorker(DSparkWorkerV2):
         plan = self.control.begin(batch.reqs, 0 if known is None else int(known.sum()))
         if self._ranks > 1 and self.control.adaptive:
             # Ranks learn from their own clocks; all must run the same forwards.
-            site = SpecTpSyncSite.DSPARK_PLAN
-            packed = self._seat.ranks.agree(site, plan.packed(self.device), "plan")
+            packed = self._seat.ranks.broadcast(plan.packed(self.device), "plan")
             self.control.plan = StepPlan.unpacked(packed)
         running = [request.rid for request in batch.reqs]
         if self.control.plan.draft or running != self._running:

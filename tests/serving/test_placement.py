@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,12 +13,17 @@ import pytest
 
 from dspark_sglang.cli.bench_placement import EVEN, PROMPTS, UNEVEN
 from dspark_sglang.demo.server import Server, free_port, serve_command
-from dspark_sglang.lossless.models import ensure_models
+from dspark_sglang.lossless import sampled
+from dspark_sglang.lossless.law import Law, Model
+from dspark_sglang.lossless.models import PROMPT, ensure_models
+from dspark_sglang.lossless.options import choose
 from dspark_sglang.profiling.placement import DEATH_SECONDS, kill_rank
 
 pytestmark = pytest.mark.server
 ONE_THREAD = {"DSPARK_CPU_THREADS": "1", "OMP_NUM_THREADS": "1", "DSPARK_COST": "online"}
 TOKENS = 40
+#: A target and its drafter.
+Models = tuple[Path, Path]
 
 
 class Pair(NamedTuple):
@@ -25,7 +31,7 @@ class Pair(NamedTuple):
     ranks: Server
 
 
-def start(folder: Path, name: str, models: Any, ranks: int, **settings: str) -> Server:
+def start(folder: Path, name: str, models: Models, ranks: int, **settings: str) -> Server:
     target, drafter = models
     port = free_port()
     extra = ["--tp", str(ranks), "--skip-tokenizer-init"]
@@ -35,10 +41,14 @@ def start(folder: Path, name: str, models: Any, ranks: int, **settings: str) -> 
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    return ensure_models(tmp_path_factory.mktemp("models"), 3, UNEVEN)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory, models: Models) -> Iterator[Pair]:
     """Nine query heads over two ranks, which only a whole drafter can serve."""
     folder = tmp_path_factory.mktemp("placement")
-    models = ensure_models(folder, 3, UNEVEN)
     started = [start(folder, "alone", models, 1), start(folder, "ranks", models, 2)]
     try:
         for server in started:
@@ -96,13 +106,33 @@ def test_the_text_of_one_rank(pair: Pair, sampling: dict[str, Any]) -> None:
 def test_a_batch_of_greedy_and_sampling_requests(pair: Pair) -> None:
     """Greedy requests keep their text beside sampling ones; those run to their end."""
     expected = [tokens(pair.alone, prompt) for prompt in PROMPTS[:2]]
-    sampled = {"temperature": 1.0, "top_p": 0.9, "top_k": 30, "min_p": 0.01}
-    wanted = [(PROMPTS[0], {}), (PROMPTS[2], {"temperature": 1.0}), (PROMPTS[1], {}), (PROMPTS[3], sampled)]  # fmt: skip
+    filtered = {"temperature": 1.0, "top_p": 0.9, "top_k": 30, "min_p": 0.01}
+    wanted = [(PROMPTS[0], {}), (PROMPTS[2], {"temperature": 1.0}), (PROMPTS[1], {}), (PROMPTS[3], filtered)]  # fmt: skip
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         running = [pool.submit(tokens, pair.ranks, prompt, **s) for prompt, s in wanted]
         found = [future.result() for future in running]
     assert [found[0], found[2]] == expected
     assert ran(pair.ranks)["accept:sharded-rejection"] > 0
+
+
+def require_the_law(server: Server, target: Path, options: str) -> None:
+    """Sampled outputs, all options mixed in every batch, against plain decoding's law."""
+    wanted = choose(options)
+    calls = [wanted[place % len(wanted)].request for place in range(63)]
+    counts: list[Counter[tuple[int, ...]]] = [Counter() for _ in wanted]
+    with httpx.Client(timeout=300.0) as client:
+        for _ in range(32):
+            for place, output in enumerate(sampled.generate(client, server, calls)):
+                counts[place % len(wanted)][output] += 1
+    model = Model(target, PROMPT)
+    for option, seen in zip(wanted, counts, strict=True):
+        verdict = sampled.judge("", Law(model, option.request), dict(seen))
+        assert verdict.freedom > 20
+        assert verdict.p_value > 1e-4, (option.name, verdict)
+
+
+def test_sampled_outputs_follow_plain_decodings_law(pair: Pair, models: Models) -> None:
+    require_the_law(pair.ranks, models[0], "temperature,all_filters,frequency_penalty")
 
 
 def test_logprobs_are_those_of_one_rank(pair: Pair) -> None:
@@ -164,9 +194,10 @@ def test_other_placements_have_the_same_text(
     tmp_path: Path, ranks: int, heads: Any, placement: str
 ) -> None:
     models = ensure_models(tmp_path / "models", 3, heads)
+    block = {"DSPARK_VERIFICATION": "block"} if placement == "single" else {}
     servers = [
         start(tmp_path, "alone", models, 1),
-        start(tmp_path, "ranks", models, ranks, DSPARK_PLACEMENT=placement),
+        start(tmp_path, "ranks", models, ranks, DSPARK_PLACEMENT=placement, **block),
     ]
     try:
         for server in servers:
@@ -179,6 +210,7 @@ def test_other_placements_have_the_same_text(
         assert record is not None
         assert record["placement"] == placement
         assert record["accept_length"] > 1.3
+        require_the_law(servers[1], models[0], "temperature,top_k,top_p")
     finally:
         for server in servers:
             server.stop()

@@ -23,7 +23,9 @@ from dspark_sglang.profiling import collectives
 _ALONE = {"OMP_NUM_THREADS": "1", "DSPARK_CPU_THREADS": "1", "DSPARK_COST": "online"}
 #: A rank that dies has to end the server within this.
 DEATH_SECONDS = 30.0
-_TIMEOUT = 300.0
+#: Ranks that share two cores with other work take minutes to start.
+_START_SECONDS = 900.0
+_TIMEOUT = 600.0
 
 
 class Case(msgspec.Struct, frozen=True, kw_only=True):
@@ -81,7 +83,7 @@ def running(case: Case, folder: Path) -> Iterator[tuple[Server, Path]]:
     )
     log = folder / case.name / "server.log"
     with Server(command, port=port, log=log, environment=environment) as server:
-        server.wait_ready(_TIMEOUT)
+        server.wait_ready(_START_SECONDS)
         yield server, counts
 
 

@@ -95,9 +95,17 @@ class DSparkWorker(DSparkWorkerV2):
     _verify_executor: Any
     _verify_epilogue: Any
 
-    def __init__(self, *args: Any, target_worker: Any, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        server_args: Any,
+        gpu_id: int,
+        nccl_port: int,
+        target_worker: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
         self._placed = placement.settle(read_settings(), target_worker)
-        super().__init__(*args, target_worker=target_worker, **kwargs)
+        super().__init__(server_args, gpu_id, nccl_port, target_worker, *args, **kwargs)
         if not self._hosts_draft:
             return
         self._settings = settings = read_settings()

@@ -98,19 +98,10 @@ class Proposer(DraftBlockProposer):
         else:
             ids[:, 0].copy_(draft_input.bonus_tokens.view(-1))
             states = self._seat.received(ids, self.gamma)
+        hidden = states.view(bs, self.gamma, -1)[:, :depth]
         with self._telemetry.timed("draft_head"):
-            hidden = states.view(bs, self.gamma, -1)[:, :depth]
-            anchors = ids[:, 0]
-            block = self._ops.draft(
-                self._base_logits(hidden.reshape(bs * depth, -1)).view(bs, depth, -1),
-                hidden,
-                anchors,
-                verify_window.positions_2d[:, 0],
-                rows,
-                self._seat.tokens,
-            )
-            previous = torch.cat([anchors[:, None], block.tokens[:, :-1]], dim=1)
-            confidence, raw = self._ops.confidence(hidden, previous)
+            block = self._block(hidden, ids[:, 0], verify_window.positions_2d[:, 0], rows)
+            confidence, raw = self._ops.confidence(hidden, block.previous)
             self._control.logits = raw
         tokens, missing = block.tokens, self.gamma - depth
         if missing:  # never verified: the plan admits no more than it drafts
@@ -119,6 +110,17 @@ class Proposer(DraftBlockProposer):
             )
         tokens = self._agreed(tokens, confidence, batch.req_pool_indices)
         return self._proposal(ids, tokens, block, rows, (confidence, raw))
+
+    def _block(
+        self,
+        hidden: torch.Tensor,
+        anchors: torch.Tensor,
+        positions: torch.Tensor,
+        rows: SampledRows | None,
+    ) -> DraftBlock:
+        """A block of draft states ``[R, depth, d]``, after anchors ``[R]`` at positions ``[R]``."""
+        base = self._base_logits(hidden.flatten(0, 1)).view(*hidden.shape[:2], -1)
+        return self._ops.draft(base, hidden, anchors, positions, rows, self._seat.tokens)
 
     def _agreed(
         self, tokens: torch.Tensor, confidence: torch.Tensor, pool: torch.Tensor

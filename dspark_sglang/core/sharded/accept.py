@@ -65,38 +65,37 @@ def accept(
     Raises:
         NumericsError: a row whose largest logit is not finite, on every rank.
     """
-    score, column = logits.max(dim=-1)
-    record = torch.stack([score.double(), (column + shard.start).double()], dim=-1)
+    record = shard.best(logits)
     if sampling is None:
-        every = yield record
-        require_finite(every[..., 0].amax(dim=0))
-        return accept_greedy(best_of(every), drafted, lens, first)
+        return accept_greedy(_chosen((yield record)), drafted, lens, first)
     row, owner, start = rows_of(lens[sampling.requests], first[sampling.requests])
     scaled = logits[row].double() / sampling.temperatures[owner, None].double()
     if sampling.seeds is not None and sampling.anchors is not None:
         within = torch.arange(len(owner), device=row.device) - start[owner]
         positions = sampling.anchors[owner] + within
         noise = gumbel(sampling.seeds[owner], positions, shard.columns(row.device))
-        drawn, column = (scaled + noise).max(dim=-1)
-        record[row] = torch.stack([drawn, (column + shard.start).double()], dim=-1)
-        every = yield record
-        require_finite(every[..., 0].amax(dim=0))
-        return accept_greedy(best_of(every), drafted, lens, first)
+        record[row] = shard.best(scaled + noise)
+        return accept_greedy(_chosen((yield record)), drafted, lens, first)
     own = drafted[sampling.requests]
     stats = _stats(scaled, sampling, own, (owner, start), shard)
     every = yield torch.cat([record.view(-1), stats.view(-1)])
     greedy, stats = every[:, : record.numel()], every[:, record.numel() :]
-    greedy = greedy.reshape(len(every), *record.shape)
-    require_finite(greedy[..., 0].amax(dim=0))
+    choice = _chosen(greedy.reshape(len(every), *record.shape))
     rows = _weigh(scaled, stats.reshape(len(every), len(row), 4))
     if sampling.filters is not None:
         rows = yield from _filtered(rows, sampling.filters.take(owner), own, (owner, start), shard)
     found = yield from _sampled(rows, sampling, own, lens[sampling.requests], start, shard)
-    outcome = accept_greedy(best_of(greedy), drafted, lens, first)
+    outcome = accept_greedy(choice, drafted, lens, first)
     return Accepted(
         count=outcome.count.index_copy(0, sampling.requests, found.count),
         token=outcome.token.index_copy(0, sampling.requests, found.token),
     )
+
+
+def _chosen(every: torch.Tensor) -> torch.Tensor:
+    """``[N]`` int64 the target's choice at every row, of ``[W, N, 2]`` scores and tokens."""
+    require_finite(every[..., 0].amax(dim=0))
+    return best_of(every)
 
 
 def _judged(

@@ -60,15 +60,13 @@ def draft_block(
         before.append(previous)
         latent, state = head.step(previous, hidden[:, step], state)
         logits = base_logits[:, step].float() + linear(latent, head.w2).float()
-        score, column = logits.max(dim=-1)
-        record = torch.stack([score.double(), (column + shard.start).double()], dim=-1)
+        record = shard.best(logits)
         if sampled is not None and temperatures is not None and keys is not None:
             scaled = (logits[sampled] / temperatures[:, None]).double()
             noise = gumbel(keys.seeds, keys.positions + step, columns)
-            drawn, column = (scaled + noise).max(dim=-1)
             record = torch.nn.functional.pad(record, (0, 1))
-            lse = scaled.logsumexp(dim=-1)
-            record[sampled] = torch.stack([drawn, (column + shard.start).double(), lse], dim=-1)
+            lse = scaled.logsumexp(dim=-1, keepdim=True)
+            record[sampled] = torch.cat([shard.best(scaled + noise), lse], dim=-1)
         every = yield record
         previous = best_of(every)
         tokens.append(previous)

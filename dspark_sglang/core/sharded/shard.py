@@ -25,6 +25,11 @@ class Shard(NamedTuple):
         """``[width]`` int64 tokens of this rank's columns."""
         return torch.arange(self.start, self.start + self.width, device=device)
 
+    def best(self, scores: torch.Tensor) -> torch.Tensor:
+        """``[N, 2]`` float64: the best of ``scores`` ``[N, width]`` and its token, the lowest of equals."""
+        score, column = scores.max(dim=-1)
+        return torch.stack([score.double(), (column + self.start).double()], dim=-1)
+
     def pick(self, values: torch.Tensor, tokens: torch.Tensor, rest: float) -> torch.Tensor:
         """``values[..., token]`` where the token is this rank's, ``rest`` elsewhere.
 

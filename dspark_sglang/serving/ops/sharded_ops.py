@@ -10,7 +10,7 @@ import torch
 
 from dspark_sglang.config import Verification
 from dspark_sglang.core.accept import Accepted
-from dspark_sglang.core.draft import DraftBlock
+from dspark_sglang.core.draft import DraftBlock, undrafted
 from dspark_sglang.core.heads import MarkovHead
 from dspark_sglang.core.sampling import Filters
 from dspark_sglang.core.sharded import Keys, Sampling, accept, draft_block
@@ -88,7 +88,8 @@ class ShardedOps:
 
     def nothing(self, rows: SampledRows | None, requests: int) -> DraftBlock:
         """See :meth:`dspark_sglang.serving.ops.Ops.nothing`."""
-        return self._inner.nothing(rows, requests)
+        sampled = None if rows is None or rows.seeds is not None else len(rows.index)
+        return undrafted(requests, laws=sampled, device=self.markov.w1.device)
 
     def confidence(
         self, features: torch.Tensor, previous: torch.Tensor

@@ -80,6 +80,7 @@ def _row(case: Case, found: dict[str, Found]) -> dict[str, Any]:
     }
     return {
         "identical": own.texts == found[_against(case)].texts,
+        "accept_length": own.accept_length,
         "collectives": parts["count"],
         "collective_bytes": parts["bytes"],
         "by_purpose": {
@@ -125,16 +126,15 @@ def join_plan(summary: dict[str, Any], plan: Path) -> dict[str, Any]:
 
 def _table(summary: dict[str, Any]) -> Table:
     view = Table(title="Drafting and acceptance, a step of one request, float32")
-    for title in ("ranks", "placement", "text as on one rank", "collectives", "bytes"):
+    for title in ("ranks", "placement", "same text", "tokens", "collectives", "bytes"):
         view.add_column(title, justify="left" if title in ("ranks", "placement") else "right")
     for group, placements in summary.items():
         if "tp" not in group or "computed" in group:
             continue
         for name, row in placements.items():
             same = "yes" if row["identical"] else "NO"
-            view.add_row(
-                group, name, same, f"{row['collectives']:.1f}", f"{row['collective_bytes']:,.0f}"
-            )
+            counted = f"{row['collectives']:.1f}", f"{row['collective_bytes']:,.0f}"
+            view.add_row(group, name, same, f"{row['accept_length']:.2f}", *counted)
     return view
 
 

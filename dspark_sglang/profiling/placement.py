@@ -54,11 +54,11 @@ class Found(msgspec.Struct, frozen=True, kw_only=True):
     """What a server did."""
 
     texts: tuple[tuple[int, ...], ...]
+    #: Tokens a step.
+    accept_length: float
     #: A step of one request, by purpose.
     collectives: dict[str, float]
     collective_bytes: dict[str, float]
-    #: What our own counters say of the run, by purpose; empty for the builtin.
-    own: dict[str, int]
 
 
 @contextmanager
@@ -114,7 +114,6 @@ def measure(case: Case, folder: Path) -> Found:
             texts.append(tuple(tokens))
             steps += taken
         after = collectives.read(counts)
-        state = server.dspark() or {}
 
     def each(kind: str) -> dict[str, float]:
         spent = {k: v - before[kind].get(k, 0) for k, v in after[kind].items()}
@@ -122,9 +121,9 @@ def measure(case: Case, folder: Path) -> Found:
 
     return Found(
         texts=tuple(texts),
+        accept_length=round(sum(map(len, texts)) / steps, 3),
         collectives=each("count"),
         collective_bytes=each("bytes"),
-        own=state.get("collectives", {}),
     )
 
 

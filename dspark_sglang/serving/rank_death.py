@@ -13,8 +13,9 @@ from typing import Any
 
 def died(handler: Any) -> list[tuple[str, int, int]]:
     """Name, process id and exit code of a server's processes that have ended by themselves."""
-    watchdog = handler.tokenizer_manager._subprocess_watchdog
-    if watchdog is None:
+    manager = handler.tokenizer_manager
+    watchdog = manager._subprocess_watchdog
+    if watchdog is None or manager.gracefully_exit:  # asked to stop, and so were its processes
         return []
     known = zip(watchdog._names, watchdog._processes, strict=True)
     return [(name, p.pid, p.exitcode) for name, p in known if p.exitcode not in (None, 0)]

@@ -200,10 +200,13 @@ def test_the_process_that_died_is_named(
 
     processes = [SimpleNamespace(pid=11, exitcode=None), SimpleNamespace(pid=12, exitcode=code)]
     watchdog = SimpleNamespace(_names=["scheduler_0", "scheduler_1"], _processes=processes)
-    handler = SimpleNamespace(tokenizer_manager=SimpleNamespace(_subprocess_watchdog=watchdog))
+    manager = SimpleNamespace(_subprocess_watchdog=watchdog, gracefully_exit=False)
+    handler = SimpleNamespace(tokenizer_manager=manager)
     ended = []
     rank_death.tell(lambda handler, signum: ended.append(signum), handler, 3)
     said = capsys.readouterr().err
     assert expected in said
     assert "scheduler_0" not in said
     assert ended == [3], "SGLang goes on to end the rest"
+    manager.gracefully_exit = True
+    assert rank_death.died(handler) == []

@@ -120,7 +120,7 @@ def _refuse_ignored_options(view: Any) -> None:
 
 def _check_placement(view: Any, drafter: DrafterConfig | None) -> None:
     """Refuse a placement that cannot be, where the drafter is known already."""
-    if view.tp_size == 1:
+    if view.tp_size == 1 or view.attn_dp_size > 1:
         return
     if not view.device.startswith("cpu"):
         # The draft's embedding is an exchange of our own over the target's ranks: not in its graph.

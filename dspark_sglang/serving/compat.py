@@ -79,6 +79,7 @@ ALGORITHM_SYMBOLS = (
     # Its annotations name a class that only type checkers import.
     Symbol("sglang.srt.configs.draft_parallel.DraftParallelLayout"),
     Symbol("sglang.srt.distributed.parallel_state.get_self_pp_group", ()),
+    Symbol("sglang.srt.layers.dp_attention.get_dp_tp_group", ()),
     Symbol("sglang.srt.distributed.parallel_state.GroupCoordinator.all_reduce", _split("input_")),
     Symbol(
         "sglang.srt.distributed.parallel_state.GroupCoordinator.all_gather",

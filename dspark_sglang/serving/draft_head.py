@@ -65,7 +65,9 @@ class DraftHead:
         artifact = read_draft_vocab(path, vocab_size=int(head.org_vocab_size))
         weight: Any = getattr(head, "weight", None)
         why = ""
-        if weight is None or not weight.is_floating_point() or weight.element_size() < 2:
+        if vocabulary is None and head.tp_size > 1:
+            why = "the LM head is sharded with attention data parallelism"
+        elif weight is None or not weight.is_floating_point() or weight.element_size() < 2:
             why = "the LM head is quantised"
         elif getattr(head, "bias", None) is not None or model.logits_mup_width_multiplier:
             why = "the LM head has a bias or a multiplier"

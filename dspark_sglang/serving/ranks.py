@@ -112,19 +112,21 @@ class Vocabulary:
     def of(cls, model: Any, ranks: Ranks) -> Vocabulary | None:
         """The part of the LM head a draft model shares; None where every rank holds the whole of it.
 
+        None as well with attention data parallelism, where SGLang gathers whole rows.
+
         Raises:
             CompatibilityError: it is sharded in a way that exchanges of records do not know.
         """
         head = model.lm_head
-        if int(getattr(head, "tp_size", 1)) == 1:
+        if int(getattr(head, "tp_size", 1)) == 1 or get_parallel().attn_dp_enabled:
             return None
         added = int(head.num_embeddings) - int(head.org_vocab_size)
-        if added or int(head.tp_size) != ranks.count or get_parallel().attn_dp_enabled:
+        if added or int(head.tp_size) != ranks.count:
             raise CompatibilityError(
                 f"The LM head is sharded over {head.tp_size} of {ranks.count} ranks, with {added} "
-                "added tokens or attention data parallelism.",
-                expected="one shard a rank, no added tokens, no attention data parallelism",
-                fix="Serve with --tp alone, or run SGLang's builtin with DSPARK_PLUGIN=off.",
+                "added tokens.",
+                expected="one shard a rank and no added tokens",
+                fix="Serve without added tokens, or run SGLang's builtin with DSPARK_PLUGIN=off.",
             )
         if type(model).compute_base_logits is not DSparkDraftMixin.compute_base_logits:
             raise CompatibilityError(

@@ -90,7 +90,7 @@ def seat(model: Any, ranks: Ranks, *, folder: Path | None, mask: int, width: int
     vocabulary = Vocabulary.of(model, ranks)
     embed = model.embed_tokens
     embedding = None
-    if int(getattr(embed, "tp_size", 1)) > 1:
+    if vocabulary is not None and int(getattr(embed, "tp_size", 1)) > 1:
         model.embed_tokens = embedding = DraftEmbedding(embed, mask, width, ranks)
     return Seat(
         ranks=ranks,

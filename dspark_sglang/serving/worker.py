@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 import torch
+from sglang.srt.layers.dp_attention import get_dp_tp_group
 from sglang.srt.layers.logits_processor import LogitsProcessor
 from sglang.srt.runtime_context import (
     get_context,
@@ -207,10 +208,9 @@ class DSparkWorker(DSparkWorkerV2):
         blocks = get_spec().speculative_use_block_verification
         self._verification: Verification = "block" if blocks else settings.verification
         folder = Path(get_spec().speculative_draft_model_path)
-        group = getattr(self.draft_model.lm_head, "tp_group", None) or get_parallel().tp_group
         self._seat = seat(
             self.draft_model,
-            Ranks(group, self.telemetry),
+            Ranks(get_dp_tp_group(), self.telemetry),
             folder=folder if settings.draft_vocab == "auto" else None,
             mask=self._mask_token_id,
             width=self.query_token_num,

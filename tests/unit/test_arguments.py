@@ -33,6 +33,7 @@ def view(tmp_path: Path, drafter: Path | None, **flags: Any) -> SimpleNamespace:
         "speculative_dspark_block_size": None,
         "speculative_num_draft_tokens": None,
         "tp_size": 1,
+        "attn_dp_size": 1,
     }
     return SimpleNamespace(
         model_path=str(target),

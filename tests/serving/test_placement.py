@@ -34,7 +34,7 @@ class Pair(NamedTuple):
 def start(folder: Path, name: str, models: Models, ranks: int, **settings: str) -> Server:
     target, drafter = models
     port = free_port()
-    extra = ["--tp", str(ranks), "--skip-tokenizer-init"]
+    extra = ["--tp", str(ranks)]
     command = serve_command(target, port, dtype="float32", drafter=drafter, extra=extra)
     log = folder / f"{name}.log"
     return Server(command, port=port, log=log, environment=ONE_THREAD | settings).start()

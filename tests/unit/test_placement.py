@@ -210,3 +210,17 @@ def test_the_process_that_died_is_named(
     assert ended == [3], "SGLang goes on to end the rest"
     manager.gracefully_exit = True
     assert rank_death.died(handler) == []
+
+
+def test_ports_of_servers_are_not_those_that_ranks_are_given() -> None:
+    import socket
+
+    from dspark_sglang.demo.server import _first_handed_out, free_ports
+
+    found = free_ports(20)
+    assert len(set(found)) == 20
+    assert max(found) < _first_handed_out()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", found[0]))
+        probe.listen()
+        assert found[0] not in free_ports(20)

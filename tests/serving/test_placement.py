@@ -127,7 +127,7 @@ def require_the_law(server: Server, target: Path, options: str) -> None:
     model = Model(target, PROMPT)
     for option, seen in zip(wanted, counts, strict=True):
         verdict = sampled.judge("", Law(model, option.request), dict(seen))
-        assert verdict.freedom > 20
+        assert verdict.freedom > 10
         assert verdict.p_value > 1e-4, (option.name, verdict)
 
 

@@ -26,6 +26,7 @@ Plugin = Literal["auto", "off"]
 DraftVocab = Literal["auto", "whole"]
 Verification = Literal["rejection", "block"]
 Kernels = Literal["auto", "triton", "torch"]
+Placement = Literal["auto", "replicate", "shard", "single"]
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -51,6 +52,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     #: ``auto``: our Triton kernels on CUDA, PyTorch elsewhere. ``torch``: PyTorch everywhere.
     #: ``triton``: the kernels or nothing (on a CPU in Triton's interpreter, for tests).
     kernels: Kernels = "auto"
+    #: Where the draft backbone lives with ``--tp``. ``replicate``: whole on every rank. ``shard``: its heads
+    #: divided over the ranks, as SGLang does. ``single``: on rank 0, which sends its states to the
+    #: others. ``auto``: whichever of them a cost model finds fastest.
+    placement: Placement = "auto"
     #: Seed of draft sampling and acceptance. Negative: SGLang's ``--random-seed``.
     seed: int = -1
     #: Torch threads of the CPU platform. 0: the cores this process may run on.

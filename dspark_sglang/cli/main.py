@@ -13,6 +13,7 @@ from dspark_sglang.cli import (
     ablate,
     bench_kernels,
     bench_load,
+    bench_placement,
     bench_round,
     calibrate,
     demo,
@@ -59,6 +60,7 @@ app.command("demo")(demo.demo)
 app.command("bench-round")(bench_round.bench_round)
 app.command("bench-kernels")(bench_kernels.bench_kernels)
 app.command("bench-load")(bench_load.bench_load)
+app.command("bench-placement")(bench_placement.bench_placement)
 app.command("fetch-target")(fetch_target.fetch_target)
 app.command("generate-data")(generate_data.generate_data)
 app.command("train")(train.train)

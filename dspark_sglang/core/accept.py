@@ -162,13 +162,50 @@ def accept_block(round_: Round, uniforms: torch.Tensor) -> Accepted:
     weight = survives[request, prefix]
     law = round_.weights[row] * (weight / total[row])[:, None]
     left = round_.excess(law, request, prefix).sum(-1)
-    chance = torch.zeros_like(survives)
-    chance[request, prefix] = left / (left + 1.0 - weight).clamp(min=torch.finfo(p.dtype).tiny)
+    leaves = torch.zeros_like(survives[:, :gamma])
+    leaves[request, prefix] = left.to(leaves.dtype)
+    count = block_chances(survives, leaves, lens, uniforms[:, :gamma])
+    return _finish(round_, count, survives.gather(1, count[:, None])[:, 0], uniforms[:, gamma])
+
+
+def block_chances(
+    survives: torch.Tensor, left: torch.Tensor, lens: torch.Tensor, uniforms: torch.Tensor
+) -> torch.Tensor:
+    """``[R]`` int64 drafted tokens that block verification keeps.
+
+    Args:
+        survives: ``[R, gamma + 1]`` chance ``w_k`` that prefix ``k`` is kept.
+        left: ``[R, gamma]`` mass ``r_k`` that prefix ``k`` leaves of the next token's law; not read from
+            ``lens`` on.
+        uniforms: ``[R, gamma]``.
+    """
+    gamma = left.shape[1]
+    tiny = torch.finfo(left.dtype).tiny
+    chance = left / (left + 1.0 - survives[:, :gamma]).clamp(min=tiny)
+    chance = torch.nn.functional.pad(chance, (0, 1))
     chance.scatter_(1, lens[:, None], survives.gather(1, lens[:, None]))
     position = torch.arange(1, gamma + 1, device=lens.device)
-    kept = (uniforms[:, :gamma] < chance[:, 1:]) & (position <= lens[:, None])
-    count = (kept * position).max(dim=1).values if gamma else torch.zeros_like(lens)
-    return _finish(round_, count, survives.gather(1, count[:, None])[:, 0], uniforms[:, gamma])
+    kept = (uniforms < chance[:, 1:]) & (position <= lens[:, None])
+    return (kept * position).max(dim=1).values if gamma else torch.zeros_like(lens)
+
+
+def rows_of(
+    lens: torch.Tensor, first: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Logits rows of some requests, one after the other.
+
+    Args:
+        lens: ``[R]`` int64 drafted tokens of each that were verified.
+        first: ``[R]`` int64 row of each request's anchor.
+
+    Returns:
+        ``[n]`` int64 row in the logits, ``[n]`` int64 request it belongs to and ``[R]`` int64
+        place of each request's first.
+    """
+    owner = torch.repeat_interleave(torch.arange(len(lens), device=lens.device), lens + 1)
+    start = (lens + 1).cumsum(0) - (lens + 1)
+    row = first[owner] + torch.arange(len(owner), device=lens.device) - start[owner]
+    return row, owner, start
 
 
 def _finish(

@@ -57,13 +57,22 @@ def best(logits: torch.Tensor) -> torch.Tensor:
     """
     # max() beats argmax() threefold on CPU and breaks ties the same way; NaN counts as largest.
     values, tokens = logits.max(dim=-1)
-    if logits.device.type == "cpu" and not bool(values.isfinite().all()):
+    require_finite(values)
+    return tokens
+
+
+def require_finite(largest: torch.Tensor) -> None:
+    """Check the largest logit of each row, where that needs no device sync.
+
+    Raises:
+        NumericsError: one is not finite.
+    """
+    if largest.device.type == "cpu" and not bool(largest.isfinite().all()):
         raise NumericsError(
             "The target's logits are NaN or infinite, or every token is excluded.",
             expected="finite logits with at least one allowed token",
             fix="Check the model's weights and dtype, and the request's grammar and logit_bias.",
         )
-    return tokens
 
 
 class Filters(NamedTuple):

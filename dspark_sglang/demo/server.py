@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -38,13 +39,32 @@ STOP_SECONDS = 20.0
 Name = TypeVar("Name", bound=str)
 
 
+def _first_handed_out() -> int:
+    """The lowest port that the kernel gives to sockets that ask for any (Linux)."""
+    try:
+        return int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    except (OSError, ValueError, IndexError):
+        return 32768
+
+
 def free_ports(count: int) -> list[int]:
-    """Different TCP ports nobody listens on at this moment."""
-    with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [int(probe.getsockname()[1]) for probe in probes]
+    """Different TCP ports nobody listens on at this moment.
+
+    They lie below those the kernel hands out: the ranks of a server that starts take many of these, and
+    would take its own before it listens.
+    """
+    low = max(2048, _first_handed_out())
+    found: list[int] = []
+    for port in random.SystemRandom().sample(range(low // 2, low), k=low // 2):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        found.append(port)
+        if len(found) == count:
+            break
+    return found
 
 
 def free_port() -> int:
@@ -111,6 +131,10 @@ class Server:
         """Process id of the launched server, which is also its process group."""
         assert self._process is not None, "the server was not started"
         return self._process.pid
+
+    def alive(self) -> bool:
+        """Whether the launched process still runs."""
+        return self._process is not None and self._process.poll() is None
 
     def poll(self) -> bool:
         """Whether the server is up and takes requests.

@@ -9,7 +9,7 @@ scheduling depends on drafted values as it would with a real one.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -58,7 +58,17 @@ def write_tokenizer(folder: Path) -> None:
     made.save_pretrained(folder)
 
 
-def _random_target(seed: int) -> Any:
+class Heads(NamedTuple):
+    """Attention heads of the tiny models: queries and keys of the target, then of the drafter."""
+
+    target: tuple[int, int] = (4, 2)
+    drafter: tuple[int, int] = (4, 2)
+
+
+HEADS = Heads()
+
+
+def _random_target(seed: int, heads: tuple[int, int]) -> Any:
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     config = LlamaConfig(
@@ -66,8 +76,8 @@ def _random_target(seed: int) -> Any:
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        num_attention_heads=heads[0],
+        num_key_value_heads=heads[1],
         head_dim=16,
         max_position_embeddings=512,
         bos_token_id=1,
@@ -115,9 +125,9 @@ def _scale(logits: torch.Tensor) -> float:
     return low
 
 
-def write_target(folder: Path, seed: int) -> torch.Tensor:
+def write_target(folder: Path, seed: int, heads: tuple[int, int] = HEADS.target) -> torch.Tensor:
     """Write the target in float32; returns mean logits after each token, ``[V, V]``."""
-    model = _random_target(seed)
+    model = _random_target(seed, heads)
     logits = _contexts(model, seed, 8)
     factor = _scale(logits)
     model.lm_head.weight.data.mul_(factor)
@@ -128,7 +138,13 @@ def write_target(folder: Path, seed: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def write_random_drafter(folder: Path, target: Path, bigrams: torch.Tensor, seed: int) -> None:
+def write_random_drafter(
+    folder: Path,
+    target: Path,
+    bigrams: torch.Tensor,
+    seed: int,
+    heads: tuple[int, int] = HEADS.drafter,
+) -> None:
     """Write the drafter; ``bigrams`` ``[V, V]`` are the logits its Markov head should give."""
     from transformers import AutoConfig, AutoTokenizer
 
@@ -136,6 +152,7 @@ def write_random_drafter(folder: Path, target: Path, bigrams: torch.Tensor, seed
     config = drafter_config(
         spec, AutoConfig.from_pretrained(target), AutoTokenizer.from_pretrained(target)
     )
+    config |= {"num_attention_heads": heads[0], "num_key_value_heads": heads[1]}
     drafter = Drafter(parse_drafter_config(config))
     initialise(drafter, seed + 2)
     drafter.norm.weight.fill_(_GAIN)
@@ -153,12 +170,12 @@ def write_random_drafter(folder: Path, target: Path, bigrams: torch.Tensor, seed
     write_drafter(folder, config, drafter.state_dict())
 
 
-def ensure_models(folder: Path, seed: int) -> tuple[Path, Path]:
+def ensure_models(folder: Path, seed: int, heads: Heads = HEADS) -> tuple[Path, Path]:
     """The target's and the drafter's folders below ``folder``, made unless already there."""
     target, drafter, done = folder / "target", folder / "drafter", folder / _DONE
     if not (done.is_file() and done.read_text() == str(seed)):
         done.unlink(missing_ok=True)
-        bigrams = write_target(target, seed)
-        write_random_drafter(drafter, target, bigrams, seed)
+        bigrams = write_target(target, seed, heads.target)
+        write_random_drafter(drafter, target, bigrams, seed, heads.drafter)
         write_bytes(done, str(seed).encode())
     return target, drafter

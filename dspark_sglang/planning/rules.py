@@ -372,8 +372,8 @@ RULES = (
             and any(heads % case.layout.tp for heads in case.model.heads[1:])
         ),
         "refused",
-        "The drafter's attention heads do not divide over these ranks: a dense drafter is always "
-        "shared over all of them. Choose another --tp.",
+        "The drafter's attention heads do not divide over these ranks: this plugin then keeps it whole "
+        "on a rank, which is not planned, and the builtin cannot serve it. Choose another --tp.",
         Citation("srt/models/dflash.py", 215, "assert self.total_num_heads % tp_size == 0"),
     ),
     Rule(
@@ -390,7 +390,7 @@ RULES = (
         "cpu-ranks",
         lambda case: case.machine.on_cpu and (case.layout.tp > 1 or case.options.attention_dp > 1),
         "refused",
-        "The CPU platform serves one rank here. Leave --tp and --attention-dp out.",
+        "Several ranks of the CPU platform are not planned. Leave --tp and --attention-dp out.",
         Citation(_ARGUMENTS, None, "--dp-size with attention data parallelism"),
     ),
 )

@@ -22,11 +22,12 @@ from dspark_sglang.checkpoint import (
 )
 from dspark_sglang.config import COST_AUTO, read_settings
 from dspark_sglang.errors import CheckpointError, ConfigError, DSparkError
-from dspark_sglang.serving import preflight, preflight_argv, warmup
+from dspark_sglang.serving import placement, preflight, preflight_argv, warmup
 
 _RESOLVER = "_handle_dspark"
 _MODE = "SGLANG_RAGGED_VERIFY_MODE"
 _FOLDED = "SGLANG_DSPARK_FOLDED_PROPOSAL"
+_EMBED = "SGLANG_DSPARK_EMBED_IN_GRAPH"
 
 
 def stop(error: DSparkError) -> NoReturn:
@@ -52,6 +53,7 @@ def resolve(original: Callable[[Any], None], server_args: Any) -> None:
         _refuse_ignored_options(view)
         drafter = _check_drafter(view)
         preflight.check_memory(view)
+        _check_placement(view, drafter)
         _require_compact_mode()
     except DSparkError as error:
         stop(error)
@@ -114,6 +116,19 @@ def _refuse_ignored_options(view: Any) -> None:
                 expected="DSPARK without it",
                 fix=f"Remove {name}, or run SGLang's builtin with DSPARK_PLUGIN=off.",
             )
+
+
+def _check_placement(view: Any, drafter: DrafterConfig | None) -> None:
+    """Refuse a placement that cannot be, where the drafter is known already."""
+    if view.tp_size == 1 or view.attn_dp_size > 1:
+        return
+    if not view.device.startswith("cpu"):
+        # The draft's embedding is an exchange of our own over the target's ranks: not in its graph.
+        os.environ[_EMBED] = "0"
+    if drafter is not None:
+        placement.decide(
+            read_settings(), drafter, ranks=int(view.tp_size), requests=1, device=str(view.device)
+        )
 
 
 def _require_compact_mode() -> None:

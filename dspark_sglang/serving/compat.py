@@ -36,6 +36,11 @@ HOOKS = {
     "SchedulerInternalStateController._update_handlers",
     "finish": "sglang.srt.managers.schedule_batch.Req.update_finish_state",
     "arguments": "sglang.srt.arg_groups.speculative_hook._handle_dspark",
+    # The worker's own name for it.
+    "placement": "sglang.srt.speculative.dspark_components.dspark_worker_v2."
+    "resolve_draft_parallel_layout",
+    "rank_death": "sglang.srt.managers.tokenizer_manager.SignalHandler."
+    "running_phase_sigquit_handler",
     "worker": "sglang.srt.speculative.spec_info.SpeculativeAlgorithm.create_worker",
     # The scheduler's own name for it: that module has imported the function by now.
     "validation": "sglang.srt.managers.scheduler.validate_dflash_request",
@@ -47,6 +52,7 @@ CPU_HOOKS = {
     "filtered_sampling": "sglang.srt.layers.sampler.top_k_top_p_min_p_sampling_from_probs_torch",
     "unfiltered_sampling": "sglang.srt.layers.sampler.sampling_from_probs_torch",
     "seeded_sampling": "sglang.srt.layers.sampler.multinomial_with_seed",
+    "threads": "sglang.srt.distributed.bootstrap._bind_threads_if_cpu",
     "batch_invariance": (
         "sglang.srt.model_executor.model_runner.ModelRunner.maybe_enable_batch_invariant_mode"
     ),
@@ -64,6 +70,41 @@ ALGORITHM_SYMBOLS = (
     Symbol("sglang.srt.entrypoints.warmup.execute_warmups"),
     Symbol(HOOKS["arguments"], _split("server_args")),
     Symbol(HOOKS["worker"], _split("server_args")),
+    Symbol(HOOKS["rank_death"], _split("signum frame")),
+    Symbol(
+        "sglang.srt.utils.watchdog.SubprocessWatchdog.__init__",
+        _split("processes process_names interval"),
+    ),
+    Symbol(HOOKS["placement"], _split("model_spec collapse_cp")),
+    # Its annotations name a class that only type checkers import.
+    Symbol("sglang.srt.configs.draft_parallel.DraftParallelLayout"),
+    Symbol("sglang.srt.distributed.parallel_state.get_self_pp_group", ()),
+    Symbol("sglang.srt.layers.dp_attention.get_dp_tp_group", ()),
+    Symbol("sglang.srt.distributed.parallel_state.GroupCoordinator.all_reduce", _split("input_")),
+    Symbol(
+        "sglang.srt.distributed.parallel_state.GroupCoordinator.all_gather",
+        _split("input_ dim output_tensor_list"),
+    ),
+    Symbol(
+        "sglang.srt.distributed.parallel_state.GroupCoordinator.broadcast", _split("input_ src")
+    ),
+    Symbol(
+        "sglang.srt.layers.logits_processor.LogitsProcessor._get_logits",
+        _split("hidden_states lm_head logits_metadata embedding_bias use_logits_buffer"),
+    ),
+    Symbol(
+        "sglang.srt.layers.vocab_parallel_embedding.VocabParallelEmbedding._embed_local_shard",
+        ("input_",),
+    ),
+    Symbol("sglang.srt.models.dspark.project_through_lm_head", _split("hidden lm_head")),
+    Symbol("sglang.srt.models.dspark.DSparkDraftMixin.compute_base_logits", ("hidden",)),
+    Symbol(
+        f"{_DSPARK}.dspark_worker_v2.DSparkWorkerV2.alloc_memory_pool",
+        _split("memory_pool_config req_to_token_pool token_to_kv_pool_allocator"),
+    ),
+    Symbol(f"{_DSPARK}.dspark_worker_v2.DSparkWorkerV2.init_cuda_graphs", ()),
+    Symbol(f"{_DSPARK}.dspark_kv_inject.TargetHiddenKvInjector.inject_prefill"),
+    Symbol("sglang.srt.environ.envs.SGLANG_DSPARK_EMBED_IN_GRAPH"),
     Symbol("sglang.srt.arg_groups.overrides.resolving_view", _split("server_args")),
     Symbol("sglang.srt.arg_groups.overrides.declare_resolution"),
     Symbol("sglang.srt.runtime_context.get_exec"),
@@ -71,11 +112,6 @@ ALGORITHM_SYMBOLS = (
     Symbol("sglang.srt.runtime_context.get_observability"),
     Symbol("sglang.srt.runtime_context.get_parallel"),
     Symbol("sglang.srt.runtime_context.get_schedule"),
-    Symbol("sglang.srt.speculative.spec_tp_sync.SpecTpSyncSite.DSPARK_DRAFT"),
-    Symbol("sglang.srt.speculative.spec_tp_sync.SpecTpSyncSite.DSPARK_PLAN"),
-    Symbol("sglang.srt.speculative.spec_tp_sync.SpecTpSyncSite.DSPARK_ACCEPT_GREEDY"),
-    Symbol("sglang.srt.speculative.spec_tp_sync.SpecTpSyncSite.DSPARK_ACCEPT_SAMPLE"),
-    Symbol("sglang.srt.speculative.spec_tp_sync.SpecTpSync.sync"),
     Symbol("sglang.srt.models.dspark.DSparkDraftMixin._stacked_ctx_kv_params"),
     Symbol("sglang.srt.models.dflash.DFlashDraftModel.project_target_hidden"),
     Symbol(
@@ -199,6 +235,7 @@ CPU_SYMBOLS = (
     Symbol(CPU_HOOKS["unfiltered_sampling"], _split("probs sampling_seed positions")),
     Symbol(CPU_HOOKS["seeded_sampling"], _split("logprobs seed positions")),
     Symbol(CPU_HOOKS["batch_invariance"], ()),
+    Symbol(CPU_HOOKS["threads"], ("device",)),
     Symbol(f"{_PLATFORM}.get_default_attention_backend", ()),
     Symbol(f"{_PLATFORM}.get_default_speculative_draft_attention_backend", ("algorithm",)),
     Symbol(f"{_PLATFORM}.supports_speculative_algorithm", ("algorithm",)),

@@ -11,6 +11,7 @@ from sglang.srt.models.dspark import DSparkDraftMixin
 
 from dspark_sglang.artifacts import DRAFT_VOCAB_FILE, read_draft_vocab
 from dspark_sglang.serving.cpu.packing import can_pack, pack, packed_linear
+from dspark_sglang.serving.ranks import Vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -24,11 +25,17 @@ class DraftHead:
     Args:
         head: ``[V, d]`` weight of the target's LM head.
         tokens: ``[M]`` ascending int64 tokens.
+        vocabulary: where ``head`` is a shard of it; every rank then keeps the rows of all.
     """
 
-    def __init__(self, head: torch.Tensor, tokens: torch.Tensor) -> None:
+    def __init__(
+        self, head: torch.Tensor, tokens: torch.Tensor, vocabulary: Vocabulary | None = None
+    ) -> None:
         self.tokens = tokens.to(head.device)
-        weight = head.detach()[self.tokens]
+        if vocabulary is None:
+            weight = head.detach()[self.tokens]
+        else:
+            weight = vocabulary.rows(self.tokens)
         self._packed = head.device.type == "cpu" and can_pack(weight)
         self._weight = pack(weight) if self._packed else weight
 
@@ -39,11 +46,11 @@ class DraftHead:
         return torch.nn.functional.linear(hidden.to(self._weight.dtype), self._weight)
 
     @classmethod
-    def beside(cls, drafter: Path, model: Any) -> DraftHead | None:
+    def beside(cls, drafter: Path, model: Any, vocabulary: Vocabulary | None) -> DraftHead | None:
         """The draft head of a drafter that has a draft vocabulary; None without one.
 
-        None as well, and said in the log, where it cannot be used: a head that is sharded over
-        ranks or quantised, or a drafter that makes its base logits otherwise.
+        None as well, and said in the log, where it cannot be used: a quantised head, or a drafter
+        that makes its base logits otherwise.
 
         Raises:
             ArtifactError: the file is damaged or belongs to another vocabulary.
@@ -58,8 +65,8 @@ class DraftHead:
         artifact = read_draft_vocab(path, vocab_size=int(head.org_vocab_size))
         weight: Any = getattr(head, "weight", None)
         why = ""
-        if head.tp_size > 1:
-            why = f"the LM head is sharded over {head.tp_size} ranks"
+        if vocabulary is None and head.tp_size > 1:
+            why = "the LM head is sharded with attention data parallelism"
         elif weight is None or not weight.is_floating_point() or weight.element_size() < 2:
             why = "the LM head is quantised"
         elif getattr(head, "bias", None) is not None or model.logits_mup_width_multiplier:
@@ -67,4 +74,4 @@ class DraftHead:
         if why:
             logger.warning("%s is not used: %s. Drafting over all tokens.", path, why)
             return None
-        return cls(weight, torch.tensor(artifact.tokens))
+        return cls(weight, torch.tensor(artifact.tokens), vocabulary)

@@ -76,6 +76,16 @@ def _algorithm_hooks() -> list[tuple[str, str, Callable[..., Any], str]]:
 
         return DSparkWorker
 
+    def place(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        from dspark_sglang.serving import placement
+
+        return placement.layout(original, *args, **kwargs)
+
+    def tell(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        from dspark_sglang.serving import rank_death
+
+        return rank_death.tell(original, *args, **kwargs)
+
     def refuse_inexact(original: Callable[..., Any], req: Any, enable_overlap: bool) -> Any:
         from dspark_sglang.serving import requests
 
@@ -96,6 +106,8 @@ def _algorithm_hooks() -> list[tuple[str, str, Callable[..., Any], str]]:
         ("finish", compat.HOOKS["finish"], finish, "AROUND"),
         ("arguments", compat.HOOKS["arguments"], handle_arguments, "AROUND"),
         ("worker", compat.HOOKS["worker"], create_worker, "AROUND"),
+        ("rank_death", compat.HOOKS["rank_death"], tell, "AROUND"),
+        ("placement", compat.HOOKS["placement"], place, "AROUND"),
         ("validation", compat.HOOKS["validation"], refuse_inexact, "AROUND"),
     ]
 

@@ -10,8 +10,8 @@ from sglang.srt.speculative.dspark_components.dspark_planner import (
     DSparkVerifyPlanner,
     ragged_capture_num_tokens,
 )
-from sglang.srt.speculative.spec_tp_sync import SpecTpSyncSite
 
+from dspark_sglang.core.schedule import admission_order
 from dspark_sglang.serving.control import Budgeted, Control
 from dspark_sglang.serving.ops import Ops
 from dspark_sglang.serving.telemetry import Telemetry
@@ -37,6 +37,8 @@ class Planner(DSparkVerifyPlanner):
         #: Cells of the window that the running step verifies; None: all of them.
         self.rows: torch.Tensor | None = None
         self._budgeted: Budgeted | None = None
+        #: Whether that is the running step's, decided before SGLang asks for it.
+        self._decided = False
         self._is_verify_all = not control.adaptive
         if not control.adaptive:
             # Without it SGLang plans no budget, and no rank waits for another's.
@@ -52,6 +54,19 @@ class Planner(DSparkVerifyPlanner):
         """The budget of this step, decided on the host (no overlap: the host has confidences)."""
         if not self._control.adaptive:
             return None
+        if not self._decided:
+            self.decide(confidence, req_pool_indices)
+        self._decided = False
+        assert self._budgeted is not None
+        return self._budgeted.budget
+
+    def decide(self, confidence: torch.Tensor, req_pool_indices: torch.Tensor) -> None:
+        """Decide on the budget of this step; without drafted tokens every rank finds the same.
+
+        Args:
+            confidence: ``[R, gamma]`` calibrated.
+            req_pool_indices: ``[R]`` rows of the request pool.
+        """
         pool = self.model_runner.req_to_token_pool  # made after this planner
         with self._telemetry.timed("plan"):
             slots = req_pool_indices.cpu().long()
@@ -64,9 +79,20 @@ class Planner(DSparkVerifyPlanner):
                 pool=int(pool.req_to_token.shape[0]),
                 buckets=None if captured is None else np.asarray(captured, dtype=np.int64),
             )
-        # Every rank times its own rounds; all must run the same forward.
-        agreed = torch.tensor([self._budgeted.budget], device=confidence.device)
-        return int(self._tp_sync.sync(SpecTpSyncSite.DSPARK_PLAN, agreed))
+
+    def packed(self) -> torch.Tensor:
+        """``[1 + R * gamma]`` int64: what was decided, for ranks that time their own rounds."""
+        assert self._budgeted is not None
+        budget = torch.tensor([self._budgeted.budget])
+        survival = torch.from_numpy(np.ascontiguousarray(self._budgeted.survival))
+        return torch.cat([budget, survival.view(torch.int64).flatten()])
+
+    def agree(self, packed: torch.Tensor, requests: int) -> None:
+        """Take over what a rank has :meth:`packed`: all must run the same forward."""
+        values = packed.cpu().contiguous()
+        survival = values[1:].view(torch.float64).view(requests, -1).numpy()
+        self._budgeted = Budgeted(survival, admission_order(survival), int(values[0]))
+        self._decided = True
 
     def _schedule_verify_lens(
         self,
@@ -82,9 +108,7 @@ class Planner(DSparkVerifyPlanner):
             return None
         given = self._budgeted
         found = self._ops.admit(given.survival, given.order, budget, torch.device(device))
-        packed = torch.cat([found.lens.to(torch.int64), found.rows])
-        packed = self._tp_sync.sync(SpecTpSyncSite.DSPARK_PLAN, packed)
-        lens, self.rows = packed[: len(found.lens)], packed[len(found.lens) :]
-        verify_lens: torch.Tensor = (lens + 1).to(torch.int32)
+        self.rows = found.rows
+        verify_lens: torch.Tensor = (found.lens + 1).to(torch.int32)
         self._telemetry.ran[f"schedule:{self._form if self._control.plan.draft else 'plain'}"] += 1
         return verify_lens

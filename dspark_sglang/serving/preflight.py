@@ -74,7 +74,7 @@ def check_memory(view: Any) -> None:
         weight_elements(Path(path)) * width for path in paths if path and Path(path).is_dir()
     )
     free = psutil.virtual_memory().available
-    needed = weights + _OVERHEAD_BYTES
+    needed = weights + _OVERHEAD_BYTES * int(view.tp_size)
     if weights and needed > free:
         raise ConfigError(
             f"{free / 2**30:.1f} GiB of memory are free.",

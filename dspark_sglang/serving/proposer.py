@@ -10,12 +10,12 @@ from sglang.srt.speculative.dspark_components.dspark_draft import (
     DraftBlockResult,
     DraftProposal,
 )
-from sglang.srt.speculative.spec_tp_sync import SpecTpSyncSite
 
 from dspark_sglang.core.draft import DraftBlock
 from dspark_sglang.serving.control import Control
-from dspark_sglang.serving.draft_head import DraftHead
 from dspark_sglang.serving.ops import Ops, SampledRows
+from dspark_sglang.serving.planner import Planner
+from dspark_sglang.serving.seat import Seat
 from dspark_sglang.serving.telemetry import Telemetry
 
 
@@ -37,14 +37,21 @@ class Proposer(DraftBlockProposer):
         *,
         ops: Ops,
         telemetry: Telemetry,
-        head: DraftHead | None,
+        seat: Seat,
         control: Control,
+        planner: Planner,
     ) -> None:
-        """Attach what our part needs; called once after construction."""
+        """Attach what our part needs; called once after construction.
+
+        Args:
+            seat: where the drafter lives.
+            planner: decides how much is verified; with ranks, as soon as the block is drafted.
+        """
         self._control = control
+        self._planner = planner
+        self._seat = seat
         self._ops = ops
         self._telemetry = telemetry
-        self._head = head
         #: Requests of the last step, and those of them that sample.
         self._requests: list[Any] = []
         self._rows: SampledRows | None = None
@@ -74,40 +81,62 @@ class Proposer(DraftBlockProposer):
         rows = self._sampled_rows(batch, sampling_info)
         if not depth:
             return self._nothing(draft_input, bs, rows)
-        embed = target_model.get_input_embeddings() if self.sample_from_anchor else None
-        forward = self._run_forward(
-            batch=batch,
-            draft_input=draft_input,
-            verify_window=verify_window,
-            bs=bs,
-            device=device,
-            embed_module=embed or self.draft_model.embed_tokens,
-            sampling_info=sampling_info,
-            anchor_prepared=anchor_prepared,
-        )
-        with self._telemetry.timed("draft_head"):
-            hidden = forward.raw_hidden.view(bs, self.gamma, -1)[:, :depth]
-            logits, features = self._base_logits(hidden.reshape(bs * depth, -1))
-            anchors = forward.draft_block_ids[:, 0]
-            block = self._ops.draft(
-                logits.view(bs, depth, -1),
-                forward.draft_hidden_3d[:, :depth],
-                anchors,
-                verify_window.positions_2d[:, 0],
-                rows,
-                None if self._head is None else self._head.tokens,
+        ids = self.draft_block_ids_view(bs=bs, device=batch.seq_lens.device)
+        if self._seat.drafts:
+            embed = target_model.get_input_embeddings() if self.sample_from_anchor else None
+            forward = self._run_forward(
+                batch=batch,
+                draft_input=draft_input,
+                verify_window=verify_window,
+                bs=bs,
+                device=device,
+                embed_module=self._seat.embedding or embed or self.draft_model.embed_tokens,
+                sampling_info=sampling_info,
+                anchor_prepared=anchor_prepared,
             )
-            # One broadcast of the block, so that no rank verifies another rank's draft.
-            tokens = self._tp_sync.sync(SpecTpSyncSite.DSPARK_DRAFT, block.tokens)
-            previous = torch.cat([anchors[:, None], tokens[:, :-1]], dim=1)
-            confidence, raw = self._ops.confidence(features.view(bs, depth, -1), previous)
+            states = self._seat.sent(forward.raw_hidden)
+        else:
+            ids[:, 0].copy_(draft_input.bonus_tokens.view(-1))
+            states = self._seat.received(ids, self.gamma)
+        hidden = states.view(bs, self.gamma, -1)[:, :depth]
+        with self._telemetry.timed("draft_head"):
+            block = self._block(hidden, ids[:, 0], verify_window.positions_2d[:, 0], rows)
+            confidence, raw = self._ops.confidence(hidden, block.previous)
             self._control.logits = raw
-        missing = self.gamma - depth
+        tokens, missing = block.tokens, self.gamma - depth
         if missing:  # never verified: the plan admits no more than it drafts
             tokens, confidence, raw = (
                 torch.nn.functional.pad(part, (0, missing)) for part in (tokens, confidence, raw)
             )
-        return self._proposal(forward.draft_block_ids, tokens, block, rows, (confidence, raw))
+        tokens = self._agreed(tokens, confidence, batch.req_pool_indices)
+        return self._proposal(ids, tokens, block, rows, (confidence, raw))
+
+    def _block(
+        self,
+        hidden: torch.Tensor,
+        anchors: torch.Tensor,
+        positions: torch.Tensor,
+        rows: SampledRows | None,
+    ) -> DraftBlock:
+        """A block of draft states ``[R, depth, d]``, after anchors ``[R]`` at positions ``[R]``."""
+        base = self._base_logits(hidden.flatten(0, 1)).view(*hidden.shape[:2], -1)
+        return self._ops.draft(base, hidden, anchors, positions, rows, self._seat.tokens)
+
+    def _agreed(
+        self, tokens: torch.Tensor, confidence: torch.Tensor, pool: torch.Tensor
+    ) -> torch.Tensor:
+        """Rank 0's block on every rank, and how much of it is verified: one broadcast for both."""
+        if self._seat.ranks.count == 1:
+            return tokens
+        planned = tokens.new_empty(0)
+        if self._control.adaptive:
+            self._planner.decide(confidence, pool)
+            planned = self._planner.packed().to(tokens.device)
+        packed = torch.cat([planned, tokens.flatten()])
+        packed = self._seat.ranks.broadcast(packed, "block")
+        if self._control.adaptive:
+            self._planner.agree(packed[: len(planned)], len(tokens))
+        return packed[len(planned) :].view(tokens.shape)
 
     def _nothing(self, draft_input: Any, bs: int, rows: SampledRows | None) -> DraftProposal:
         """A proposal of no tokens, for a step that does not draft: only anchors are verified."""
@@ -155,10 +184,12 @@ class Proposer(DraftBlockProposer):
             verify_ids=torch.cat([ids[:, :1], tokens], dim=1),
         )
 
-    def _base_logits(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits of the parallel stage and the features that confidence reads."""
-        if self._head is not None:
-            return self._head.logits(hidden), hidden
+    def _base_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits ``[N, M]`` of the parallel stage: of the draft vocabulary, this rank's, or all."""
+        if self._seat.head is not None:
+            return self._seat.head.logits(hidden)
+        if self._seat.vocabulary is not None:
+            return self._seat.vocabulary.logits(hidden)
         with self._base_logits_context():
-            logits, features = self.draft_model.compute_base_logits(hidden)
-        return logits, features
+            logits: torch.Tensor = self.draft_model.compute_base_logits(hidden)[0]
+        return logits

@@ -27,6 +27,9 @@ class Telemetry:
         self.ran: Counter[str] = Counter()
         #: Seconds spent in each part, as the host saw it.
         self.seconds: defaultdict[str, float] = defaultdict(float)
+        #: Collectives by purpose, and bytes that each left on this rank.
+        self.collectives: Counter[str] = Counter()
+        self.collective_bytes: Counter[str] = Counter()
         self.steps = 0
         #: One per request and step that drafted, and one per request and step that did not.
         self.rounds = 0
@@ -83,6 +86,11 @@ class Telemetry:
             lens, counts = found.numpy()
             self.observe_round(lens, counts, drafted)
 
+    def exchanged(self, what: str, size: int) -> None:
+        """Count a collective of ``size`` bytes."""
+        self.collectives[what] += 1
+        self.collective_bytes[what] += size
+
     @contextlib.contextmanager
     def timed(self, part: str) -> Any:
         """Add the host seconds of a ``with`` block to ``part``."""
@@ -111,6 +119,8 @@ class Telemetry:
             "position_acceptance": (self._kept / reached).round(4).tolist(),
             "planner_share": self.seconds.get("plan", 0.0) / spent if spent else None,
             "ran": dict(self.ran),
+            "collectives": dict(self.collectives),
+            "collective_bytes": dict(self.collective_bytes),
             "seconds": {part: round(value, 6) for part, value in self.seconds.items()},
         }
 

@@ -17,7 +17,6 @@ from sglang.srt.speculative.dspark_components.dspark_verify import (
     TargetVerifyExecutor,
     TargetVerifyResult,
 )
-from sglang.srt.speculative.spec_tp_sync import SpecTpSyncSite
 
 from dspark_sglang.core.accept import stop_at
 from dspark_sglang.core.penalties import Penalties
@@ -25,6 +24,7 @@ from dspark_sglang.serving.control import Control
 from dspark_sglang.serving.ops import Ops, Verified
 from dspark_sglang.serving.planner import Planner
 from dspark_sglang.serving.proposer import OurDraftBlock
+from dspark_sglang.serving.seat import Seat
 from dspark_sglang.serving.telemetry import Telemetry
 
 if TYPE_CHECKING:
@@ -79,14 +79,18 @@ def batch_stops(requests: Sequence[Any], device: Any) -> torch.Tensor | None:
 class Verifier(TargetVerifyExecutor):
     """Overrides packing, acceptance and commit; the target forward stays SGLang's."""
 
-    def bind(self, *, planner: Planner, ops: Ops, telemetry: Telemetry, control: Control) -> None:
+    def bind(
+        self, *, planner: Planner, ops: Ops, telemetry: Telemetry, control: Control, seat: Seat
+    ) -> None:
         """Attach what our part needs; called once after construction.
 
         Args:
             control: learns from what is accepted.
             planner: knows which rows a step verifies.
             ops: decide what is accepted.
+            seat: which part of the vocabulary this rank has.
         """
+        self._seat = seat
         self._planner = planner
         self._control = control
         self._ops = ops
@@ -142,6 +146,7 @@ class Verifier(TargetVerifyExecutor):
         output.hidden_states = output.hidden_states[: len(index)]
         self._packed = index
         self._stops = batch_stops(batch.reqs, device)
+        self._gather(batch, output, sampling_info)
         if self._needs_strided(batch, sampling_info):
             self._spread(output, layout)
         self._adjust(batch, output.next_token_logits, draft_tokens, layout, sampling_info)
@@ -166,6 +171,7 @@ class Verifier(TargetVerifyExecutor):
             verify_window=verify_window,
             sampling_info=None,  # its own adjustments are not exact
         )
+        self._gather(batch, result.logits_output, sampling_info)
         logits = result.logits_output.next_token_logits
         self._adjust(batch, logits, verify_ids_2d[:, 1:], None, sampling_info)
         return result
@@ -194,6 +200,32 @@ class Verifier(TargetVerifyExecutor):
             or getattr(sampling_info, "sampling_mask_batch_indices", None) is not None
         )
 
+    def _gather(self, batch: Any, output: Any, info: Any) -> None:
+        """Make whole rows of sharded logits where something reads whole rows."""
+        vocabulary = self._seat.vocabulary
+        if vocabulary is None:
+            return
+        filters = ("need_top_k_sampling", "need_top_p_sampling", "need_min_p_sampling")
+        # The noise of a seeded draw that filters is keyed by the token's rank in the whole row.
+        ranked = getattr(info, "sampling_seed", None) is not None and any(
+            getattr(info, name) for name in filters
+        )
+        if ranked or self._needs_strided(batch, info) or self._adjusts(batch, info):
+            output.next_token_logits = vocabulary.gathered(output.next_token_logits, "logits")
+            self._telemetry.ran["logits:gathered"] += 1
+        else:
+            output.next_token_logits = vocabulary.own(output.next_token_logits)
+            self._telemetry.ran["logits:sharded"] += 1
+
+    @staticmethod
+    def _adjusts(batch: Any, info: Any) -> bool:
+        """Whether plain decoding adds anything to the logits of some request."""
+        return bool(
+            getattr(info, "logit_bias", None) is not None
+            or getattr(info, "has_custom_logit_processor", False)
+            or any(request_penalties(request).active for request in batch.reqs)
+        )
+
     def _spread(self, output: Any, layout: Any) -> None:
         for name in ("next_token_logits", "hidden_states"):
             strided = ScatterCompactToStrided.execute(
@@ -218,12 +250,12 @@ class Verifier(TargetVerifyExecutor):
         self, batch: Any, logits: torch.Tensor, drafted: torch.Tensor, layout: Any, info: Any
     ) -> None:
         """What plain decoding adds to logits before it samples, at every row of the blocks."""
+        if not self._adjusts(batch, info):
+            return
         # Read from the requests: the batch's own penalty state may have been dropped on the way.
         penalties = [request_penalties(request) for request in batch.reqs]
         bias = getattr(info, "logit_bias", None)
         custom = getattr(info, "has_custom_logit_processor", False)
-        if bias is None and not custom and not any(p.active for p in penalties):
-            return
         lens = self._drafted_lens(layout, len(batch.reqs), logits.device)
         starts, sizes = self._first_rows(lens).tolist(), (lens + 1).tolist()
         blocks = drafted.tolist()
@@ -278,12 +310,7 @@ class Verifier(TargetVerifyExecutor):
                 # SGLang prefers a stop string anywhere in a run to a stop token before it.
                 outcome = stop_at(outcome, drafted, self._stops)
         packed = torch.stack([outcome.count, outcome.token])
-        site = (
-            SpecTpSyncSite.DSPARK_ACCEPT_GREEDY
-            if draft_block.rows is None
-            else SpecTpSyncSite.DSPARK_ACCEPT_SAMPLE
-        )
-        count, token = self._tp_sync.sync(site, packed).unbind(0)
+        count, token = self._seat.ranks.broadcast(packed, "outcome").unbind(0)
         self._telemetry.observe_later(torch.stack([lens, count]), self._control.plan.depth)
         if self._control.adaptive:
             self._control.accepted(lens.cpu().numpy(), count.cpu().numpy())
@@ -316,6 +343,8 @@ class Verifier(TargetVerifyExecutor):
         bs: int,
         run_compact: bool,
     ) -> None:
+        if not self._seat.drafts:
+            return  # the draft's KV is another rank's
         injector = self.kv_injector
         pool = injector.draft_model_runner.token_to_kv_pool
         plain = not hasattr(pool, "set_swa_key_buffer_radix_fused_norm_rope")

@@ -10,6 +10,8 @@ from typing import Any
 
 import msgspec
 import torch
+from sglang.srt.layers.dp_attention import get_dp_tp_group
+from sglang.srt.layers.logits_processor import LogitsProcessor
 from sglang.srt.runtime_context import (
     get_context,
     get_observability,
@@ -18,7 +20,6 @@ from sglang.srt.runtime_context import (
     get_spec,
 )
 from sglang.srt.speculative.dspark_components.dspark_worker_v2 import DSparkWorkerV2
-from sglang.srt.speculative.spec_tp_sync import SpecTpSyncSite
 
 from dspark_sglang import __version__
 from dspark_sglang.artifacts import STS_FILE, read_sts
@@ -33,15 +34,17 @@ from dspark_sglang.config import (
 from dspark_sglang.core.heads import ConfidenceHead, MarkovHead
 from dspark_sglang.core.steps import CostModel
 from dspark_sglang.errors import CompatibilityError, ConfigError
-from dspark_sglang.serving import cost_store, requests, sts_refit
+from dspark_sglang.serving import cost_store, placement, requests, sts_refit
 from dspark_sglang.serving.commands import Commands
 from dspark_sglang.serving.compat import installed_version
 from dspark_sglang.serving.control import COST_UNMEASURED, Control, StepPlan
-from dspark_sglang.serving.draft_head import DraftHead
 from dspark_sglang.serving.metrics import Metrics
 from dspark_sglang.serving.ops import Ops, choose
+from dspark_sglang.serving.ops.sharded_ops import ShardedOps
 from dspark_sglang.serving.planner import Planner
 from dspark_sglang.serving.proposer import Proposer
+from dspark_sglang.serving.ranks import Ranks, keep_shards
+from dspark_sglang.serving.seat import seat
 from dspark_sglang.serving.telemetry import StepObservers, Telemetry
 from dspark_sglang.serving.verifier import Verifier
 
@@ -92,10 +95,18 @@ class DSparkWorker(DSparkWorkerV2):
     _verify_planner: Any
     _verify_executor: Any
     _verify_epilogue: Any
-    _draft_head: DraftHead | None = None
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        server_args: Any,
+        gpu_id: int,
+        nccl_port: int,
+        target_worker: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        self._placed = placement.settle(read_settings(), target_worker)
+        super().__init__(server_args, gpu_id, nccl_port, target_worker, *args, **kwargs)
         if not self._hosts_draft:
             return
         self._settings = settings = read_settings()
@@ -133,7 +144,7 @@ class DSparkWorker(DSparkWorkerV2):
         """One line in the log, and a metric where SGLang serves metrics."""
         logger.info(
             "dspark %s is serving DSPARK: gamma=%d, markov=%s, kernels=%s, schedule=%s, sts=%s, "
-            "draft vocabulary=%s",
+            "draft vocabulary=%s, placement=%s on %d ranks",
             __version__,
             self.gamma,
             self._ops.markov.kind,
@@ -141,6 +152,8 @@ class DSparkWorker(DSparkWorkerV2):
             self._schedule,
             self._sts_source,
             self._drafted_tokens or "whole",
+            self._seat.placement,
+            self._seat.ranks.count,
         )
         if get_observability().enable_metrics:
             self._metrics = Metrics(
@@ -156,7 +169,8 @@ class DSparkWorker(DSparkWorkerV2):
     @property
     def _drafted_tokens(self) -> int | None:
         """Size of the draft vocabulary; None for the whole vocabulary."""
-        return None if self._draft_head is None else len(self._draft_head.tokens)
+        tokens = self._seat.tokens
+        return None if tokens is None else len(tokens)
 
     def _require_known_heads(self) -> None:
         """Refuse drafters whose heads this plugin would read wrongly.
@@ -193,6 +207,15 @@ class DSparkWorker(DSparkWorkerV2):
         generator.manual_seed((seed ^ _SEED_DOMAIN) & 0x7FFFFFFFFFFFFFFF)
         blocks = get_spec().speculative_use_block_verification
         self._verification: Verification = "block" if blocks else settings.verification
+        folder = Path(get_spec().speculative_draft_model_path)
+        self._seat = seat(
+            self.draft_model,
+            Ranks(get_dp_tp_group(), self.telemetry),
+            folder=folder if settings.draft_vocab == "auto" else None,
+            mask=self._mask_token_id,
+            width=self.query_token_num,
+        )
+        self._seat.forget(self.draft_model, self._kv_injector)
         self._ops: Ops = choose.make(
             settings.kernels,
             device=torch.device(self.device),
@@ -202,9 +225,23 @@ class DSparkWorker(DSparkWorkerV2):
             verification=self._verification,
             telemetry=self.telemetry,
         )
-        if settings.draft_vocab == "auto":
-            folder = Path(get_spec().speculative_draft_model_path)
-            self._draft_head = DraftHead.beside(folder, self.draft_model)
+        if self._seat.vocabulary is not None:
+            self._ops = ShardedOps(
+                self._ops,
+                self._seat.vocabulary,
+                generator=generator,
+                verification=self._verification,
+                telemetry=self.telemetry,
+            )
+            processor = getattr(self.model_runner.model, "logits_processor", None)
+            if isinstance(
+                processor, LogitsProcessor
+            ):  # else they stay whole, and are cut to shards
+                keep_shards(processor)
+        self._install_steps(seed)
+
+    def _install_steps(self, seed: int) -> None:
+        """Put our parts of a step in the place of SGLang's."""
         proposer = Proposer(
             draft_model=self.draft_model,
             draft_model_runner=self.draft_model_runner,
@@ -216,9 +253,6 @@ class DSparkWorker(DSparkWorkerV2):
             greedy_draft=False,
             dp_moe_sync=self._proposer._dp_moe_sync,
         )
-        proposer.bind(
-            ops=self._ops, telemetry=self.telemetry, head=self._draft_head, control=self.control
-        )
         planner = Planner(
             draft_model=self.draft_model,
             gamma=self.gamma,
@@ -228,7 +262,13 @@ class DSparkWorker(DSparkWorkerV2):
             verify_num_draft_tokens=self.verify_num_draft_tokens,
             tp_sync=self._tp_sync,
         )
-        planner.bind(control=self.control, ops=self._ops, telemetry=self.telemetry)
+        shared: dict[str, Any] = {
+            "ops": self._ops,
+            "telemetry": self.telemetry,
+            "control": self.control,
+        }
+        planner.bind(**shared)
+        proposer.bind(**shared, seat=self._seat, planner=planner)
         verifier = Verifier(
             target_worker=self.target_worker,
             gamma=self.gamma,
@@ -237,11 +277,18 @@ class DSparkWorker(DSparkWorkerV2):
             kv_injector=self._kv_injector,
             tp_sync=self._tp_sync,
         )
-        verifier.bind(
-            planner=planner, ops=self._ops, telemetry=self.telemetry, control=self.control
-        )
+        verifier.bind(**shared, seat=self._seat, planner=planner)
         self._proposer, self._verify_planner, self._verify_executor = proposer, planner, verifier
         self._observers = StepObservers(self.telemetry, self.control)
+
+    def alloc_memory_pool(self, *args: Any, **kwargs: Any) -> None:
+        if self._hosts_draft:
+            with self._draft_context():  # as many KV heads as this rank's draft has
+                super().alloc_memory_pool(*args, **kwargs)
+
+    def init_cuda_graphs(self) -> None:
+        if self._hosts_draft and self._seat.drafts:
+            super().init_cuda_graphs()
 
     def forward_batch_generation(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         if self._hosts_draft and not batch.forward_mode.is_decode():
@@ -256,7 +303,7 @@ class DSparkWorker(DSparkWorkerV2):
         plan = self.control.begin(batch.reqs, 0 if known is None else int(known.sum()))
         if self._ranks > 1 and self.control.adaptive:
             # Ranks learn from their own clocks; all must run the same forwards.
-            packed = self._tp_sync.sync(SpecTpSyncSite.DSPARK_PLAN, plan.packed(self.device))
+            packed = self._seat.ranks.broadcast(plan.packed(self.device), "plan")
             self.control.plan = StepPlan.unpacked(packed)
         running = [request.rid for request in batch.reqs]
         if self.control.plan.draft or running != self._running:
@@ -301,6 +348,7 @@ class DSparkWorker(DSparkWorkerV2):
             attention=get_context().resolved_server_args_dict().get("attention_backend"),
             kernels=self._ops.name,
             draft_vocabulary=self._drafted_tokens or "whole",
+            placement=self._seat.placement,
             gamma=self.gamma,
             sglang=installed_version(),
         )
@@ -408,6 +456,9 @@ class DSparkWorker(DSparkWorkerV2):
             "launches": self._ops.launches,
             "sts": self._sts_source,
             "draft_vocabulary": self._drafted_tokens,
+            "placement": self._seat.placement,
+            "placement_microseconds": {} if self._placed is None else self._placed.microseconds,
+            "ranks": self._seat.ranks.count,
             "schedule": self._schedule,
             "verification": self._verification,
             "temperatures": self._ops.temperatures,

@@ -29,7 +29,12 @@ def view(tmp_path: Path, drafter: Path | None, **flags: Any) -> SimpleNamespace:
     target = tmp_path / "target"
     target.mkdir(exist_ok=True)
     (target / "config.json").write_text(json.dumps(TARGET | flags.pop("target", {})))
-    unset = {"speculative_dspark_block_size": None, "speculative_num_draft_tokens": None}
+    unset = {
+        "speculative_dspark_block_size": None,
+        "speculative_num_draft_tokens": None,
+        "tp_size": 1,
+        "attn_dp_size": 1,
+    }
     return SimpleNamespace(
         model_path=str(target),
         speculative_draft_model_path=None if drafter is None else str(drafter),
@@ -230,3 +235,29 @@ def test_what_is_not_plainly_local_is_left_to_sglang(argv: list[str]) -> None:
 
 def test_existing_models_pass(drafter: Path) -> None:
     preflight_argv.check(["--model-path", str(drafter), f"--speculative-draft-model={drafter}"])
+
+
+# --- placement -------------------------------------------------------------------------------
+
+
+def test_a_placement_that_cannot_be_is_refused_before_weights_load(
+    tmp_path: Path, drafter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DSPARK_PLACEMENT", "shard")
+    given = view(tmp_path, drafter, tp_size=3)
+    config = arguments._check_drafter(given)
+    with pytest.raises(ConfigError, match="do not divide over 3 ranks"):
+        arguments._check_placement(given, config)
+    arguments._check_placement(view(tmp_path, drafter, tp_size=1), config)
+
+
+def test_working_space_is_wanted_for_every_rank(
+    tmp_path: Path, drafter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_weights = preflight.weight_elements(drafter)
+    assert write_weights > 0
+    free = SimpleNamespace(available=5 << 30)
+    monkeypatch.setattr(preflight.psutil, "virtual_memory", lambda: free)
+    preflight.check_memory(view(tmp_path, drafter, tp_size=2))
+    with pytest.raises(ConfigError, match=r"5\.0 GiB of memory are free"):
+        preflight.check_memory(view(tmp_path, drafter, tp_size=3))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from dspark_sglang.serving.cpu import sampler
-from dspark_sglang.serving.cpu.platform import BACKEND, assign_slots
+from dspark_sglang.serving.cpu.platform import BACKEND, assign_slots, threads
 
 
 def register_backend() -> None:
@@ -63,6 +63,16 @@ def _no_batch_invariant_kernels(self: Any) -> None:
     """
 
 
+def _share_cores(*, device: str) -> None:
+    """Ranks share the cores they may run on; SGLang wants a NUMA node for each.
+
+    None binds nothing: SGLang's own binding needs sgl_kernel, which is not used here.
+    """
+    from sglang.srt.runtime_context import get_parallel
+
+    torch.set_num_threads(threads(ranks=int(get_parallel().tp_size)))
+
+
 def hooks(targets: Mapping[str, str]) -> list[tuple[str, str, Callable[..., Any], str]]:
     """The hooks of this module as (name, target, function, kind)."""
     return [
@@ -72,6 +82,7 @@ def hooks(targets: Mapping[str, str]) -> list[tuple[str, str, Callable[..., Any]
         ("filtered_sampling", targets["filtered_sampling"], sampler.filtered, "AROUND"),
         ("unfiltered_sampling", targets["unfiltered_sampling"], sampler.unfiltered, "AROUND"),
         ("seeded_sampling", targets["seeded_sampling"], sampler.seeded, "REPLACE"),
+        ("threads", targets["threads"], _share_cores, "REPLACE"),
         (
             "batch_invariance",
             targets["batch_invariance"],

@@ -80,6 +80,11 @@ def assign_slots(
         taken += high - low
 
 
+def threads(*, ranks: int) -> int:
+    """Torch threads of one of ``ranks`` processes that share the cores this one may run on."""
+    return read_settings().cpu_threads or max(1, len(os.sched_getaffinity(0)) // ranks)
+
+
 class CpuPlatform(CpuDeviceMixin, SRTPlatform):
     """Device and subsystem choices for plain CPU serving."""
 
@@ -91,8 +96,7 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
     dspark_cpu = True
 
     def init_backend(self) -> None:
-        threads = read_settings().cpu_threads or len(os.sched_getaffinity(0))
-        torch.set_num_threads(threads)
+        torch.set_num_threads(threads(ranks=1))  # until the number of ranks is known
         keep_freed_memory()
 
     def post_load_model(self, model: torch.nn.Module) -> None:

@@ -44,6 +44,11 @@ class SampledRows(msgspec.Struct, frozen=True):
             seeds=None if info.sampling_seed is None else rows(info.sampling_seed),
         )
 
+    @property
+    def filters(self) -> bool:
+        """Whether some row filters its law."""
+        return not (self.top_k is None and self.top_p is None and self.min_p is None)
+
     def noise(
         self, like: torch.Tensor, positions: torch.Tensor, owner: torch.Tensor | None = None
     ) -> Noise | None:

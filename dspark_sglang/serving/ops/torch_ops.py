@@ -7,7 +7,14 @@ import numpy.typing as npt
 import torch
 
 from dspark_sglang.config import Verification
-from dspark_sglang.core.accept import Accepted, Round, accept_block, accept_greedy, accept_sampled
+from dspark_sglang.core.accept import (
+    Accepted,
+    Round,
+    accept_block,
+    accept_greedy,
+    accept_sampled,
+    rows_of,
+)
 from dspark_sglang.core.draft import DraftBlock, cpu_shortlist, draft_block, undrafted
 from dspark_sglang.core.heads import ConfidenceHead, MarkovHead
 from dspark_sglang.core.sampling import best, target_weights
@@ -141,7 +148,7 @@ class TorchOps(Calibrated):
     def _sampled(self, given: Verified, rows: SampledRows) -> Accepted:
         """Verification of the sampled requests, over their own logits rows."""
         lens, gamma = given.lens[rows.index], given.drafted.shape[1]
-        row, owner, start = _rows_of(lens, given.first[rows.index])
+        row, owner, start = rows_of(lens, given.first[rows.index])
 
         def spread(values: torch.Tensor | None) -> torch.Tensor | None:
             return None if values is None else values[owner]
@@ -167,24 +174,9 @@ class TorchOps(Calibrated):
         )
 
 
-def _rows_of(
-    lens: torch.Tensor, first: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Logits rows of some requests, one after the other.
-
-    Returns:
-        ``[n]`` int64 row in the logits, ``[n]`` int64 request it belongs to and ``[R]`` int64
-        place of each request's first.
-    """
-    owner = torch.repeat_interleave(torch.arange(len(lens), device=lens.device), lens + 1)
-    start = (lens + 1).cumsum(0) - (lens + 1)
-    row = first[owner] + torch.arange(len(owner), device=lens.device) - start[owner]
-    return row, owner, start
-
-
 def _seeded_choice(given: Verified, rows: SampledRows) -> tuple[torch.Tensor, torch.Tensor]:
     """The target's own draw at every row of the sampled requests: rows and tokens."""
-    row, owner, start = _rows_of(given.lens[rows.index], given.first[rows.index])
+    row, owner, start = rows_of(given.lens[rows.index], given.first[rows.index])
     probs = torch.softmax(given.logits[row].float() / rows.temperatures[owner, None], dim=-1)
     within = torch.arange(len(owner), device=row.device) - start[owner]
     noise = rows.noise(probs, given.anchors[rows.index][owner] + within, owner)

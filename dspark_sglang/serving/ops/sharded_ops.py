@@ -1,0 +1,163 @@
+"""The operations of a round where every rank holds a part of the vocabulary."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from dspark_sglang.config import Verification
+from dspark_sglang.core.accept import Accepted
+from dspark_sglang.core.draft import DraftBlock, undrafted
+from dspark_sglang.core.heads import MarkovHead
+from dspark_sglang.core.sampling import Filters
+from dspark_sglang.core.sharded import Keys, Sampling, accept, draft_block
+from dspark_sglang.serving.ops import Ops
+from dspark_sglang.serving.ops.rows import Admitted, SampledRows, Verified
+from dspark_sglang.serving.ops.supply import Supply
+from dspark_sglang.serving.ranks import Vocabulary
+from dspark_sglang.serving.telemetry import Telemetry
+
+
+class ShardedOps:
+    """:class:`dspark_sglang.serving.ops.Ops` over shards: drafting and acceptance here, the rest inside.
+
+    Base and target logits are this rank's columns. Blocks of a draft vocabulary are drafted inside:
+    every rank has the whole of it.
+
+    Args:
+        inner: the operations of one rank.
+        generator: of the same seed on every rank, in the same state.
+    """
+
+    def __init__(
+        self,
+        inner: Ops,
+        vocabulary: Vocabulary,
+        *,
+        generator: torch.Generator,
+        verification: Verification,
+        telemetry: Telemetry,
+    ) -> None:
+        self.name = inner.name
+        self.markov = inner.markov
+        self._inner = inner
+        self._vocabulary = vocabulary
+        self._supply = Supply(generator)
+        self._verification = verification
+        self._telemetry = telemetry
+        shard = vocabulary.shard
+        own = inner.markov.w2[shard.start : shard.start + shard.width]
+        self._head: MarkovHead = dataclasses.replace(inner.markov, w2=own)
+
+    @property
+    def launches(self) -> dict[str, int]:
+        """See :attr:`dspark_sglang.serving.ops.Ops.launches`."""
+        return self._inner.launches
+
+    def draft(
+        self,
+        base: torch.Tensor,
+        hidden: torch.Tensor,
+        anchors: torch.Tensor,
+        positions: torch.Tensor,
+        rows: SampledRows | None,
+        vocabulary: torch.Tensor | None,
+    ) -> DraftBlock:
+        """See :meth:`dspark_sglang.serving.ops.Ops.draft`."""
+        if vocabulary is not None:
+            return self._inner.draft(base, hidden, anchors, positions, rows, vocabulary)
+        keys = None
+        if rows is not None:
+            seeds = self._supply.seeds(len(rows.index)) if rows.seeds is None else rows.seeds
+            keys = Keys(seeds, positions[rows.index].to(torch.int64), rows.seeds is not None)
+        self._telemetry.ran[f"draft:sharded-{self.markov.kind}"] += 1
+        drafting = draft_block(
+            base,
+            anchors,
+            hidden,
+            self._head,
+            self._vocabulary.shard,
+            temperatures=None if rows is None else rows.temperatures,
+            sampled=None if rows is None else rows.index,
+            keys=keys,
+        )
+        return self._vocabulary.ranks.run(drafting, "draft")
+
+    def nothing(self, rows: SampledRows | None, requests: int) -> DraftBlock:
+        """See :meth:`dspark_sglang.serving.ops.Ops.nothing`."""
+        sampled = None if rows is None or rows.seeds is not None else len(rows.index)
+        return undrafted(requests, laws=sampled, device=self.markov.w1.device)
+
+    def confidence(
+        self, features: torch.Tensor, previous: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See :meth:`dspark_sglang.serving.ops.Ops.confidence`."""
+        return self._inner.confidence(features, previous)
+
+    @property
+    def temperatures(self) -> list[float]:
+        """See :attr:`dspark_sglang.serving.ops.Ops.temperatures`."""
+        return self._inner.temperatures
+
+    def set_temperatures(self, temperatures: torch.Tensor) -> None:
+        """See :meth:`dspark_sglang.serving.ops.Ops.set_temperatures`."""
+        self._inner.set_temperatures(temperatures)
+
+    def admit(
+        self,
+        survival: npt.NDArray[np.float64],
+        order: npt.NDArray[np.int64],
+        budget: int,
+        device: torch.device,
+    ) -> Admitted:
+        """See :meth:`dspark_sglang.serving.ops.Ops.admit`."""
+        return self._inner.admit(survival, order, budget, device)
+
+    def accept(self, given: Verified) -> Accepted:
+        """See :meth:`dspark_sglang.serving.ops.Ops.accept`."""
+        rows = given.rows
+        if rows is not None and rows.seeds is not None and rows.filters:
+            return self._inner.accept(given)  # the verifier has gathered whole rows for these
+        shard = self._vocabulary.shard
+        how = "greedy"
+        sampling = None
+        if rows is not None:
+            sampling = self._sampling(given, rows)
+            how = "seeded" if rows.seeds is not None else self._verification
+        self._telemetry.ran[f"accept:sharded-{how}"] += 1
+        logits = self._vocabulary.own(given.logits)
+        deciding = accept(logits, given.drafted, given.lens, given.first, shard, sampling)
+        return self._vocabulary.ranks.run(deciding, "accept")
+
+    def _sampling(self, given: Verified, rows: SampledRows) -> Sampling:
+        if rows.seeds is not None:
+            anchors = given.anchors[rows.index].to(torch.int64)
+            return Sampling(rows.index, rows.temperatures, seeds=rows.seeds, anchors=anchors)
+        like = rows.temperatures[:, None].expand(-1, self._vocabulary.shard.vocabulary)
+        return Sampling(
+            rows.index,
+            rows.temperatures,
+            laws=self._own_laws(given),
+            uniforms=self._supply.uniforms(len(rows.index), given.drafted.shape[1] + 1),
+            filters=Filters.of(like, rows.top_k, rows.top_p, rows.min_p),
+            block=self._verification == "block",
+        )
+
+    def _own_laws(self, given: Verified) -> torch.Tensor:
+        """This rank's columns ``[S, gamma, width]`` of the drafted laws."""
+        laws, support, shard = given.laws, given.support, self._vocabulary.shard
+        assert laws is not None and given.rows is not None
+        index = given.rows.index
+        if given.lse is not None:  # logits at the request's temperature, of all requests
+            laws = (laws[index] - given.lse[index, : laws.shape[1], None]).exp()
+            support = support[index] if support is not None and support.dim() > 1 else support
+        if support is None:
+            return laws
+        column = support - shard.start
+        own = (column >= 0) & (column < shard.width)
+        places = column.clamp(0, shard.width - 1).expand(laws.shape)
+        whole = laws.new_zeros((*laws.shape[:2], shard.width))
+        return whole.scatter_add_(-1, places, laws * own)

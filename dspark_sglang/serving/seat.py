@@ -1,0 +1,103 @@
+"""What a rank knows of where the drafter lives: what it drafts with, and what it sends or receives."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+
+from dspark_sglang.core.placement import Placement
+from dspark_sglang.serving.draft_head import DraftHead
+from dspark_sglang.serving.placement import settled
+from dspark_sglang.serving.ranks import DraftEmbedding, Ranks, Vocabulary
+
+
+class Seat(msgspec.Struct, frozen=True):
+    """What a rank needs to know of where the drafter lives."""
+
+    ranks: Ranks
+    placement: Placement
+    #: None where every rank has the whole LM head.
+    vocabulary: Vocabulary | None
+    head: DraftHead | None
+    #: What the draft forward embeds with; None: as SGLang does.
+    embedding: DraftEmbedding | None
+    #: Width and type of draft states, for ranks that only receive them.
+    width: int
+    dtype: torch.dtype
+
+    @property
+    def tokens(self) -> torch.Tensor | None:
+        """The draft vocabulary ``[M]``; None for all tokens."""
+        return None if self.head is None else self.head.tokens
+
+    @property
+    def alone(self) -> bool:
+        """Whether one rank drafts for all."""
+        return self.placement == "single" and self.ranks.count > 1
+
+    @property
+    def drafts(self) -> bool:
+        """Whether this rank runs the draft forward."""
+        return not self.alone or self.ranks.rank == 0
+
+    def sent(self, states: torch.Tensor) -> torch.Tensor:
+        """Draft states ``[N, d]`` of this rank, which the others receive where it drafts for all."""
+        return self.ranks.broadcast(states.contiguous(), "states") if self.alone else states
+
+    def received(self, ids: torch.Tensor, gamma: int) -> torch.Tensor:
+        """``[R * gamma, d]`` draft states of rank 0, on a rank that does not draft.
+
+        Args:
+            ids: ``[R, q]`` int64 rows of the draft forward, whose embedding needs every rank.
+        """
+        if self.embedding is not None:
+            self.embedding(ids)
+        shape = (len(ids) * gamma, self.width)
+        return self.ranks.broadcast(
+            torch.empty(shape, dtype=self.dtype, device=ids.device), "states"
+        )
+
+    def forget(self, model: Any, injector: Any) -> None:
+        """Free the layers of a rank that does not draft, and write no draft KV at prefill there.
+
+        The KV pool stays: SGLang gives every rank as many slots as the fullest one. The projection of
+        target states stays too: some targets run it themselves.
+        """
+        if self.drafts:
+            return
+        for name, parameter in model.named_parameters():
+            if name.startswith("layers."):
+                parameter.data = parameter.data.new_empty(0)
+        injector.inject_prefill = lambda *args, **kwargs: None
+
+
+def seat(model: Any, ranks: Ranks, *, folder: Path | None, mask: int, width: int) -> Seat:
+    """The seat of this rank; the draft model then embeds with what is found here.
+
+    Args:
+        model: the draft model.
+        folder: of the drafter, where its draft vocabulary may be; None: it is not used.
+        mask: the mask token.
+        width: rows of the draft forward a request.
+
+    Raises:
+        CompatibilityError: an LM head sharded in an unknown way.
+        ArtifactError: a draft vocabulary that is damaged or of another one.
+    """
+    vocabulary = Vocabulary.of(model, ranks)
+    embed = model.embed_tokens
+    embedding = None
+    if vocabulary is not None and int(getattr(embed, "tp_size", 1)) > 1:
+        model.embed_tokens = embedding = DraftEmbedding(embed, mask, width, ranks)
+    return Seat(
+        ranks=ranks,
+        placement=settled() if ranks.count > 1 else "replicate",
+        vocabulary=vocabulary,
+        head=None if folder is None else DraftHead.beside(folder, model, vocabulary),
+        embedding=embedding,
+        width=int(model.fc.weight.shape[0]),
+        dtype=model.fc.weight.dtype,
+    )

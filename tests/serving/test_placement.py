@@ -1,0 +1,205 @@
+"""Several ranks on one machine: the text of one rank, and no server left when a rank dies."""
+
+from __future__ import annotations
+
+import concurrent.futures
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import httpx
+import pytest
+
+from dspark_sglang.cli.bench_placement import EVEN, PROMPTS, UNEVEN
+from dspark_sglang.demo.server import Server, free_port, serve_command
+from dspark_sglang.lossless import sampled
+from dspark_sglang.lossless.law import Law, Model
+from dspark_sglang.lossless.models import PROMPT, ensure_models
+from dspark_sglang.lossless.options import choose
+from dspark_sglang.profiling.placement import DEATH_SECONDS, kill_rank
+
+pytestmark = pytest.mark.server
+ONE_THREAD = {"DSPARK_CPU_THREADS": "1", "OMP_NUM_THREADS": "1", "DSPARK_COST": "online"}
+TOKENS = 40
+#: A target and its drafter.
+Models = tuple[Path, Path]
+
+
+class Pair(NamedTuple):
+    alone: Server
+    ranks: Server
+
+
+def start(folder: Path, name: str, models: Models, ranks: int, **settings: str) -> Server:
+    target, drafter = models
+    port = free_port()
+    extra = ["--tp", str(ranks)]
+    command = serve_command(target, port, dtype="float32", drafter=drafter, extra=extra)
+    log = folder / f"{name}.log"
+    return Server(command, port=port, log=log, environment=ONE_THREAD | settings).start()
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    return ensure_models(tmp_path_factory.mktemp("models"), 3, UNEVEN)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory, models: Models) -> Iterator[Pair]:
+    """Nine query heads over two ranks, which only a whole drafter can serve."""
+    folder = tmp_path_factory.mktemp("placement")
+    started = [start(folder, "alone", models, 1), start(folder, "ranks", models, 2)]
+    try:
+        for server in started:
+            server.wait_ready()
+        yield Pair(*started)
+    finally:
+        for server in started:
+            server.stop()
+
+
+def generate(server: Server, prompt: tuple[int, ...], **sampling: Any) -> dict[str, Any]:
+    logprob = sampling.pop("return_logprob", False)
+    body = {
+        "input_ids": list(prompt),
+        "return_logprob": logprob,
+        "sampling_params": {
+            "temperature": 0.0, "max_new_tokens": TOKENS, "ignore_eos": True, **sampling
+        },
+    }  # fmt: skip
+    answer = httpx.post(f"{server.url}/generate", json=body, timeout=300.0)
+    answer.raise_for_status()
+    found: dict[str, Any] = answer.json()
+    return found
+
+
+def tokens(server: Server, prompt: tuple[int, ...], **sampling: Any) -> list[int]:
+    found: list[int] = generate(server, prompt, **sampling)["output_ids"]
+    assert len(found) == sampling.get("max_new_tokens", TOKENS)
+    return found
+
+
+def ran(server: Server) -> dict[str, int]:
+    record = server.dspark()
+    assert record is not None
+    found: dict[str, int] = record["ran"]
+    return found
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {},
+        {"frequency_penalty": 0.6, "presence_penalty": 0.2},
+        {"repetition_penalty": 1.3},
+        {"min_new_tokens": 20, "ignore_eos": False, "max_new_tokens": 20},
+        {"logit_bias": {"40": 3.0, "150": -100.0}},
+    ],
+    ids=["greedy", "penalties", "repetition", "min-tokens", "bias"],
+)
+def test_the_text_of_one_rank(pair: Pair, sampling: dict[str, Any]) -> None:
+    for prompt in PROMPTS:
+        assert tokens(pair.ranks, prompt, **sampling) == tokens(pair.alone, prompt, **sampling)
+
+
+def test_a_batch_of_greedy_and_sampling_requests(pair: Pair) -> None:
+    """Greedy requests keep their text beside sampling ones; those run to their end."""
+    expected = [tokens(pair.alone, prompt) for prompt in PROMPTS[:2]]
+    filtered = {"temperature": 1.0, "top_p": 0.9, "top_k": 30, "min_p": 0.01}
+    wanted = [(PROMPTS[0], {}), (PROMPTS[2], {"temperature": 1.0}), (PROMPTS[1], {}), (PROMPTS[3], filtered)]  # fmt: skip
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        running = [pool.submit(tokens, pair.ranks, prompt, **s) for prompt, s in wanted]
+        found = [future.result() for future in running]
+    assert [found[0], found[2]] == expected
+    assert ran(pair.ranks)["accept:sharded-rejection"] > 0
+
+
+def require_the_law(server: Server, target: Path, options: str) -> None:
+    """Sampled outputs, all options mixed in every batch, against plain decoding's law."""
+    wanted = choose(options)
+    calls = [wanted[place % len(wanted)].request for place in range(63)]
+    counts: list[Counter[tuple[int, ...]]] = [Counter() for _ in wanted]
+    with httpx.Client(timeout=300.0) as client:
+        for _ in range(32):
+            for place, output in enumerate(sampled.generate(client, server, calls)):
+                counts[place % len(wanted)][output] += 1
+    model = Model(target, PROMPT)
+    for option, seen in zip(wanted, counts, strict=True):
+        verdict = sampled.judge("", Law(model, option.request), dict(seen))
+        assert verdict.freedom > 10
+        assert verdict.p_value > 1e-4, (option.name, verdict)
+
+
+def test_sampled_outputs_follow_plain_decodings_law(pair: Pair, models: Models) -> None:
+    require_the_law(pair.ranks, models[0], "temperature,all_filters,frequency_penalty")
+
+
+def test_logprobs_are_those_of_one_rank(pair: Pair) -> None:
+    def logprobs(server: Server) -> list[float]:
+        found = generate(server, PROMPTS[0], return_logprob=True)
+        return [entry[0] for entry in found["meta_info"]["output_token_logprobs"]]
+
+    assert logprobs(pair.ranks) == pytest.approx(logprobs(pair.alone), abs=1e-4)
+
+
+def test_rows_of_logits_stay_sharded_unless_something_reads_them(pair: Pair) -> None:
+    httpx.post(
+        f"{pair.ranks.url}/set_internal_state",
+        json={"server_args": {"dspark_clear_info_records": 1}},
+        timeout=60.0,
+    ).raise_for_status()
+    tokens(pair.ranks, PROMPTS[0])
+    first = pair.ranks.dspark()
+    assert first is not None
+    steps = first["steps"]
+    assert first["ran"]["logits:sharded"] == first["ran"]["accept:sharded-greedy"] == steps > 0
+    assert "logits:gathered" not in first["ran"]
+    assert first["placement"] in ("replicate", "single")
+    assert first["accept_length"] > 1.3
+    count, size = first["collectives"], first["collective_bytes"]
+    assert count["accept"] == count["outcome"] == steps
+    assert count["draft"] == 3 * count["block"], "one exchange a drafted position"
+    assert sum(size.values()) / steps < 4096
+    tokens(pair.ranks, PROMPTS[0], frequency_penalty=0.6)
+    assert ran(pair.ranks)["logits:gathered"] > 0
+
+
+def test_a_rank_that_dies_ends_the_server(pair: Pair) -> None:
+    """Last here: nothing is left of the server, and its log names the rank."""
+    seconds, said = kill_rank(pair.ranks, PROMPTS[0])
+    assert seconds < DEATH_SECONDS
+    assert "scheduler_1 (pid" in said
+    assert "was ended by signal 9" in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ranks", "heads", "placement"),
+    [(2, UNEVEN, "single"), (2, EVEN, "shard"), (4, UNEVEN, "replicate"), (4, EVEN, "shard")],
+    ids=["single-2", "shard-2", "replicate-4", "shard-4"],
+)
+def test_other_placements_have_the_same_text(
+    tmp_path: Path, ranks: int, heads: Any, placement: str
+) -> None:
+    models = ensure_models(tmp_path / "models", 3, heads)
+    block = {"DSPARK_VERIFICATION": "block"} if placement == "single" else {}
+    servers = [
+        start(tmp_path, "alone", models, 1),
+        start(tmp_path, "ranks", models, ranks, DSPARK_PLACEMENT=placement, **block),
+    ]
+    try:
+        for server in servers:
+            server.wait_ready()
+        for sampling in ({}, {"frequency_penalty": 0.6}):
+            for prompt in PROMPTS:
+                found = [tokens(server, prompt, **sampling) for server in servers]
+                assert found[0] == found[1]
+        record = servers[1].dspark()
+        assert record is not None
+        assert record["placement"] == placement
+        assert record["accept_length"] > 1.3
+        require_the_law(servers[1], models[0], "temperature,top_k,top_p")
+    finally:
+        for server in servers:
+            server.stop()

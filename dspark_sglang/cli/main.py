@@ -22,6 +22,7 @@ from dspark_sglang.cli import (
     generate_data,
     lossless,
     package,
+    plan,
     profile,
     train,
 )
@@ -63,6 +64,7 @@ app.command("ablate")(ablate.ablate)
 app.command("eval")(evaluate.evaluate)
 app.command("lossless")(lossless.lossless)
 app.command("calibrate")(calibrate.calibrate)
+app.command("plan")(plan.plan)
 app.command("profile")(profile.profile)
 app.command("package")(package.package)
 app.command("card")(package.card)

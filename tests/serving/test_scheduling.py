@@ -21,6 +21,8 @@ pytestmark = pytest.mark.server
 PROMPTS = load_prompts()
 #: Answers that measure something are long enough for a few rounds.
 TOKENS = 32
+#: Steps that the measurement at start takes on a slow machine.
+MEASURED = 40
 
 
 @pytest.fixture(scope="module")
@@ -244,7 +246,7 @@ def test_the_step_cost_is_forgotten_and_read_again(server: Server) -> None:
     assert record(server)["observations"] == 0
     chat(server, PROMPTS[0], max_tokens=8)  # nothing known is not nothing served
     assert update(server, {"dspark_cost": 1})
-    assert record(server)["observations"] > 100
+    assert record(server)["observations"] > MEASURED
 
 
 # --- what a request may ask ------------------------------------------------------------------------------
@@ -336,7 +338,7 @@ def test_the_next_start_takes_the_measured_cost_over(
         assert found["cost_source"] == known["cost_source"]
         assert found["profile_s"] == pytest.approx(known["profile_s"])
         assert "step cost measured under" not in second.log.read_text(errors="replace")
-        assert found["observations"] > 100 and found["steps"] == 0
+        assert found["observations"] > MEASURED and found["steps"] == 0
     finally:
         second.stop()
 

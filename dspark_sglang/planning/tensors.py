@@ -1,0 +1,154 @@
+"""Tensors of a checkpoint: their bytes on disk and on one rank.
+
+A tensor says how SGLang shares it out; what a rank holds follows from shape, kept type and layout.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable
+from enum import StrEnum
+
+import msgspec
+
+from dspark_sglang.errors import ConfigError
+
+#: Bytes of an element, by the name that safetensors headers use.
+SIZES = {
+    "F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4,
+    "F8_E4M3": 1, "F8_E8M0": 1, "I8": 1, "U8": 1,
+}  # fmt: skip
+#: SGLang pads vocabularies to this (layers/vocab_parallel_embedding.py:48).
+_VOCAB_PADDING = 64
+
+
+class Split(StrEnum):
+    """How ranks share a tensor."""
+
+    WHOLE = "whole"
+    #: Evenly over all tensor parallel ranks.
+    TENSOR = "tensor"
+    #: Over the ranks that share one attention (all, or fewer with attention data parallelism).
+    ATTENTION = "attention"
+    #: Key and value heads: as ATTENTION, repeated where there are fewer heads than ranks.
+    HEADS = "heads"
+    #: Rows of the vocabulary, padded; whole on every rank with attention data parallelism.
+    VOCAB = "vocab"
+    #: The same of the LM head, which ``--enable-dp-lm-head`` shares within attention.
+    HEAD_VOCAB = "head_vocab"
+    #: Routed experts: by expert, then by width among the ranks of one expert group.
+    EXPERTS = "experts"
+    #: Shared experts: TENSOR, or whole where ``SGLANG_SHARED_EXPERT_TP1`` says so.
+    SHARED = "shared"
+
+
+class Layout(msgspec.Struct, frozen=True, kw_only=True):
+    """How many ranks share what."""
+
+    tp: int = 1
+    #: Groups with an attention (and KV) of their own: ``--attn-dp-size``.
+    attention_dp: int = 1
+    ep: int = 1
+    shared_experts_whole: bool = False
+
+    @property
+    def attention_tp(self) -> int:
+        """Ranks that share one attention."""
+        return self.tp // self.attention_dp
+
+
+class Tensor(msgspec.Struct, frozen=True, kw_only=True):
+    """One stored tensor."""
+
+    name: str
+    shape: tuple[int, ...]
+    #: Type on disk.
+    stored: str
+    #: Type on the device; empty: not kept.
+    kept: str
+    part: str
+    split: Split = Split.WHOLE
+    #: Extent of the shared dimension, and the smallest piece of it that a rank can hold.
+    extent: int = 0
+    grain: int = 1
+    #: On the device only: a copy that loading makes.
+    derived: bool = False
+
+    @property
+    def elements(self) -> int:
+        """Number of values as stored."""
+        return math.prod(self.shape)
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes in the checkpoint."""
+        return 0 if self.derived else self.elements * SIZES[self.stored]
+
+
+def rank_bytes(tensor: Tensor, layout: Layout) -> int:
+    """Bytes of ``tensor`` on one rank.
+
+    Raises:
+        ConfigError: it cannot be shared out like this.
+    """
+    if not tensor.kept:
+        return 0
+    size = SIZES[tensor.kept]
+    ranks = _ranks(tensor.split, layout)
+    if tensor.split in (Split.VOCAB, Split.HEAD_VOCAB):
+        width = tensor.elements // tensor.shape[0]
+        return _padded_rows(tensor.shape[0], ranks) // ranks * width * size
+    pieces = tensor.extent // tensor.grain
+    if tensor.split is Split.HEADS and pieces < ranks:
+        if ranks % pieces:
+            raise _uneven(tensor, ranks)
+        return tensor.elements // pieces * size
+    width_ranks = layout.tp // layout.ep if tensor.split is Split.EXPERTS else ranks
+    if width_ranks > 1 and tensor.extent % (width_ranks * tensor.grain):
+        raise _uneven(tensor, width_ranks)
+    return math.ceil(tensor.elements / ranks) * size
+
+
+@functools.cache
+def _ranks(split: Split, layout: Layout) -> int:
+    """Ranks among which a tensor is shared."""
+    with_dp = layout.attention_dp > 1
+    return {
+        Split.WHOLE: 1,
+        Split.TENSOR: layout.tp,
+        Split.ATTENTION: layout.attention_tp,
+        Split.HEADS: layout.attention_tp,
+        Split.VOCAB: 1 if with_dp else layout.tp,
+        Split.HEAD_VOCAB: layout.attention_tp if with_dp else layout.tp,
+        Split.EXPERTS: layout.tp,
+        Split.SHARED: 1 if layout.shared_experts_whole else layout.tp,
+    }[split]
+
+
+def _padded_rows(rows: int, ranks: int) -> int:
+    padding = _VOCAB_PADDING
+    if math.ceil(rows / padding) * padding % ranks:
+        padding *= ranks
+    return math.ceil(rows / padding) * padding
+
+
+def _uneven(tensor: Tensor, ranks: int) -> ConfigError:
+    return ConfigError(
+        f"{tensor.name} has {tensor.extent} of width in pieces of {tensor.grain}, for {ranks} ranks.",
+        expected="a share for each rank in whole pieces",
+        fix="Choose another --tp or --ep, or --attention-dp for fewer ranks an attention.",
+    )
+
+
+def by_part(tensors: Iterable[Tensor], layout: Layout) -> dict[str, int]:
+    """Bytes on one rank, summed by part."""
+    parts: dict[str, int] = {}
+    for tensor in tensors:
+        parts[tensor.part] = parts.get(tensor.part, 0) + rank_bytes(tensor, layout)
+    return parts
+
+
+def disk_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of a checkpoint made of ``tensors``."""
+    return sum(tensor.disk_bytes for tensor in tensors)

@@ -174,10 +174,8 @@ class Canary:
 
     def _set(self, key: str, value: int) -> str | None:
         answer = self._post("/set_internal_state", {"server_args": {key: value}})
-        found = answer[0] if isinstance(answer, list) and answer else answer
-        if isinstance(found, dict) and found.get("updated"):
-            return None
-        return str(found)
+        answers = answer if isinstance(answer, list) else [answer]
+        return None if all(found is True for found in answers) else str(answer)
 
 
 def run(canary: Canary, baseline: Baseline | None, told: Callable[[int, int], None]) -> Report:

@@ -66,5 +66,5 @@ def cusum(residuals: Sequence[float] | np.ndarray) -> np.ndarray:
 
 def alarm(residuals: Sequence[float], height: float) -> int | None:
     """The first request at which the CUSUM exceeds ``height``; None: never."""
-    over = np.flatnonzero(cusum(residuals) > height) if len(residuals) else []
-    return int(over[0]) if len(over) else None
+    over: list[int] = np.flatnonzero(cusum(residuals) > height).tolist() if len(residuals) else []
+    return over[0] if over else None

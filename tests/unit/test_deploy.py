@@ -24,7 +24,6 @@ from manifest_lint import (
     Context,
     Doc,
     Finding,
-    Workload,
     arguments,
     environment,
     expand,
@@ -171,7 +170,10 @@ def test_readme_recipe_for_another_model(
     _validate(docs)
     assert check(docs) == []
     flags = dict(
-        arguments(Workload(_find(docs, "Deployment")).containers[0], Context(docs, {}, frozenset()))
+        arguments(
+            Context(docs, {}, frozenset()).workloads()[0].containers[0],
+            Context(docs, {}, frozenset()),
+        )
     )
     assert flags["--model-path"] == ["/models/my-model"]
     assert flags["--weight-version"] == ["2026-05-01"]

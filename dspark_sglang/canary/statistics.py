@@ -41,14 +41,14 @@ def residual(length: float, expected: Level) -> float:
 def threshold(residuals: Sequence[float], rng: np.random.Generator) -> float:
     """The CUSUM height that an unchanged server hardly ever reaches.
 
-    Resamples the baseline's own residuals, so that no law is assumed, and adds the error of a mean taken over few:
-    ``HORIZON`` requests, ``1 - FALSE_ALARMS`` quantile of their highest point.
+    Resamples the baseline's own residuals, so that no law is assumed, lowered by twice the standard error of
+    their mean, since a baseline may have been lucky: ``HORIZON`` requests, ``1 - FALSE_ALARMS`` quantile of their highest point.
     """
     values = np.asarray(residuals, dtype=np.float64)
     error = 1.0 / math.sqrt(len(values))
     highest = np.empty(_RUNS)
     for run in range(_RUNS):
-        drawn = rng.choice(values, size=HORIZON) - values.mean() + rng.normal(0.0, error)
+        drawn = rng.choice(values, size=HORIZON) - values.mean() - 2.0 * error
         highest[run] = cusum(drawn).max()
     return float(np.quantile(highest, 1.0 - FALSE_ALARMS)) + 1.0
 

@@ -22,6 +22,8 @@ from dspark_sglang.errors import ConfigError, DSparkError
 
 #: What the base's own arguments say already, with how many values follow.
 _IN_BASE = {"--model-path": 1, "--speculative-algorithm": 1, "--speculative-draft-model-path": 1}
+_RULES = "observability/rules.yaml"
+_OPERATOR_RULES = "components/podmonitor/rules.yaml"
 _DIST_PORT = "20000"
 _STATEFULSET_HEAD = "dspark-sglang-head{suffix}-0.dspark-sglang-peers{suffix}:" + _DIST_PORT
 _LWS_HEAD = "$(LWS_LEADER_ADDRESS):" + _DIST_PORT
@@ -141,6 +143,15 @@ def arguments(overlay: Path) -> dict[str, bytes]:
     }
 
 
+def operator_rules(rules: dict[str, object]) -> bytes:
+    """Prometheus' own rule file as the Prometheus Operator's object."""
+    meta = {"name": "dspark-sglang", "labels": {"app.kubernetes.io/name": "dspark-sglang"}}
+    document = {"apiVersion": "monitoring.coreos.com/v1", "kind": "PrometheusRule",
+                "metadata": meta, "spec": rules}  # fmt: skip
+    note = "# Made by `make deploy-rendered` from deploy/observability/rules.yaml.\n"
+    return (note + yaml.safe_dump(document, sort_keys=False, width=100)).encode()
+
+
 def kubectl() -> str:
     """The kubectl beside this Python, or on the path.
 
@@ -189,6 +200,9 @@ def main() -> None:
     parser.add_argument("--rendered", action="store_true", help="Write deploy/rendered/NAME.yaml")
     given = parser.parse_args()
     try:
+        if given.rendered:
+            rules = yaml.safe_load((given.deploy / _RULES).read_text(encoding="utf-8"))
+            write_bytes(given.deploy / _OPERATOR_RULES, operator_rules(rules))
         for overlay in overlays(given.deploy):
             if given.arguments and (overlay / "plan.env").exists():
                 for name, content in arguments(overlay).items():

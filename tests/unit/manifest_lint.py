@@ -7,6 +7,7 @@ fault. It knows how SGLang 0.5.23 behaves behind its probes and at shutdown, whi
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ from manifest_model import (
     Workload,
     arguments,
     environment,
+    expand,
     matches,
     serves,
 )
@@ -156,6 +158,25 @@ def writable_paths(context: Context) -> Iterator[Fault]:
             for path in sorted(wanted):
                 if not any(Path(path).is_relative_to(target) for target in targets):
                     yield work.where, f"{container['name']}: {path} is not writable"
+
+
+@rule
+def addresses(context: Context) -> Iterator[Fault]:
+    """A URL in a container's command names a Service of the rendering, and its port."""
+    for work in context.workloads():
+        for container in work.containers:
+            values = environment(container, context)
+            for word in container.get("args", []):
+                match = re.fullmatch(r"http://([a-z0-9.-]+):(\d+)", expand(word, values))
+                service = context.named("Service", match[1]) if match else None
+                if match and service is None:
+                    yield work.where, f"{container['name']}: no Service {match[1]}"
+                elif (
+                    match
+                    and service
+                    and int(match[2]) not in [port["port"] for port in service["spec"]["ports"]]
+                ):
+                    yield work.where, f"{container['name']}: {match[1]} has no port {match[2]}"
 
 
 @rule

@@ -150,7 +150,7 @@ class Canary:
                 f"The answer without speculation took {plain.rounds} rounds for {len(plain.ids)} tokens.",
                 expected="one round a token under custom_params.dspark.max_draft_tokens 0",
                 fix="This server (SGLang's builtin, or overlap scheduling) cannot switch speculation off for a "
-                "request: compare with a second server instead, see docs/deploy.md.",
+                "request: compare with a second server instead, see deploy/README.md.",
             )
         return ours, plain
 

@@ -165,6 +165,37 @@ def test_model_cache_component(tmp_path: Path, check: Callable[[list[Doc]], list
     assert _find(docs, "Deployment")["spec"]["strategy"] == {"type": "Recreate"}
 
 
+@pytest.mark.parametrize(
+    "components",
+    [
+        ["calibration"],
+        ["keda", "podmonitor"],
+        ["model-cache-pvc", "profile"],
+        ["router"],
+        ["api-key", "canary"],
+    ],
+    ids=lambda names: names[0],
+)
+def test_components_fit_an_overlay(
+    components: list[str], tmp_path: Path, check: Callable[[list[Doc]], list[Finding]]
+) -> None:
+    text = (DEPLOY / "overlays/cpu-smollm2/kustomization.yaml").read_text(encoding="utf-8")
+    kustomization = yaml.safe_load(text)
+    kustomization["components"] += [f"../../components/{name}" for name in components]
+    kustomization["images"].append({"name": "dspark-sglang-router", "newTag": "0.3.2"})
+    if "keda" in components:
+        del kustomization["replicas"]  # what scales it sets them
+    folder = _copy_with_overlay(tmp_path, kustomization)
+    shutil.copy(DEPLOY / "overlays/cpu-smollm2/serve.env", folder)
+    docs = _render(folder)
+    _validate(docs)
+    assert check(docs) == []
+    if "keda" in components:
+        scaled = _spec(docs, "ScaledObject")["scaleTargetRef"]["name"]
+        assert scaled == _find(docs, "Deployment")["metadata"]["name"]
+        assert "replicas" not in _spec(docs, "Deployment")
+
+
 def test_readme_recipe_for_another_model(
     tmp_path: Path, check: Callable[[list[Doc]], list[Finding]]
 ) -> None:

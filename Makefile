@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.dspark-installed
 SOURCES := dspark_sglang kernels packaging loadtests tests requirements
 
-.PHONY: help install demo test test-unit test-server lint format typecheck bench bench-kernels bench-load bench-load-full bench-faults bench-placement lossless package-check gpu lock wheel clean
+.PHONY: help install demo test test-unit test-server lint format typecheck bench bench-kernels bench-load bench-load-full bench-faults bench-placement lossless package-check deploy-check deploy-arguments deploy-rendered gpu lock wheel clean
 
 help:  ## Show what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -71,6 +71,15 @@ gpu: install  ## On a CUDA machine: run what needs one and save the results
 	$(BIN)/dspark doctor | tee runs/gpu/doctor.txt
 	$(BIN)/python -m pytest -m gpu --junitxml=runs/gpu/tests.xml
 	$(BIN)/dspark bench-kernels --out runs/gpu/kernels
+
+deploy-check: install  ## Every overlay through every validator, rules through promtool (fetches tools once)
+	$(BIN)/python tests/deploy/check.py
+
+deploy-arguments: install  ## Ask dspark plan for the flags of the GPU overlays again
+	$(BIN)/python -m dspark_sglang.deployment.generate --arguments
+
+deploy-rendered: install  ## Write deploy/rendered/NAME.yaml again
+	$(BIN)/python -m dspark_sglang.deployment.generate --rendered
 
 lock: install  ## Resolve requirements/cpu.in again
 	$(BIN)/python requirements/lock.py

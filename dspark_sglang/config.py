@@ -122,3 +122,9 @@ def read_settings(environ: Mapping[str, str] | None = None) -> Settings:
             fix="Unset it.",
         )
     return settings
+
+
+def read_api_key(environ: Mapping[str, str] | None = None) -> str | None:
+    """The server's API key, from ``API_KEY``, as the manifests set it; None without one."""
+    source = os.environ if environ is None else environ
+    return source.get("API_KEY") or None

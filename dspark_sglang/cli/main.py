@@ -16,10 +16,12 @@ from dspark_sglang.cli import (
     bench_placement,
     bench_round,
     calibrate,
+    canary,
     demo,
     doctor,
     evaluate,
     fetch_target,
+    gate,
     generate_data,
     lossless,
     package,
@@ -27,6 +29,7 @@ from dspark_sglang.cli import (
     plan,
     profile,
     push,
+    serve,
     train,
 )
 from dspark_sglang.errors import DSparkError
@@ -56,6 +59,11 @@ def root(
 
 
 app.command("doctor")(doctor.doctor)
+app.command("serve", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
+    serve.serve
+)
+app.command("gate")(gate.gate)
+app.command("canary")(canary.canary)
 app.command("demo")(demo.demo)
 app.command("bench-round")(bench_round.bench_round)
 app.command("bench-kernels")(bench_kernels.bench_kernels)

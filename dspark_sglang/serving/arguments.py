@@ -22,7 +22,7 @@ from dspark_sglang.checkpoint import (
 )
 from dspark_sglang.config import COST_AUTO, read_settings
 from dspark_sglang.errors import CheckpointError, ConfigError, DSparkError
-from dspark_sglang.serving import placement, preflight, preflight_argv, warmup
+from dspark_sglang.serving import placement, preflight, preflight_argv, start_gate, warmup
 
 _RESOLVER = "_handle_dspark"
 _MODE = "SGLANG_RAGGED_VERIFY_MODE"
@@ -57,7 +57,7 @@ def resolve(original: Callable[[Any], None], server_args: Any) -> None:
         _require_compact_mode()
     except DSparkError as error:
         stop(error)
-    _measure_at_start(server_args, view)
+    _check_at_start(server_args, view)
     if view.device.startswith("cpu"):
         if not getattr(current_platform, "dspark_cpu", False):
             stop(
@@ -86,17 +86,19 @@ def resolve_builtin(server_args: Any) -> None:
     _resolve_on_cpu(server_args, view, drafter)
 
 
-def _measure_at_start(server_args: Any, view: Any) -> None:
-    """Add our start-up measurement to SGLang's warm-ups; it does nothing where it is not needed."""
+def _check_at_start(server_args: Any, view: Any) -> None:
+    """Add our start-up measurement and our gate to SGLang's warm-ups."""
     from sglang.srt.arg_groups.overrides import declare_resolution
 
     settings = read_settings()
-    if settings.cost != COST_AUTO or settings.schedule == "all":
-        return
-    warmup.register()
-    given = [name for name in (view.warmups or "").split(",") if name]
-    if warmup.NAME not in given:
-        declare_resolution(server_args, _RESOLVER, warmups=",".join([*given, warmup.NAME]))
+    own = [start_gate]
+    if settings.cost == COST_AUTO and settings.schedule != "all":
+        own.insert(0, warmup)  # it does nothing where the cost is known
+    names = [name for name in (view.warmups or "").split(",") if name]
+    for module in own:
+        module.register()
+        names += [module.NAME] if module.NAME not in names else []
+    declare_resolution(server_args, _RESOLVER, warmups=",".join(names))
 
 
 def _refuse_ignored_options(view: Any) -> None:

@@ -7,6 +7,7 @@ SGLang lets numbers through, nothing else:
 ``dspark_budget``       share of the drafted tokens to verify, 0 to 1; -1: what pays
 ``dspark_sts``          0: no calibration; 1: read the file again; 2: fit to what was verified
 ``dspark_cost``         0: forget the step cost; 1: read the file again; 2: write it
+``dspark_canary``       what ``dspark canary`` found: 1: no fault; 0: one (shown in ``/metrics``)
 ======================  =========================================================================
 
 SGLang's own ``dspark_force_budget_frac`` sets ``dspark_budget``; its null is -1.
@@ -26,6 +27,7 @@ logger = logging.getLogger(__name__)
 Apply = Callable[[], None]
 T = TypeVar("T")
 
+_CANARY = "dspark_canary"
 #: SGLang sets the budget of its own planner by it, which does not run here.
 _SGLANG_BUDGET = "dspark_force_budget_frac"
 SPECULATION: dict[int, Choice] = {-1: "auto", 0: "off", 1: "on"}
@@ -42,6 +44,7 @@ class Commands:
             _SGLANG_BUDGET: lambda value: self._budget(_SGLANG_BUDGET, value),
             "dspark_sts": self._sts,
             "dspark_cost": self._cost,
+            _CANARY: self._canary,
         }
 
     @property
@@ -56,7 +59,7 @@ class Commands:
             DSparkError: the value or a file it names is of no use, or this server does not
                 schedule.
         """
-        if not self._worker.control.adaptive:
+        if key != _CANARY and not self._worker.control.adaptive:
             raise ConfigError(
                 f"{key} was set, but this server verifies everything it drafts.",
                 expected="a server with DSPARK_SCHEDULE=adaptive and no overlap scheduling",
@@ -96,6 +99,10 @@ class Commands:
             2: worker.plan_save_cost,
         }
         return _choose("dspark_cost", value, plans)()
+
+    def _canary(self, value: float) -> Apply:
+        passed = _choose(_CANARY, value, {0: False, 1: True})
+        return lambda: self._worker.report_canary(passed)
 
 
 def _choose(key: str, value: float, choices: Mapping[int, T]) -> T:

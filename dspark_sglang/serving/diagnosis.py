@@ -44,9 +44,7 @@ def local() -> list[Finding]:
     """The installation on this machine."""
     findings = [
         Finding("ok", f"dspark-sglang {__version__}, Python {sys.version.split()[0]}"),
-        *_settings(),
-        *_entry_points(),
-        *_selection(),
+        *activation(),
     ]
     try:
         compat.check((), allow_other=read_settings().allow_other_sglang)
@@ -54,6 +52,11 @@ def local() -> list[Finding]:
     except DSparkError as error:
         return [*findings, _failed(error)]
     return [*findings, *_platform(), *_contract()]
+
+
+def activation() -> list[Finding]:
+    """Whether SGLang would load this plugin here; imports nothing of it."""
+    return [*_settings(), *_entry_points(), *_selection()]
 
 
 def _settings() -> list[Finding]:

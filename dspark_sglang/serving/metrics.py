@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dspark_sglang import __version__
 from dspark_sglang.core.depth import WORKLOADS
 from dspark_sglang.serving.control import Control
 from dspark_sglang.serving.telemetry import Telemetry
+
+if TYPE_CHECKING:
+    from prometheus_client import Gauge
 
 #: Seconds between updates: writing a metric costs more than counting.
 _EVERY_S = 1.0
@@ -76,6 +79,34 @@ class Metrics:
         #: several processes write, and clients name workloads: the first few get one.
         self._workloads: set[str] = set()
         self._next = 0.0
+        self._canary: tuple[Gauge, Gauge] | None = None
+
+    def report_canary(self, passed: bool, now: float) -> None:
+        """Show what the canary found.
+
+        The series exist from the first report on: a server nobody watches has none.
+
+        Args:
+            now: seconds since 1970.
+        """
+        if self._canary is None:
+            from prometheus_client import Gauge
+
+            self._canary = (
+                Gauge(
+                    "dspark_canary_passed",
+                    "1: the last canary run found no fault; 0: it found one.",
+                    multiprocess_mode="mostrecent",
+                ),
+                Gauge(
+                    "dspark_canary_seconds",
+                    "When the canary reported last, in seconds since 1970.",
+                    multiprocess_mode="mostrecent",
+                ),
+            )
+        verdict, reported = self._canary
+        verdict.set(float(passed))
+        reported.set(now)
 
     def update(self, now: float, telemetry: Telemetry, control: Control) -> None:
         """Bring the metrics up to date, at most once a second.

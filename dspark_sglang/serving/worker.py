@@ -140,6 +140,11 @@ class DSparkWorker(DSparkWorkerV2):
         if get_parallel().tp_rank == 0:
             self._announce()
 
+    def report_canary(self, passed: bool) -> None:
+        """Show in ``/metrics`` what ``dspark canary`` found."""
+        if self._metrics is not None:
+            self._metrics.report_canary(passed, time.time())
+
     def _announce(self) -> None:
         """One line in the log, and a metric where SGLang serves metrics."""
         logger.info(

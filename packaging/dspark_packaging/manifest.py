@@ -36,6 +36,8 @@ IGNORED = (
     "README.*",
     "NOTICE",
 )
+#: Weights by whatever name: a server loads every one it finds.
+WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
 _CHUNK = 4 << 20
 _REPACK = "Download the folder again, or package it again with `dspark package DIR DIR`."
 
@@ -161,26 +163,36 @@ def read_manifest(directory: Path) -> Manifest:
     Raises:
         PackageError: missing, unreadable, or naming something outside the folder.
     """
-    path = directory / MANIFEST_FILE
+    return _read(directory / MANIFEST_FILE, fix=_REPACK)
+
+
+def _read(path: Path, *, fix: str) -> Manifest:
     expected = 'a checksum file {"files": {name: {"sha256": ..., "size": ...}}}'
     try:
         manifest = msgspec.json.decode(path.read_bytes(), type=Manifest)
     except FileNotFoundError:
-        raise PackageError(f"{path} does not exist.", expected=expected, fix=_REPACK) from None
+        raise PackageError(f"{path} does not exist.", expected=expected, fix=fix) from None
     except msgspec.DecodeError as error:
         raise PackageError(
-            f"{path} cannot be read: {error}.", expected=expected, fix=_REPACK
+            f"{path} cannot be read: {error}.", expected=expected, fix=fix
         ) from error
     for name in manifest.files:
         # A name with a slash would make a verifier read (and trust) files elsewhere.
         if name != Path(name).name or name in {"", ".", "..", MANIFEST_FILE}:
             raise PackageError(
-                f"{path} lists {name!r}.", expected="plain file names beside it", fix=_REPACK
+                f"{path} lists {name!r}.", expected="plain file names beside it", fix=fix
             )
     return manifest
 
 
-def check_size(directory: Path, name: str, entry: Entry) -> None:
+def check_size(
+    directory: Path,
+    name: str,
+    entry: Entry,
+    *,
+    listed_in: str = MANIFEST_FILE,
+    fix: str = _REPACK,
+) -> None:
     """Check that a file is there, whole.
 
     Raises:
@@ -190,29 +202,41 @@ def check_size(directory: Path, name: str, entry: Entry) -> None:
     if not path.is_file():
         raise PackageError(
             f"{path} is missing.",
-            expected=f"{entry.size} bytes, as {MANIFEST_FILE} lists",
-            fix=_REPACK,
+            expected=f"{entry.size} bytes, as {listed_in} lists",
+            fix=fix,
         )
     if path.stat().st_size != entry.size:
         raise PackageError(
-            f"{path} has {path.stat().st_size} bytes.", expected=f"{entry.size} bytes", fix=_REPACK
+            f"{path} has {path.stat().st_size} bytes.", expected=f"{entry.size} bytes", fix=fix
         )
 
 
-def check_entry(directory: Path, name: str, entry: Entry, found: Entry | None = None) -> None:
+def check_entry(
+    directory: Path,
+    name: str,
+    entry: Entry,
+    found: Entry | None = None,
+    *,
+    listed_in: str = MANIFEST_FILE,
+    fix: str = _REPACK,
+) -> None:
     """Check one file against its entry.
+
+    Args:
+        found: what is known of it already; None: it is read.
+        listed_in, fix: what errors name.
 
     Raises:
         PackageError: missing, another size, or another digest.
     """
     # The size first: it is free, and says "truncated" where a digest says only "different".
-    check_size(directory, name, entry)
+    check_size(directory, name, entry, listed_in=listed_in, fix=fix)
     found = file_entry(directory / name) if found is None else found
     if found != entry:
         raise PackageError(
             f"{directory / name} has SHA-256 {found.sha256[:16]}...",
-            expected=f"{entry.sha256[:16]}..., as {MANIFEST_FILE} lists",
-            fix=_REPACK,
+            expected=f"{entry.sha256[:16]}..., as {listed_in} lists",
+            fix=fix,
         )
 
 
@@ -236,3 +260,33 @@ def verify_manifest(directory: Path, *, progress: Progress = silent) -> Manifest
             fix=f"Run `dspark package {directory} {directory}` if the file belongs there.",
         )
     return manifest
+
+
+def verify_files(directory: Path, manifest: Path) -> int:
+    """Check a folder against a checksum file that may lie elsewhere.
+
+    Returns:
+        How many files were checked.
+
+    Raises:
+        PackageError: a listed file is missing or changed, or weights lie there that are not listed.
+    """
+    fix = "Fetch the files and their checksum file again, of one revision."
+    if not directory.is_dir():
+        raise PackageError(f"{directory} does not exist.", expected="a model's folder", fix=fix)
+    listed = _read(manifest, fix=fix).files
+    for name, entry in listed.items():
+        check_entry(directory, name, entry, listed_in=manifest.name, fix=fix)
+    stray = [
+        path.name
+        for pattern in WEIGHT_FILES
+        for path in sorted(directory.glob(pattern))
+        if path.name not in listed
+    ]
+    if not listed or stray:
+        raise PackageError(
+            f"{directory} holds {', '.join(stray) or 'files'} that {manifest} does not list.",
+            expected="every weight file in the list",
+            fix=fix,
+        )
+    return len(listed)

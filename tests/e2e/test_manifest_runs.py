@@ -54,7 +54,7 @@ def served(
     kept = ("SGLANG_", "DSPARK_PLUGIN", "DSPARK_SCHEDULE", "HF_HUB_OFFLINE")
     chosen = {k: v for k, v in values.items() if k.startswith(kept)} | cores
     log = tmp_path_factory.mktemp("manifest") / "server.log"
-    command = [sys.executable, *words[1:]]
+    command = [sys.executable, "-m", "dspark_sglang.cli.main", *words[1:]]
     with Server(command, port=port, log=log, environment=chosen) as server:
         server.wait_ready()
         yield server
@@ -63,7 +63,12 @@ def served(
 def test_its_probes_answer_as_they_are_declared(
     served: Server, container: tuple[dict[str, Any], Context]
 ) -> None:
-    for name in ("startupProbe", "readinessProbe", "livenessProbe"):
+    port = served.url.rsplit(":", 1)[1]
+    words = [*container[0]["startupProbe"]["exec"]["command"][1:-1], port]
+    began = time.monotonic()
+    subprocess.run([sys.executable, *words], check=True)
+    assert time.monotonic() - began < container[0]["startupProbe"]["timeoutSeconds"] / 2
+    for name in ("readinessProbe", "livenessProbe"):
         probe = container[0][name]
         began = time.monotonic()
         answer = httpx.get(served.url + probe["httpGet"]["path"], timeout=probe["timeoutSeconds"])

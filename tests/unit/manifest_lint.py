@@ -9,33 +9,37 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from manifest_model import (
+    DRAIN_ANNOTATION,
+    DRAIN_POLL,
+    FROM_OPERATOR,
+    GPU,
+    HEALTH_DEADLINE,
+    HEALTH_MARGIN,
+    LWS_VARIABLES,
+    PROBE,
+    REFERENCE,
+    REVISION_LABEL,
+    SCHEDULER_EXIT,
+    SECURITY_ANNOTATION,
+    VOLUMES,
+    WRITTEN,
+    Context,
+    Doc,
+    Workload,
+    arguments,
+    environment,
+    expand,
+    matches,
+    serves,
+)
 from sglang_source import Arity
 
-from dspark_sglang.config import PREFIX, read_settings
+from dspark_sglang.config import read_settings
 from dspark_sglang.errors import ConfigError
-
-Doc = dict[str, Any]
-
-#: ``/health`` waits in whole seconds around its own deadline, so it can answer a bit after it.
-HEALTH_MARGIN = 5
-HEALTH_DEADLINE = 20
-#: SGLang looks for SIGTERM, and for the last request's end, once in this many seconds.
-DRAIN_POLL = 5
-#: SGLang then waits this long for its schedulers to exit.
-SCHEDULER_EXIT = 15
-DRAIN_ANNOTATION = "dspark-sglang/drain-seconds"
-REVISION_LABEL = "dspark-sglang/revision"
-_REFERENCE = re.compile(r"\$(\$|\(([A-Za-z_][A-Za-z0-9_.-]*)\))")
-#: Volume types that the restricted Pod Security level allows.
-_VOLUMES = {
-    "configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "persistentVolumeClaim",
-    "projected", "secret",
-}  # fmt: skip
-_WRITTEN = ("HOME", "TMPDIR", "XDG_CACHE_HOME", PREFIX + "CACHE_DIR")
 
 
 @dataclass(frozen=True)
@@ -45,112 +49,6 @@ class Finding:
     rule: str
     where: str
     message: str
-
-
-@dataclass(frozen=True)
-class Context:
-    """The documents of one rendering and what the server in them understands."""
-
-    docs: Sequence[Doc]
-    flags: Mapping[str, Arity]
-    sglang_env: frozenset[str]
-
-    def of_kind(self, *kinds: str) -> list[Doc]:
-        return [doc for doc in self.docs if doc["kind"] in kinds]
-
-    def named(self, kind: str, name: str) -> Doc | None:
-        found = [doc for doc in self.of_kind(kind) if doc["metadata"]["name"] == name]
-        return found[0] if found else None
-
-    def workloads(self) -> list[Workload]:
-        return [Workload(doc) for doc in self.of_kind("Deployment", "StatefulSet")]
-
-
-@dataclass(frozen=True)
-class Workload:
-    """A Deployment or StatefulSet, with the parts that the rules ask for."""
-
-    doc: Doc
-    pod: Doc = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "pod", self.doc["spec"]["template"]["spec"])
-
-    @property
-    def where(self) -> str:
-        return f"{self.doc['kind']}/{self.doc['metadata']['name']}"
-
-    @property
-    def labels(self) -> Mapping[str, str]:
-        return self.doc["spec"]["template"]["metadata"].get("labels", {})
-
-    @property
-    def annotations(self) -> Mapping[str, str]:
-        return self.doc["spec"]["template"]["metadata"].get("annotations", {})
-
-    @property
-    def containers(self) -> list[Doc]:
-        return self.pod["containers"] + self.pod.get("initContainers", [])
-
-    @property
-    def ports(self) -> list[Doc]:
-        return [port for c in self.pod["containers"] for port in c.get("ports", [])]
-
-    def has_port(self, wanted: str | int) -> bool:
-        return any(wanted in (port.get("name"), port["containerPort"]) for port in self.ports)
-
-
-# --- What a container is started with -------------------------------------------------------
-
-
-def environment(container: Doc, context: Context) -> dict[str, str]:
-    """The container's variables as the kubelet would set them; secrets and fields as ``1``."""
-    values: dict[str, str] = {}
-    for source in container.get("envFrom", []):
-        found = context.named("ConfigMap", source.get("configMapRef", {}).get("name", ""))
-        prefix = source.get("prefix", "")
-        values |= {prefix + k: v for k, v in (found or {}).get("data", {}).items()}
-    for entry in container.get("env", []):
-        reference = entry.get("valueFrom", {}).get("configMapKeyRef")
-        if reference:
-            found = context.named("ConfigMap", reference["name"]) or {}
-            values[entry["name"]] = found.get("data", {}).get(reference["key"], "")
-        elif "valueFrom" in entry:
-            values[entry["name"]] = "1"
-        else:
-            values[entry["name"]] = expand(entry.get("value", ""), values)
-    return values
-
-
-def expand(text: str, values: Mapping[str, str]) -> str:
-    """``$(NAME)`` replaced as Kubernetes does: an unknown name stays as it is written."""
-    return _REFERENCE.sub(
-        lambda m: "$" if m[1] == "$" else values.get(m[2], m[0]),
-        text,
-    )
-
-
-def arguments(container: Doc, context: Context) -> list[tuple[str, list[str]]]:
-    """The container's flags in order, each with its values, after expansion."""
-    values = environment(container, context)
-    words = [expand(w, values) for w in container.get("command", []) + container.get("args", [])]
-    flags: list[tuple[str, list[str]]] = []
-    for word in words:
-        if word.startswith("--"):
-            name, equals, value = word.partition("=")
-            flags.append((name, [value] if equals else []))
-        elif flags:
-            flags[-1][1].append(word)
-    return flags
-
-
-def serves(container: Doc) -> bool:
-    return "sglang.launch_server" in container.get("command", []) + container.get("args", [])
-
-
-def _matches(selector: Mapping[str, Any], labels: Mapping[str, str]) -> bool:
-    wanted = selector.get("matchLabels", {})
-    return all(labels.get(key) == value for key, value in wanted.items())
 
 
 # --- The rules ------------------------------------------------------------------------------
@@ -182,18 +80,20 @@ def selectors(context: Context) -> Iterator[Fault]:
     """Every selector is specific and matches pods of a workload in the same rendering."""
     workloads = context.workloads()
     for work in workloads:
-        own = [work.doc["spec"]["selector"]]
+        selector = work.doc["spec"].get("selector")
+        own = [selector] if selector else []
         own += [t["labelSelector"] for t in work.pod.get("topologySpreadConstraints", [])]
-        if not all(s.get("matchLabels") and _matches(s, work.labels) for s in own):
+        if not all(s.get("matchLabels") and matches(s, work.labels) for s in own):
             yield work.where, "a selector does not match the pod labels"
     others = [(d, {"matchLabels": d["spec"].get("selector")}) for d in context.of_kind("Service")]
     others += [(d, d["spec"]["selector"]) for d in context.of_kind("PodDisruptionBudget")]
     others += [(d, d["spec"]["podSelector"]) for d in context.of_kind("NetworkPolicy")]
+    others += [(d, d["spec"]["selector"]) for d in context.of_kind("PodMonitor")]
     for doc, selector in others:
         where = f"{doc['kind']}/{doc['metadata']['name']}"
         if not selector.get("matchLabels"):
             yield where, "its selector is empty: it would select every pod or none"
-        elif not any(_matches(selector, work.labels) for work in workloads):
+        elif not any(matches(selector, work.labels) for work in workloads):
             yield where, f"{selector['matchLabels']} matches no pod"
 
 
@@ -215,7 +115,7 @@ def ports(context: Context) -> Iterator[Fault]:
         where = f"{doc['kind']}/{doc['metadata']['name']}"
         spec = doc["spec"]
         selector = spec.get("podSelector", {"matchLabels": spec.get("selector", {})})
-        chosen = [work for work in context.workloads() if _matches(selector, work.labels)]
+        chosen = [work for work in context.workloads() if matches(selector, work.labels)]
         asked = [(p.get("targetPort", p["port"]), p) for p in spec.get("ports", [])]
         asked += [(p["port"], p) for r in spec.get("ingress", []) for p in r.get("ports", [])]
         outward = [p for r in spec.get("egress", []) for p in r.get("ports", [])]
@@ -231,13 +131,14 @@ def volumes(context: Context) -> Iterator[Fault]:
     """Volumes and mounts belong together; memory volumes are bounded; no host volume."""
     for work in context.workloads():
         declared = {v["name"]: v for v in work.pod.get("volumes", [])}
+        declared |= {c["metadata"]["name"]: {"name": c["metadata"]["name"]} for c in work.claims}
         mounted = {m["name"] for c in work.containers for m in c.get("volumeMounts", [])}
         for name in sorted(mounted - set(declared)):
             yield work.where, f"volumeMount {name} has no volume"
         for name in sorted(set(declared) - mounted):
             yield work.where, f"volume {name} is never mounted"
         for name, volume in declared.items():
-            if not set(volume) - {"name"} <= _VOLUMES:
+            if not set(volume) - {"name"} <= VOLUMES:
                 yield work.where, f"volume {name} is of a type the restricted level forbids"
             if "emptyDir" in volume and "sizeLimit" not in (volume["emptyDir"] or {}):
                 yield work.where, f"emptyDir {name} has no sizeLimit"
@@ -251,7 +152,7 @@ def writable_paths(context: Context) -> Iterator[Fault]:
             mounts = container.get("volumeMounts", [])
             targets = [m["mountPath"] for m in mounts if not m.get("readOnly")]
             values = environment(container, context)
-            wanted = {"/tmp"} | {values[name] for name in _WRITTEN if values.get(name)}
+            wanted = {"/tmp"} | {values[name] for name in WRITTEN if values.get(name)}
             if "HOME" not in values:
                 yield work.where, f"{container['name']}: HOME is not set"
             for path in sorted(wanted):
@@ -260,12 +161,35 @@ def writable_paths(context: Context) -> Iterator[Fault]:
 
 
 @rule
+def addresses(context: Context) -> Iterator[Fault]:
+    """A URL in a container's command names a Service of the rendering, and its port."""
+    for work in context.workloads():
+        for container in work.containers:
+            values = environment(container, context)
+            for word in container.get("args", []):
+                match = re.fullmatch(r"http://([a-z0-9.-]+):(\d+)", expand(word, values))
+                service = context.named("Service", match[1]) if match else None
+                if match and service is None:
+                    yield work.where, f"{container['name']}: no Service {match[1]}"
+                elif (
+                    match
+                    and service
+                    and int(match[2]) not in [port["port"] for port in service["spec"]["ports"]]
+                ):
+                    yield work.where, f"{container['name']}: {match[1]} has no port {match[2]}"
+
+
+@rule
 def references(context: Context) -> Iterator[Fault]:
     """ConfigMaps, claims, the ServiceAccount and every $(NAME) exist."""
     for work in context.workloads():
         asked = [("ServiceAccount", work.pod.get("serviceAccountName", "default"))]
         for volume in work.pod.get("volumes", []):
-            asked += [("ConfigMap", v["name"]) for k, v in volume.items() if k == "configMap"]
+            asked += [
+                ("ConfigMap", v["name"])
+                for k, v in volume.items()
+                if k == "configMap" and not v.get("optional") and v["name"] not in FROM_OPERATOR
+            ]
             claim = volume.get("persistentVolumeClaim")
             asked += [("PersistentVolumeClaim", claim["claimName"])] if claim else []
         for container in work.containers:
@@ -280,12 +204,16 @@ def references(context: Context) -> Iterator[Fault]:
             known = environment(container, context)
             words = container.get("command", []) + container.get("args", [])
             for word in words + [e.get("value", "") for e in container.get("env", [])]:
-                for match in _REFERENCE.finditer(word):
-                    if match[2] and match[2] not in known:
+                for match in REFERENCE.finditer(word):
+                    if match[2] and match[2] not in known and not _injected(work, match[2]):
                         yield work.where, f"{container['name']}: {match[0]} has no value"
         for kind, name in asked:
             if context.named(kind, name) is None:
                 yield work.where, f"{kind} {name} does not exist"
+
+
+def _injected(work: Workload, name: str) -> bool:
+    return work.doc["kind"] == "LeaderWorkerSet" and name in LWS_VARIABLES
 
 
 def _probes(container: Doc) -> list[tuple[str, Doc]]:
@@ -299,8 +227,17 @@ def probes(context: Context) -> Iterator[Fault]:
     for work in context.workloads():
         for container in filter(serves, work.pod["containers"]):
             found = dict(_probes(container))
-            for missing in {"startupProbe", "readinessProbe", "livenessProbe"} - set(found):
+            asked = set(found) | ({"startupProbe"} if "startupProbe" in container else set())
+            for missing in {"startupProbe", "readinessProbe", "livenessProbe"} - asked:
                 yield work.where, f"{missing} is missing"
+            if work.role == "worker":
+                for name, probe in found.items():
+                    if probe["httpGet"]["path"] != "/health":
+                        yield work.where, f"{name}: a rank above 0 answers /health only"
+                continue
+            command = container.get("startupProbe", {}).get("exec", {}).get("command", [])
+            if command and PROBE not in command:
+                yield work.where, "startupProbe runs something else than our probe"
             deadline = int(
                 environment(container, context).get("SGLANG_HEALTH_CHECK_TIMEOUT", HEALTH_DEADLINE)
             )
@@ -321,10 +258,11 @@ def probes(context: Context) -> Iterator[Fault]:
                     yield work.where, "liveness must ask /health: /ready is 503 when paused"
                 if probe.get("periodSeconds", 10) < timeout:
                     yield work.where, f"{name}: periodSeconds is below timeoutSeconds"
-            startup = _budget(found.get("startupProbe", {}))
+            startup = _budget(container.get("startupProbe", {}))
             if startup < 120:
                 yield work.where, f"startupProbe allows {startup} s; loading takes longer"
-            if work.doc["spec"].get("progressDeadlineSeconds", 600) <= startup:
+            rolls = work.doc["kind"] == "Deployment"
+            if rolls and work.doc["spec"].get("progressDeadlineSeconds", 600) <= startup:
                 yield work.where, f"progressDeadlineSeconds does not exceed start-up's {startup} s"
 
 
@@ -355,6 +293,10 @@ def restricted(context: Context) -> Iterator[Fault]:
     """The restricted Pod Security level, a read-only root and no API token."""
     for work in context.workloads():
         pod, security = work.pod, work.pod.get("securityContext", {})
+        # More than restricted has to be said, and why.
+        stated = work.annotations.get(SECURITY_ANNOTATION, "")
+        more = {"IPC_LOCK"} if stated.startswith("privileged: ") else set()
+        calls_api = work.labels.get("app.kubernetes.io/component") == "router"
         account = context.named("ServiceAccount", pod.get("serviceAccountName", "")) or {}
         wanted = {
             "runAsNonRoot": security.get("runAsNonRoot") is True,
@@ -362,8 +304,8 @@ def restricted(context: Context) -> Iterator[Fault]:
             "seccomp RuntimeDefault": security.get("seccompProfile", {}).get("type")
             == "RuntimeDefault",
             "no host namespace": not any(pod.get(k) for k in ("hostNetwork", "hostPID", "hostIPC")),
-            "automountServiceAccountToken false on the pod": pod.get("automountServiceAccountToken")
-            is False,
+            "automountServiceAccountToken false on the pod": calls_api
+            or pod.get("automountServiceAccountToken") is False,
             "automountServiceAccountToken false on the ServiceAccount": account.get(
                 "automountServiceAccountToken"
             )
@@ -380,7 +322,7 @@ def restricted(context: Context) -> Iterator[Fault]:
                 is False,
                 f"{name}: readOnlyRootFilesystem": own.get("readOnlyRootFilesystem") is True,
                 f"{name}: drop ALL": capabilities.get("drop") == ["ALL"]
-                and set(capabilities.get("add", [])) <= {"NET_BIND_SERVICE"},
+                and set(capabilities.get("add", [])) <= {"NET_BIND_SERVICE"} | more,
                 f"{name}: no hostPort": not any(
                     "hostPort" in p for p in container.get("ports", [])
                 ),
@@ -401,6 +343,22 @@ def resources(context: Context) -> Iterator[Fault]:
                 yield work.where, f"{container['name']}: cpu and memory requests or memory limit"
             elif requests["memory"] != limits["memory"]:
                 yield work.where, f"{container['name']}: memory request and limit differ"
+            if requests.get(GPU) != limits.get(GPU):
+                yield work.where, f"{container['name']}: {GPU} request and limit differ"
+        for container in filter(serves, work.pod["containers"]):
+            yield from ((work.where, message) for message in _gpu_faults(container, context))
+
+
+def _gpu_faults(container: Doc, context: Context) -> Iterator[str]:
+    """Ranks and GPUs of a server are as many."""
+    chosen = {name: values[0] for name, values in arguments(container, context) if values}
+    gpus = int(container.get("resources", {}).get("limits", {}).get(GPU, 0))
+    ranks = int(chosen.get("--tp-size", 1)) * int(chosen.get("--pp-size", 1))
+    if chosen.get("--device") == "cpu":
+        if gpus:
+            yield "a server on the CPU takes GPUs"
+    elif gpus * int(chosen.get("--nnodes", 1)) != ranks:
+        yield f"{ranks} ranks on {chosen.get('--nnodes', 1)} nodes of {gpus} GPUs"
 
 
 @rule
@@ -436,7 +394,7 @@ def serve_arguments(context: Context) -> Iterator[Fault]:
     """The server's flags exist in SGLang, have their values, and ask for DSPARK."""
     for work in context.workloads():
         for container in filter(serves, work.containers):
-            given = arguments(container, context)
+            given = [(n, v) for n, v in arguments(container, context) if n not in ("--rdma",)]
             for name, values in given:
                 yield from ((work.where, m) for m in _flag_faults(name, values, context))
             chosen = dict(given)
@@ -475,7 +433,7 @@ def disruption(context: Context) -> Iterator[Fault]:
     """A PodDisruptionBudget lets at least one pod be evicted."""
     for doc in context.of_kind("PodDisruptionBudget"):
         spec = doc["spec"]
-        chosen = [w for w in context.workloads() if _matches(spec["selector"], w.labels)]
+        chosen = [w for w in context.workloads() if matches(spec["selector"], w.labels)]
         replicas = sum(w.doc["spec"].get("replicas", 1) for w in chosen)
         kept = spec.get("minAvailable", 0)
         if spec.get("maxUnavailable") in (0, "0%") or kept == "100%":

@@ -30,7 +30,11 @@ class Worker:
         self.cost_path, self.sts_path = folder / "cost.json", folder / "sts.json"
         self.temperatures = [1.0] * GAMMA
         self.saved = 0
+        self.canary: bool | None = None
         self.commands = commands.Commands(self)
+
+    def report_canary(self, passed: bool) -> None:
+        self.canary = passed
 
     def _set(self, temperatures: list[float]) -> Callable[[], None]:
         def apply() -> None:
@@ -214,7 +218,7 @@ def test_a_damaged_cost_file_is_refused_with_its_reason(worker: Worker) -> None:
         worker.commands.prepare("dspark_cost", 1)
 
 
-@pytest.mark.parametrize("key", commands.Commands(None).keys)
+@pytest.mark.parametrize("key", [k for k in commands.Commands(None).keys if k != "dspark_canary"])
 def test_a_server_that_does_not_schedule_refuses_every_key(tmp_path: Path, key: str) -> None:
     worker = Worker(tmp_path, adaptive=False)
     before = state(worker)
@@ -243,3 +247,11 @@ def test_the_messages_say_what_to_do(worker: Worker) -> None:
         worker.commands.prepare("dspark_budget", 2)
     with pytest.raises(ConfigError, match=r"at least 256"):
         worker.commands.prepare("dspark_sts", 2)
+
+
+@pytest.mark.parametrize("adaptive", [True, False])
+def test_every_server_takes_the_canarys_verdict(tmp_path: Path, adaptive: bool) -> None:
+    worker = Worker(tmp_path, adaptive=adaptive)
+    assert update(worker, {"dspark_canary": 0}) and worker.canary is False
+    assert update(worker, {"dspark_canary": 1}) and worker.canary is True
+    assert not update(worker, {"dspark_canary": 2}) and worker.canary is True

@@ -1,0 +1,1 @@
+"""A running server compared with itself, speculation off."""

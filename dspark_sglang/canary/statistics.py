@@ -1,0 +1,70 @@
+"""Acceptance that drifts: a one-sided CUSUM whose threshold comes from the baseline itself.
+
+Exact acceptance hides a stale draft cache or a wrong drafter revision from the text: only the accepted length falls.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import msgspec
+import numpy as np
+
+#: Falls of less than twice this, in standard deviations, are left alone.
+SLACK = 0.5
+#: The threshold is set so that so many requests of an unchanged server raise no alarm but in this share of runs.
+HORIZON, FALSE_ALARMS = 5000, 0.01
+_RUNS = 400
+
+
+class Level(msgspec.Struct, frozen=True):
+    """Accepted length of one kind of prompt on a server known to be right."""
+
+    mean: float
+    deviation: float
+    count: int
+
+
+def level(lengths: Sequence[float]) -> Level:
+    """Mean and standard deviation; the latter at least 0.05 tokens, so that chance equality is not certainty."""
+    values = np.asarray(lengths, dtype=np.float64)
+    spread = float(values.std(ddof=1)) if len(values) > 1 else 0.0
+    return Level(float(values.mean()), max(spread, 0.05), len(values))
+
+
+def residual(length: float, expected: Level) -> float:
+    """Standard deviations above (positive) or below the baseline."""
+    return (length - expected.mean) / expected.deviation
+
+
+def threshold(residuals: Sequence[float], rng: np.random.Generator) -> float:
+    """The CUSUM height that an unchanged server hardly ever reaches.
+
+    Resamples the baseline's own residuals, so that no law is assumed, lowered by twice the standard error of
+    their mean, since a baseline may have been lucky: ``HORIZON`` requests, ``1 - FALSE_ALARMS`` quantile of their highest point.
+    """
+    values = np.asarray(residuals, dtype=np.float64)
+    error = 1.0 / math.sqrt(len(values))
+    highest = np.empty(_RUNS)
+    for run in range(_RUNS):
+        drawn = rng.choice(values, size=HORIZON) - values.mean() - 2.0 * error
+        highest[run] = cusum(drawn).max()
+    return float(np.quantile(highest, 1.0 - FALSE_ALARMS)) + 1.0
+
+
+def cusum(residuals: Sequence[float] | np.ndarray) -> np.ndarray:
+    """``S_n = max(0, S_{n-1} - z_n - SLACK)``: grows while accepted lengths stay low.
+
+    Returns:
+        Float64 ``[N]``.
+    """
+    steps = -np.asarray(residuals, dtype=np.float64) - SLACK
+    walk = np.concatenate([[0.0], np.cumsum(steps)])
+    return np.asarray(walk - np.minimum.accumulate(walk))[1:]
+
+
+def alarm(residuals: Sequence[float], height: float) -> int | None:
+    """The first request at which the CUSUM exceeds ``height``; None: never."""
+    over: list[int] = np.flatnonzero(cusum(residuals) > height).tolist() if len(residuals) else []
+    return over[0] if over else None

@@ -1,0 +1,1 @@
+"""Making what ``deploy/`` holds of generated files."""

@@ -1,0 +1,53 @@
+"""Validators that are no Python dependencies of the project, fetched once into the user's cache."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+NPM = ("@kubernetes-models/keda", "@kubernetes-models/prometheus-operator")
+CACHE = Path.home() / ".cache" / "dspark-sglang" / "deploy-tools"
+
+
+def _run(command: list[str], folder: Path) -> None:
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"deploy-check: {' '.join(command)} failed: {done.stderr[-400:]}")
+
+
+def npm_models() -> Path | None:
+    """The folder of the CRD models; None without npm."""
+    folder = CACHE / "npm"
+    if not (folder / "node_modules" / NPM[-1]).is_dir():
+        if shutil.which("npm") is None:
+            return None
+        folder.mkdir(parents=True, exist_ok=True)
+        _run(["npm", "install", "--no-audit", "--no-fund", "--prefix", str(folder), *NPM], folder)
+    return folder
+
+
+def promtool() -> str | None:
+    """promtool of the system, or of Debian's package; None where neither can be had."""
+    own = CACHE / "prometheus" / "usr" / "bin" / "promtool"
+    found = shutil.which("promtool") or (str(own) if own.exists() else None)
+    if found or shutil.which("apt-get") is None or shutil.which("dpkg-deb") is None:
+        return found
+    folder = CACHE / "apt"
+    folder.mkdir(parents=True, exist_ok=True)
+    _run(["apt-get", "download", "prometheus"], folder)
+    package = next(folder.glob("prometheus_*.deb"))
+    _run(["dpkg-deb", "-x", str(package), str(CACHE / "prometheus")], folder)
+    return str(own)
+
+
+def checkov() -> str:
+    """checkov in an environment of its own: its dependencies fit no other project."""
+    program = CACHE / "checkov" / "bin" / "checkov"
+    if not program.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        _run([sys.executable, "-m", "venv", str(CACHE / "checkov")], CACHE)
+        pip = str(CACHE / "checkov" / "bin" / "pip")
+        _run([pip, "install", "--quiet", "checkov"], CACHE)
+    return str(program)

@@ -178,14 +178,20 @@ class Canary:
         return None if all(found is True for found in answers) else str(answer)
 
 
-def run(canary: Canary, baseline: Baseline | None, told: Callable[[int, int], None]) -> Report:
+def run(
+    canary: Canary,
+    baseline: Baseline | None,
+    told: Callable[[int, int], None],
+    seen: list[tuple[str, float]] | None = None,
+) -> Report:
     """Ask everything and compare.
 
     Args:
         told: of the requests done and the faults so far.
+        seen: gets the kind and the accepted length of every request, in order.
     """
+    seen = [] if seen is None else seen
     began, faults, ties = time.monotonic(), list[Fault](), 0
-    lengths: dict[str, list[float]] = {}
     residuals: list[float] = []
     allowed: Tolerance = TOLERANCES[canary.dtype]
     done, drifted = 0, None
@@ -194,7 +200,7 @@ def run(canary: Canary, baseline: Baseline | None, told: Callable[[int, int], No
         fault = compare(question, ours, plain, allowed)
         ties += fault is None and ours.ids != plain.ids
         faults += [fault] if fault else []
-        lengths.setdefault(question.kind, []).append(ours.accepted)
+        seen.append((question.kind, ours.accepted))
         if baseline is not None and question.kind in baseline.levels:
             residuals.append(statistics.residual(ours.accepted, baseline.levels[question.kind]))
             drifted = statistics.alarm(residuals, baseline.height)
@@ -215,10 +221,18 @@ def run(canary: Canary, baseline: Baseline | None, told: Callable[[int, int], No
         seconds=round(time.monotonic() - began, 1),
         faults=faults,
         near_ties=ties,
-        accepted={kind: statistics.level(values) for kind, values in lengths.items()},
+        accepted=levels_of(seen),
         drifted_at=drifted,
         compared_with="custom_params.dspark.max_draft_tokens 0",
     )
+
+
+def levels_of(seen: list[tuple[str, float]]) -> dict[str, statistics.Level]:
+    """Accepted length by kind of prompt."""
+    kinds = dict.fromkeys(kind for kind, _ in seen)
+    return {
+        kind: statistics.level([length for own, length in seen if own == kind]) for kind in kinds
+    }
 
 
 def record(
@@ -229,26 +243,15 @@ def record(
     Raises:
         ServerError: it does not.
     """
-    lengths: dict[str, list[float]] = {}
-    original = canary.pairs
     seen: list[tuple[str, float]] = []
-
-    def watched() -> Iterator[tuple[Question, Answer, Answer]]:
-        for question, ours, plain in original():
-            seen.append((question.kind, ours.accepted))
-            yield question, ours, plain
-
-    canary.pairs = watched  # type: ignore[method-assign]
-    report = run(canary, None, told)
+    report = run(canary, None, told, seen)
     if not report.passed:
         raise ServerError(
             f"The server has {len(report.faults)} faults.",
             expected="one that passes, to take a baseline of",
             fix="Look at them first: `dspark canary` without --record.",
         )
-    for kind, length in seen:
-        lengths.setdefault(kind, []).append(length)
-    levels = {kind: statistics.level(values) for kind, values in lengths.items()}
+    levels = report.accepted
     residuals = [statistics.residual(length, levels[kind]) for kind, length in seen]
     height = statistics.threshold(residuals, np.random.default_rng(canary.options.seed))
     write_json(

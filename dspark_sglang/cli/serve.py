@@ -35,7 +35,8 @@ def serve(
     given = list(context.args)
     values = _values(given)
     _check(values)
-    environment = dict(os.environ)
+    inherited = dict(os.environ)
+    environment = inherited
     if hardware:
         words, more = _planned(values, hardware)
         given += [w for flag, *value in words if flag not in values for w in (flag, *value)]
@@ -44,7 +45,7 @@ def serve(
         environment = {**devices.environment(), **environment}
     command = [sys.executable, "-m", "sglang.launch_server", *given]
     if dry_run:
-        added = {k: v for k, v in environment.items() if k not in os.environ.copy()}
+        added = {k: v for k, v in environment.items() if k not in inherited}
         print(shlex.join([*(f"{k}={v}" for k, v in added.items()), *command[1:]]))
         return
     os.execve(command[0], command, environment)

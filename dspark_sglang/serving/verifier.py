@@ -99,6 +99,8 @@ class Verifier(TargetVerifyExecutor):
         self._packed: torch.Tensor | None = None
         #: Hidden states, slots and positions that plain steps have not committed yet.
         self._pending: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        #: Whether plain decoding would adjust the running step's logits.
+        self._adjusting = False
         #: Stop tokens of the running step's requests.
         self._stops: torch.Tensor | None = None
 
@@ -146,6 +148,7 @@ class Verifier(TargetVerifyExecutor):
         output.hidden_states = output.hidden_states[: len(index)]
         self._packed = index
         self._stops = batch_stops(batch.reqs, device)
+        self._adjusting = self._adjusts(batch, sampling_info)
         self._gather(batch, output, sampling_info)
         if self._needs_strided(batch, sampling_info):
             self._spread(output, layout)
@@ -164,6 +167,7 @@ class Verifier(TargetVerifyExecutor):
         """SGLang's way for batches beyond its captured graphs: whole blocks, strided rows."""
         self._packed = None
         self._stops = batch_stops(batch.reqs, verify_ids_2d.device)
+        self._adjusting = self._adjusts(batch, sampling_info)
         result = super().run_non_compact(
             batch=batch,
             draft_input=draft_input,
@@ -210,7 +214,7 @@ class Verifier(TargetVerifyExecutor):
         ranked = getattr(info, "sampling_seed", None) is not None and any(
             getattr(info, name) for name in filters
         )
-        if ranked or self._needs_strided(batch, info) or self._adjusts(batch, info):
+        if ranked or self._needs_strided(batch, info) or self._adjusting:
             output.next_token_logits = vocabulary.gathered(output.next_token_logits, "logits")
             self._telemetry.ran["logits:gathered"] += 1
         else:
@@ -250,7 +254,7 @@ class Verifier(TargetVerifyExecutor):
         self, batch: Any, logits: torch.Tensor, drafted: torch.Tensor, layout: Any, info: Any
     ) -> None:
         """What plain decoding adds to logits before it samples, at every row of the blocks."""
-        if not self._adjusts(batch, info):
+        if not self._adjusting:
             return
         # Read from the requests: the batch's own penalty state may have been dropped on the way.
         penalties = [request_penalties(request) for request in batch.reqs]

@@ -239,9 +239,8 @@ class DSparkWorker(DSparkWorkerV2):
                 telemetry=self.telemetry,
             )
             processor = getattr(self.model_runner.model, "logits_processor", None)
-            if isinstance(
-                processor, LogitsProcessor
-            ):  # else they stay whole, and are cut to shards
+            # Logits of another kind of processor stay whole, and are cut to shards.
+            if isinstance(processor, LogitsProcessor):
                 keep_shards(processor)
         self._install_steps(seed)
 

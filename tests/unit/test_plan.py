@@ -492,8 +492,7 @@ def test_doctor_plans_for_the_machine_at_hand(llama: Path, drafter: Path) -> Non
 def test_published_values_have_one_source_each(name: str) -> None:
     found = published.find(name)
     assert found is not None
-    keys = [key for source in found.sources for key in source.config]
-    assert len(keys) == len(set(keys))
+    assert len(keys := [key for one in found.sources for key in one.config]) == len(set(keys))
     assert all(source.origin for source in found.sources)
 
 

@@ -173,7 +173,7 @@ def test_serve_refuses_a_server_that_would_not_draft(monkeypatch: pytest.MonkeyP
     assert isinstance(CliRunner().invoke(app, words).exception, ConfigError)
     done = CliRunner().invoke(app, [*words, "--speculative-algorithm", "DSPARK"])
     assert done.output.strip() == (
-        "-m sglang.launch_server --model-path m --speculative-algorithm DSPARK"
+        "python -m sglang.launch_server --model-path m --speculative-algorithm DSPARK"
     )
     monkeypatch.setenv("SGLANG_PLUGINS", "another")
     done = CliRunner().invoke(app, [*words, "--speculative-algorithm", "DSPARK"])

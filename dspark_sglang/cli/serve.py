@@ -46,8 +46,8 @@ def serve(
     command = [sys.executable, "-m", "sglang.launch_server", *given]
     if dry_run:
         added = {k: v for k, v in environment.items() if k not in inherited}
-        words = [*(f"{k}={v}" for k, v in added.items()), "python", *command[1:]]
-        print(shlex.join(words))
+        shown = [*(f"{k}={v}" for k, v in added.items()), "python", *command[1:]]
+        print(shlex.join(shown))
         return
     os.execve(command[0], command, environment)
 

@@ -10,7 +10,7 @@ import os
 import tempfile
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 
@@ -20,7 +20,15 @@ SCHEMA_VERSION = 1
 STS_FILE = "sts.json"
 DRAFT_VOCAB_FILE = "draft_vocab.json"
 
-Artifact = TypeVar("Artifact", "STSArtifact", "DraftVocabArtifact", "CostArtifact")
+
+class Versioned(Protocol):
+    """What every artifact has; its struct is tagged with its kind."""
+
+    @property
+    def schema_version(self) -> int: ...
+
+
+Artifact = TypeVar("Artifact", bound=Versioned)
 
 
 class Provenance(msgspec.Struct, frozen=True, kw_only=True):
@@ -121,7 +129,7 @@ def read_artifact(path: Path, kind: type[Artifact], what: str, fix: str) -> Arti
     except (msgspec.DecodeError, OSError) as error:
         raise ArtifactError(f"{path} cannot be read: {error}.", expected=what, fix=fix) from error
     if not tagged:
-        tag = kind.__struct_config__.tag
+        tag = kind.__struct_config__.tag  # type: ignore[attr-defined]
         raise ArtifactError(
             f"{path} cannot be read: it names no kind.", expected=f'"kind": "{tag}"', fix=fix
         )

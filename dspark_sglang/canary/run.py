@@ -276,7 +276,7 @@ def read_baseline(path: Path, canary: Canary) -> Baseline:
         ArtifactError: missing, damaged, or of another model, revision or γ.
     """
     fix = f"Record one of this server while it is known to be right: dspark canary --record {path}"
-    found = read_artifact(path, Baseline, "a canary baseline", fix)  # type: ignore[type-var]
+    found = read_artifact(path, Baseline, "a canary baseline", fix)
     own = (
         str(canary.info.get("served_model_name", "")),
         str(canary.info.get("weight_version", "")),

@@ -143,8 +143,9 @@ def test_json_schema_is_kept(servers: Pair) -> None:
             PROMPTS[27],
             response_format=form,
             temperature=temperature,
-            max_tokens=80,
+            max_tokens=160,
         )
+        assert answer["choices"][0]["finish_reason"] == "stop"
         value = json.loads(text(answer))
         assert set(value) == {"name", "n"}
         assert value["n"] in (1, 2, 3)

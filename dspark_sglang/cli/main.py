@@ -19,6 +19,7 @@ from dspark_sglang.cli import (
     canary,
     demo,
     doctor,
+    economics,
     evaluate,
     fetch_target,
     gate,
@@ -77,6 +78,7 @@ app.command("eval")(evaluate.evaluate)
 app.command("lossless")(lossless.lossless)
 app.command("calibrate")(calibrate.calibrate)
 app.command("plan")(plan.plan)
+app.command("economics")(economics.economics)
 app.command("profile")(profile.profile)
 app.command("package")(package.package)
 app.command("card")(package.card)

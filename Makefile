@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.dspark-installed
 SOURCES := dspark_sglang kernels packaging loadtests tests requirements
 
-.PHONY: help install demo test test-unit test-server lint format typecheck bench bench-kernels bench-load bench-load-full bench-faults bench-placement lossless package-check deploy-check deploy-arguments deploy-rendered gpu lock wheel clean
+.PHONY: help install demo test test-unit test-server lint format typecheck bench bench-kernels bench-load bench-load-full bench-faults bench-placement lossless report package-check deploy-check deploy-arguments deploy-rendered gpu lock wheel clean
 
 help:  ## Show what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -62,6 +62,9 @@ bench-faults: install  ## Faults under load on a real server, and how soon they 
 
 lossless: install  ## Prove through the real server that the output law is plain decoding's
 	$(BIN)/dspark lossless
+
+report: install  ## Measure, simulate, work out what it is worth: one page (about 20 minutes)
+	$(BIN)/dspark report
 
 package-check: install  ## Try what packaging promises: bad input, 100 GB, both Hub clients, a served round trip
 	$(BIN)/dspark package-check

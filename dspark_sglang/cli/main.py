@@ -30,6 +30,7 @@ from dspark_sglang.cli import (
     plan,
     profile,
     push,
+    report,
     serve,
     train,
 )
@@ -79,6 +80,7 @@ app.command("lossless")(lossless.lossless)
 app.command("calibrate")(calibrate.calibrate)
 app.command("plan")(plan.plan)
 app.command("economics")(economics.economics)
+app.command("report")(report.report)
 app.command("profile")(profile.profile)
 app.command("package")(package.package)
 app.command("card")(package.card)

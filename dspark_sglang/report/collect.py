@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +50,14 @@ class Results(msgspec.Struct, frozen=True, kw_only=True):
     provenance: Provenance
 
 
-def read(path: Path) -> dict[str, Any] | None:
-    """A JSON object; None where there is no such file.
+def read(path: Path | None) -> dict[str, Any] | None:
+    """A JSON object; None where there is no such file or no path.
 
     Raises:
         ArtifactError: damaged.
     """
+    if path is None:
+        return None
     try:
         return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
     except FileNotFoundError:
@@ -70,9 +72,9 @@ def read(path: Path) -> dict[str, Any] | None:
 
 def results(
     *,
-    derived: Path,
-    validation: Path,
-    generator: Path,
+    derived: Path | None,
+    validation: Path | None,
+    generator: Path | None,
     outcomes: Sequence[Outcome],
     machine: str,
     provenance: Provenance,
@@ -89,10 +91,10 @@ def results(
     """
     sources: dict[str, str] = {}
     frontier = _part(derived, "frontier", dict[str, Pair], sources)
-    if frontier is not None:
+    if derived is not None and frontier is not None:
         missing = [name for name in DERIVED if name not in frontier]
         if missing:
-            raise _wrong(derived, f"its frontier lacks {', '.join(missing)}")
+            raise wrong(derived, f"its frontier lacks {', '.join(missing)}")
         frontier = {name: frontier[name] for name in DERIVED}
     errors = _part(validation, "sim_error_pct", dict[str, float], sources)
     metrics = _part(generator, "metric_error_pct", float | dict[str, float], sources)
@@ -100,7 +102,9 @@ def results(
     return Results(
         sim_error_pct=errors,
         frontier=frontier,
-        generator=None if found is None else _convert(generator, _flat(found), Generator),
+        generator=None
+        if generator is None or found is None
+        else _convert(generator, found, Generator),
         metric_error_pct=metrics,
         sources=sources,
         machine=machine,
@@ -109,18 +113,12 @@ def results(
     )
 
 
-def _flat(found: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The part with ``streams`` and ``lag_ms``, which may be nested."""
-    nested = found.get("generator")
-    return nested if isinstance(nested, dict) else found
-
-
-def _part(path: Path, name: str, kind: Any, sources: dict[str, str]) -> Any:
+def _part(path: Path | None, name: str, kind: Any, sources: dict[str, str]) -> Any:
     found = read(path)
-    if found is None:
+    if path is None or found is None:
         return None
     if name not in found:
-        raise _wrong(path, f"it has no {name}")
+        raise wrong(path, f"it has no {name}")
     sources[name] = "/".join(path.parts[-3:])
     return _convert(path, found[name], kind)
 
@@ -129,10 +127,11 @@ def _convert(path: Path, value: Any, kind: Any) -> Any:
     try:
         return msgspec.convert(value, kind)
     except msgspec.ValidationError as error:
-        raise _wrong(path, str(error)) from error
+        raise wrong(path, str(error)) from error
 
 
-def _wrong(path: Path, what: str) -> ArtifactError:
+def wrong(path: Path, what: str) -> ArtifactError:
+    """The error of a file that is not as expected."""
     return ArtifactError(
         f"{path} is not what a report reads: {what}.",
         expected="the file as this version's commands write it",

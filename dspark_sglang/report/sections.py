@@ -76,9 +76,9 @@ def _study_rows(studies: Mapping[str, Study]) -> Iterator[list[str]]:
         hour = study.ours.hour
         if hour is None:
             continue
-        against = (
-            "" if study.gain is None else f", {study.gain:.2f}× less than {study.baseline.name}"
-        )  # type: ignore[union-attr]
+        against = ""
+        if study.gain is not None and study.baseline is not None:
+            against = f", {study.gain:.2f}× less than {study.baseline.name}"
         yield [
             f"{study.model} at {study.question.sla:g} tok/s/user: cost of a million output tokens",
             f"${hour.cost_per_million:.3g}{against}",
@@ -95,25 +95,49 @@ def span(value: float | Sequence[float] | None) -> str:
     return f"{min(value):.2f}× to {max(value):.2f}×"
 
 
-def measured(found: Frontier | None, figures: Sequence[Figure], partial: Sequence[str]) -> Section:
-    """The real server on this machine, with and without speculation."""
-    if found is None:
+def measured(
+    found: Frontier | None,
+    run: Mapping[str, Any] | None,
+    figures: Sequence[Figure],
+    partial: Sequence[str],
+) -> Section:
+    """The real server on this machine, with and without speculation.
+
+    Args:
+        run: the summary of ``dspark bench-load``.
+    """
+    if found is None or run is None:
         return Section(name="measured", title="Measured on this machine", partial=partial)
     rows = [
         [series.name, *_point_cells(point)]
         for series in found.series
         for point in sorted(series.points, key=lambda point: point.load)
     ]
-    headings = ["way of serving", "requests at once", "tok/s", "tok/s/user", "to first token", "accepted length", "verified"]  # fmt: skip
+    ratios = [
+        [name.partition("-c")[2].partition("-")[0], f"{mid:.3f}", f"{low:.3f} to {high:.3f}"]
+        for name, cell in run["cells"].items()
+        if "ratio_none" in cell
+        for low, mid, high in [cell["ratio_none"]]
+    ]
     return Section(
         name="measured",
         title="Measured on this machine",
         label="measured",
         partial=partial,
-        text=[f"{found.model} on {found.hardware}, a real SGLang server under a closed loop of real prompts."],
-        tables=[Table(headings=headings, rows=rows, caption="tok/s: output tokens a second of the machine. Verified: drafted tokens a request and round.")],
+        text=[
+            f"{found.model} on {found.hardware}, a real SGLang server under a closed loop of real prompts, with and without "
+            "speculation in turn.",
+            run["command"],
+        ],
+        tables=[
+            Table(headings=_POINT, rows=rows, caption="tok/s: output tokens a second of the machine. Verified: drafted tokens a request and step."),
+            Table(headings=["requests at once", "throughput over no speculation", "95% over turns"], rows=ratios, caption=f"{run['blocks']} turns of each, {run['window_s']:g} s each."),
+        ],
         figures=figures,
     )  # fmt: skip
+
+
+_POINT = ("way of serving", "requests at once", "tok/s", "tok/s/user", "to first token", "accepted length", "verified")  # fmt: skip
 
 
 def _point_cells(point: Point) -> list[str]:
@@ -171,13 +195,13 @@ def simulated(
 def economics(
     quoted: Quoted | None,
     studies: Mapping[str, Study],
-    figures: Mapping[str, Figure],
+    figures: Mapping[str, Sequence[Figure]],
     partial: Sequence[str],
 ) -> list[Section]:
     """The quoted arithmetic, and one part for each study."""
     found = [_quoted(quoted, partial)]
     for name, study in studies.items():
-        found.append(_study(name, study, [figures[name]] if name in figures else []))
+        found.append(_study(name, study, figures.get(name, [])))
     return found
 
 
@@ -258,7 +282,7 @@ def _slots(study: Study) -> list[str]:
     ]
 
 
-def generator(results: Results, found: Mapping[str, Any] | None, partial: Sequence[str]) -> Section:
+def generator(results: Results, partial: Sequence[str]) -> Section:
     """The load generator against a server of known truth."""
     rows = []
     if results.generator is not None:
@@ -277,7 +301,7 @@ def generator(results: Results, found: Mapping[str, Any] | None, partial: Sequen
         title="The load generator itself",
         label="measured",
         partial=partial,
-        text=["Driven against a server whose timing is scripted, so that every metric has a truth."] if found else [],
+        text=["Driven against a server whose timing is scripted, so that every metric has a truth."],
         tables=[Table(headings=["", "value"], rows=rows)] if rows else [],
     )  # fmt: skip
 

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -35,6 +36,8 @@ class Step(msgspec.Struct, frozen=True, kw_only=True):
         name: also its folder under the report's.
         arguments: of ``dspark``; ``{out}`` stands for its folder, ``{report}`` for the report's.
         produces: files that it leaves in its folder when it is done.
+        reads: files of earlier steps, under the report's folder.
+        resumes: it goes on from its own files after an interrupt.
         expected_s: seconds it usually takes.
         limit_s: seconds after which it is stopped.
     """
@@ -45,6 +48,8 @@ class Step(msgspec.Struct, frozen=True, kw_only=True):
     produces: tuple[str, ...]
     expected_s: float
     limit_s: float
+    reads: tuple[str, ...] = ()
+    resumes: bool = False
 
 
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):
@@ -91,6 +96,7 @@ class Runner:
         self.folder = folder
         self.fresh = fresh
         self.state = _read(folder / STATE)
+        self._ran: set[str] = set()
 
     def seconds(self, step: Step) -> float:
         """What ``step`` should take: as long as last time, else as expected."""
@@ -98,32 +104,28 @@ class Runner:
         return known.seconds if known is not None and known.good else step.expected_s
 
     def kept(self, step: Step) -> bool:
-        """Whether an earlier run did ``step`` with this command, these versions and this machine."""
-        known = self.state.outcomes.get(step.name)
-        return (
-            not self.fresh
-            and known is not None
-            and known.good
-            and known.key == _key(step)
-            and all((self.folder / step.name / name).is_file() for name in step.produces)
-        )
+        """Whether an earlier run did ``step`` with this command, input, versions and machine."""
+        return not self.fresh and self._valid(step)
 
     def run(self, step: Step, watch: Watch) -> Outcome:
         """Run a step, or keep what is there.
 
         Raises:
-            KeyboardInterrupt: after its command was told, had time to write, and was written down as interrupted.
+            KeyboardInterrupt, SystemExit: after its command was told, had time to write, and was written down as
+                interrupted.
         """
         if self.kept(step):
-            return msgspec.structs.replace(self.state.outcomes[step.name], status="kept")
-        log = self.folder / step.name / "log.txt"
-        log.parent.mkdir(parents=True, exist_ok=True)
-        for name in step.produces:
-            (log.parent / name).unlink(missing_ok=True)
+            return self.not_run(step)
+        lacking = [name for name in step.reads if not (self.folder / name).is_file()]
+        if lacking:
+            return self._record(
+                step, "failed", 0.0, f"needs {', '.join(lacking)}, which is not there"
+            )
+        log = self._prepared(step) / "log.txt"
         started = time.monotonic()
         try:
             code = _execute(self._argv(step), log, step, watch)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, SystemExit):
             self._record(step, "interrupted", time.monotonic() - started, "interrupted")
             raise
         spent = time.monotonic() - started
@@ -139,13 +141,42 @@ class Runner:
         return self._record(step, "failed", spent, message)
 
     def not_run(self, step: Step) -> Outcome:
-        """A step that was never begun in this run; what an earlier one left, if it can be kept."""
-        if self.kept(step):
-            return msgspec.structs.replace(self.state.outcomes[step.name], status="kept")
+        """A step that is not run now: how it ended in this run or, if that still holds, in an earlier one."""
         known = self.state.outcomes.get(step.name)
-        if known is not None and known.status in ("failed", "interrupted"):
+        if step.name in self._ran and known is not None:
+            return known
+        if known is not None and self._valid(step):
+            return msgspec.structs.replace(known, status="kept")
+        if known is not None and known.key == self._key(step):
             return known
         return Outcome(name=step.name, title=step.title, command=shown(step), status="not run")
+
+    def _valid(self, step: Step) -> bool:
+        known = self.state.outcomes.get(step.name)
+        return (
+            known is not None
+            and known.good
+            and known.key == self._key(step)
+            and all((self.folder / step.name / name).is_file() for name in step.produces)
+        )
+
+    def _key(self, step: Step) -> str:
+        """Of everything that the result of a step depends on."""
+        read = [_digest(self.folder / name) for name in step.reads]
+        around = [step.arguments, read, sorted(versions().items()), machine()]
+        return hashlib.sha256(msgspec.json.encode(around)).hexdigest()
+
+    def _prepared(self, step: Step) -> Path:
+        """Its folder, without what an earlier run left unless that is gone on from."""
+        folder = self.folder / step.name
+        known = self.state.outcomes.get(step.name)
+        goes_on = (
+            step.resumes and not self.fresh and known is not None and known.key == self._key(step)
+        )
+        if not goes_on and folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
 
     def _argv(self, step: Step) -> list[str]:
         places = {"out": str(self.folder / step.name), "report": str(self.folder)}
@@ -160,8 +191,9 @@ class Runner:
             status=status,
             seconds=round(seconds, 1),
             message=message,
-            key=_key(step),
+            key=self._key(step),
         )
+        self._ran.add(step.name)
         self.state.outcomes[step.name] = outcome
         write_json(self.folder / STATE, self.state)
         return outcome
@@ -193,9 +225,11 @@ def _read(path: Path) -> State:
         return State()
 
 
-def _key(step: Step) -> str:
-    around = [step.arguments, sorted(versions().items()), machine()]
-    return hashlib.sha256(msgspec.json.encode(around)).hexdigest()
+def _digest(path: Path) -> str:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError:
+        return ""
 
 
 def _execute(argv: list[str], log: Path, step: Step, watch: Watch) -> int | None:
@@ -216,17 +250,18 @@ def _execute(argv: list[str], log: Path, step: Step, watch: Watch) -> int | None
                     return None
     finally:
         # Reached with a running child only on a limit, an interrupt or an error of ours.
-        _stop(child)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            _stop(child)
 
 
 def _stop(child: subprocess.Popen[bytes]) -> None:
-    """Interrupt a command and what it started; kill what has not ended in time."""
-    if child.poll() is None:
-        child.send_signal(signal.SIGINT)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            child.wait(timeout=_GRACE_S)
-    try:
-        os.killpg(child.pid, signal.SIGKILL)
-    except ProcessLookupError:
+    """Interrupt a command; kill it and what is in its group if that takes too long."""
+    if child.poll() is not None:
         return
-    child.wait()
+    child.send_signal(signal.SIGINT)
+    try:
+        child.wait(timeout=_GRACE_S)
+    finally:
+        if child.poll() is None:
+            os.killpg(child.pid, signal.SIGKILL)
+            child.wait()

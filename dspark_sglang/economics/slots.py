@@ -19,6 +19,8 @@ class Slots(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         context: tokens each of them has.
         requests, without_drafter: with and without the drafter.
+        with_mtp: with the MTP layer that the drafter replaces instead; None where there is none. Its KV is
+            taken to be to the drafter's as its weights are.
         ranks: GPUs of that server.
     """
 
@@ -28,6 +30,7 @@ class Slots(msgspec.Struct, frozen=True, kw_only=True):
     ranks: int
     requests: int
     without_drafter: int
+    with_mtp: int | None = None
     drafter_gib: float
     label: str = LABEL
 
@@ -35,6 +38,10 @@ class Slots(msgspec.Struct, frozen=True, kw_only=True):
     def lost(self) -> float:
         """Share of requests that the drafter's memory takes away."""
         return 1.0 - self.requests / self.without_drafter
+
+    def baseline(self, name: str) -> int:
+        """Requests of a baseline: with an MTP layer where its name says so, else with no drafter."""
+        return self.with_mtp if self.with_mtp and "mtp" in name.lower() else self.without_drafter
 
 
 def count(target: str, drafter: str | None, machine: str, context: int) -> Slots:
@@ -67,12 +74,15 @@ def count(target: str, drafter: str | None, machine: str, context: int) -> Slots
             fix=f"See `dspark plan {target} --hardware {machine}`.",
         )
     cost = ours.drafter_bytes
+    requests, without = ours.tokens // context, bare.tokens // context
+    replaced = cost.mtp_layer / cost.gross if cost else 0.0
     return Slots(
         model=target,
         hardware=machine,
         context=context,
         ranks=ours.tp,
-        requests=ours.tokens // context,
-        without_drafter=bare.tokens // context,
+        requests=requests,
+        without_drafter=without,
+        with_mtp=round(without - (without - requests) * replaced) if replaced else None,
         drafter_gib=(cost.gross if cost else 0) / 2**30,
     )

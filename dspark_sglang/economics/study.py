@@ -158,7 +158,7 @@ def _side(
     rate = frontier.throughput_at(points, question.sla) or 0.0
     fitting, limit = rate, None
     if slots is not None and points:
-        limit = (slots.requests if drafter else slots.without_drafter) * series.gpus / slots.ranks
+        limit = (slots.requests if drafter else slots.baseline(name)) * series.gpus / slots.ranks
         fitting = frontier.throughput_at(_within(points, limit, name), question.sla) or 0.0
     hour = account.hour(fitting, assumptions.values()) if fitting > 0 else None
     fastest = max((point.tok_s_per_user for point in points), default=0.0)
@@ -194,7 +194,7 @@ def _within(points: Sequence[Point], limit: float, name: str) -> list[Point]:
         raise ConfigError(
             f"Memory holds {limit:.4g} requests of {name}.",
             expected=f"at least {ordered[0].load:g}, the lightest load of the frontier",
-            fix="Shorten --context, or choose more --gpus-hardware.",
+            fix="Shorten --context, or choose a larger --hardware.",
         )
     if len(kept) < len(ordered):
         low, high = kept[-1], ordered[len(kept)]

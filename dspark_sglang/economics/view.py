@@ -36,9 +36,10 @@ def show(study: Study, console: Console) -> None:
         console.print(_gain(study))
     if study.slots is not None:
         slots = study.slots
+        with_mtp = f", {slots.with_mtp} beside an MTP layer" if slots.with_mtp else ""
         console.print(
             f"The drafter takes {slots.drafter_gib:.1f} GiB of {slots.ranks} GPUs: {slots.requests} instead of "
-            f"{slots.without_drafter} requests of {slots.context} tokens fit ({slots.lost:.1%} fewer; {slots.label})."
+            f"{slots.without_drafter} requests of {slots.context} tokens fit ({slots.lost:.1%} fewer{with_mtp}; {slots.label})."
         )
     console.print(_tornado(study))
     console.print(_monte_carlo(study))

@@ -11,6 +11,7 @@ import typer
 from dspark_sglang import __version__
 from dspark_sglang.cli import (
     ablate,
+    bench_compare,
     bench_kernels,
     bench_load,
     bench_placement,
@@ -65,6 +66,8 @@ app.command("serve", context_settings={"allow_extra_args": True, "ignore_unknown
 app.command("gate")(gate.gate)
 app.command("canary")(canary.canary)
 app.command("demo")(demo.demo)
+# bench_compare adds its commands to this group.
+app.add_typer(bench_compare.app, name="bench")
 app.command("bench-round")(bench_round.bench_round)
 app.command("bench-kernels")(bench_kernels.bench_kernels)
 app.command("bench-load")(bench_load.bench_load)

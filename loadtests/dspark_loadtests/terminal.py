@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.console import Console
 from rich.table import Table
 
-from dspark_loadtests.report import Distribution, Summary
+from dspark_loadtests.schema import Distribution, Summary
 
 
 def print_summary(summary: Summary, console: Console) -> None:
@@ -16,7 +18,9 @@ def print_summary(summary: Summary, console: Console) -> None:
     latency = summary.latency
     for name, row in (
         ("TTFT", latency.ttft_ms),
+        *([("TTFT from schedule", latency.ttft_from_schedule_ms)] if _open(summary) else []),
         ("TPOT", latency.tpot_ms),
+        ("ITL", latency.itl_ms),
         ("inter-chunk", latency.inter_chunk_ms),
         ("end to end", latency.e2e_ms),
     ):
@@ -25,6 +29,46 @@ def print_summary(summary: Summary, console: Console) -> None:
     for line in _lines(summary):
         # Plain text: error messages and model names may hold square brackets.
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def print_stages(stages: Sequence[Summary], console: Console) -> None:
+    """One line a stage."""
+    table = Table(title=f"{stages[0].settings.model} at {stages[0].settings.host}")
+    headings = ("stage", "sent", "failed", "tok/s", "a user", "TTFT p50", "p99", "TPOT p50", "p99", "goodput", "length", "budget")  # fmt: skip
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading == "stage" else "right")
+    for stage in stages:
+        latency, speed, good = stage.latency, stage.throughput.user_tok_s, stage.goodput.ratio
+        ttft, tpot = latency.ttft_from_schedule_ms, latency.tpot_ms
+        numbers = (
+            (stage.throughput.output_tok_s, 1),
+            (speed and speed.mean, 1),
+            (ttft and ttft.p50, 0),
+            (ttft and ttft.p99, 0),
+            (tpot and tpot.p50, 1),
+            (tpot and tpot.p99, 1),
+        )
+        table.add_row(
+            stage.name + ("" if stage.complete else " (incomplete)"),
+            str(stage.counts.sent),
+            str(stage.counts.failed),
+            *(_number(value, digits) for value, digits in numbers),
+            "-" if good is None else f"{good:.1%}",
+            _number(stage.acceptance.accepted_length, 3),
+            _number(stage.acceptance.budget, 2),
+        )
+    console.print(table)
+    for stage in stages:
+        if stage.goodput.note:
+            console.print(f"{stage.name}: {stage.goodput.note}", highlight=False, soft_wrap=True)
+
+
+def _open(summary: Summary) -> bool:
+    return summary.settings.arrival == "open_loop"
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def _cells(row: Distribution | None) -> list[str]:
@@ -55,6 +99,8 @@ def _lines(summary: Summary) -> list[str]:
         f"goodput      {good.good} of {good.sent} sent ({ratio}), {good.per_s:.2f}/s within "
         f"TTFT <= {good.slo.ttft_ms:g} ms and TPOT <= {good.slo.tpot_ms:g} ms"
     )
+    if good.note:
+        lines.append(f"             {good.note}")
     if acceptance.accepted_length is None:
         lines.append(f"accepted     no accepted length: {acceptance.note}")
     else:
@@ -78,6 +124,6 @@ def verdict(summary: Summary) -> tuple[bool, str]:
     if not counts.completed:
         return False, (
             f"FAILED: no request completed ({counts.sent} sent), so nothing was measured. "
-            "Run longer with -t, or allow more time to drain with --stop-timeout."
+            "Run longer, or allow more time to drain."
         )
     return True, f"OK: {counts.completed} of {counts.sent} requests completed, none failed"

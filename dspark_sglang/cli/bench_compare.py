@@ -26,7 +26,6 @@ from dspark_sglang.cli.bench import (
     SlaTpot,
     SlaTtft,
     Temperature,
-    app,
     command,
 )
 from dspark_sglang.cli.bench_load import _numbers
@@ -58,7 +57,6 @@ def _ways(given: list[str], modes: str, model: str | None, key: str | None, gpus
     return [Way(each, endpoint, SWITCHES[each], gpus) for each in chosen]
 
 
-@app.command("compare")
 def compare(
     servers: Annotated[
         list[str],
@@ -165,7 +163,6 @@ def _table(found: Versus) -> Table:
     return view
 
 
-@app.command("gate")
 def check(
     result: Annotated[Path, typer.Argument(help="The result.json to judge.")],
     baseline: Annotated[Path, typer.Option(help="The result.json that was good.")],
@@ -199,7 +196,6 @@ def check(
     raise typer.Exit(0 if found.passed else 1)
 
 
-@app.command("frontier")
 def draw(
     files: Annotated[
         list[Path], typer.Argument(help="frontier.json files; equal models are drawn together.")

@@ -33,6 +33,7 @@ from dspark_sglang.cli import (
     serve,
     train,
 )
+from dspark_sglang.cli.bench import app as bench_app
 from dspark_sglang.errors import DSparkError
 
 app = typer.Typer(
@@ -66,8 +67,10 @@ app.command("serve", context_settings={"allow_extra_args": True, "ignore_unknown
 app.command("gate")(gate.gate)
 app.command("canary")(canary.canary)
 app.command("demo")(demo.demo)
-# bench_compare adds its commands to this group.
-app.add_typer(bench_compare.app, name="bench")
+bench_app.command("compare")(bench_compare.compare)
+bench_app.command("gate")(bench_compare.check)
+bench_app.command("frontier")(bench_compare.draw)
+app.add_typer(bench_app, name="bench")
 app.command("bench-round")(bench_round.bench_round)
 app.command("bench-kernels")(bench_kernels.bench_kernels)
 app.command("bench-load")(bench_load.bench_load)

@@ -73,8 +73,8 @@ def read_prompts(path: Path | None, *, limit: int | None = None) -> Source:
             id=f"{path.stem}-{number}",
             kind=draft.domain,
             system=draft.system or "",
-            user=draft.users[0],
-            follow_ups=tuple(draft.users[1:]),
+            user=draft.turns[0],
+            follow_ups=tuple(draft.turns[1:]),
         )
         for number, draft in enumerate(scan.drafts[:limit])
     ]

@@ -88,7 +88,7 @@ class FakeServer:
         self.loop = uvloop.new_event_loop()
         self._socket = socket.create_server(("127.0.0.1", port), backlog=4096)
         self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
-        self._listening: asyncio.Server | None = None
+        self._listening: asyncio.AbstractServer | None = None
         self._thread = threading.Thread(target=self.loop.run_forever, daemon=True)
 
     def __enter__(self) -> FakeServer:

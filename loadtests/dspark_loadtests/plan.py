@@ -107,7 +107,7 @@ def _planned(request: Request) -> list[_Planned]:
             _Planned(f"r{rate:g}", None, arrivals.steps([rate], seconds)) for rate in request.rates
         ]
     if request.pattern == "ramp":
-        return [_Planned("ramp", None, arrivals.ramp(*request.rates, seconds))]
+        return [_Planned("ramp", None, arrivals.ramp(request.rates[0], request.rates[-1], seconds))]
     if request.pattern == "step":
         return [_Planned("steps", None, arrivals.steps(request.rates, seconds))]
     return [_Planned("trace", None, [])]

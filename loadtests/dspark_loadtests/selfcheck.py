@@ -201,14 +201,15 @@ def _errors(
 ) -> tuple[dict[str, float], dict[str, str]]:
     errors: dict[str, float] = {}
     differences: dict[str, str] = {}
+    statistics: dict[str, Callable[[np.ndarray], float]] = {
+        "mean": lambda values: float(values.mean()),
+        "p50": lambda values: float(np.percentile(values, 50)),
+        "p99": lambda values: float(np.percentile(values, 99)),
+    }
     for name in _TIMES:
         ours, theirs = (np.array(_values(name, side)) for side in (measured, true))
-        for label, statistic in (
-            ("mean", np.mean),
-            ("p50", np.median),
-            ("p99", lambda values: np.percentile(values, 99)),
-        ):
-            found, wanted = float(statistic(ours)), float(statistic(theirs))
+        for label, statistic in statistics.items():
+            found, wanted = statistic(ours), statistic(theirs)
             errors[f"{name} {label}"] = 100 * abs(found / wanted - 1)
             differences[f"{name} {label}"] = f"{found - wanted:+.3f} ms"
     tokens = [sum(r.completion_tokens or 0 for r in side) for side in (measured, true)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -33,28 +34,30 @@ def print_summary(summary: Summary, console: Console) -> None:
 
 def print_stages(stages: Sequence[Summary], console: Console) -> None:
     """One line a stage."""
-    table = Table(title=f"{stages[0].settings.model} at {stages[0].settings.host}")
-    headings = ("stage", "sent", "failed", "tok/s", "a user", "TTFT p50", "p99", "TPOT p50", "p99", "goodput", "length", "budget")  # fmt: skip
+    table = Table(
+        title=f"{stages[0].settings.model} at {stages[0].settings.host}",
+        caption="tok/s of all and of one user; TTFT from schedule and TPOT in ms; accepted length; verified a request",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    headings = ("stage", "sent", "fail", "tok/s", "user", "TTFT", "p99", "TPOT", "p99", "good", "acc", "ver")  # fmt: skip
     for heading in headings:
-        table.add_column(heading, justify="left" if heading == "stage" else "right")
+        table.add_column(heading, justify="left" if heading == "stage" else "right", no_wrap=True)
     for stage in stages:
-        latency, speed, good = stage.latency, stage.throughput.user_tok_s, stage.goodput.ratio
-        ttft, tpot = latency.ttft_from_schedule_ms, latency.tpot_ms
-        numbers = (
-            (stage.throughput.output_tok_s, 1),
-            (speed and speed.mean, 1),
-            (ttft and ttft.p50, 0),
-            (ttft and ttft.p99, 0),
-            (tpot and tpot.p50, 1),
-            (tpot and tpot.p99, 1),
-        )
+        latency, good = stage.latency, stage.goodput.ratio
+        speed, ttft, tpot = stage.throughput.user_tok_s, latency.ttft_from_schedule_ms, latency.tpot_ms  # fmt: skip
         table.add_row(
-            stage.name + ("" if stage.complete else " (incomplete)"),
+            stage.name + ("" if stage.complete else " (cut)"),
             str(stage.counts.sent),
             str(stage.counts.failed),
-            *(_number(value, digits) for value, digits in numbers),
-            "-" if good is None else f"{good:.1%}",
-            _number(stage.acceptance.accepted_length, 3),
+            _number(stage.throughput.output_tok_s, 1),
+            _number(speed.mean if speed else None, 1),
+            _number(ttft.p50 if ttft else None, 0),
+            _number(ttft.p99 if ttft else None, 0),
+            _number(tpot.p50 if tpot else None, 1),
+            _number(tpot.p99 if tpot else None, 1),
+            "-" if good is None else f"{good:.0%}",
+            _number(stage.acceptance.accepted_length, 2),
             _number(stage.acceptance.budget, 2),
         )
     console.print(table)

@@ -184,7 +184,7 @@ class Generator:
         await self._wait(
             lambda: self._closed < math.inf or self._clock() >= begin + load.window_s, senders
         )
-        self._closed = closed = min(self._closed, self._clock())
+        self._closed = closed = min(self._closed, self._clock(), begin + load.window_s)
         deadline = closed + load.drain_s
         await self._wait(lambda: not self._unanswered(begin) or self._clock() >= deadline, senders)
         left = self._unanswered(begin)

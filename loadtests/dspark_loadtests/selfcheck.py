@@ -223,7 +223,6 @@ def _values(name: str, records: Sequence[RequestRecord]) -> list[float]:
         return [value for record in records for value in itl_ms(record)]
     if name == "inter_chunk_ms":
         return [gap * 1e3 for record in records for gap in record.gaps_s]
-    seconds = {
-        "ttft_ms": lambda r: r.ttft_s, "tpot_ms": lambda r: r.tpot_s, "e2e_ms": lambda r: r.e2e_s
-    }[name]  # fmt: skip
-    return [value * 1e3 for record in records if (value := seconds(record)) is not None]
+    field = name.removesuffix("_ms") + "_s"
+    seconds: list[float | None] = [getattr(record, field) for record in records]
+    return [value * 1e3 for value in seconds if value is not None]

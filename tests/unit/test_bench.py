@@ -182,7 +182,7 @@ def test_acceptance_from_the_streams_themselves() -> None:
 def test_many_streams_against_a_server_on_another_core() -> None:
     """The check a user runs, small: its bounds are the command's, on a quiet machine."""
     found = self_check(40, 2.0)
-    assert found.failed == 0 and found.requests > 20 and found.chunks > 500
+    assert found.failed == 0 and found.requests > 5 and found.chunks > 500
     assert found.errors_pct["tokens"] == 0.0
     assert found.lag_p50_ms < LAG_MS
 
@@ -211,7 +211,7 @@ def test_packaged_prompts_have_the_published_mix_and_conversations() -> None:
     turns = [1 + len(prompt.follow_ups) for prompt in PROMPTS]
     assert sum(count > 1 for count in turns) >= 40
     lengths = [len(prompt.user) for prompt in PROMPTS]
-    assert min(lengths) < 60 and max(lengths) > 250
+    assert min(lengths) < 60 and max(lengths) > 900
     words = [frozenset(prompt.user.lower().split()) for prompt in PROMPTS]
     for one, other in itertools.combinations(words, 2):
         assert len(one & other) / len(one | other) < 0.5, "no template with other numbers in it"

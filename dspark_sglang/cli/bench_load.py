@@ -21,7 +21,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from dspark_loadtests.prompts import Prompt, load_prompts
+from dspark_loadtests.prompts import BALANCED, Prompt, load_prompts
 from dspark_sglang import targets
 from dspark_sglang.artifacts import write_bytes, write_json
 from dspark_sglang.checkpoint import weights_digest
@@ -188,7 +188,7 @@ class _Run:
 
     def measure(self, dtype: str) -> None:
         """All cells of one dtype, on servers of their own."""
-        prompts, ports = list(load_prompts()), free_ports(len(self.modes))
+        prompts, ports = list(load_prompts()[:BALANCED]), free_ports(len(self.modes))
         with ExitStack() as stack:
             servers = {
                 name: make_server(

@@ -11,6 +11,7 @@ import typer
 from dspark_sglang import __version__
 from dspark_sglang.cli import (
     ablate,
+    bench_compare,
     bench_kernels,
     bench_load,
     bench_placement,
@@ -34,6 +35,7 @@ from dspark_sglang.cli import (
     serve,
     train,
 )
+from dspark_sglang.cli.bench import app as bench_app
 from dspark_sglang.errors import DSparkError
 
 app = typer.Typer(
@@ -67,6 +69,10 @@ app.command("serve", context_settings={"allow_extra_args": True, "ignore_unknown
 app.command("gate")(gate.gate)
 app.command("canary")(canary.canary)
 app.command("demo")(demo.demo)
+bench_app.command("compare")(bench_compare.compare)
+bench_app.command("gate")(bench_compare.check)
+bench_app.command("frontier")(bench_compare.draw)
+app.add_typer(bench_app, name="bench")
 app.command("bench-round")(bench_round.bench_round)
 app.command("bench-kernels")(bench_kernels.bench_kernels)
 app.command("bench-load")(bench_load.bench_load)

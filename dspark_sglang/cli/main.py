@@ -30,6 +30,7 @@ from dspark_sglang.cli import (
     profile,
     push,
     serve,
+    simulate,
     train,
 )
 from dspark_sglang.errors import DSparkError
@@ -78,6 +79,7 @@ app.command("lossless")(lossless.lossless)
 app.command("calibrate")(calibrate.calibrate)
 app.command("plan")(plan.plan)
 app.command("profile")(profile.profile)
+app.add_typer(simulate.app, name="simulate")
 app.command("package")(package.package)
 app.command("card")(package.card)
 app.command("verify")(package.verify)

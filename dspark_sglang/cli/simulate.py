@@ -50,13 +50,16 @@ def numbers(text: str, name: str, kind: type[Any]) -> list[Any]:
 def simulate(
     context: typer.Context,
     profile: Annotated[
-        Path | None, typer.Option(help="Step cost: what `dspark profile` wrote (file or directory).")
+        Path | None,
+        typer.Option(help="Step cost: what `dspark profile` wrote (file or directory)."),
     ] = None,
     parameters: Annotated[
-        Path | None, typer.Option(help="Step cost and acceptance of a fitted server (`dspark simulate fit`).")
+        Path | None,
+        typer.Option(help="Step cost and acceptance of a fitted server (`dspark simulate fit`)."),
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="Or a published model on H800s, from shapes: deepseek-v4-flash-dspark.")
+        str | None,
+        typer.Option(help="Or a published model on H800s, from shapes: deepseek-v4-flash-dspark."),
     ] = None,
     evaluation: Annotated[
         Path | None, typer.Option(help="Acceptance: a result of `dspark eval --json`.")
@@ -64,7 +67,9 @@ def simulate(
     blocks: Annotated[
         Path | None, typer.Option(help="Acceptance: recorded blocks, JSON lines.")
     ] = None,
-    temperature: Annotated[float, typer.Option(min=0.0, help="Of the evaluation, and of requests.")] = 1.0,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="Of the evaluation, and of requests.")
+    ] = 1.0,
     modes: Annotated[str, typer.Option(help="none, fixed, adaptive, lagged.")] = "none,adaptive",
     concurrency: Annotated[
         str | None, typer.Option(help="Closed loop: users of each replica, with commas.")
@@ -72,7 +77,9 @@ def simulate(
     rate: Annotated[
         str | None, typer.Option(help="Poisson: requests a second over all replicas, with commas.")
     ] = None,
-    trace: Annotated[Path | None, typer.Option(help="Arrivals of a Mooncake trace, JSON lines.")] = None,
+    trace: Annotated[
+        Path | None, typer.Option(help="Arrivals of a Mooncake trace, JSON lines.")
+    ] = None,
     speed: Annotated[float, typer.Option(help="Replay a trace so many times as fast.")] = 1.0,
     requests: Annotated[int, typer.Option(min=1, help="Requests of each load.")] = 10_000,
     seconds: Annotated[
@@ -93,16 +100,25 @@ def simulate(
     replicas: Annotated[int, typer.Option(min=1, help="Servers behind the router.")] = 1,
     router: Annotated[str, typer.Option(help="random, round-robin, least-work.")] = "random",
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Processes. Default: the cores, at most one a replica.")
+        int | None,
+        typer.Option(min=1, help="Processes. Default: the cores, at most one a replica."),
     ] = None,
-    ray: Annotated[str | None, typer.Option(help="Run replicas on a Ray cluster: auto, local or an address.")] = None,
-    sla_ttft_ms: Annotated[float | None, typer.Option(help="Milliseconds to the first token.")] = None,
-    sla_tpot_ms: Annotated[float | None, typer.Option(help="Milliseconds a token after it.")] = None,
+    ray: Annotated[
+        str | None, typer.Option(help="Run replicas on a Ray cluster: auto, local or an address.")
+    ] = None,
+    sla_ttft_ms: Annotated[
+        float | None, typer.Option(help="Milliseconds to the first token.")
+    ] = None,
+    sla_tpot_ms: Annotated[
+        float | None, typer.Option(help="Milliseconds a token after it.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Same seed, same result.")] = 0,
-    out: Annotated[Path, typer.Option(help="Where frontier.json, simulation.json and frontier.png go.")] = Path(
-        "runs/simulate"
-    ),
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON, nothing else.")] = False,
+    out: Annotated[
+        Path, typer.Option(help="Where frontier.json, simulation.json and frontier.png go.")
+    ] = Path("runs/simulate"),
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the result as JSON, nothing else.")
+    ] = False,
 ) -> None:
     """Simulate loads on one machine, with and without drafting.
 
@@ -143,7 +159,18 @@ def table(found: Any) -> Table:
     """Loads and modes of a study."""
     view = Table(title="Simulated" + (" (interrupted: partial)" if found.interrupted else ""))
     view.add_column("mode")
-    headings = ("load", "tok/s", "TTFT ms", "TPOT ms", "p99", "length", "budget", "drafting", "SLA", "events/s")
+    headings = (
+        "load",
+        "tok/s",
+        "TTFT ms",
+        "TPOT ms",
+        "p99",
+        "length",
+        "budget",
+        "drafting",
+        "SLA",
+        "events/s",
+    )
     for heading in headings:
         view.add_column(heading, justify="right")
     for mode, summaries in found.summaries.items():
@@ -153,7 +180,11 @@ def table(found: Any) -> Table:
                 f"{one.load:g}",
                 f"{one.tok_s:.1f}",
                 *("-" if one.ttft_ms is None else f"{one.ttft_ms[0]:.1f}",),
-                *(("-", "-") if one.tpot_ms is None else (f"{one.tpot_ms[0]:.2f}", f"{one.tpot_ms[2]:.2f}")),
+                *(
+                    ("-", "-")
+                    if one.tpot_ms is None
+                    else (f"{one.tpot_ms[0]:.2f}", f"{one.tpot_ms[2]:.2f}")
+                ),
                 "-" if one.accept_length is None else f"{one.accept_length:.2f}",
                 f"{one.budget:.2f}",
                 f"{one.drafting:.0%}",
@@ -165,11 +196,13 @@ def table(found: Any) -> Table:
 
 @app.command("published")
 def published_(
-    out: Annotated[Path, typer.Option(help="Where frontiers, figures and simulation.json go.")] = Path(
-        "runs/simulate-published"
-    ),
+    out: Annotated[
+        Path, typer.Option(help="Where frontiers, figures and simulation.json go.")
+    ] = Path("runs/simulate-published"),
     sensitivity: Annotated[bool, typer.Option(help="Replace each assumption in turn, too.")] = True,
-    as_json: Annotated[bool, typer.Option("--json", help="Print simulation.json, nothing else.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print simulation.json, nothing else.")
+    ] = False,
 ) -> None:
     """Re-derive the published V4-Flash and V4-Pro result on H800s from one table of assumptions.
 
@@ -222,7 +255,11 @@ def fit_(
     loads = numbers(concurrency, "--concurrency", int)
     console, work = Console(), work.absolute()
     plan = measure.Plan(
-        temperature=temperature, max_tokens=max_tokens, warm_s=warm_s, window_s=window_s, blocks=blocks
+        temperature=temperature,
+        max_tokens=max_tokens,
+        warm_s=warm_s,
+        window_s=window_s,
+        blocks=blocks,
     )
     given = ["dspark", "simulate", "fit", "--concurrency", concurrency, "--temperature", f"{temperature:g}",
              "--speculation", speculation, "--dtype", dtype, "--blocks", str(blocks),
@@ -233,11 +270,18 @@ def fit_(
         "dtype": dtype,
         "slots": max(32, *loads),
     }
-    with console.status("starting the server (about 90 s)") as status, measure.serving(
-        **fixed, out=work
-    ) as server:
+    with (
+        console.status("starting the server (about 90 s)") as status,
+        measure.serving(**fixed, out=work) as server,
+    ):
         found = measure.fit(
-            server, plan, loads=loads, speculation=speculation, tell=status.update, given=given, **fixed
+            server,
+            plan,
+            loads=loads,
+            speculation=speculation,
+            tell=status.update,
+            given=given,
+            **fixed,
         )
     write_json(out, found)
     own = found.overheads
@@ -245,30 +289,41 @@ def fit_(
         f"Between steps {1e3 * own.step:.1f} ms and {1e3 * own.request:.2f} ms a request; "
         f"prefill {1e3 * own.prefill_request:.0f} ms a request."
     )
-    console.print(f"Written: {out}. Commit it, then compare: dspark simulate check --parameters {out}")
+    console.print(
+        f"Written: {out}. Commit it, then compare: dspark simulate check --parameters {out}"
+    )
 
 
 @app.command("check")
 def check_(
-    parameters: Annotated[Path, typer.Option(help="What `dspark simulate fit` wrote.")] = PARAMETERS,
+    parameters: Annotated[
+        Path, typer.Option(help="What `dspark simulate fit` wrote.")
+    ] = PARAMETERS,
     out: Annotated[Path, typer.Option(help="Result: simulation.json there is updated.")] = Path(
         "runs/simulate-published"
     ),
-    work: Annotated[Path, typer.Option(help="Where log and cache go.")] = Path("runs/simulate-check"),
+    work: Annotated[Path, typer.Option(help="Where log and cache go.")] = Path(
+        "runs/simulate-check"
+    ),
     target: Annotated[Path | None, typer.Option(help="Default: SmolLM2, fetched once.")] = None,
     drafter: Annotated[Path, typer.Option(help="The drafter to serve.")] = DRAFTER,
-    concurrency: Annotated[str, typer.Option(help="Loads to compare at; none that was fitted.")] = "2,3,6,12,24",
+    concurrency: Annotated[
+        str, typer.Option(help="Loads to compare at; none that was fitted.")
+    ] = "2,3,6,12,24",
     blocks: Annotated[int, typer.Option(min=1, help="Turns of each load.")] = 2,
     warm_s: Annotated[float, typer.Option(min=0.0, help="Seconds before a window.")] = 4.0,
     window_s: Annotated[float, typer.Option(min=1.0, help="Seconds of a window.")] = 16.0,
     tolerance: Annotated[float, typer.Option(help="Per cent; more is exit code 1.")] = 10.0,
-    simulate_only: Annotated[bool, typer.Option(help="Print predictions, start no server.")] = False,
+    simulate_only: Annotated[
+        bool, typer.Option(help="Print predictions, start no server.")
+    ] = False,
 ) -> None:
     """Compare the simulator with a real server at loads it was not fitted at.
 
     All loads are simulated first. Takes about 5 minutes on 2 cores; nothing else may run.
     """
-    from dspark_sglang.simulate import checking, parameters as fitted
+    from dspark_sglang.simulate import checking
+    from dspark_sglang.simulate import parameters as fitted
 
     loads = numbers(concurrency, "--concurrency", int)
     console = Console()
@@ -276,7 +331,9 @@ def check_(
     checking.check_loads(given, loads)
     with console.status("simulating") as status:
         predicted = {
-            users: fitted.predict(given, users) for users in loads if not status.update(f"simulating {users}")
+            users: fitted.predict(given, users)
+            for users in loads
+            if not status.update(f"simulating {users}")
         }
     if simulate_only:
         console.print(checking.predictions(predicted))
@@ -284,7 +341,13 @@ def check_(
     plan = {"blocks": blocks, "warm_s": warm_s, "window_s": window_s}
     with console.status("starting the server (about 60 s)") as status:
         found = checking.run(
-            given, predicted, target=target, drafter=drafter, work=work.absolute(), tell=status.update, **plan
+            given,
+            predicted,
+            target=target,
+            drafter=drafter,
+            work=work.absolute(),
+            tell=status.update,
+            **plan,
         )  # type: ignore[arg-type]
     path = checking.write(found, given, parameters, out)
     console.print(checking.table(found))

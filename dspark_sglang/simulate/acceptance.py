@@ -63,7 +63,12 @@ class Mixture:
         """
         shares = np.asarray([1.0] * len(laws) if weights is None else weights, dtype=np.float64)
         gammas = {law.gamma for law in laws}
-        if len(gammas) != 1 or len(shares) != len(laws) or not (shares >= 0).all() or not shares.sum():
+        if (
+            len(gammas) != 1
+            or len(shares) != len(laws)
+            or not (shares >= 0).all()
+            or not shares.sum()
+        ):
             raise ConfigError(
                 f"{len(laws)} domains of gamma {sorted(gammas)} with weights {shares.tolist()}.",
                 expected="at least one domain, one gamma, and a weight of at least 0 for each",
@@ -301,7 +306,12 @@ def from_trace(path: Path) -> Mixture:
     gamma = len(blocks[0].confidence)
     for number, block in enumerate(blocks, 1):
         inside = all(0.0 <= value <= 1.0 for value in block.confidence)
-        if len(block.confidence) != gamma or not inside or not 0 <= block.accepted <= gamma or not gamma:
+        if (
+            len(block.confidence) != gamma
+            or not inside
+            or not 0 <= block.accepted <= gamma
+            or not gamma
+        ):
             raise ArtifactError(
                 f"Block {number} of {path} has confidences {block.confidence} "
                 f"and {block.accepted} accepted.",

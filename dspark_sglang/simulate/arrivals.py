@@ -62,15 +62,15 @@ def _drawn(rng: np.random.Generator, mean: float, variation: float, count: int) 
     return np.maximum(1, np.rint(values)).astype(np.int64)
 
 
-def _sized(
-    at: Float64, lengths: Lengths, weights: Float64, rng: np.random.Generator
-) -> Requests:
+def _sized(at: Float64, lengths: Lengths, weights: Float64, rng: np.random.Generator) -> Requests:
     _positive("The prompt's length", lengths.prompt)
     _positive("The answer's length", lengths.output)
     _positive("The variation of lengths", lengths.variation, zero=True)
     if not 0.0 <= lengths.cached <= 1.0:
         raise ConfigError(
-            f"The cached share of prompts is {lengths.cached:g}.", expected="0 to 1", fix="As in 0.5."
+            f"The cached share of prompts is {lengths.cached:g}.",
+            expected="0 to 1",
+            fix="As in 0.5.",
         )
     count = len(at)
     prompt = _drawn(rng, lengths.prompt, lengths.variation, count)
@@ -89,7 +89,9 @@ def poisson(
     return _sized(at, lengths, weights, rng)
 
 
-def waiting(count: int, lengths: Lengths, *, weights: Float64, rng: np.random.Generator) -> Requests:
+def waiting(
+    count: int, lengths: Lengths, *, weights: Float64, rng: np.random.Generator
+) -> Requests:
     """``count`` requests that are there from the beginning: for a closed loop."""
     return _sized(np.zeros(count), lengths, weights, rng)
 
@@ -103,7 +105,12 @@ class _Line(msgspec.Struct):
 
 
 def trace(
-    path: Path, *, weights: Float64, rng: np.random.Generator, cached: float = 0.0, speed: float = 1.0
+    path: Path,
+    *,
+    weights: Float64,
+    rng: np.random.Generator,
+    cached: float = 0.0,
+    speed: float = 1.0,
 ) -> Requests:
     """Requests of a trace file (Mooncake's JSON lines; milliseconds).
 

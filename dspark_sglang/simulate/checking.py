@@ -102,9 +102,7 @@ def _cost(given: Parameters) -> CostArtifact:
     )
 
 
-def write(
-    found: Sequence[Compared], given: Parameters, source: Path, out: Path
-) -> Path:
+def write(found: Sequence[Compared], given: Parameters, source: Path, out: Path) -> Path:
     """Put the validation into ``simulation.json`` in ``out``.
 
     Returns:

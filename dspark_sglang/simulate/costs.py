@@ -73,7 +73,9 @@ class Measured:
 class Fixed:
     """Steps of one length: what closed forms can be compared with."""
 
-    def __init__(self, *, gamma: int, step: float, round_: float | None = None, prefill: float = 0.0):
+    def __init__(
+        self, *, gamma: int, step: float, round_: float | None = None, prefill: float = 0.0
+    ):
         self.gamma, self._step, self._prefill = gamma, step, prefill
         self._round = step if round_ is None else round_
 

@@ -364,7 +364,9 @@ class Replica:
         ended = self._number[over]
         self._ended.append((ended, self.now))
         self._free += self._slot[over].tolist()
-        self._context_left += float((self.requests.prompt[ended] + self.requests.output[ended]).sum())
+        self._context_left += float(
+            (self.requests.prompt[ended] + self.requests.output[ended]).sum()
+        )
         self.events += len(ended)
         stay = ~over
         self._number, self._slot = self._number[stay], self._slot[stay]
@@ -391,9 +393,7 @@ class Replica:
         )
 
 
-def _check(
-    setting: Setting, requests: Requests, times: StepTimes, blocks: Mixture | None
-) -> None:
+def _check(setting: Setting, requests: Requests, times: StepTimes, blocks: Mixture | None) -> None:
     for name, value, least in (
         ("slots", setting.slots, 1),
         ("chunk", setting.chunk, 1),
@@ -405,7 +405,9 @@ def _check(
         if value is not None and not least <= value < np.inf:
             raise ConfigError(f"{name} is {value}.", expected=f"at least {least}", fix="Raise it.")
     if not len(requests.at):
-        raise ConfigError("There are no requests.", expected="at least one", fix="Raise --requests.")
+        raise ConfigError(
+            "There are no requests.", expected="at least one", fix="Raise --requests."
+        )
     if setting.users is not None and setting.until is not None and setting.until <= setting.warm:
         raise ConfigError(
             f"The run ends after {setting.until:g} s, before counting begins at {setting.warm:g} s.",

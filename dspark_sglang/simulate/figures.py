@@ -74,7 +74,12 @@ def loads(path: Path, made: Mapping[str, Frontier]) -> None:
     """Tokens verified a request and throughput of a GPU against concurrent requests (figure 8)."""
     pyplot = _pyplot()
     figure, axes = pyplot.subplots(
-        2, len(made), figsize=(6.0 * len(made), 6.2), squeeze=False, sharex="col", layout="constrained"
+        2,
+        len(made),
+        figsize=(6.0 * len(made), 6.2),
+        squeeze=False,
+        sharex="col",
+        layout="constrained",
     )
     for column, (title, one) in enumerate(made.items()):
         top, bottom = axes[0][column], axes[1][column]

@@ -193,9 +193,7 @@ def compare(simulated: Summary, measured: Sequence[Observed]) -> Compared:
     }
     rounded = ({name: round(value, 5) for name, value in side.items()} for side in (ours, theirs))
     first, second = rounded
-    return Compared(
-        users=int(simulated.load), simulated=first, measured=second, error_pct=error
-    )
+    return Compared(users=int(simulated.load), simulated=first, measured=second, error_pct=error)
 
 
 def worst(compared: Sequence[Compared]) -> dict[str, float]:

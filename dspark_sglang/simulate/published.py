@@ -23,7 +23,7 @@ from dspark_sglang.simulate.arrivals import Lengths, waiting
 from dspark_sglang.simulate.assumptions import Assumptions, changed, rows
 from dspark_sglang.simulate.costs import learned
 from dspark_sglang.simulate.engine import Replica, Setting
-from dspark_sglang.simulate.roofline import Roofline, Sizes, sizes
+from dspark_sglang.simulate.roofline import Roofline, sizes
 from dspark_sglang.simulate.summary import Summary, point, summarise
 
 MTP, DSPARK = "MTP-1", "DSpark-5"

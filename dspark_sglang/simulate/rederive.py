@@ -76,7 +76,8 @@ def run(out: Path, with_sensitivity: bool, tell: Tell) -> dict[str, Any]:
     }
     parts: dict[str, Any] = {
         "frontier": {
-            name: {key: value[key] for key in ("published", "simulated")} for name, value in short.items()
+            name: {key: value[key] for key in ("published", "simulated")}
+            for name, value in short.items()
         },
         "details": compared,
         "assumptions": [msgspec.to_builtins(row) for row in rows()],

@@ -90,7 +90,11 @@ def _least_work(requests: Requests, count: int, speed: float) -> npt.NDArray[np.
 
 
 def run(
-    jobs: Sequence[Job], *, workers: int = 1, ray: str | None = None, progress: Progress = lambda n: None
+    jobs: Sequence[Job],
+    *,
+    workers: int = 1,
+    ray: str | None = None,
+    progress: Progress = lambda n: None,
 ) -> list[Result]:
     """Simulate all jobs.
 

@@ -22,7 +22,16 @@ from dspark_sglang.planning.tensors import Layout, Tensor, by_part
 #: Of one token sent to an expert: fp8 values with a float32 scale for every 128, and bfloat16 back.
 _DISPATCH_BYTES, _COMBINE_BYTES = 1.0 + 4.0 / 128.0, 2.0
 #: Parts that live in a layer and are whole on every GPU.
-_DENSE = ("attention", "router", "compressor", "indexer", "hyper", "norms", "main_proj", "shared_experts")
+_DENSE = (
+    "attention",
+    "router",
+    "compressor",
+    "indexer",
+    "hyper",
+    "norms",
+    "main_proj",
+    "shared_experts",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +150,10 @@ def _layers(config: dict[str, object], tensors: list[Tensor], count: int) -> Lay
 
 def _attention(model: Model, kv: CompressedKv) -> Attention:
     config = model.target.config
-    heads, chosen = reading.integer(config, "num_attention_heads"), reading.integer(config, "index_topk")
+    heads, chosen = (
+        reading.integer(config, "num_attention_heads"),
+        reading.integer(config, "index_topk"),
+    )
     latent = page_bytes(64) / 64
     index = kv.index_dim + kv.index_dim // 128 * 4
     # Layers that compress by 4 score every key and attend to the best; by 128 they attend to all.
@@ -210,9 +222,7 @@ class Roofline:
         gpus, own = self.gpus, tokens / self.gpus.count
         missed = np.exp(tokens * np.log1p(-layers.active / layers.experts))
         hit = layers.experts * (1.0 - float(missed)) / gpus.count
-        dense = max(
-            layers.dense_bytes / gpus.memory, 2.0 * own * layers.dense_values / gpus.fp8
-        )
+        dense = max(layers.dense_bytes / gpus.memory, 2.0 * own * layers.dense_values / gpus.fp8)
         routed = max(
             hit * layers.expert_bytes / gpus.memory,
             2.0 * own * layers.active * layers.expert_values / gpus.fp8,

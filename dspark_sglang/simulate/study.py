@@ -21,7 +21,8 @@ from dspark_sglang.simulate.arrivals import Lengths, Requests
 from dspark_sglang.simulate.assumptions import Assumptions
 from dspark_sglang.simulate.costs import Measured, Overheads, StepTimes, learned, read_cost
 from dspark_sglang.simulate.engine import MODES, Mode, Setting
-from dspark_sglang.simulate.replicas import ROUTERS, Job, Router, run as run_jobs, spread
+from dspark_sglang.simulate.replicas import ROUTERS, Job, Router, spread
+from dspark_sglang.simulate.replicas import run as run_jobs
 from dspark_sglang.simulate.roofline import Roofline, sizes
 from dspark_sglang.simulate.summary import Sla, Summary, point, summarise
 
@@ -92,13 +93,17 @@ def check_choices(given: Given) -> None:
                 fix="See `dspark simulate --help`.",
             )
     if given["evaluation"] is not None and given["blocks"] is not None:
-        raise ConfigError("--evaluation and --blocks given.", expected="one of them", fix="Drop one.")
+        raise ConfigError(
+            "--evaluation and --blocks given.", expected="one of them", fix="Drop one."
+        )
     for name, value, known in (
         ("--router", given["router"], ROUTERS),
         ("--speculation", given["speculation"], ("auto", "on", "off")),
     ):
         if value not in known:
-            raise ConfigError(f"{name} is {value!r}.", expected=", ".join(known), fix="Use one of these.")
+            raise ConfigError(
+                f"{name} is {value!r}.", expected=", ".join(known), fix="Use one of these."
+            )
 
 
 def plan(given: Given) -> Plan:
@@ -107,12 +112,16 @@ def plan(given: Given) -> Plan:
     wrong = [mode for mode in modes if mode not in MODES]
     if wrong:
         raise ConfigError(
-            f"--modes names {', '.join(wrong)}.", expected=", ".join(MODES), fix="Use some of these."
+            f"--modes names {', '.join(wrong)}.",
+            expected=", ".join(MODES),
+            fix="Use some of these.",
         )
     drafts = any(mode != "none" for mode in modes)
     made = _machine(given, drafts=drafts)
     sla = Sla(ttft_ms=given["sla_ttft_ms"], tpot_ms=given["sla_tpot_ms"])
-    sla.check(made.times, context=round(given["prompt"]), drafts=drafts, sampled=given["temperature"] > 0)
+    sla.check(
+        made.times, context=round(given["prompt"]), drafts=drafts, sampled=given["temperature"] > 0
+    )
     loads: tuple[float, ...] = (0.0,)
     for name, kind in (("concurrency", int), ("rate", float)):
         if given[name] is not None:
@@ -207,7 +216,9 @@ def run(plan: Plan, tell: Tell) -> Study:
                 ray=plan.given["ray"],
                 progress=progress,
             )
-            interrupted = interrupted or any(result.interrupted for result in results) or not results
+            interrupted = (
+                interrupted or any(result.interrupted for result in results) or not results
+            )
             own += sum(result.events for result in results)
             events += sum(result.events for result in results)
             done += int(plan.given["requests"])
@@ -260,7 +271,10 @@ def _requests(given: Given, load: float, weights: Any, rng: np.random.Generator)
         )
         return found.take(np.arange(len(found.at)) < int(given["requests"]))
     lengths = Lengths(
-        prompt=given["prompt"], output=given["answer"], variation=given["variation"], cached=given["cached"]
+        prompt=given["prompt"],
+        output=given["answer"],
+        variation=given["variation"],
+        cached=given["cached"],
     )
     count = int(given["requests"])
     if given["rate"] is not None:
@@ -273,7 +287,11 @@ def _requests(given: Given, load: float, weights: Any, rng: np.random.Generator)
 
 
 def _study(
-    plan: Plan, found: dict[str, list[Summary]], rates: dict[str, float], seconds: float, interrupted: bool
+    plan: Plan,
+    found: dict[str, list[Summary]],
+    rates: dict[str, float],
+    seconds: float,
+    interrupted: bool,
 ) -> Study:
     gpus = plan.machine.gpus * int(plan.given["replicas"])
     series = []

@@ -330,15 +330,13 @@ def check_(
     given = fitted.read(parameters, here=not simulate_only)
     checking.check_loads(given, loads)
     with console.status("simulating") as status:
-        predicted = {
-            users: fitted.predict(given, users)
-            for users in loads
-            if not status.update(f"simulating {users}")
-        }
+        predicted = {}
+        for users in loads:
+            status.update(f"simulating {users} requests")
+            predicted[users] = fitted.predict(given, users)
     if simulate_only:
         console.print(checking.predictions(predicted))
         return
-    plan = {"blocks": blocks, "warm_s": warm_s, "window_s": window_s}
     with console.status("starting the server (about 60 s)") as status:
         found = checking.run(
             given,
@@ -347,8 +345,10 @@ def check_(
             drafter=drafter,
             work=work.absolute(),
             tell=status.update,
-            **plan,
-        )  # type: ignore[arg-type]
+            blocks=blocks,
+            warm_s=warm_s,
+            window_s=window_s,
+        )
     path = checking.write(found, given, parameters, out)
     console.print(checking.table(found))
     wrong = {name: value for name, value in fitted.worst(found).items() if not value <= tolerance}

@@ -42,7 +42,7 @@ class Law(NamedTuple):
     @property
     def gamma(self) -> int:
         """Drafted tokens a block."""
-        return self.confidence.shape[1]
+        return int(self.confidence.shape[1])
 
     @property
     def accept_length(self) -> float:
@@ -87,7 +87,9 @@ class Mixture:
 
     def rows(self, rng: np.random.Generator, domain: Int64) -> Int64:
         """A block for each of ``domain`` ``[R]``: rows of the tables."""
-        return self._first[domain] + (rng.random(len(domain)) * self._size[domain]).astype(np.int64)
+        within = (rng.random(len(domain)) * self._size[domain]).astype(np.int64)
+        found: Int64 = self._first[domain] + within
+        return found
 
 
 def fitted(

@@ -32,7 +32,7 @@ class Requests(NamedTuple):
 
     def take(self, chosen: npt.NDArray[np.bool_]) -> Requests:
         """Those of them that ``chosen`` ``[N]`` marks."""
-        return Requests(*(field[chosen] for field in self))
+        return Requests(*(field[chosen] for field in self))  # type: ignore[arg-type]
 
 
 class Lengths(msgspec.Struct, frozen=True, kw_only=True):
@@ -59,7 +59,8 @@ def _drawn(rng: np.random.Generator, mean: float, variation: float, count: int) 
         return np.full(count, max(1, round(mean)), dtype=np.int64)
     sigma = np.sqrt(np.log1p(variation**2))
     values = rng.lognormal(np.log(mean) - sigma**2 / 2, sigma, count)
-    return np.maximum(1, np.rint(values)).astype(np.int64)
+    found: Int64 = np.maximum(1, np.rint(values)).astype(np.int64)
+    return found
 
 
 def _sized(at: Float64, lengths: Lengths, weights: Float64, rng: np.random.Generator) -> Requests:

@@ -16,7 +16,7 @@ from dspark_sglang.checkpoint import weights_digest
 from dspark_sglang.errors import ArtifactError, ConfigError
 from dspark_sglang.provenance import machine, provenance
 from dspark_sglang.simulate import measure, rederive
-from dspark_sglang.simulate.parameters import Compared, Parameters, compare, worst
+from dspark_sglang.simulate.parameters import Compared, Observed, Parameters, compare, worst
 from dspark_sglang.simulate.summary import Summary
 
 _METRICS = ("throughput", "tpot", "budget")
@@ -73,7 +73,7 @@ def run(
         window_s=window_s,
         blocks=blocks,
     )
-    seen: dict[int, list[measure.Observed]] = {users: [] for users in predicted}
+    seen: dict[int, list[Observed]] = {users: [] for users in predicted}
     prompts = list(load_prompts())
     with measure.serving(
         target=target or targets.ensure_target(),

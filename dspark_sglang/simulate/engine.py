@@ -242,7 +242,8 @@ class Replica:
 
     def _prefill(self) -> None:
         """One batch of waiting prompts, the oldest first; their first tokens come at its end."""
-        setting, chosen, tokens = self.setting, [], 0
+        setting, tokens = self.setting, 0
+        chosen: list[tuple[int, int]] = []
         while self._waiting and self._free and self._fits(self._waiting[0]):
             number = self._waiting[0]
             fresh = int(self.requests.fresh[number])

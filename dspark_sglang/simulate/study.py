@@ -144,22 +144,29 @@ def _numbers(text: str, name: str, kind: type[Any]) -> tuple[float, ...]:
 
 
 def _machine(given: Given, *, drafts: bool) -> Machine:
+    blocks = _blocks(given)
     if given["parameters"] is not None:
         fitted = parameters.read(given["parameters"])
         own = parameters.twin(fitted)
-        blocks = _blocks(given) or own.blocks
-        return Machine(fitted.machine, fitted.target, 1, own.times, own.cost, blocks)
-    blocks = _blocks(given)
+        return Machine(
+            fitted.machine, fitted.target, 1, own.times, own.cost, blocks or own.blocks
+        )
     if given["model"] is not None:
         assumed, shape = Assumptions(), sizes(given["model"])
         gpus = assumed.gpus(shape)
         times = Roofline(shape, gpus)
         cost = learned(times, requests=int(given["slots"]), context=round(given["prompt"]))
-        blocks = blocks or assumed.dspark(times.gamma)
-        return Machine(gpus.name, given["model"], gpus.count, times, cost, blocks)
-    cost, found = read_cost(given["profile"])
-    truth = CostModel(gamma=cost.gamma)
-    truth.restore(cost.state())
+        return Machine(
+            gpus.name,
+            given["model"],
+            gpus.count,
+            times,
+            cost,
+            blocks or assumed.dspark(times.gamma),
+        )
+    known, found = read_cost(given["profile"])
+    truth = CostModel(gamma=known.gamma)
+    truth.restore(known.state())
     if drafts and blocks is None:
         raise ConfigError(
             "Nothing says what drafted tokens are worth.",
@@ -168,7 +175,7 @@ def _machine(given: Given, *, drafts: bool) -> Machine:
         )
     measured = Measured(truth, _prefill(given))
     name = found.fingerprint.get("device", "unknown")
-    return Machine(name, found.fingerprint.get("target", "unknown"), 1, measured, cost, blocks)
+    return Machine(name, found.fingerprint.get("target", "unknown"), 1, measured, known, blocks)
 
 
 def _blocks(given: Given) -> Mixture | None:
@@ -206,7 +213,9 @@ def run(plan: Plan, tell: Tell) -> Study:
         for load in plan.loads:
             label = f"{mode}, load {load:g}"
 
-            def progress(answered: int, label: str = label, done: int = done) -> None:
+            def progress(
+                answered: int, label: str = label, done: int = done, events: int = events
+            ) -> None:
                 spent = max(1e-9, time.perf_counter() - began)
                 tell(label, done + answered, events / spent)
 
@@ -239,8 +248,7 @@ def _jobs(plan: Plan, mode: Mode, load: float) -> list[Job]:
     weights = made.blocks.weights if made.blocks is not None else np.ones(1)
     closed, count = given["concurrency"] is not None, int(given["replicas"])
     parts = _requests(given, load, weights, rng)
-    own = {"router": "round-robin" if closed else given["router"]}
-    router: Router = own["router"]
+    router: Router = "round-robin" if closed else given["router"]
     # What one replica makes when it is full, for the router that weighs work.
     full = given["slots"]
     speed = full / made.times.plain(full, round(full * given["prompt"]), full)

@@ -33,6 +33,7 @@ from dspark_sglang.cli import (
     push,
     report,
     serve,
+    simulate,
     train,
 )
 from dspark_sglang.cli.bench import app as bench_app
@@ -88,6 +89,7 @@ app.command("plan")(plan.plan)
 app.command("economics")(economics.economics)
 app.command("report")(report.report)
 app.command("profile")(profile.profile)
+app.add_typer(simulate.app, name="simulate")
 app.command("package")(package.package)
 app.command("card")(package.card)
 app.command("verify")(package.verify)

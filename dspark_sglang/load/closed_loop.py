@@ -42,6 +42,9 @@ class Delivered(msgspec.Struct, frozen=True, kw_only=True):
     #: Median seconds from sending to the first token, and a token after it, of finished requests.
     ttft_s: float | None
     tpot_s: float | None
+    #: Tokens of the finished answers and of their prompts, one entry each.
+    answer_tokens: list[int] = []
+    prompt_tokens: list[int] = []
 
 
 async def _run(url: str, prompts: Sequence[Prompt], load: Load) -> Ran:
@@ -93,6 +96,8 @@ def run_block(url: str, prompts: Sequence[Prompt], load: Load) -> Delivered:
         requests=len(whole),
         ttft_s=_median([r.ttft_s for r in whole]),
         tpot_s=_median([r.tpot_s for r in whole]),
+        answer_tokens=[r.completion_tokens for r in whole if r.completion_tokens],
+        prompt_tokens=[r.prompt_tokens for r in whole if r.prompt_tokens],
     )
 
 

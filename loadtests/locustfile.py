@@ -37,7 +37,8 @@ from dspark_loadtests.client import (  # noqa: E402
     request_headers,
 )
 from dspark_loadtests.prompts import cycle, load_prompts  # noqa: E402
-from dspark_loadtests.report import RunSettings, Slo, Summary, summarize, write_summary  # noqa: E402
+from dspark_loadtests.report import summarize, write_summary  # noqa: E402
+from dspark_loadtests.schema import RunSettings, Slo, Summary  # noqa: E402
 from dspark_loadtests.session import LoadSession  # noqa: E402
 from dspark_loadtests.stream import Outcome, RequestRecord, StreamRecorder  # noqa: E402
 from dspark_loadtests.terminal import print_summary, verdict  # noqa: E402

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import httpx
 import msgspec
 
@@ -29,9 +31,11 @@ def chat_payload(prompt: Prompt, settings: RequestSettings) -> dict[str, Any]:
         "model": settings.model,
         "messages": prompt.messages(),
         "temperature": settings.temperature,
-        "max_tokens": settings.max_tokens,
+        "max_tokens": prompt.max_tokens or settings.max_tokens,
         "stream": True,
         "stream_options": STREAM_OPTIONS,
+        # SGLang then ends the stream with the request's verify rounds.
+        "return_spec_tokens_details": True,
     }
 
 
@@ -57,13 +61,13 @@ def read_api_key(path: Path | None) -> str | None:
         raise ConfigError(
             f"Cannot read the API key file {path}: {error}.",
             expected="a readable file that holds the server's API key",
-            fix="Point --dspark-api-key-file at it, or leave the option out.",
+            fix="Point the option at it, or leave it out.",
         ) from error
     if not key:
         raise ConfigError(
             f"The API key file {path} is empty.",
             expected="a file that holds the server's API key",
-            fix="Write the key into it, or leave --dspark-api-key-file out.",
+            fix="Write the key into it, or leave the option out.",
         )
     return key
 
@@ -107,13 +111,13 @@ class ServerApi:
             raise ServerError(
                 f"GET {url} failed: {error}.",
                 expected=expected,
-                fix="Start the server or correct --host.",
+                fix="Start the server or correct its address.",
             ) from error
         if response.status_code != 200:
             raise ServerError(
                 f"GET {url} answered {response.status_code}: {response.text[:200]}.",
                 expected=expected,
-                fix="If it wants a key, give --dspark-api-key-file; otherwise check --host.",
+                fix="If it wants a key, give the file that holds it; otherwise check the address.",
             )
         return response.content
 
@@ -132,7 +136,7 @@ class ServerApi:
             raise ServerError(
                 f"{self.host}/v1/models lists no model: {body[:200]!r}.",
                 expected='{"data": [{"id": ...}]}',
-                fix="Name the model with --dspark-model.",
+                fix="Name the model.",
             )
         return models[0].id
 
@@ -153,3 +157,44 @@ def stream_chat(
     except httpx.HTTPError as error:
         return recorder.fail(f"{type(error).__name__}: {error}")
     return recorder.finish()
+
+
+class ChatClient:
+    """Streams chats from one server, hundreds at a time: aiohttp, whose parser is in C.
+
+    Args:
+        host: base URL.
+        api_key: sent as a bearer token when given.
+        read_s: longest wait for the next bytes of an answer.
+    """
+
+    def __init__(self, host: str, *, api_key: str | None = None, read_s: float = 300.0) -> None:
+        self._url = host.rstrip("/") + CHAT_PATH
+        self._session = aiohttp.ClientSession(
+            # Servers drop idle connections after 5 s (uvicorn); a request must not meet that.
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=2.0),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=10.0, sock_read=read_s),
+            headers=request_headers(api_key),
+            auto_decompress=False,
+        )
+
+    async def close(self) -> None:
+        """Close every connection."""
+        await self._session.close()
+
+    async def stream(self, payload: bytes, recorder: StreamRecorder) -> RequestRecord:
+        """Send one chat and record it; cancelled, it is recorded as unfinished."""
+        try:
+            headers = {"Content-Type": "application/json"}
+            async with self._session.post(self._url, data=payload, headers=headers) as response:
+                if response.status != 200:
+                    text = (await response.content.read(200)).decode("utf-8", "replace")
+                    return recorder.fail(f"HTTP {response.status}: {text}")
+                # What the socket had, as it had it.
+                async for data in response.content.iter_any():
+                    recorder.feed(data)
+        except asyncio.CancelledError:
+            return recorder.abandon()
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            return recorder.fail(f"{type(error).__name__}: {error}")
+        return recorder.finish()

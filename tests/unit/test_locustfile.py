@@ -15,7 +15,8 @@ import msgspec
 import pytest
 
 from dspark_loadtests.fake_server import Chunk, FakeServer, Script
-from dspark_loadtests.report import Summary, read_summary
+from dspark_loadtests.report import read_summary
+from dspark_loadtests.schema import Summary
 
 # Importing locust would patch ssl under the whole test process.
 pytestmark = pytest.mark.skipif(find_spec("locust") is None, reason="locust is not installed")
@@ -139,6 +140,6 @@ def test_no_server_is_said_in_one_line_also_when_not_installed(tmp_path: Path) -
     code, output = locust(address, tmp_path, "-u", "1", "-t", "30s", installed=False)
     assert code == 2, output
     assert f"error: GET {address}/v1/models failed" in output
-    assert "Start the server or correct --host." in output
+    assert "Start the server or correct its address." in output
     assert "Traceback" not in output
     assert not (tmp_path / "deep").exists()

@@ -16,7 +16,8 @@ from typing import NamedTuple
 
 import msgspec
 
-from dspark_loadtests.client import ChatClient, RequestSettings, chat_payload
+from dspark_loadtests.chat import ChatClient
+from dspark_loadtests.client import RequestSettings, chat_payload
 from dspark_loadtests.prompts import Prompt, cycle
 from dspark_loadtests.session import LoadSession
 from dspark_loadtests.stream import Clock, Outcome, RequestRecord

@@ -21,7 +21,8 @@ import numpy as np
 import uvloop
 
 from dspark_loadtests.bench import Endpoint, connect
-from dspark_loadtests.client import ChatClient, RequestSettings
+from dspark_loadtests.chat import ChatClient
+from dspark_loadtests.client import RequestSettings
 from dspark_loadtests.fake_server import Served
 from dspark_loadtests.generator import Generator, Load, Ran
 from dspark_loadtests.prompts import load_prompts

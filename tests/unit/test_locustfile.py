@@ -134,6 +134,23 @@ def test_requests_in_flight_at_the_end_are_unfinished(tmp_path: Path) -> None:
     assert "no accepted length: the server runs without speculation" in output
 
 
+def test_an_open_loop_waits_for_nobody(tmp_path: Path) -> None:
+    slow = Script(chunks=(Chunk(0.7, 1), Chunk(0.7, 3)))
+    with FakeServer(lambda _: slow) as server:
+        code, output = locust(
+            server.url, tmp_path, "-u", "2", "-r", "2", "-t", "4s", "--dspark-rate", "10"
+        )
+    summary = summary_in(tmp_path)
+    assert code == 0, output
+    # Two users of a closed loop would have sent 6; 40 are expected, less what starting takes.
+    assert 15 < summary.counts.sent == len(server.served) < 60
+    assert (summary.settings.arrival, summary.settings.rate) == ("open_loop", 10.0)
+    assert summary.counts.completed == summary.counts.sent, "the drain let the last ones end"
+    latency = summary.latency
+    assert latency.ttft_from_schedule_ms and latency.ttft_ms
+    assert latency.ttft_from_schedule_ms.mean >= latency.ttft_ms.mean >= 700
+
+
 def test_no_server_is_said_in_one_line_also_when_not_installed(tmp_path: Path) -> None:
     with FakeServer(lambda _: QUICK) as server:
         address = server.url

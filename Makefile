@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.dspark-installed
 SOURCES := dspark_sglang kernels packaging loadtests tests requirements
 
-.PHONY: help install demo test test-unit test-server lint format typecheck bench bench-kernels bench-load bench-load-full bench-faults bench-placement bench-selfcheck lossless report package-check deploy-check deploy-arguments deploy-rendered gpu lock wheel clean
+.PHONY: help install demo test test-unit test-server lint format typecheck bench bench-kernels bench-load bench-load-full bench-faults bench-placement bench-selfcheck lossless report package-check deploy-check drill deploy-arguments deploy-rendered gpu lock wheel clean
 
 help:  ## Show what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -80,6 +80,9 @@ gpu: install  ## On a CUDA machine: run what needs one and save the results
 
 deploy-check: install  ## Every overlay through every validator, rules through promtool (fetches tools once)
 	$(BIN)/python tests/deploy/check.py
+
+drill: install  ## Kill, drain, starve and misuse real servers; faults for the canary (about 35 minutes; goes on where it stopped)
+	$(BIN)/python tests/deploy/drill/run.py $(DRILL)
 
 deploy-arguments: install  ## Ask dspark plan for the flags of the GPU overlays again
 	$(BIN)/python -m dspark_sglang.deployment.generate --arguments

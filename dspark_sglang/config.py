@@ -128,3 +128,9 @@ def read_api_key(environ: Mapping[str, str] | None = None) -> str | None:
     """The server's API key, from ``API_KEY``, as the manifests set it; None without one."""
     source = os.environ if environ is None else environ
     return source.get("API_KEY") or None
+
+
+def read_baseline_key(environ: Mapping[str, str] | None = None) -> str | None:
+    """The key of the server a canary compares with: ``BASELINE_API_KEY``, or the same as ``API_KEY``."""
+    source = os.environ if environ is None else environ
+    return source.get("BASELINE_API_KEY") or read_api_key(environ)

@@ -19,6 +19,8 @@ from dspark_sglang.canary.prompts import Question, questions
 from dspark_sglang.errors import ArtifactError, ConfigError, ServerError
 
 _TIMEOUT_S = 300.0
+#: Of seeded questions.
+TEMPERATURE = 0.8
 #: Share of near-ties beyond which they are no chance any more, and how many of them there are at least.
 NEAR_TIES, NEAR_TIES_AT_LEAST = 0.25, 12
 
@@ -32,6 +34,9 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     tokens: int = 48
     seed: int = 0
     key: str | None = None
+    #: A server of the same model without speculation; empty: the watched one is asked not to speculate.
+    baseline_url: str = ""
+    baseline_key: str | None = None
     #: Stop at the first fault.
     stop: bool = True
 
@@ -72,48 +77,83 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
         return not self.faults and self.drifted_at is None
 
 
+def _client(url: str, key: str | None, concurrency: int) -> httpx.Client:
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    limits = httpx.Limits(max_connections=2 * concurrency)
+    try:
+        return httpx.Client(base_url=url, timeout=_TIMEOUT_S, headers=headers, limits=limits)
+    except httpx.InvalidURL as error:
+        raise ServerError(
+            f"{url} is no address: {error}.", expected="http://HOST:PORT", fix="Correct it."
+        ) from error
+
+
+def _info(client: httpx.Client) -> dict[str, Any]:
+    """``/server_info``.
+
+    Raises:
+        ServerError: there is none.
+    """
+    try:
+        answer = client.get("/server_info")
+        answer.raise_for_status()
+        info: dict[str, Any] = answer.json()
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
+        raise ServerError(
+            f"{client.base_url}server_info gave no usable answer: {error!r}.",
+            expected="a running SGLang server",
+            fix="Check the address, and API_KEY where it has a key.",
+        ) from error
+    return info
+
+
+def _same_model(ours: dict[str, Any], plain: dict[str, Any], url: str) -> None:
+    """Raise ConfigError where two servers cannot be compared."""
+    if plain.get("speculative_algorithm"):
+        raise ConfigError(
+            f"{url} speculates too ({plain['speculative_algorithm']}).",
+            expected="a server without --speculative-algorithm",
+            fix="Start one of the same model without it.",
+        )
+    for name in ("served_model_name", "weight_version", "dtype", "quantization"):
+        if ours.get(name) != plain.get(name):
+            raise ConfigError(
+                f"{url} has {name} {plain.get(name)}.",
+                expected=f"{ours.get(name)}, as on the watched server",
+                fix="Start both alike: same model, --served-model-name, --weight-version, --dtype.",
+            )
+
+
 class Canary:
     """A server under watch."""
 
     def __init__(self, options: Options) -> None:
         self.options = options
-        headers = {"Authorization": f"Bearer {options.key}"} if options.key else {}
-        limits = httpx.Limits(max_connections=2 * options.concurrency)
-        self._client = httpx.Client(
-            base_url=options.url, timeout=_TIMEOUT_S, headers=headers, limits=limits
-        )
-        self.info = self._info()
+        self._client = _client(options.url, options.key, options.concurrency)
+        self._plain = self._client
+        self.info = _info(self._client)
+        if str(self.info.get("speculative_algorithm")).upper() != "DSPARK":
+            raise ConfigError(
+                f"{options.url} runs without DSPARK.",
+                expected="a server with speculation to watch",
+                fix="Start it with `dspark serve ... --speculative-algorithm DSPARK`.",
+            )
+        if options.baseline_url:
+            self._plain = _client(options.baseline_url, options.baseline_key, options.concurrency)
+            _same_model(self.info, _info(self._plain), options.baseline_url)
 
-    def _post(self, path: str, body: dict[str, Any]) -> Any:
+    def _post(self, path: str, body: dict[str, Any], client: httpx.Client | None = None) -> Any:
+        client = client or self._client
         try:
-            answer = self._client.post(path, json=body)
+            answer = client.post(path, json=body)
             answer.raise_for_status()
             return answer.json()
         except (httpx.HTTPError, ValueError) as error:
             raise ServerError(
-                f"{self.options.url}{path} failed: {error!r}.",
+                f"{client.base_url}{path.lstrip('/')} failed: {error!r}.",
                 expected="a running server",
                 fix="Check its log, the address, and API_KEY where it has a key.",
             ) from error
-
-    def _info(self) -> dict[str, Any]:
-        try:
-            answer = self._client.get("/server_info")
-            answer.raise_for_status()
-            info: dict[str, Any] = answer.json()
-        except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
-            raise ServerError(
-                f"{self.options.url}/server_info gave no usable answer: {error!r}.",
-                expected="a running SGLang server",
-                fix="Check the address, and API_KEY where it has a key.",
-            ) from error
-        if str(info.get("speculative_algorithm")).upper() != "DSPARK":
-            raise ConfigError(
-                f"{self.options.url} runs without DSPARK.",
-                expected="a server with speculation to watch",
-                fix="Start it with `dspark serve ... --speculative-algorithm DSPARK`.",
-            )
-        return info
 
     @property
     def record(self) -> dict[str, Any]:
@@ -126,16 +166,31 @@ class Canary:
         named = str(self.info.get("dtype", "auto")).removeprefix("torch.")
         return named if named in TOLERANCES else "bfloat16"
 
+    @property
+    def compared_with(self) -> str:
+        """Where the text without speculation comes from."""
+        return self.options.baseline_url or "custom_params.dspark.max_draft_tokens 0"
+
+    def seeded(self, question: Question) -> bool:
+        """Whether a question is asked with a seed and at :data:`TEMPERATURE`.
+
+        One of four open ones, where the server honours seeds and this plugin couples draws to them.
+        """
+        honoured = bool(self.info.get("enable_deterministic_inference")) and self.record
+        return bool(honoured) and question.kind == "open" and question.number % 16 == 3
+
     def ask(self, question: Question, *, speculate: bool) -> Answer:
         """Generate once. Log-probabilities change how rows are laid out, so every other question has none."""
         with_logprobs = not speculate or question.number % 2 == 0
         parameters: dict[str, Any] = {"temperature": 0.0, "max_new_tokens": question.tokens}
-        if not speculate:
+        if self.seeded(question):
+            parameters |= {"temperature": TEMPERATURE, "sampling_seed": question.number}
+        if not speculate and not self.options.baseline_url:
             parameters["custom_params"] = {"dspark": {"max_draft_tokens": 0}}
         body: dict[str, Any] = {"text": question.text, "sampling_params": parameters}
         if with_logprobs:
             body |= {"return_logprob": True, "top_logprobs_num": 2}
-        return parse(self._post("/generate", body))
+        return parse(self._post("/generate", body, None if speculate else self._plain))
 
     def pair(self, question: Question) -> tuple[Answer, Answer]:
         """With and without speculation; other questions are under way meanwhile.
@@ -150,9 +205,29 @@ class Canary:
                 f"The answer without speculation took {plain.rounds} rounds for {len(plain.ids)} tokens.",
                 expected="one round a token under custom_params.dspark.max_draft_tokens 0",
                 fix="This server (SGLang's builtin, or overlap scheduling) cannot switch speculation off for a "
-                "request: compare with a second server instead, see deploy/README.md.",
+                "request: name a server of the same model without speculation by --baseline-url.",
             )
         return ours, plain
+
+    def judge(
+        self, question: Question, ours: Answer, plain: Answer, allowed: Tolerance
+    ) -> Fault | None:
+        """What is wrong with an answer, or None.
+
+        A seeded draw's lead over the next is not told, so seeded texts that differ are asked again: rounding does
+        not part them twice.
+        """
+        if not self.seeded(question):
+            return compare(question, ours, plain, allowed)
+        if ours.ids == plain.ids:
+            return None
+        again, reference = self.pair(question)
+        if again.ids == reference.ids:
+            return None
+        token = next((i for i, (a, b) in enumerate(zip(again.ids, reference.ids, strict=False)) if a != b),
+                     min(len(again.ids), len(reference.ids)))  # fmt: skip
+        return Fault("seeded", question.number, question.kind, question.text, token, round(again.accepted, 2),
+                     f"two texts of seed {question.number}, twice")  # fmt: skip
 
     def pairs(self) -> Iterator[tuple[Question, Answer, Answer]]:
         """Every question in order, ``concurrency`` of them at once."""
@@ -192,20 +267,19 @@ def run(
     """
     seen = [] if seen is None else seen
     began, faults, ties = time.monotonic(), list[Fault](), 0
-    residuals: list[float] = []
+    drift = None if baseline is None else statistics.Drift(baseline.height)
     allowed: Tolerance = TOLERANCES[canary.dtype]
-    done, drifted = 0, None
+    done = 0
     for question, ours, plain in canary.pairs():
         done += 1
-        fault = compare(question, ours, plain, allowed)
+        fault = canary.judge(question, ours, plain, allowed)
         ties += fault is None and ours.ids != plain.ids
         faults += [fault] if fault else []
         seen.append((question.kind, ours.accepted))
-        if baseline is not None and question.kind in baseline.levels:
-            residuals.append(statistics.residual(ours.accepted, baseline.levels[question.kind]))
-            drifted = statistics.alarm(residuals, baseline.height)
+        if drift is not None and baseline is not None and question.kind in baseline.levels:
+            drift.add(statistics.residual(ours.accepted, baseline.levels[question.kind]))
         told(done, len(faults))
-        if canary.options.stop and (faults or drifted is not None):
+        if canary.options.stop and (faults or (drift is not None and drift.found is not None)):
             break
     if ties > max(NEAR_TIES_AT_LEAST, NEAR_TIES * done):
         faults.append(
@@ -222,8 +296,8 @@ def run(
         faults=faults,
         near_ties=ties,
         accepted=levels_of(seen),
-        drifted_at=drifted,
-        compared_with="custom_params.dspark.max_draft_tokens 0",
+        drifted_at=None if drift is None else drift.found,
+        compared_with=canary.compared_with,
     )
 
 

@@ -64,7 +64,27 @@ def cusum(residuals: Sequence[float] | np.ndarray) -> np.ndarray:
     return np.asarray(walk - np.minimum.accumulate(walk))[1:]
 
 
+class Drift:
+    """The CUSUM of a run, one request after the other."""
+
+    def __init__(self, height: float) -> None:
+        self._height = height
+        self._level = 0.0
+        self._seen = 0
+        #: The first request at which the CUSUM exceeded its height; None: not yet.
+        self.found: int | None = None
+
+    def add(self, residual: float) -> None:
+        """Count one more request."""
+        self._level = max(0.0, self._level - residual - SLACK)
+        if self.found is None and self._level > self._height:
+            self.found = self._seen
+        self._seen += 1
+
+
 def alarm(residuals: Sequence[float], height: float) -> int | None:
     """The first request at which the CUSUM exceeds ``height``; None: never."""
-    over: list[int] = np.flatnonzero(cusum(residuals) > height).tolist() if len(residuals) else []
-    return over[0] if over else None
+    drift = Drift(height)
+    for residual_ in residuals:
+        drift.add(residual_)
+    return drift.found

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from dspark_sglang.config import read_api_key
+from dspark_sglang.config import read_api_key, read_baseline_key
 from dspark_sglang.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -23,6 +23,10 @@ def canary(
     concurrency: Annotated[int, typer.Option(min=1, help="Questions at once.")] = 8,
     tokens: Annotated[int, typer.Option(min=8, help="Most tokens of an answer.")] = 48,
     seed: Annotated[int, typer.Option(help="Of the questions.")] = 0,
+    baseline_url: Annotated[
+        str, typer.Option(help="A server of the same model without speculation to compare with, for servers "
+                               "that cannot switch it off for a request. Its key: BASELINE_API_KEY.")
+    ] = "",
     baseline: Annotated[
         Path | None, typer.Option(help="Compare accepted lengths with this file, if it is there.")
     ] = None,
@@ -33,7 +37,7 @@ def canary(
     every: Annotated[bool, typer.Option("--every", help="Go on after the first fault.")] = False,
     out: Annotated[Path | None, typer.Option(help="Write the report as JSON.")] = None,
 ) -> None:  # fmt: skip
-    """Ask a server everything twice, with speculation and without, under concurrency.
+    """Ask a server (or two) everything twice, with speculation and without, under concurrency.
 
     Exit code 0: no fault. 1: a fault, or acceptance drifted. 2: it could not be found out. The server's key is
     read from API_KEY.
@@ -47,7 +51,9 @@ def canary(
             "--record and --baseline were given.", expected="one of them", fix="Drop one."
         )
     options = runs.Options(url=url.rstrip("/"), requests=requests, concurrency=concurrency,
-                           tokens=tokens, seed=seed, key=read_api_key(), stop=not every)  # fmt: skip
+                           tokens=tokens, seed=seed, key=read_api_key(), stop=not every,
+                           baseline_url=baseline_url.rstrip("/"),
+                           baseline_key=read_baseline_key() if baseline_url else None)  # fmt: skip
     watched = runs.Canary(options)
     console = Console(stderr=True)
     known = None

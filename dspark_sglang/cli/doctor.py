@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from dspark_sglang.errors import DSparkError
-from dspark_sglang.serving import diagnosis
+from dspark_sglang.serving import diagnosis, surroundings
 
 _MARKS = {"ok": "[green]✓[/]", "warning": "[yellow]![/]", "problem": "[red]✗[/]"}
 
@@ -23,12 +23,16 @@ def doctor(
         Path | None, typer.Option(help="Check that this target fits here, as `dspark plan` does.")
     ] = None,
     drafter: Annotated[Path | None, typer.Option(help="Check this drafter directory.")] = None,
+    port: Annotated[
+        int, typer.Option(min=1, max=65535, help="The port a server is to have.")
+    ] = 30000,
     json: Annotated[bool, typer.Option("--json", help="Print findings as JSON.")] = False,
 ) -> None:
     """Check the installation (and a server, and models); exit code 1 when something is wrong."""
     console = Console(stderr=json)
     with console.status("checking (importing SGLang takes about 10 s)"):
         findings = diagnosis.local()
+        findings += surroundings.look(None if url else port, drafter)
         if drafter is not None:
             findings += diagnosis.models(target, drafter)
         if target is not None:

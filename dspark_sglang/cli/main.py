@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import signal
 import sys
 from typing import Annotated
@@ -20,6 +21,7 @@ from dspark_sglang.cli import (
     canary,
     demo,
     doctor,
+    drill,
     economics,
     evaluate,
     fetch_target,
@@ -39,6 +41,8 @@ from dspark_sglang.cli import (
 from dspark_sglang.cli.bench import app as bench_app
 from dspark_sglang.errors import DSparkError
 
+#: What a full, read-only or protected disk answers.
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 app = typer.Typer(
     name="dspark",
     help="DSpark speculative decoding for SGLang: the kit around the plugin.",
@@ -69,6 +73,7 @@ app.command("serve", context_settings={"allow_extra_args": True, "ignore_unknown
 )
 app.command("gate")(gate.gate)
 app.command("canary")(canary.canary)
+app.command("drill")(drill.drill)
 app.command("demo")(demo.demo)
 bench_app.command("compare")(bench_compare.compare)
 bench_app.command("gate")(bench_compare.check)
@@ -109,6 +114,13 @@ def main() -> None:
         app()
     except DSparkError as error:
         print(f"dspark: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        where = error.filename or "A file"
+        print(f"dspark: error: {where} cannot be written: {error.strerror}. Free some space, or name another "
+              "place.", file=sys.stderr)  # fmt: skip
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("dspark: interrupted", file=sys.stderr)

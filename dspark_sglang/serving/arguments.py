@@ -27,6 +27,7 @@ from dspark_sglang.serving import placement, preflight, preflight_argv, start_ga
 _RESOLVER = "_handle_dspark"
 _MODE = "SGLANG_RAGGED_VERIFY_MODE"
 _FOLDED = "SGLANG_DSPARK_FOLDED_PROPOSAL"
+_DUMP_WAIT = "SGLANG_CUDA_COREDUMP_BEFORE_CRASH_WAIT_SECS"
 _EMBED = "SGLANG_DSPARK_EMBED_IN_GRAPH"
 
 
@@ -68,6 +69,8 @@ def resolve(original: Callable[[Any], None], server_args: Any) -> None:
                 )
             )
         _resolve_on_cpu(server_args, view, drafter)
+        # SGLang waits a minute for dumps of a GPU when one of its processes dies, and clients with it.
+        os.environ.setdefault(_DUMP_WAIT, "0")
     else:
         # Our sampler and acceptance run after the graphs, not folded into them.
         os.environ[_FOLDED] = "0"

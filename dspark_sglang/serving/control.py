@@ -35,7 +35,7 @@ Int64 = npt.NDArray[np.int64]
 _ADMISSIBLE = 1e-300
 #: Sources of the step cost besides files: nothing is timed; it is being measured before the server
 #: listens.
-COST_OFF, COST_UNMEASURED = "off", "unmeasured"
+COST_OFF, COST_UNMEASURED, COST_UNKEPT = "off", "unmeasured", "measured, not kept"
 
 
 class StepPlan(NamedTuple):

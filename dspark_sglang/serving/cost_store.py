@@ -124,6 +124,7 @@ def save(
 
     Raises:
         ConfigError: one that :func:`load` would refuse.
+        ArtifactError: it cannot be written.
     """
     require_both_kinds(model)
     artifact = CostArtifact(
@@ -133,4 +134,11 @@ def save(
         seconds=seconds,
         provenance=provenance(["dspark", "profile"], data=f"{model.observations} steps"),
     )
-    write_json(path, artifact)
+    try:
+        write_json(path, artifact)
+    except OSError as error:
+        raise ArtifactError(
+            f"{path} cannot be written: {error.strerror}.",
+            expected="a writable directory with space",
+            fix="Free some space, or point DSPARK_CACHE_DIR elsewhere.",
+        ) from error

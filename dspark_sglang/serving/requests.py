@@ -27,6 +27,16 @@ def refusal(req: Any, enable_overlap: bool) -> str | None:
     Under overlap scheduling the host does not know the last step's tokens while it prepares the
     next, and penalties depend on them.
     """
+    if not req.origin_input_ids:
+        return "The prompt has no tokens. Expected at least one: there is nothing to go on from."
+    # An image's places are filled with hashes of it.
+    if getattr(req, "multimodal_inputs", None) is None:
+        wrong = next((t for t in req.origin_input_ids if not 0 <= t < req.vocab_size), None)
+        if wrong is not None:
+            return (
+                f"The prompt has token {wrong}. Expected tokens from 0 to {req.vocab_size - 1}, as the "
+                "target's tokenizer makes them."
+            )
     try:
         options = read_options(req)
         if options.profile and not (_control is not None and _control.measuring):

@@ -33,11 +33,11 @@ from dspark_sglang.config import (
 )
 from dspark_sglang.core.heads import ConfidenceHead, MarkovHead
 from dspark_sglang.core.steps import CostModel
-from dspark_sglang.errors import CompatibilityError, ConfigError
+from dspark_sglang.errors import ArtifactError, CompatibilityError, ConfigError
 from dspark_sglang.serving import cost_store, placement, requests, sts_refit
 from dspark_sglang.serving.commands import Commands
 from dspark_sglang.serving.compat import installed_version
-from dspark_sglang.serving.control import COST_UNMEASURED, Control, StepPlan
+from dspark_sglang.serving.control import COST_UNKEPT, COST_UNMEASURED, Control, StepPlan
 from dspark_sglang.serving.metrics import Metrics
 from dspark_sglang.serving.ops import Ops, choose
 from dspark_sglang.serving.ops.sharded_ops import ShardedOps
@@ -415,23 +415,32 @@ class DSparkWorker(DSparkWorkerV2):
         Raises:
             ConfigError: there is no place for it, or another start would refuse it; the latter not
                 while measuring, whose end must not fail.
+            ArtifactError: the disk is full or may not be written; not while measuring either.
         """
         if self.cost_path is None:
             raise _no_cost_file("DSPARK_COST=auto")
-        if not self.control.measuring:
-            cost_store.require_both_kinds(self.control.cost)
         path = self.cost_path
-        return lambda: self._save_cost(path)
+        if self.control.measuring:
+            return lambda: self._end_measurement(path)
+        # Written here already: what cannot be written has to be refused, and applying may not fail.
+        self._save_cost(path)
+        return lambda: setattr(self.control, "cost_source", str(path))
 
-    def _save_cost(self, path: Path) -> None:
+    def _end_measurement(self, path: Path) -> None:
+        self.profile_s = self.control.profile_seconds or self.profile_s
         try:
-            cost_store.require_both_kinds(self.control.cost)
+            self._save_cost(path)
         except ConfigError as error:
             logger.warning("%s It is learned while serving, and measured at the next start.", error)
             self.control.cost_source = COST_ONLINE
-            return
-        self.profile_s = self.control.profile_seconds or self.profile_s
-        self.control.cost_source = str(path)
+        except ArtifactError as error:
+            logger.warning("%s The cost is used, and measured again at the next start.", error)
+            self.control.cost_source = COST_UNKEPT
+        else:
+            self.control.cost_source = str(path)
+
+    def _save_cost(self, path: Path) -> None:
+        cost_store.require_both_kinds(self.control.cost)
         if get_parallel().tp_rank == 0:
             cost = self.control.cost
             cost_store.save(path, self.cost_fingerprint, cost, seconds=self.profile_s)

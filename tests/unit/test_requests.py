@@ -23,7 +23,7 @@ def control(monkeypatch: pytest.MonkeyPatch) -> Iterator[Control]:
 
 def asking(**options: Any) -> Any:
     params = SimpleNamespace(custom_params={"dspark": options}, min_p=0.0)
-    return SimpleNamespace(sampling_params=params)
+    return SimpleNamespace(sampling_params=params, origin_input_ids=[1], vocab_size=9)
 
 
 def test_only_an_unmeasured_server_takes_the_measurements_requests(control: Control) -> None:
@@ -36,6 +36,23 @@ def test_only_an_unmeasured_server_takes_the_measurements_requests(control: Cont
         if says is not None:
             assert "profile" in says and "max_draft_tokens" in says
         assert requests.refusal(asking(profile=False, max_draft_tokens=1), False) is None
+
+
+def test_an_empty_prompt_is_refused() -> None:
+    """The target's forward over no rows would end the scheduler, and with it the server."""
+    request = asking()
+    request.origin_input_ids = []
+    assert "no tokens" in (requests.refusal(request, False) or "")
+
+
+@pytest.mark.parametrize("token", [-1, 9, 10**9])
+def test_a_token_that_does_not_exist_is_refused(token: int) -> None:
+    """Its embedding would end the scheduler."""
+    request = asking()
+    request.origin_input_ids = [1, token]
+    assert f"token {token}." in (requests.refusal(request, False) or "")
+    request.multimodal_inputs = object()
+    assert requests.refusal(request, False) is None
 
 
 def test_without_a_worker_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from typing import Any
 
 import psutil
 
@@ -131,7 +132,7 @@ def drain(world: World, tell: Tell, *, in_flight: int = IN_FLIGHT) -> Findings:
     return found
 
 
-async def _drained(server: Server, load: list[Reference]) -> tuple[list[Result], dict[str, object]]:
+async def _drained(server: Server, load: list[Reference]) -> tuple[list[Result], dict[str, Any]]:
     """Ask everything at once, terminate when all of it has reached the scheduler, wait for all."""
     async with client(server.url) as http:
         tasks = [
@@ -153,7 +154,7 @@ async def _drained(server: Server, load: list[Reference]) -> tuple[list[Result],
                 if answer.status_code == 503 and not_ready is None:
                     not_ready = round(time.monotonic() - at, 2)
             await asyncio.sleep(0.2)
-        figures: dict[str, object] = {
+        figures: dict[str, Any] = {
             "in_flight": len(load), "in_flight_at_sigterm": seen,
             "drained_s": round(time.monotonic() - at, 1), "not_ready_s": not_ready,
         }  # fmt: skip

@@ -22,6 +22,7 @@ from dspark_sglang.simulate import (
     acceptance,
     arrivals,
     checking,
+    document,
     parameters,
     published,
     rederive,
@@ -457,3 +458,34 @@ def test_check_without_a_server_shows_predictions(tmp_path: Path, cost: CostMode
     write_json(path, fitted(cost))
     done = call("check", "--parameters", str(path), "--concurrency", "2", "--simulate-only")
     assert done.exit_code == 0 and "drafting" in done.output
+
+
+# --- the document ------------------------------------------------------------------------------------
+
+
+def test_the_document_shows_the_committed_result() -> None:
+    found = json.loads((ROOT / "docs" / "results" / "simulation.json").read_text())
+    text = (ROOT / "docs" / "simulation.md").read_text()
+    for lines in (
+        document.assumptions(found),
+        document.figures(found),
+        document.sensitivity(found),
+    ):
+        for one in lines:
+            assert one in text
+    assert found["assumptions"] == json.loads(msgspec.json.encode(rows()))
+
+
+def test_the_committed_frontiers_give_the_committed_figures() -> None:
+    found = json.loads((ROOT / "docs" / "results" / "simulation.json").read_text())
+    for model, claim in published.CLAIMS.items():
+        made = read(ROOT / "docs" / "results" / f"frontier-{model}.json")
+        again = published.compare(model, made, Assumptions())
+        assert (
+            again["throughput_at"]["simulated"]
+            == found["details"][model]["throughput_at"]["simulated"]
+        )
+        assert (
+            found["frontier"][f"{model}_{claim.speed:g}"]["simulated"]
+            == again["throughput_at"]["simulated"]
+        )

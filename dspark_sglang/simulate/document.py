@@ -62,7 +62,7 @@ def sensitivity(found: dict[str, Any]) -> Iterator[str]:
 
 
 def _gain(ratio: float | None) -> str:
-    return "none" if ratio is None else f"{100 * (ratio - 1):+.0f}%"
+    return "none" if ratio is None else f"{round(100 * (ratio - 1)):+d}%"
 
 
 def _cell(value: Any) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields, replace
 
 import msgspec
@@ -29,11 +28,12 @@ class Assumptions:
     fp8: float = 1.55e15
     attention: float = 6.6e14
     exchange_wait: float = 1.0
+    exchange_speed: float = 1.0
     kernel: float = 3e-6
     layer_kernels: int = 30
     head_kernels: int = 6
     host: float = 5e-4
-    bucket: int = 64
+    bucket: int = 8
     mtp_acceptance: float = 0.85
     dspark_length: float = sum(TABLE_1) / len(TABLE_1)
     spread: float = 2.0
@@ -53,12 +53,12 @@ class Assumptions:
             fp8=self.fp8,
             attention=self.attention,
             exchange_wait=wait * self.exchange_wait,
-            exchange=speed,
+            exchange=speed * self.exchange_speed,
             kernel=self.kernel,
             layer_kernels=self.layer_kernels,
             head_kernels=self.head_kernels,
             host=self.host,
-            bucket=self.bucket,
+            bucket=self.bucket * count,
         )
 
     def mtp(self) -> Mixture:
@@ -113,14 +113,15 @@ def rows() -> list[Row]:
         Row("attention", f"{own.attention / 1e12:.0f} TFLOP/s a GPU, bfloat16",
             "FlashMLA's README: up to 660 TFLOP/s on H800", (4e14,)),
         Row("exchange_wait", f"dispatch or combine: {lines}",
-            "a line through DeepEP's low-latency dispatch and combine on H800, docs/legacy.md", (0.5, 2.0)),
+            "a line through DeepEP's low-latency dispatch and combine on H800, docs/legacy.md; waits times", (0.5, 2.0)),
+        Row("exchange_speed", "the same line; speeds times", "as above", (0.5, 2.0)),
         Row("kernel", f"{1e6 * own.kernel:g} us the shortest kernel in a graph",
             "assumed, no public source for these kernels", (1.5e-6, 6e-6)),
         Row("layer_kernels", f"{own.layer_kernels} kernels a layer",
             "assumed: attention with indexer and compression, hyper-connections, router, experts", (15, 60)),
         Row("host", f"{1e3 * own.host:g} ms a step that no graph hides",
             "assumed: sampling, scheduling", (0.0, 2e-3)),
-        Row("bucket", f"graphs at multiples of {own.bucket} tokens", "assumed: 8 a GPU on 8 GPUs", (8,)),
+        Row("bucket", f"graphs at multiples of {own.bucket} tokens a GPU", "assumed: SGLang captures batches in such steps", (1,)),
         Row("mtp_acceptance", f"{own.mtp_acceptance:g}",
             "DeepSeek-V3's report (arXiv 2412.19437, 5.4.3): 85% to 90% of second tokens", (0.8, 0.9)),
         Row("dspark_length", f"{own.dspark_length:.3f} tokens a round with blocks of 7",
@@ -141,8 +142,3 @@ def changed(name: str, value: float) -> Assumptions:
     kinds = {field.name: field.type for field in fields(Assumptions)}
     assert name in kinds
     return replace(Assumptions(), **{name: int(value) if kinds[name] == "int" else float(value)})  # type: ignore[arg-type]
-
-
-def bucketed(tokens: float, bucket: int) -> int:
-    """Tokens of the graph that runs ``tokens``."""
-    return math.ceil(tokens / bucket) * bucket

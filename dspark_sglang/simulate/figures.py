@@ -42,8 +42,8 @@ def frontiers(
     for panel, (title, one) in zip(axes[0], made.items(), strict=True):
         for colour, series in zip(_COLOURS, one.series, strict=False):
             panel.plot(*_line(series.points), "o-", color=colour, markersize=3.5, label=series.name)
-        for speed, note in marks.get(title, ()):
-            _mark(panel, one, speed, note)
+        for number, (speed, note) in enumerate(marks.get(title, ())):
+            _mark(panel, one, speed, note, inside=number > 0)
         panel.set_title(f"{title} ({one.hardware}, {one.source})")
         panel.set_xlabel("tokens a second and user")
         panel.set_ylim(bottom=0)
@@ -54,18 +54,18 @@ def frontiers(
     _save(figure, path)
 
 
-def _mark(panel: Any, made: Frontier, speed: float, note: str) -> None:
+def _mark(panel: Any, made: Frontier, speed: float, note: str, *, inside: bool) -> None:
     low = throughput_at(made.series[0].points, speed)
     high = throughput_at(made.series[-1].points, speed)
     if high is None:
         return
     panel.plot([speed, speed], [low or 0.0, high], ":", color="black", linewidth=1.0)
-    ratio = "no baseline" if not low else f"{100 * (high / low - 1):+.0f}%"
+    ratio = "no baseline" if not low else f"{round(100 * (high / low - 1)):+d}%"
     panel.annotate(
         f"{ratio} at {speed:g}\n(published {note})",
-        (speed, high),
+        (speed, ((low or 0.0) + high) / 2 if inside else high),
         textcoords="offset points",
-        xytext=(6, 8),
+        xytext=(8, 0 if inside else 10),
         fontsize=8,
     )
 

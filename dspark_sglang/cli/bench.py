@@ -189,7 +189,7 @@ class _Run:
         ]
         planned = len(plan.stages(self._request))
         if len(self._stages) < planned:
-            incidents.append(f"{len(self._stages)} of {planned} stages were run: {self._stopped or 'more to come'}")  # fmt: skip
+            incidents.append(f"{len(self._stages)} of {planned} stages were run: {self._stopped or 'the last one was cut off'}")  # fmt: skip
         return BenchResult(
             name=self._name,
             pattern=self._request.pattern,

@@ -26,11 +26,12 @@ from dspark_loadtests import arrivals, plan
 from dspark_loadtests.arrivals import Segment
 from dspark_loadtests.bench import Stage, connect
 from dspark_loadtests.estimate import estimates
-from dspark_loadtests.fake_server import Chunk, FakeServer, Script
+from dspark_loadtests.fake_server import FakeServer
 from dspark_loadtests.prompts import Prompt, load_prompts
 from dspark_loadtests.report import read_result, tokens_in
 from dspark_loadtests.schema import BenchResult, Slo
 from dspark_loadtests.scrape import over_run, read_metrics
+from dspark_loadtests.script import Chunk, Script
 from dspark_loadtests.selfcheck import _as_record, self_check
 from dspark_loadtests.stream import Outcome
 from dspark_loadtests.watch import Watch

@@ -18,9 +18,10 @@ import httpx
 import msgspec
 import pytest
 
-from dspark_loadtests.fake_server import Chunk, FakeServer, Script
+from dspark_loadtests.fake_server import FakeServer
 from dspark_loadtests.report import read_summary
 from dspark_loadtests.schema import Summary
+from dspark_loadtests.script import Chunk, Script
 from dspark_sglang.demo.server import free_port
 
 # Importing locust would patch ssl under the whole test process.

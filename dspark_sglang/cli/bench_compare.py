@@ -154,13 +154,14 @@ def _table(found: Versus) -> Table:
     for cell in found.cells:
         for other in others:
             ratios = cell.ratios.get(other, {})
-            cells = [
-                f"{mid:.3f} ({low:.3f} to {high:.3f})"
-                for name in ("tok_s", "user_tok_s", "ttft")
-                for low, mid, high in [ratios.get(name, [float("nan")] * 3)]
-            ]
+            cells = [_interval(ratios.get(name)) for name in ("tok_s", "user_tok_s", "ttft")]
             view.add_row(str(cell.concurrency), other, *cells)
     return view
+
+
+def _interval(found: list[float] | None) -> str:
+    """A block without a whole request in its window has no latency, and so no ratio of it."""
+    return "-" if found is None else "{1:.3f} ({0:.3f} to {2:.3f})".format(*found)
 
 
 def check(

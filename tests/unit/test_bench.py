@@ -32,7 +32,7 @@ from dspark_loadtests.report import read_result, tokens_in
 from dspark_loadtests.schema import BenchResult, Slo
 from dspark_loadtests.scrape import over_run, read_metrics
 from dspark_loadtests.script import Chunk, Script
-from dspark_loadtests.selfcheck import _as_record, self_check
+from dspark_loadtests.selfcheck import _as_record, compare, self_check
 from dspark_loadtests.stream import Outcome
 from dspark_loadtests.watch import Watch
 from dspark_sglang.cli.main import app
@@ -190,6 +190,17 @@ def test_many_streams_against_a_server_on_another_core() -> None:
     assert found.failed == 0 and found.requests > 5 and found.chunks > 500
     assert found.errors_pct["tokens"] == 0.0
     assert found.lag_p50_ms < LAG_MS
+
+
+def test_the_self_check_notices_an_error() -> None:
+    (stage,), server = run(concurrency=(2,), requests=8)
+    right = compare(stage.ran, server.served, streams=2, busy=0.0)
+    assert right.requests == 8 and right.errors_pct["tokens"] == 0.0
+    for served in server.served:
+        served.chunk_times = [at - 0.05 * (i > 0) for i, at in enumerate(served.chunk_times)]
+    wrong = compare(stage.ran, server.served, streams=2, busy=0.0)
+    assert wrong.lag_ms >= right.lag_ms + 40
+    assert wrong.errors_pct["tpot_ms mean"] > 20 and wrong.metric_error_pct > 20
 
 
 # --- conversations -------------------------------------------------------------------------------------

@@ -189,10 +189,12 @@ def test_what_fails_beside_the_metrics(saved: BenchResult) -> None:
     hot = msgspec.structs.replace(
         stage, settings=msgspec.structs.replace(stage.settings, temperature=0.0)
     )
+    silent = msgspec.structs.replace(stage, estimates={})
     for other, reason in (
         (msgspec.structs.replace(saved, stages=[failed]), "1 of"),
         (msgspec.structs.replace(saved, stages=[hot]), "temperature is 0.0"),
         (msgspec.structs.replace(saved, complete=False), "incomplete"),
+        (msgspec.structs.replace(saved, stages=[silent]), "too few requests completed"),
     ):
         found = gate.compare(other, saved, tolerance=0.5)
         assert not found.passed and reason in found.problems[0]

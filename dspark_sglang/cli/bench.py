@@ -11,6 +11,7 @@ from typing import Annotated, Any, get_args
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from dspark_loadtests import output, plan
@@ -27,11 +28,7 @@ from dspark_sglang.load.prompts import read_prompts
 from dspark_sglang.load.sweep import frontier_of
 from dspark_sglang.provenance import machine, provenance
 
-app = typer.Typer(
-    help="Load a running server and measure it; or compare, gate and draw results.",
-    invoke_without_command=True,
-    no_args_is_help=True,
-)
+app = typer.Typer(invoke_without_command=True, no_args_is_help=True)
 #: Streams whose lag is bound, and by how much (milliseconds, percent).
 _LAG_MS, _ERROR_PCT = 5.0, 1.0
 
@@ -104,7 +101,10 @@ def bench(
     ] = False,
     streams: Annotated[int, typer.Option(min=1, help="Of --self-check: chats at once.")] = 500,
 ) -> None:
-    """Load a running server: latencies, throughput, goodput at an SLA, accepted length.
+    """Load a running server: latencies, throughput, goodput at an SLA, accepted length. Or compare, gate and draw results.
+
+    Examples: dspark bench --url http://127.0.0.1:30000 --concurrency 1,8,32;
+    dspark bench --url http://127.0.0.1:30000 --pattern poisson --rate 2,4 --duration 60.
 
     Writes result.json, stages.csv, requests.csv, report.html, report.png and, of several loads, frontier.json.
     Exit code 0: all answered; 1: requests failed, none completed, or the server died; 2: it could not be run.
@@ -189,7 +189,7 @@ class _Run:
         ]
         planned = len(plan.stages(self._request))
         if len(self._stages) < planned:
-            incidents.append(f"{len(self._stages)} of {planned} stages were run: {self._stopped or 'more to come'}")  # fmt: skip
+            incidents.append(f"{len(self._stages)} of {planned} stages were run: {self._stopped or 'the last one was cut off'}")  # fmt: skip
         return BenchResult(
             name=self._name,
             pattern=self._request.pattern,
@@ -217,7 +217,7 @@ class _Run:
         else:
             print_stages(result.stages, self._console)
         for line in result.incidents:
-            self._console.print(f"[yellow]![/] {line}", soft_wrap=True)
+            self._console.print(f"[yellow]![/] {escape(line)}", soft_wrap=True)
         passed = result.complete
         for stage in self._stages:
             ok, line = verdict(stage.summary)
@@ -240,7 +240,8 @@ def progress(console: Console, request: plan.Request) -> Iterator[Any]:
         TextColumn("{task.fields[text]}"),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=console, transient=True) as bar:
+    # Drawing takes the interpreter from the generator for milliseconds: seldom.
+    with Progress(*columns, console=console, transient=True, refresh_per_second=2) as bar:
         tasks: dict[str, Any] = {}
         total = request.requests or request.warmup_s + request.duration_s
 
@@ -257,8 +258,9 @@ def progress(console: Console, request: plan.Request) -> Iterator[Any]:
 
 def _check_self(streams: int, seconds: float, out: Path) -> int:
     console = Console()
-    with console.status(f"{streams} streams of 10 chunks/s for {seconds:g} s"):
-        found = self_check(streams, seconds)
+    # No spinner: drawing it would be the lag that is measured.
+    console.print(f"{streams} streams of 10 chunks/s for {seconds:g} s, after 6 s to begin ...")
+    found = self_check(streams, seconds)
     path = out / "selfcheck.json"
     write_json(path, found)
     good = found.lag_ms < _LAG_MS and found.metric_error_pct < _ERROR_PCT and not found.failed
@@ -270,7 +272,7 @@ def _check_self(streams: int, seconds: float, out: Path) -> int:
         soft_wrap=True,
     )
     for line in found.incidents:
-        console.print(f"[yellow]![/] {line}", soft_wrap=True)
+        console.print(f"[yellow]![/] {escape(line)}", soft_wrap=True)
     state = "OK" if good else "FAILED"
     console.print(f"{state}: p99 lag below {_LAG_MS:g} ms and every metric within {_ERROR_PCT:g}%")
     if not good:

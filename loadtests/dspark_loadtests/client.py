@@ -9,7 +9,7 @@ import httpx
 import msgspec
 
 from dspark_loadtests.prompts import Prompt
-from dspark_loadtests.stream import STREAM_OPTIONS, RequestRecord, StreamRecorder
+from dspark_loadtests.stream import STREAM_OPTIONS
 from dspark_sglang.errors import ConfigError, ServerError
 
 CHAT_PATH = "/v1/chat/completions"
@@ -137,21 +137,3 @@ class ServerApi:
                 fix="Name the model.",
             )
         return models[0].id
-
-
-def stream_chat(
-    client: httpx.Client, url: str, payload: dict[str, Any], recorder: StreamRecorder
-) -> RequestRecord:
-    """Send one chat with httpx and record it: the plain client, for scripts and tests."""
-    try:
-        with client.stream("POST", url, json=payload, headers=request_headers(None)) as response:
-            if response.status_code != 200:
-                text = response.read().decode("utf-8", "replace")
-                return recorder.fail(f"HTTP {response.status_code}: {text[:200]}")
-            # iter_raw hands over what the socket had; iter_lines would be as good here,
-            # iter_bytes(n) would not: it waits for n bytes.
-            for data in response.iter_raw():
-                recorder.feed(data)
-    except httpx.HTTPError as error:
-        return recorder.fail(f"{type(error).__name__}: {error}")
-    return recorder.finish()

@@ -70,7 +70,7 @@ def report(
         )
         raise stopped
     problems = _look(page, out, with_browser, console)
-    failed = [outcome for outcome in outcomes if outcome.status == "failed"]
+    failed = [o for o in outcomes if o.status == "failed" and o.name in chosen]
     if problems or failed:
         raise typer.Exit(1)
 

@@ -115,10 +115,10 @@ def _sides(sides: list[Side]) -> Table:
         table.add_column(heading, justify="right")
     for side in sides:
         if side.hour is None:
-            cells = [f"never that fast: {side.fastest:.4g} at most", *[""] * 5]
+            row = [f"never that fast: {side.fastest:.4g} at most", *[""] * 5]
         else:
-            cells = [f"{side.hour.decode_tokens / 3600:,.0f}", *cells(side.hour)]
-        table.add_row(side.name, *cells)
+            row = [f"{side.hour.decode_tokens / 3600:,.0f}", *cells(side.hour)]
+        table.add_row(side.name, *row)
     return table
 
 

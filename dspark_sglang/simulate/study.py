@@ -148,9 +148,7 @@ def _machine(given: Given, *, drafts: bool) -> Machine:
     if given["parameters"] is not None:
         fitted = parameters.read(given["parameters"])
         own = parameters.twin(fitted)
-        return Machine(
-            fitted.machine, fitted.target, 1, own.times, own.cost, blocks or own.blocks
-        )
+        return Machine(fitted.machine, fitted.target, 1, own.times, own.cost, blocks or own.blocks)
     if given["model"] is not None:
         assumed, shape = Assumptions(), sizes(given["model"])
         gpus = assumed.gpus(shape)

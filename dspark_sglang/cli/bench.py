@@ -27,11 +27,7 @@ from dspark_sglang.load.prompts import read_prompts
 from dspark_sglang.load.sweep import frontier_of
 from dspark_sglang.provenance import machine, provenance
 
-app = typer.Typer(
-    help="Load a running server and measure it; or compare, gate and draw results.",
-    invoke_without_command=True,
-    no_args_is_help=True,
-)
+app = typer.Typer(invoke_without_command=True, no_args_is_help=True)
 #: Streams whose lag is bound, and by how much (milliseconds, percent).
 _LAG_MS, _ERROR_PCT = 5.0, 1.0
 
@@ -104,7 +100,10 @@ def bench(
     ] = False,
     streams: Annotated[int, typer.Option(min=1, help="Of --self-check: chats at once.")] = 500,
 ) -> None:
-    """Load a running server: latencies, throughput, goodput at an SLA, accepted length.
+    """Load a running server: latencies, throughput, goodput at an SLA, accepted length. Or compare, gate and draw results.
+
+    Examples: dspark bench --url http://127.0.0.1:30000 --concurrency 1,8,32;
+    dspark bench --url http://127.0.0.1:30000 --pattern poisson --rate 2,4 --duration 60.
 
     Writes result.json, stages.csv, requests.csv, report.html, report.png and, of several loads, frontier.json.
     Exit code 0: all answered; 1: requests failed, none completed, or the server died; 2: it could not be run.
@@ -189,7 +188,7 @@ class _Run:
         ]
         planned = len(plan.stages(self._request))
         if len(self._stages) < planned:
-            incidents.append(f"{len(self._stages)} of {planned} stages were run: {self._stopped or 'more to come'}")  # fmt: skip
+            incidents.append(f"{len(self._stages)} of {planned} stages were run: {self._stopped or 'the last one was cut off'}")  # fmt: skip
         return BenchResult(
             name=self._name,
             pattern=self._request.pattern,

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import msgspec
 import uvloop
 
-from dspark_loadtests.client import ChatClient, RequestSettings
+from dspark_loadtests.chat import ChatClient
+from dspark_loadtests.client import RequestSettings
 from dspark_loadtests.generator import Generator, Ran
 from dspark_loadtests.generator import Load as generator_load
 from dspark_loadtests.prompts import Prompt

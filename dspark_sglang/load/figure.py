@@ -99,13 +99,15 @@ def draw_frontier(
                 f"{point.load:g}", (point.tok_s_per_user, point.tok_s_per_gpu),
                 xytext=(5, 5), textcoords="offset points", fontsize=8, color=style["color"],
             )  # fmt: skip
-    for found in iso(frontier, ours, speeds=speeds or ()) if speeds else ():
+    colours = {series.name: _style(number)["color"] for number, series in enumerate(ordered)}
+    for found in iso(frontier, ours, speeds=speeds) if speeds else ():
         if found.kind == "speed" and found.ratio and found.ours and found.theirs:
-            axis.vlines(
-                found.at, found.theirs, found.ours, linestyle=":", color="black", linewidth=1
-            )
-            middle = (found.at, (found.theirs + found.ours) / 2)
-            axis.annotate(f"{found.ratio:.2f}×", middle, xytext=(4, 0), textcoords="offset points", fontsize=8)  # fmt: skip
+            colour = colours[found.other]
+            axis.vlines(found.at, found.theirs, found.ours, linestyle=":", color=colour)
+            axis.annotate(
+                f"{found.ratio:.2f}× {found.other}", (found.at, found.theirs),
+                xytext=(4, 4), textcoords="offset points", fontsize=8, color=colour,
+            )  # fmt: skip
     gpus = {series.gpus for series in frontier.series}
     axis.set(
         xlabel="output tokens a second and user (1 / TPOT)",

@@ -12,7 +12,8 @@ import msgspec
 import uvloop
 
 from dspark_loadtests.acceptance import Acceptance, Snapshot, accepted_length, take_snapshot
-from dspark_loadtests.client import ChatClient, ServerApi
+from dspark_loadtests.chat import ChatClient
+from dspark_loadtests.client import ServerApi
 from dspark_loadtests.estimate import estimates, timeline
 from dspark_loadtests.generator import Generator, Load, Ran
 from dspark_loadtests.prompts import Prompt

@@ -16,7 +16,8 @@ from typing import NamedTuple
 
 import msgspec
 
-from dspark_loadtests.client import ChatClient, RequestSettings, chat_payload
+from dspark_loadtests.chat import ChatClient
+from dspark_loadtests.client import RequestSettings, chat_payload
 from dspark_loadtests.prompts import Prompt, cycle
 from dspark_loadtests.session import LoadSession
 from dspark_loadtests.stream import Clock, Outcome, RequestRecord
@@ -134,23 +135,31 @@ class Generator:
         #: Requests sent, and how many of them before the window; None until it opens.
         self._sent = 0
         self._before: int | None = None
+        self._begin = math.inf
         self._closed = math.inf
+        self._cut = False
         self._tasks: set[asyncio.Task[RequestRecord | None]] = set()
 
     async def run(self) -> Ran:
-        """Make the load to its end. A server that dies ends it early; what there was is kept."""
+        """Make the load to its end. A server that dies or an interrupt ends it early; what there was is kept."""
         # Collecting what lies there from before would stop the loop for tens of milliseconds.
         gc.collect()
         gc.freeze()
         watch = Watch(self._incidents.append, clock=self._clock)
+        began = self._clock()
         running = [asyncio.create_task(watch.run())]
         try:
             if not self._load.warms:
                 await self._edge("begin")
-            began = self._clock()
+                began = self._clock()
             senders = self._start(began)
             running += senders
-            begin, closed, end = await self._follow(began, senders)
+            end = await self._follow(began, senders)
+        except asyncio.CancelledError:
+            # Ctrl-C cancels the event loop's main task, once; the second one is not caught here.
+            self._cut = True
+            self._incidents.append("the run was interrupted")
+            end = self._clock()
         finally:
             for task in (*running, *self._tasks):
                 task.cancel()
@@ -160,32 +169,31 @@ class Generator:
         return Ran(
             records=self._session.records,
             began=began,
-            begin=begin,
-            closed=closed,
+            begin=min(self._begin, end),
+            closed=min(self._closed, end),
             end=end,
             lags=[probe for probe in watch.lags if probe[0] <= end],
             peak=self._peak,
             incidents=self._incidents,
-            complete=not self._dead,
+            complete=not (self._dead or self._cut),
         )
 
     # --- the window ------------------------------------------------------------------------------------
 
-    async def _follow(
-        self, began: float, senders: Sequence[asyncio.Task[None]]
-    ) -> tuple[float, float, float]:
+    async def _follow(self, began: float, senders: Sequence[asyncio.Task[None]]) -> float:
+        """Open the window, close it and wait for its requests; returns when the last was answered."""
         load = self._load
         if load.warms:
             await self._wait(lambda: self._is_warm(began), senders)
             await self._edge("begin")
         # Without a warm-up the senders have not run yet: what they send first is sent in the window.
-        begin = self._clock()
+        self._begin = begin = self._clock()
         self._before = self._sent
         await self._wait(
             lambda: self._closed < math.inf or self._clock() >= begin + load.window_s, senders
         )
-        self._closed = closed = min(self._closed, self._clock(), begin + load.window_s)
-        deadline = closed + load.drain_s
+        self._closed = min(self._closed, self._clock(), begin + load.window_s)
+        deadline = self._closed + load.drain_s
         await self._wait(lambda: not self._unanswered(begin) or self._clock() >= deadline, senders)
         left = self._unanswered(begin)
         if left and load.drain_s > 0 and not self._dead:
@@ -194,7 +202,7 @@ class Generator:
             )
         end = self._clock()
         await self._edge("end")
-        return begin, closed, end
+        return end
 
     def _is_warm(self, began: float) -> bool:
         done = len(self._session.records)

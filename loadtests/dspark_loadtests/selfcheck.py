@@ -21,11 +21,12 @@ import numpy as np
 import uvloop
 
 from dspark_loadtests.bench import Endpoint, connect
-from dspark_loadtests.client import ChatClient, RequestSettings
-from dspark_loadtests.fake_server import Served
+from dspark_loadtests.chat import ChatClient
+from dspark_loadtests.client import RequestSettings
 from dspark_loadtests.generator import Generator, Load, Ran
 from dspark_loadtests.prompts import load_prompts
 from dspark_loadtests.report import itl_ms, tokens_in
+from dspark_loadtests.script import Served
 from dspark_loadtests.session import LoadSession
 from dspark_loadtests.stream import Outcome, RequestRecord
 from dspark_sglang.errors import ServerError

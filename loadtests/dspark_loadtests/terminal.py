@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -13,7 +14,9 @@ from dspark_loadtests.schema import Distribution, Summary
 
 def print_summary(summary: Summary, console: Console) -> None:
     """Print the latency table and the lines below it."""
-    table = Table(title=f"DSpark load test: {summary.settings.model} at {summary.settings.host}")
+    table = Table(
+        title=f"DSpark load test: {Path(summary.settings.model).name} at {summary.settings.host}"
+    )
     for heading in ("latency (ms)", "count", "mean", "p50", "p90", "p99", "max"):
         table.add_column(heading, justify="left" if heading.startswith("latency") else "right")
     latency = summary.latency
@@ -35,9 +38,10 @@ def print_summary(summary: Summary, console: Console) -> None:
 def print_stages(stages: Sequence[Summary], console: Console) -> None:
     """One line a stage."""
     table = Table(
-        title=f"{stages[0].settings.model} at {stages[0].settings.host}",
+        title=f"{Path(stages[0].settings.model).name} at {stages[0].settings.host}",
         caption="tok/s of all and of one user; TTFT from schedule and TPOT in ms; accepted length; verified a request",
         box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
         pad_edge=False,
     )
     headings = ("stage", "sent", "fail", "tok/s", "user", "TTFT", "p99", "TPOT", "p99", "good", "acc", "ver")  # fmt: skip

@@ -8,6 +8,10 @@ import itertools
 import json
 import math
 import random
+import signal
+import subprocess
+import sys
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -22,11 +26,12 @@ from dspark_loadtests import arrivals, plan
 from dspark_loadtests.arrivals import Segment
 from dspark_loadtests.bench import Stage, connect
 from dspark_loadtests.estimate import estimates
-from dspark_loadtests.fake_server import Chunk, FakeServer, Script
+from dspark_loadtests.fake_server import FakeServer
 from dspark_loadtests.prompts import Prompt, load_prompts
 from dspark_loadtests.report import read_result, tokens_in
 from dspark_loadtests.schema import BenchResult, Slo
 from dspark_loadtests.scrape import over_run, read_metrics
+from dspark_loadtests.script import Chunk, Script
 from dspark_loadtests.selfcheck import _as_record, self_check
 from dspark_loadtests.stream import Outcome
 from dspark_loadtests.watch import Watch
@@ -347,8 +352,6 @@ def test_clocks_that_jump_and_a_generator_that_stood_still() -> None:
 
 def test_a_blocked_event_loop_shows_in_the_lag() -> None:
     async def blocked() -> list[tuple[float, float]]:
-        import time
-
         watch = Watch(lambda _: None)
         task = asyncio.create_task(watch.run())
         await asyncio.sleep(0.05)
@@ -437,6 +440,25 @@ def test_a_dead_server_is_exit_code_1_with_results(tmp_path: Path) -> None:
     result = read_result(tmp_path / "result.json")
     assert not result.complete and len(result.stages) == 1
     assert "Incomplete: the run ended before its time" in (tmp_path / "report.html").read_text()
+
+
+def test_an_interrupt_keeps_what_there_was(tmp_path: Path) -> None:
+    with FakeServer(lambda _: SCRIPT) as server:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "dspark_sglang.cli.main", "bench", "--url", server.url, "--concurrency", "4,8",
+             "--duration", "60", "--warmup", "0", "--out", str(tmp_path)],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+        deadline = time.monotonic() + 60
+        while len(server.served) < 20 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        child.send_signal(signal.SIGINT)
+        text, _ = child.communicate(timeout=60)
+    assert child.returncode == 1 and "interrupted" in text and "INCOMPLETE" in text, text
+    result = read_result(tmp_path / "result.json")
+    (stage,) = result.stages
+    assert not result.complete and not stage.complete and stage.counts.completed >= 8
+    assert stage.counts.sent == stage.counts.completed + stage.counts.unfinished
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,9 @@ import msgspec
 import pytest
 from typer.testing import CliRunner
 
-from dspark_loadtests.fake_server import Chunk, FakeServer, Script
+from dspark_loadtests.fake_server import FakeServer
 from dspark_loadtests.schema import BenchResult, Estimate
+from dspark_loadtests.script import Chunk, Script
 from dspark_sglang.artifacts import read_artifact, write_json
 from dspark_sglang.cli.main import app
 from dspark_sglang.errors import ConfigError, DSparkError, ServerError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import json
 import random
@@ -11,7 +12,6 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 from rich.console import Console
 
@@ -23,18 +23,18 @@ from dspark_loadtests.acceptance import (
     read_snapshot,
     take_snapshot,
 )
+from dspark_loadtests.chat import ChatClient
 from dspark_loadtests.client import (
-    CHAT_PATH,
     RequestSettings,
     ServerApi,
     chat_payload,
     read_api_key,
-    stream_chat,
 )
-from dspark_loadtests.fake_server import Chunk, FakeServer, Script, Served
+from dspark_loadtests.fake_server import FakeServer
 from dspark_loadtests.prompts import KINDS, cycle, load_prompts
 from dspark_loadtests.report import percentile, read_summary, summarize, write_summary
 from dspark_loadtests.schema import RunSettings, Slo, Summary
+from dspark_loadtests.script import Chunk, Script, Served
 from dspark_loadtests.session import LoadSession
 from dspark_loadtests.stream import Outcome, RequestRecord, StreamRecorder
 from dspark_loadtests.terminal import print_summary, verdict
@@ -185,10 +185,17 @@ def chat(script: Script) -> tuple[RequestRecord, Served]:
     """One chat over real sockets: what the client recorded and what the server did."""
     prompt = load_prompts()[0]
     payload = chat_payload(prompt, RequestSettings(model="m", temperature=1.0, max_tokens=8))
-    with FakeServer(lambda _: script) as server, httpx.Client() as client:
-        recorder = StreamRecorder(prompt_id=prompt.id, prompt_kind=prompt.kind)
-        record = stream_chat(client, server.url + CHAT_PATH, payload, recorder)
-        return record, server.served[0]
+    with FakeServer(lambda _: script) as server:
+        return asyncio.run(stream_chat(server.url, payload)), server.served[0]
+
+
+async def stream_chat(url: str, payload: dict[str, Any]) -> RequestRecord:
+    client = ChatClient(url)
+    try:
+        recorder = StreamRecorder(prompt_id="p", prompt_kind="chat")
+        return await client.stream(json.dumps(payload).encode(), recorder)
+    finally:
+        await client.close()
 
 
 class TestAgainstServer:
@@ -220,7 +227,7 @@ class TestAgainstServer:
         ("ending", "reason", "tokens"),
         [
             ("error", "503 X no memory left", 3),
-            ("truncate", "truncated stream: RemoteProtocolError", 3),
+            ("truncate", "truncated stream: ClientPayloadError", 3),
             ("http_500", "HTTP 500", None),
         ],
     )
@@ -328,11 +335,10 @@ class TestAcceptance:
 
     def test_from_a_server_and_from_none(self) -> None:
         script = Script(chunks=(Chunk(0, 1), Chunk(0, 4), Chunk(0, 1)))
-        with FakeServer(lambda _: script) as server, httpx.Client() as client:
+        with FakeServer(lambda _: script) as server:
             api = ServerApi(server.url, timeout_s=2)
             before = take_snapshot(api)
-            recorder = StreamRecorder(prompt_id="p", prompt_kind="chat")
-            stream_chat(client, server.url + CHAT_PATH, {}, recorder)
+            asyncio.run(stream_chat(server.url, {}))
             after = take_snapshot(api)
         assert accepted_length(before, after).accepted_length == 2.5
         assert after.identity.model_path == "fake-model"

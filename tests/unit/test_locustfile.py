@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
 import subprocess
 import sys
 import sysconfig
+import time
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
+import httpx
 import msgspec
 import pytest
 
-from dspark_loadtests.fake_server import Chunk, FakeServer, Script
+from dspark_loadtests.fake_server import FakeServer
 from dspark_loadtests.report import read_summary
 from dspark_loadtests.schema import Summary
+from dspark_loadtests.script import Chunk, Script
+from dspark_sglang.demo.server import free_port
 
 # Importing locust would patch ssl under the whole test process.
 pytestmark = pytest.mark.skipif(find_spec("locust") is None, reason="locust is not installed")
@@ -134,6 +140,23 @@ def test_requests_in_flight_at_the_end_are_unfinished(tmp_path: Path) -> None:
     assert "no accepted length: the server runs without speculation" in output
 
 
+def test_an_open_loop_waits_for_nobody(tmp_path: Path) -> None:
+    slow = Script(chunks=(Chunk(0.7, 1), Chunk(0.7, 3)))
+    with FakeServer(lambda _: slow) as server:
+        code, output = locust(
+            server.url, tmp_path, "-u", "2", "-r", "2", "-t", "4s", "--dspark-rate", "10"
+        )
+    summary = summary_in(tmp_path)
+    assert code == 0, output
+    # Two users of a closed loop would have sent 6; 40 are expected, less what starting takes.
+    assert 15 < summary.counts.sent == len(server.served) < 60
+    assert (summary.settings.arrival, summary.settings.rate) == ("open_loop", 10.0)
+    assert summary.counts.completed == summary.counts.sent, "the drain let the last ones end"
+    latency = summary.latency
+    assert latency.ttft_from_schedule_ms and latency.ttft_ms
+    assert latency.ttft_from_schedule_ms.mean >= latency.ttft_ms.mean >= 700
+
+
 def test_no_server_is_said_in_one_line_also_when_not_installed(tmp_path: Path) -> None:
     with FakeServer(lambda _: QUICK) as server:
         address = server.url
@@ -143,3 +166,47 @@ def test_no_server_is_said_in_one_line_also_when_not_installed(tmp_path: Path) -
     assert "Start the server or correct its address." in output
     assert "Traceback" not in output
     assert not (tmp_path / "deep").exists()
+
+
+def test_the_web_ui_starts_and_stops_two_runs(tmp_path: Path) -> None:
+    report = tmp_path / "summary.json"
+    port = free_port()
+    command = [sys.executable, "-m", "locust", "-f", "loadtests/locustfile.py"]
+    command += ["--web-host", "127.0.0.1", "--web-port", str(port), "--dspark-summary", str(report)]
+    with FakeServer(lambda _: QUICK) as server, (tmp_path / "log").open("w") as log:
+        child = subprocess.Popen([*command, "--host", server.url], cwd=ROOT, stdout=log, stderr=log)
+        try:
+            page = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=10.0)
+            assert wait_for(lambda: page.get("/").status_code == 200)
+            for users, rate in ((2, 0.0), (1, 20.0)):
+                begun = len(server.served)
+                form = {
+                    "user_count": users,
+                    "spawn_rate": 5,
+                    "host": server.url,
+                    "dspark_rate": rate,
+                }
+                assert page.post("/swarm", data=form).json()["success"]
+                assert wait_for(lambda begun=begun: len(server.served) > begun + 3)
+                rows = page.get("/stats/requests").json()["stats"]
+                assert {row["method"] for row in rows} >= {"TTFT", "TPOT", "E2E"}
+                report.unlink(missing_ok=True)
+                assert page.post("/stop").status_code == 200
+                assert wait_for(report.exists)
+                summary = read_summary(report)
+                assert (summary.settings.users, summary.settings.rate) == (users, rate or None)
+                assert summary.counts.sent == len(server.served) - begun
+                assert summary.counts.failed == 0
+        finally:
+            child.terminate()
+            child.wait(20)
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 40.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        with contextlib.suppress(httpx.TransportError):
+            if condition():
+                return True
+        time.sleep(0.1)
+    return False

@@ -128,7 +128,7 @@ def plan() -> list[Step]:
             title="Published result, derived again",
             arguments=("simulate", "published", "--no-sensitivity", "--out", "{out}"),
             produces=("simulation.json", "frontier-flash.json", "frontier-pro.json"),
-            expected_s=240,
+            expected_s=300,
             limit_s=900,
         ),
     ]
@@ -252,7 +252,7 @@ def _sections(left: _Left, found: collect.Results) -> list[Section]:
 
     return [
         sections.summary(
-            found, run, {e.name: study for e, study in studies.items() if study is not None}
+            found, run, {e.title: study for e, study in studies.items() if study is not None}
         ),
         sections.measured(measured, run, figures, failed("sweep")),
         sections.simulated(

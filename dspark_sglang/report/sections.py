@@ -74,16 +74,15 @@ def _derived_rows(results: Results) -> Iterator[list[str]]:
 
 
 def _study_rows(studies: Mapping[str, Study]) -> Iterator[list[str]]:
-    for study in studies.values():
-        hour = study.ours.hour
-        if hour is None:
+    for title, study in studies.items():
+        if study.ours.hour is None:
             continue
         against = ""
         if study.gain is not None and study.baseline is not None:
-            against = f", {study.gain:.2f}× less than {study.baseline.name}"
+            against = f" ({study.baseline.name}: {study.gain:.2f}× that)"
         yield [
-            f"{study.model} at {study.question.sla:g} tok/s/user: cost of a million output tokens",
-            f"${hour.cost_per_million:.3g}{against}",
+            f"{title}, {study.question.sla:g} tok/s/user: a million output tokens",
+            f"${study.ours.hour.cost_per_million:.3g}{against}",
             "computed",
         ]
 

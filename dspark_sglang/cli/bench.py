@@ -11,6 +11,7 @@ from typing import Annotated, Any, get_args
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from dspark_loadtests import output, plan
@@ -216,7 +217,7 @@ class _Run:
         else:
             print_stages(result.stages, self._console)
         for line in result.incidents:
-            self._console.print(f"[yellow]![/] {line}", soft_wrap=True)
+            self._console.print(f"[yellow]![/] {escape(line)}", soft_wrap=True)
         passed = result.complete
         for stage in self._stages:
             ok, line = verdict(stage.summary)
@@ -239,7 +240,8 @@ def progress(console: Console, request: plan.Request) -> Iterator[Any]:
         TextColumn("{task.fields[text]}"),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=console, transient=True) as bar:
+    # Drawing takes the interpreter from the generator for milliseconds: seldom.
+    with Progress(*columns, console=console, transient=True, refresh_per_second=2) as bar:
         tasks: dict[str, Any] = {}
         total = request.requests or request.warmup_s + request.duration_s
 
@@ -256,8 +258,9 @@ def progress(console: Console, request: plan.Request) -> Iterator[Any]:
 
 def _check_self(streams: int, seconds: float, out: Path) -> int:
     console = Console()
-    with console.status(f"{streams} streams of 10 chunks/s for {seconds:g} s"):
-        found = self_check(streams, seconds)
+    # No spinner: drawing it would be the lag that is measured.
+    console.print(f"{streams} streams of 10 chunks/s for {seconds:g} s, after 6 s to begin ...")
+    found = self_check(streams, seconds)
     path = out / "selfcheck.json"
     write_json(path, found)
     good = found.lag_ms < _LAG_MS and found.metric_error_pct < _ERROR_PCT and not found.failed
@@ -269,7 +272,7 @@ def _check_self(streams: int, seconds: float, out: Path) -> int:
         soft_wrap=True,
     )
     for line in found.incidents:
-        console.print(f"[yellow]![/] {line}", soft_wrap=True)
+        console.print(f"[yellow]![/] {escape(line)}", soft_wrap=True)
     state = "OK" if good else "FAILED"
     console.print(f"{state}: p99 lag below {_LAG_MS:g} ms and every metric within {_ERROR_PCT:g}%")
     if not good:

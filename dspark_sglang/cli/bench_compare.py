@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -106,7 +107,7 @@ def compare(
         _write(_result(ways, cells, complete=len(cells) == len(request.concurrency)), out)
 
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn())  # fmt: skip
-    with Progress(*columns, console=console, transient=True) as bar:
+    with Progress(*columns, console=console, transient=True, refresh_per_second=2) as bar:
         task = bar.add_task("", total=len(request.concurrency) * blocks * len(ways))
 
         def told(users: int, block: int, way: str) -> None:
@@ -119,7 +120,9 @@ def compare(
             if not cells:
                 raise
             _write(_result(ways, cells, complete=False, why=str(error) or "interrupted"), out)
-            console.print(f"[red]Incomplete[/]: {error or 'interrupted'}", soft_wrap=True)
+            console.print(
+                f"[red]Incomplete[/]: {escape(str(error) or 'interrupted')}", soft_wrap=True
+            )
     found = _result(ways, cells, complete=len(cells) == len(request.concurrency))
     console.print(_table(found))
     console.print(f"Written: {out}/compare.json, frontier.json, frontier.png")
@@ -154,13 +157,14 @@ def _table(found: Versus) -> Table:
     for cell in found.cells:
         for other in others:
             ratios = cell.ratios.get(other, {})
-            cells = [
-                f"{mid:.3f} ({low:.3f} to {high:.3f})"
-                for name in ("tok_s", "user_tok_s", "ttft")
-                for low, mid, high in [ratios.get(name, [float("nan")] * 3)]
-            ]
+            cells = [_interval(ratios.get(name)) for name in ("tok_s", "user_tok_s", "ttft")]
             view.add_row(str(cell.concurrency), other, *cells)
     return view
+
+
+def _interval(found: list[float] | None) -> str:
+    """A block without a whole request in its window has no latency, and so no ratio of it."""
+    return "-" if found is None else "{1:.3f} ({0:.3f} to {2:.3f})".format(*found)
 
 
 def check(
@@ -188,7 +192,7 @@ def check(
         )  # fmt: skip
     console.print(view)
     for problem in found.problems:
-        console.print(f"[red]![/] {problem}", soft_wrap=True)
+        console.print(f"[red]![/] {escape(problem)}", soft_wrap=True)
     unsure = sum(one.verdict == "unsure" for one in found.checks)
     if unsure:
         console.print(f"{unsure} metrics are too noisy to exclude such a loss: measure longer.")

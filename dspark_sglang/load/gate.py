@@ -100,6 +100,12 @@ def _problems(before: Summary, after: Summary) -> list[str]:
             f"{after.name}: {after.counts.failed} of {after.counts.sent} requests failed "
             f"({before.counts.failed} in the baseline)"
         )
+    lost = [name for name in METRICS if name in before.estimates and name not in after.estimates]
+    if lost:
+        found.append(
+            f"{after.name}: too few requests completed to tell {', '.join(lost)} "
+            f"({after.counts.completed} of {after.counts.sent})"
+        )
     return found
 
 

@@ -13,6 +13,8 @@ from dspark_loadtests.stream import Outcome, RequestRecord
 DRAWS = 1000
 #: Neighbouring seconds share requests, so that blocks of them are drawn, not seconds.
 _BLOCK_S = 5.0
+#: Values drawn at once, which bounds the memory.
+_AT_ONCE = 2_000_000
 
 
 def _interval(drawn: np.ndarray, value: float) -> Estimate:
@@ -24,12 +26,19 @@ def _over_requests(values: Sequence[float], fraction: float | None, seed: int) -
     """Of a mean (``fraction`` None) or a quantile."""
     if len(values) < 2:
         return None
-    found = np.asarray(values)
-    chosen = np.random.default_rng(seed).integers(0, len(found), (DRAWS, len(found)))
-    if fraction is None:
-        return _interval(found[chosen].mean(axis=1), float(found.mean()))
-    drawn = np.quantile(found[chosen], fraction, axis=1)
-    return _interval(drawn, float(np.quantile(found, fraction)))
+    found, rng = np.asarray(values), np.random.default_rng(seed)
+
+    def statistic(sample: np.ndarray) -> np.ndarray:
+        if fraction is None:
+            return np.asarray(sample.mean(axis=-1))
+        return np.asarray(np.quantile(sample, fraction, axis=-1))
+
+    rows = max(1, _AT_ONCE // len(found))
+    drawn = [
+        statistic(found[rng.integers(0, len(found), (min(rows, DRAWS - done), len(found)))])
+        for done in range(0, DRAWS, rows)
+    ]
+    return _interval(np.concatenate(drawn), float(statistic(found)))
 
 
 def _throughput(

@@ -145,7 +145,7 @@ def draw(result: BenchResult, stages: Sequence[Stage]) -> bytes:
     flight.set(xlabel="seconds into the window", ylabel="requests in flight", ylim=(0, None))
     flying.set(ylabel="requests sent a second (dotted)", ylim=(0, None))
     if stages:
-        over_time.legend(frameon=False, title="stage", loc="lower right")
+        over_time.legend(title="stage", loc="best", framealpha=0.8)
     data = io.BytesIO()
     figure.savefig(data, format="png", dpi=120)
     plt.close(figure)

@@ -25,15 +25,14 @@ from typer.testing import CliRunner
 from dspark_loadtests import arrivals, plan
 from dspark_loadtests.arrivals import Segment
 from dspark_loadtests.bench import Stage, connect
-from dspark_loadtests.estimate import estimates
+from dspark_loadtests.estimate import _over_requests, estimates
 from dspark_loadtests.fake_server import FakeServer
 from dspark_loadtests.prompts import Prompt, load_prompts
 from dspark_loadtests.report import read_result, tokens_in
 from dspark_loadtests.schema import BenchResult, Slo
 from dspark_loadtests.scrape import over_run, read_metrics
 from dspark_loadtests.script import Chunk, Script
-from dspark_loadtests.selfcheck import _as_record, self_check
-from dspark_loadtests.stream import Outcome
+from dspark_loadtests.selfcheck import _as_record, compare, self_check
 from dspark_loadtests.watch import Watch
 from dspark_sglang.cli.main import app
 from dspark_sglang.errors import ConfigError, DSparkError
@@ -190,6 +189,17 @@ def test_many_streams_against_a_server_on_another_core() -> None:
     assert found.failed == 0 and found.requests > 5 and found.chunks > 500
     assert found.errors_pct["tokens"] == 0.0
     assert found.lag_p50_ms < LAG_MS
+
+
+def test_the_self_check_notices_an_error() -> None:
+    (stage,), server = run(concurrency=(2,), requests=8)
+    right = compare(stage.ran, server.served, streams=2, busy=0.0)
+    assert right.requests == 8 and right.errors_pct["tokens"] == 0.0
+    for served in server.served:
+        served.chunk_times = [at - 0.05 * (i > 0) for i, at in enumerate(served.chunk_times)]
+    wrong = compare(stage.ran, server.served, streams=2, busy=0.0)
+    assert wrong.lag_ms >= right.lag_ms + 40
+    assert wrong.errors_pct["tpot_ms mean"] > 20 and wrong.metric_error_pct > 20
 
 
 # --- conversations -------------------------------------------------------------------------------------
@@ -378,7 +388,7 @@ def test_metrics_over_the_run() -> None:
     assert arguments["max_running_requests"] == 48 and "api_key" not in arguments
 
 
-def test_estimates_bracket_the_value_and_shrink_with_data() -> None:
+def test_estimates_bracket_the_value() -> None:
     (stage,), _ = run(
         lambda n: Script(chunks=(Chunk(0.02 + 0.02 * (n % 3), 1), Chunk(0.03, 3))),
         concurrency=(4,), duration_s=4.0,
@@ -389,10 +399,20 @@ def test_estimates_bracket_the_value_and_shrink_with_data() -> None:
     assert found["output_tok_s"].value == pytest.approx(stage.summary.throughput.output_tok_s)
     for value in found.values():
         assert value.low <= value.value <= value.high
-    some = estimates(stage.measured[:20], ran.records, begin=ran.begin, end=ran.end, slo=Slo(ttft_ms=1, tpot_ms=1))  # fmt: skip
-    width = some["tpot_ms_mean"].high - some["tpot_ms_mean"].low
-    assert found["tpot_ms_mean"].high - found["tpot_ms_mean"].low < width
-    assert all(record.outcome is Outcome.COMPLETED for record in stage.measured)
+    again = estimates(stage.measured, ran.records, begin=ran.begin, end=ran.end, slo=stage.summary.settings.slo)  # fmt: skip
+    assert again == found, "seeded"
+
+
+@pytest.mark.parametrize("count", [100, 6400])
+def test_intervals_have_the_width_of_the_law(count: int) -> None:
+    values = np.random.default_rng(3).normal(50.0, 8.0, count)
+    mean = _over_requests(values.tolist(), None, 0)
+    median = _over_requests(values.tolist(), 0.5, 0)
+    assert mean is not None and median is not None
+    wanted = 2 * 1.96 * values.std() / math.sqrt(count)
+    assert mean.high - mean.low == pytest.approx(wanted, rel=0.15)
+    # the median of a normal law varies by sqrt(pi / 2) more
+    assert median.high - median.low == pytest.approx(wanted * math.sqrt(math.pi / 2), rel=0.35)
 
 
 # --- the command -------------------------------------------------------------------------------------------

@@ -1,0 +1,58 @@
+"""The load test on the real server: what it reports agrees with what the server says of itself."""
+
+from __future__ import annotations
+
+import pytest
+
+from dspark_loadtests import plan
+from dspark_loadtests.acceptance import Snapshot, accepted_length
+from dspark_loadtests.bench import Stage, connect
+from dspark_loadtests.prompts import load_prompts
+from dspark_sglang.demo.server import Server
+from dspark_sglang.load import versus
+from tests.serving.conftest import Pair
+
+pytestmark = pytest.mark.server
+TOKENS = 16
+
+
+def run(server: Server, **options: object) -> Stage:
+    request = plan.Request(**{"warmup_s": 0.0, "drain_s": 120.0, "max_tokens": TOKENS} | options)  # type: ignore[arg-type]
+    ((stage, _),) = plan.run(connect(server.url), load_prompts()[:8], request)
+    return stage
+
+
+def test_counts_times_and_metrics(servers: Pair) -> None:
+    stage = run(servers.dspark, concurrency=(2,), requests=4, temperature=0.0)
+    summary = stage.summary
+    assert (summary.counts.sent, summary.counts.completed) == (4, 4), summary.errors
+    assert 4 <= summary.tokens.completion <= 4 * TOKENS
+    assert summary.latency.ttft_ms and summary.latency.itl_ms and summary.latency.tpot_ms
+    assert summary.server.arguments["speculative_algorithm"] == "DSPARK"
+    assert summary.server_metrics["sglang:generation_tokens_total"] >= summary.tokens.completion
+    # The plugin's counters and the streams' own ends tell the same rounds, but for what is cut off at the end.
+    told = accepted_length(Snapshot(), Snapshot(), stage.measured)
+    assert told.source == "requests" and told.accepted_length is not None
+    assert 1.0 <= told.accepted_length <= 6.0
+    assert summary.acceptance.source in ("window", "none"), "none: every step was plain"
+    assert summary.acceptance.budget is not None and 0.0 <= summary.acceptance.budget <= 5.0
+
+
+def test_a_server_without_speculation_has_no_accepted_length(servers: Pair) -> None:
+    summary = run(servers.plain, concurrency=(1,), requests=1).summary
+    assert summary.acceptance.accepted_length is None
+    assert "without speculation" in summary.acceptance.note
+
+
+def test_switching_a_server_for_its_turn(servers: Pair) -> None:
+    endpoint = connect(servers.dspark.url)
+    try:
+        versus.switch(endpoint, versus.SWITCHES["none"])
+        off = run(servers.dspark, concurrency=(1,), requests=1).summary.acceptance
+        assert (off.drafting_share, off.budget) == (0.0, 0.0)
+        versus.settle(endpoint)
+        versus.switch(endpoint, versus.SWITCHES["fixed"])
+        fixed = run(servers.dspark, concurrency=(1,), requests=1).summary.acceptance
+        assert fixed.drafting_share == 1.0 and fixed.budget is not None and fixed.budget > 3
+    finally:
+        versus.switch(endpoint, versus.SWITCHES["dspark"])

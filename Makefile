@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.dspark-installed
 SOURCES := dspark_sglang kernels packaging loadtests tests requirements
 
-.PHONY: help install demo test test-unit test-server lint format typecheck bench bench-kernels bench-load bench-load-full bench-faults bench-placement bench-selfcheck lossless report package-check deploy-check deploy-arguments deploy-rendered gpu lock wheel clean
+.PHONY: help install demo test test-unit test-server lint format typecheck bench bench-kernels bench-load bench-load-full bench-faults bench-placement bench-selfcheck lossless simulate-fit simulate-check simulate-published report package-check deploy-check deploy-arguments deploy-rendered gpu lock wheel clean
 
 help:  ## Show what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -62,6 +62,15 @@ bench-placement: install  ## Serve with several ranks: same texts, collectives c
 
 bench-faults: install  ## Faults under load on a real server, and how soon they are got over (about 10 minutes)
 	$(BIN)/python -m pytest -q tests/serving/test_faults.py
+
+simulate-fit: install  ## Fit the simulator to the real server here (about 4 minutes; commit the result)
+	$(BIN)/dspark simulate fit --out docs/results/simulation-parameters.json
+
+simulate-check: install  ## Compare it with the server at loads that were not fitted (about 5 minutes)
+	$(BIN)/dspark simulate check --parameters docs/results/simulation-parameters.json --out docs/results
+
+simulate-published: install  ## Re-derive the published V4 result (computed; about 6 minutes)
+	$(BIN)/dspark simulate published --out docs/results
 
 lossless: install  ## Prove through the real server that the output law is plain decoding's
 	$(BIN)/dspark lossless

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields, replace
 
 import msgspec
@@ -141,8 +140,3 @@ def changed(name: str, value: float) -> Assumptions:
     kinds = {field.name: field.type for field in fields(Assumptions)}
     assert name in kinds
     return replace(Assumptions(), **{name: int(value) if kinds[name] == "int" else float(value)})  # type: ignore[arg-type]
-
-
-def bucketed(tokens: float, bucket: int) -> int:
-    """Tokens of the graph that runs ``tokens``."""
-    return math.ceil(tokens / bucket) * bucket

@@ -42,8 +42,8 @@ def frontiers(
     for panel, (title, one) in zip(axes[0], made.items(), strict=True):
         for colour, series in zip(_COLOURS, one.series, strict=False):
             panel.plot(*_line(series.points), "o-", color=colour, markersize=3.5, label=series.name)
-        for speed, note in marks.get(title, ()):
-            _mark(panel, one, speed, note)
+        for number, (speed, note) in enumerate(marks.get(title, ())):
+            _mark(panel, one, speed, note, drop=28 * number)
         panel.set_title(f"{title} ({one.hardware}, {one.source})")
         panel.set_xlabel("tokens a second and user")
         panel.set_ylim(bottom=0)
@@ -54,7 +54,7 @@ def frontiers(
     _save(figure, path)
 
 
-def _mark(panel: Any, made: Frontier, speed: float, note: str) -> None:
+def _mark(panel: Any, made: Frontier, speed: float, note: str, *, drop: int) -> None:
     low = throughput_at(made.series[0].points, speed)
     high = throughput_at(made.series[-1].points, speed)
     if high is None:
@@ -65,7 +65,7 @@ def _mark(panel: Any, made: Frontier, speed: float, note: str) -> None:
         f"{ratio} at {speed:g}\n(published {note})",
         (speed, high),
         textcoords="offset points",
-        xytext=(6, 8),
+        xytext=(8, 10 - drop),
         fontsize=8,
     )
 

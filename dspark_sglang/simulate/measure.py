@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 
 from dspark_loadtests.prompts import Prompt, load_prompts
 from dspark_sglang.artifacts import CostArtifact, read_artifact
@@ -194,6 +195,4 @@ def fit(
 
 
 def _longer(load: Load, factor: float) -> Load:
-    import msgspec
-
     return msgspec.structs.replace(load, window_s=math.ceil(load.window_s * factor))

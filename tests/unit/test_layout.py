@@ -79,6 +79,7 @@ TOOLS = (
     "dspark_sglang.lossless",
     "dspark_sglang.calibration",
     "dspark_sglang.profiling",
+    "dspark_sglang.simulate",
     "dspark_sglang.planning",
     "dspark_packaging",
     "dspark_loadtests",

@@ -22,7 +22,7 @@ from dspark_sglang.errors import ArtifactError, ConfigError, DataError
 from dspark_sglang.load.frontier import Frontier
 from dspark_sglang.load.summary import frontier_of
 from dspark_sglang.provenance import machine, provenance
-from dspark_sglang.report import browser, make, page
+from dspark_sglang.report import browser, collect, make, page
 from dspark_sglang.report.steps import Outcome, Runner, Step, last_line
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -229,6 +229,15 @@ def test_what_is_missing_is_none_and_said(tmp_path: Path) -> None:
     names = ("sim_error_pct", "frontier", "generator", "metric_error_pct")
     assert [found[name] for name in names] == [None] * 4
     assert "This report is partial." in text and text.count("not run") >= 2 * len(make.plan())
+
+
+def test_a_file_without_a_validation_is_none(folder: Path) -> None:
+    """`dspark simulate published` writes the file that `dspark simulate check` adds to."""
+    found = collect.results(
+        derived=None, validation=folder / "published" / "simulation.json", generator=None,
+        outcomes=[], machine="m", provenance=provenance(["t"]),
+    )  # fmt: skip
+    assert found.sim_error_pct is None and found.sources == {}
 
 
 @pytest.mark.parametrize(

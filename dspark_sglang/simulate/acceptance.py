@@ -25,7 +25,7 @@ Float64 = npt.NDArray[np.float64]
 Int64 = npt.NDArray[np.int64]
 
 #: Rows of a fitted table, and of those that an area under a curve is computed from.
-_ROWS, _FIT_ROWS = 1 << 14, 1 << 12
+_ROWS, _FIT_ROWS = 1 << 14, 1 << 11
 #: Concentrations of a Beta variable that are tried: from two points to hardly any spread.
 _SMALLEST, _LARGEST = 0.05, 500.0
 _TRACE_FIX = 'Write one JSON object a line: {"confidence": [0.9, 0.7], "accepted": 1}.'
@@ -97,7 +97,7 @@ def fitted(
     means: Sequence[float],
     *,
     auc: Sequence[float] | None = None,
-    spread: float = 4.0,
+    spread: float | Sequence[float] = 4.0,
     shift: Sequence[float] | None = None,
     seed: int = 0,
 ) -> Law:
@@ -106,7 +106,8 @@ def fitted(
     Args:
         means: ``[gamma]`` chance to accept each position given that those before were.
         auc: ``[gamma]`` area under the ROC curve of survival up to each position (``dspark eval``).
-        spread: concentration of the Beta variables where ``auc`` is not known; smaller tells more apart.
+        spread: concentration of the Beta variables, of all or of each position, where ``auc`` is not
+            known; smaller tells more apart.
         shift: ``[gamma]`` means of another law (greedy text) that the same confidences meet.
 
     Raises:
@@ -120,7 +121,9 @@ def fitted(
             fix="Take per_position of `dspark eval --json`.",
         )
     rng = np.random.default_rng(seed)
-    spreads = [spread] * len(known) if auc is None else _spreads(known, auc, seed)
+    if auc is not None:
+        spread = _spreads(known, auc)
+    spreads = [float(value) for value in np.broadcast_to(spread, known.shape)]
     confidence = _blocks(known, spreads, _ROWS, rng)
     chance = confidence
     if shift is not None:
@@ -163,22 +166,23 @@ def _blocks(
     return np.stack(columns, axis=1)
 
 
-def _spreads(means: Float64, auc: Sequence[float], seed: int) -> list[float]:
+def _spreads(means: Float64, auc: Sequence[float]) -> list[float]:
     """Concentrations that give the area under the curve of survival at each position."""
     found: list[float] = []
-    for k, wanted in enumerate(auc):
-        low, high = _SMALLEST, _LARGEST
-        for _ in range(30):
+    rng, before = np.random.default_rng(0), np.ones(_FIT_ROWS)
+    grid = (np.arange(_FIT_ROWS) + 0.5) / _FIT_ROWS
+    for mean, wanted in zip(means, auc, strict=True):
+        low, high, order = _SMALLEST, _LARGEST, rng.permutation(grid)
+        for _ in range(18):
             middle = float(np.sqrt(low * high))
-            rng = np.random.default_rng(seed)
-            values = _blocks(means[: k + 1], [*found, middle], _FIT_ROWS, rng)
-            survival = np.cumprod(values, axis=1)[:, k]
+            survival = before * betaincinv(mean * middle, (1 - mean) * middle, order)
             # The more a variable spreads the more it tells apart.
             if area_under_curve(survival, survival) > wanted:
                 low = middle
             else:
                 high = middle
-        found.append(float(np.sqrt(low * high)))
+        found.append(middle)
+        before = survival
     return found
 
 
@@ -237,8 +241,9 @@ def from_evaluation(path: Path, *, temperature: float) -> Mixture:
     auc = known.calibration.per_position_auc if known.calibration else None
     # The head is trained for sampled acceptance: greedy text meets the same confidences.
     base = (sampled or own)[0].per_position
+    spread = _spreads(np.asarray(base), auc) if auc is not None else 4.0
     laws = [
-        fitted(name, base, auc=auc, shift=_scaled(own[0].per_position, length), seed=number)
+        fitted(name, base, spread=spread, shift=_scaled(own[0].per_position, length), seed=number)
         for number, (name, length) in enumerate(
             sorted((own[0].by_domain or {"all": own[0].accept_length}).items())
         )

@@ -28,6 +28,7 @@ class Assumptions:
     fp8: float = 1.55e15
     attention: float = 6.6e14
     exchange_wait: float = 1.0
+    exchange_speed: float = 1.0
     kernel: float = 3e-6
     layer_kernels: int = 30
     head_kernels: int = 6
@@ -52,7 +53,7 @@ class Assumptions:
             fp8=self.fp8,
             attention=self.attention,
             exchange_wait=wait * self.exchange_wait,
-            exchange=speed,
+            exchange=speed * self.exchange_speed,
             kernel=self.kernel,
             layer_kernels=self.layer_kernels,
             head_kernels=self.head_kernels,
@@ -112,7 +113,8 @@ def rows() -> list[Row]:
         Row("attention", f"{own.attention / 1e12:.0f} TFLOP/s a GPU, bfloat16",
             "FlashMLA's README: up to 660 TFLOP/s on H800", (4e14,)),
         Row("exchange_wait", f"dispatch or combine: {lines}",
-            "a line through DeepEP's low-latency dispatch and combine on H800, docs/legacy.md", (0.5, 2.0)),
+            "a line through DeepEP's low-latency dispatch and combine on H800, docs/legacy.md; waits times", (0.5, 2.0)),
+        Row("exchange_speed", "the same line; speeds times", "as above", (0.5, 2.0)),
         Row("kernel", f"{1e6 * own.kernel:g} us the shortest kernel in a graph",
             "assumed, no public source for these kernels", (1.5e-6, 6e-6)),
         Row("layer_kernels", f"{own.layer_kernels} kernels a layer",

@@ -38,7 +38,12 @@ def economics(
     max_ttft_ms: Annotated[
         float | None, typer.Option(help="Most milliseconds to the first token.")
     ] = None,
-    preset: Annotated[str | None, typer.Option(help=f"Prices and workload. {_PRESETS}.")] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Prices and workload. Default: the only one of --prices, else quoted. {_PRESETS}."
+        ),
+    ] = None,
     file_prices: Annotated[
         Path | None, typer.Option("--prices", help="A file of your own presets (TOML).")
     ] = None,

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 
 from dspark_sglang.errors import ConfigError
@@ -70,7 +71,7 @@ def report(
         )
         raise stopped
     problems = _look(page, out, with_browser, console)
-    failed = [outcome for outcome in outcomes if outcome.status == "failed"]
+    failed = [o for o in outcomes if o.status == "failed" and o.name in chosen]
     if problems or failed:
         raise typer.Exit(1)
 
@@ -110,14 +111,22 @@ def _run(runner: Runner, steps: list[Step], chosen: set[str], console: Console) 
             outcome = runner.run(step, watch) if step.name in chosen else runner.not_run(step)
             past += todo.get(step.name, 0.0)
             outcomes.append(outcome)
-            style = _STYLES.get(outcome.status, "dim")
-            took = f" ({outcome.seconds:.0f} s)" if outcome.seconds else ""
-            why = f": {outcome.message}" if outcome.message else ""
-            bar.console.print(f"[{style}]{outcome.status}[/] {step.title}{took}{why}")
-            if outcome.status == "failed":
-                bar.console.print(f"  log: {runner.folder / step.name / 'log.txt'}")
+            if step.name in chosen:
+                _tell(bar.console, outcome, runner.folder)
         bar.update(task, completed=past, description="", left="", doing="")
     return outcomes
+
+
+def _tell(console: Console, outcome: Outcome, folder: Path) -> None:
+    """How a step ended, in a line."""
+    style = _STYLES.get(outcome.status, "dim")
+    took = f" ({outcome.seconds:.0f} s)" if outcome.seconds else ""
+    why = f": {outcome.message}" if outcome.message else ""
+    console.print(
+        f"[{style}]{outcome.status}[/] {outcome.title}{took}{escape(why)}", soft_wrap=True
+    )
+    if outcome.status == "failed":
+        console.print(f"  log: {folder / outcome.name / 'log.txt'}", soft_wrap=True)
 
 
 def _look(page: Path, out: Path, name: str, console: Console) -> list[str]:

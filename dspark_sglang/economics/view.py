@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,10 +14,16 @@ from rich.table import Table
 from dspark_sglang.economics.account import Hour, Stage
 from dspark_sglang.economics.prices import UNITS
 from dspark_sglang.economics.quoted import Quoted
+from dspark_sglang.economics.slots import Slots
 from dspark_sglang.economics.study import Side, Study
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 _OURS, _THEIRS, _LIMIT = "#2f6fde", "#9aa5b1", "#c2410c"
-_METRICS = {
+#: Columns of an hour.
+HEADINGS = ("M tokens", "prefill", "$/M tokens", "profit $", "margin")
+METRICS = {
     "margin": "margin, share of revenue",
     "cost_per_million": "cost, $ a million output tokens",
     "profit": "profit, $/GPU-hour",
@@ -33,14 +41,9 @@ def show(study: Study, console: Console) -> None:
     console.print(_stages(study.stages, f"{asked.series}: a paid hour of one GPU"))
     if study.baseline is not None:
         console.print(_sides([study.ours, study.baseline]))
-        console.print(_gain(study))
+        console.print(gain_line(study))
     if study.slots is not None:
-        slots = study.slots
-        with_mtp = f", {slots.with_mtp} beside an MTP layer" if slots.with_mtp else ""
-        console.print(
-            f"The drafter takes {slots.drafter_gib:.1f} GiB of {slots.ranks} GPUs: {slots.requests} instead of "
-            f"{slots.without_drafter} requests of {slots.context} tokens fit ({slots.lost:.1%} fewer{with_mtp}; {slots.label})."
-        )
+        console.print(memory_line(study.slots))
     console.print(_tornado(study))
     console.print(_monte_carlo(study))
     for note in study.notes:
@@ -70,44 +73,57 @@ def show_quoted(quoted: Quoted, console: Console) -> None:
 def _stages(stages: list[Stage], title: str) -> Table:
     table = Table(title=title)
     table.add_column("counted so far")
-    for heading in ("M tokens", "prefill", "$/M tokens", "revenue $", "profit $", "margin"):
+    for heading in HEADINGS:
         table.add_column(heading, justify="right")
-    for number, stage in enumerate(stages):
-        label = stage.counted if number == 0 else f"+ {stage.counted}"
-        table.add_row(label, *_cells(stage.hour))
+    for row in stage_rows(stages):
+        table.add_row(*row)
     return table
 
 
-def _cells(hour: Hour) -> list[str]:
+def stage_rows(stages: Sequence[Stage]) -> list[list[str]]:
+    """What is counted, and :data:`HEADINGS`."""
+    return [
+        [stage.counted if number == 0 else f"+ {stage.counted}", *cells(stage.hour)]
+        for number, stage in enumerate(stages)
+    ]
+
+
+def cells(hour: Hour) -> list[str]:
+    """An hour under :data:`HEADINGS`."""
     return [
         f"{hour.tokens / 1e6:.3g}",
         f"{hour.prefill_share:.0%}",
         f"{hour.cost_per_million:.3g}",
-        _money(hour.revenue),
-        _money(hour.profit),
+        "-" if hour.profit is None else f"{hour.profit:.2f}",
         "-" if hour.margin is None else f"{hour.margin:.0%}",
     ]
 
 
-def _money(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
+def memory_line(slots: Slots) -> str:
+    """What the drafter's memory takes away, in a sentence."""
+    beside = f", {slots.with_mtp} beside an MTP layer" if slots.with_mtp else ""
+    return (
+        f"The drafter takes {slots.drafter_gib:.1f} GiB of {slots.ranks} GPUs: {slots.requests} instead of "
+        f"{slots.without_drafter} requests of {slots.context} tokens fit ({slots.lost:.1%} fewer{beside}; {slots.label})."
+    )
 
 
 def _sides(sides: list[Side]) -> Table:
     table = Table(title="At the same speed for every user")
-    table.add_column("way of serving")
-    for heading in ("tok/s/GPU", "M tokens", "prefill", "$/M tokens", "revenue $", "profit $", "margin"):  # fmt: skip
+    table.add_column("way of serving", no_wrap=True)
+    for heading in ("tok/s/GPU", *HEADINGS):
         table.add_column(heading, justify="right")
     for side in sides:
         if side.hour is None:
-            cells = [f"never that fast: {side.fastest:.4g} at most", *[""] * 6]
+            row = [f"never that fast: {side.fastest:.4g} at most", *[""] * 5]
         else:
-            cells = [f"{side.hour.decode_tokens / 3600:.4g}", *_cells(side.hour)]
-        table.add_row(side.name, *cells)
+            row = [f"{side.hour.decode_tokens / 3600:,.0f}", *cells(side.hour)]
+        table.add_row(side.name, *row)
     return table
 
 
-def _gain(study: Study) -> str:
+def gain_line(study: Study) -> str:
+    """How the costs of a token compare, in a sentence."""
     assert study.baseline is not None
     gain = study.gain
     if gain is None or study.ours.hour is None or study.baseline.hour is None:
@@ -121,13 +137,13 @@ def _gain(study: Study) -> str:
 
 
 def _tornado(study: Study) -> Table:
-    table = Table(title=f"One assumption at a time: {_METRICS[study.metric]}")
+    table = Table(title=f"One assumption at a time: {METRICS[study.metric]}")
     table.add_column("assumption")
     table.add_column("unit")
     for heading in ("low", "high", "at low", "at high"):
         table.add_column(heading, justify="right")
     for swing in study.tornado:
-        ends = [_short(value) for value in (swing.low, swing.high, swing.at_low, swing.at_high)]
+        ends = [short(value) for value in (swing.low, swing.high, swing.at_low, swing.at_high)]
         table.add_row(swing.name, UNITS[swing.name], *ends)
     return table
 
@@ -139,13 +155,13 @@ def _monte_carlo(study: Study) -> Table:
     for heading in ("5th percentile", "median", "95th percentile"):
         table.add_column(heading, justify="right")
     for name, spread in found.metrics.items():
-        table.add_row(_METRICS[name], *(_short(value) for value in (spread.p5, spread.p50, spread.p95)))  # fmt: skip
+        table.add_row(METRICS[name], *(short(value) for value in (spread.p5, spread.p50, spread.p95)))  # fmt: skip
     if found.profitable is not None:
         table.caption = f"A profit in {found.profitable:.0%} of draws."
     return table
 
 
-def _short(value: float) -> str:
+def short(value: float) -> str:
     """Three digits, and no power of ten."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
@@ -160,7 +176,6 @@ def draw(study: Study, samples: NDArray[np.float64], path: Path) -> None:
 
     mpl.use("Agg")
     from matplotlib import pyplot
-    from matplotlib.axes import Axes
 
     figure, axes = pyplot.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
     left, middle, right = axes
@@ -172,9 +187,8 @@ def draw(study: Study, samples: NDArray[np.float64], path: Path) -> None:
         right.axvline(value, color=_LIMIT, linewidth=1.2, linestyle="--")
     right.set_xlim(*np.percentile(samples, [0.2, 99.8]))
     right.set_yticks([])
-    right.set_xlabel(_METRICS[study.metric])
+    right.set_xlabel(METRICS[study.metric])
     right.set_title("All at once: 5th, 50th, 95th percentile", fontsize=10)
-    axis: Axes
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(
@@ -185,7 +199,9 @@ def draw(study: Study, samples: NDArray[np.float64], path: Path) -> None:
     pyplot.close(figure)
 
 
-def _draw_curves(study: Study, axis: Axes) -> None:  # type: ignore[name-defined]  # noqa: F821
+def _draw_curves(study: Study, axis: Axes) -> None:
+    from matplotlib.ticker import LogLocator
+
     for name, costs in study.curves.items():
         colour = _OURS if name == study.question.series else _THEIRS
         axis.plot([c.tok_s_per_user for c in costs], [c.cost_per_million for c in costs], "o-", color=colour, label=name, markersize=4)  # fmt: skip
@@ -193,15 +209,16 @@ def _draw_curves(study: Study, axis: Axes) -> None:  # type: ignore[name-defined
     if study.assumptions.output is not None:
         axis.axhline(study.assumptions.output.value, color="black", linestyle=":", linewidth=1.0, label="price of output")  # fmt: skip
     axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axis.yaxis.set_major_formatter("{x:g}")
-    axis.yaxis.set_minor_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter("")
     axis.set_xlabel("tokens/s/user")
     axis.set_ylabel("cost, $ a million output tokens")
     axis.set_title("What speed costs", fontsize=10)
     axis.legend(frameon=False, fontsize=8)
 
 
-def _draw_tornado(study: Study, axis: Axes) -> None:  # type: ignore[name-defined]  # noqa: F821
+def _draw_tornado(study: Study, axis: Axes) -> None:
     assert study.ours.hour is not None
     base = getattr(study.ours.hour, study.metric)
     swings = study.tornado[::-1]
@@ -209,7 +226,7 @@ def _draw_tornado(study: Study, axis: Axes) -> None:  # type: ignore[name-define
         for end, colour in ((swing.at_low, _THEIRS), (swing.at_high, _OURS)):
             axis.barh(place, end - base, 0.6, left=base, color=colour)
     axis.axvline(base, color="black", linewidth=0.8)
-    names = [f"{s.name.replace('_', ' ')}\n{_short(s.low)} to {_short(s.high)}" for s in swings]
+    names = [f"{s.name.replace('_', ' ')}\n{short(s.low)} to {short(s.high)}" for s in swings]
     axis.set_yticks(range(len(names)), names, fontsize=7)
-    axis.set_xlabel(_METRICS[study.metric])
+    axis.set_xlabel(METRICS[study.metric])
     axis.set_title("One at a time: grey at its low end, blue at its high end", fontsize=10)

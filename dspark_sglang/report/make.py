@@ -13,7 +13,7 @@ from dspark_sglang.economics.quoted import Quoted
 from dspark_sglang.economics.study import Study
 from dspark_sglang.load import frontier
 from dspark_sglang.load.frontier import Frontier
-from dspark_sglang.report import collect, sections
+from dspark_sglang.report import collect, sections, worth
 from dspark_sglang.report.page import Figure, Page, Section, render
 from dspark_sglang.report.steps import Outcome, Step
 
@@ -128,7 +128,7 @@ def plan() -> list[Step]:
             title="Published result, derived again",
             arguments=("simulate", "published", "--no-sensitivity", "--out", "{out}"),
             produces=("simulation.json", "frontier-flash.json", "frontier-pro.json"),
-            expected_s=240,
+            expected_s=300,
             limit_s=900,
         ),
     ]
@@ -240,13 +240,9 @@ def _page(left: _Left, found: collect.Results) -> Page:
 def _sections(left: _Left, found: collect.Results) -> list[Section]:
     measured, run = left.frontier("sweep", SWEEP), collect.read(left.path("sweep", "summary.json"))
     derived = [left.frontier("published", f"frontier-{model}.json") for model in ("flash", "pro")]
-    studies, drawn = {}, {}
-    for economy in ECONOMIES:
-        study = left.decoded(economy.step, "economics.json", Study)
-        if study is not None:
-            studies[economy.name] = study
-            caption = f"{economy.title}: what speed costs, and how far the answer moves."
-            drawn[economy.name] = left.figures(economy.step, {"economics.png": caption})
+    studies = {
+        economy: left.decoded(economy.step, "economics.json", Study) for economy in ECONOMIES
+    }
     figures = []
     if measured is not None:
         figures.append(sections.frontier_figure(measured, left.folder / "figures" / "measured.png"))
@@ -255,7 +251,9 @@ def _sections(left: _Left, found: collect.Results) -> list[Section]:
         return sections.failures(found.steps, names)
 
     return [
-        sections.summary(found, run, studies),
+        sections.summary(
+            found, run, {e.title: study for e, study in studies.items() if study is not None}
+        ),
         sections.measured(measured, run, figures, failed("sweep")),
         sections.simulated(
             found,
@@ -263,11 +261,21 @@ def _sections(left: _Left, found: collect.Results) -> list[Section]:
             left.figures("published", _PUBLISHED),
             failed("published"),
         ),
-        *sections.economics(
-            left.decoded("quoted", "quoted.json", Quoted),
-            studies,
-            drawn,
-            failed("quoted", *(economy.step for economy in ECONOMIES)),
+        worth.quoted_economics(left.decoded("quoted", "quoted.json", Quoted), failed("quoted")),
+        *(
+            worth.economics(
+                economy.step,
+                economy.title,
+                study,
+                left.figures(
+                    economy.step,
+                    {
+                        "economics.png": f"{economy.title}: what speed costs, and how far the answer moves."
+                    },
+                ),
+                failed(economy.step),
+            )
+            for economy, study in studies.items()
         ),
         sections.generator(found, failed("generator")),
         sections.method(found),

@@ -113,8 +113,8 @@ def embedded(path: Path) -> str:
 
 
 def is_number(text: str) -> bool:
-    """Whether a cell is shown to the right."""
-    return bool(re.match(r"^[-+−$]?[\d.,]+", text)) or text in ("-", "")
+    """Whether a cell is shown to the right: it begins with a number and is no text that does."""
+    return (bool(re.match(r"^[-+−$]?[\d.,]+", text)) and len(text) <= 40) or text in ("-", "")
 
 
 def addresses(html: str) -> list[str]:

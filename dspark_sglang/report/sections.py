@@ -6,9 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dspark_sglang.economics.account import Hour, Stage
-from dspark_sglang.economics.prices import UNITS
-from dspark_sglang.economics.quoted import Quoted
 from dspark_sglang.economics.study import Study
 from dspark_sglang.load.frontier import Frontier, Point
 from dspark_sglang.report.collect import Results
@@ -77,16 +74,15 @@ def _derived_rows(results: Results) -> Iterator[list[str]]:
 
 
 def _study_rows(studies: Mapping[str, Study]) -> Iterator[list[str]]:
-    for study in studies.values():
-        hour = study.ours.hour
-        if hour is None:
+    for title, study in studies.items():
+        if study.ours.hour is None:
             continue
         against = ""
         if study.gain is not None and study.baseline is not None:
-            against = f", {study.gain:.2f}× less than {study.baseline.name}"
+            against = f" ({study.baseline.name}: {study.gain:.2f}× that)"
         yield [
-            f"{study.model} at {study.question.sla:g} tok/s/user: cost of a million output tokens",
-            f"${hour.cost_per_million:.3g}{against}",
+            f"{title}, {study.question.sla:g} tok/s/user: a million output tokens",
+            f"${study.ours.hour.cost_per_million:.3g}{against}",
             "computed",
         ]
 
@@ -194,97 +190,6 @@ def simulated(
     )  # fmt: skip
 
 
-def economics(
-    quoted: Quoted | None,
-    studies: Mapping[str, Study],
-    figures: Mapping[str, Sequence[Figure]],
-    partial: Sequence[str],
-) -> list[Section]:
-    """The quoted arithmetic, and one part for each study."""
-    found = [_quoted(quoted, partial)]
-    for name, study in studies.items():
-        found.append(_study(name, study, figures.get(name, [])))
-    return found
-
-
-def _quoted(quoted: Quoted | None, partial: Sequence[str]) -> Section:
-    if quoted is None:
-        return Section(name="quoted", title="The quoted economics", partial=partial)
-    rows = [
-        [c.what, c.unit, "-" if c.published is None else f"{c.published:,.2f}", f"{c.computed:,.2f}", c.how]
-        for c in quoted.claims
-    ]  # fmt: skip
-    return Section(
-        name="quoted",
-        title="The quoted economics",
-        label="computed",
-        partial=partial,
-        text=[quoted.reading],
-        tables=[
-            Table(headings=["figure", "unit", "published", "computed", "how"], rows=rows),
-            _stages(quoted.stages, "5 million tokens an hour, were they of decoding alone: what that leaves out"),
-        ],
-    )  # fmt: skip
-
-
-def _study(name: str, study: Study, figures: Sequence[Figure]) -> Section:
-    sides = [side for side in (study.ours, study.baseline) if side is not None]
-    rows = [
-        [side.name, *(_hour_cells(side.hour) if side.hour else [f"never that fast: {side.fastest:.3g} tok/s/user at most"])]
-        for side in sides
-    ]  # fmt: skip
-    draws = [
-        [metric.replace("_", " "), f"{s.p5:.3g}", f"{s.p50:.3g}", f"{s.p95:.3g}"]
-        for metric, s in study.monte_carlo.metrics.items()
-    ]
-    if study.monte_carlo.gain is not None:
-        s = study.monte_carlo.gain
-        draws.append(
-            ["cost of the baseline over ours", f"{s.p5:.3g}", f"{s.p50:.3g}", f"{s.p95:.3g}"]
-        )
-    prices = [
-        [key, f"{q.value:.4g}", f"{q.range[0]:.4g} to {q.range[1]:.4g}", UNITS[key], plain(f"{q.date}: {q.source}" if q.date else q.source)]
-        for key, q in study.assumptions.quantities().items()
-    ]  # fmt: skip
-    found = study.monte_carlo
-    return Section(
-        name=f"economics-{name}",
-        title=f"What it is worth: {study.model} at {study.question.sla:g} tok/s/user",
-        label=f"computed from a {study.source} frontier",
-        text=[f"{study.hardware}. {study.assumptions.about}."],
-        tables=[
-            Table(headings=["way of serving", *_HOUR], rows=rows, caption="A paid hour of one GPU, at that speed for every user."),
-            _stages(study.stages, f"{study.ours.name}: one thing left out after the other is counted"),
-            Table(headings=["", "5th percentile", "median", "95th percentile"], rows=draws, caption=f"All assumptions drawn at once, {found.draws} times, seed {found.seed}."),
-            Table(headings=["assumption", "value", "range", "unit", "date and source"], rows=prices),
-        ],
-        figures=figures,
-        notes=[*_slots(study), *study.notes],
-    )  # fmt: skip
-
-
-_HOUR = ("M tokens", "prefill", "$/M tokens", "revenue $", "profit $", "margin")
-
-
-def _stages(stages: Sequence[Stage], caption: str) -> Table:
-    rows = [
-        [stage.counted if number == 0 else f"+ {stage.counted}", *_hour_cells(stage.hour)]
-        for number, stage in enumerate(stages)
-    ]
-    return Table(headings=["counted so far", *_HOUR], rows=rows, caption=caption)
-
-
-def _slots(study: Study) -> list[str]:
-    if study.slots is None:
-        return []
-    s = study.slots
-    with_mtp = f", {s.with_mtp} beside an MTP layer" if s.with_mtp else ""
-    return [
-        f"The drafter takes {s.drafter_gib:.1f} GiB of {s.ranks} GPUs: {s.requests} instead of {s.without_drafter} "
-        f"requests of {s.context} tokens fit{with_mtp} ({s.label}); without that limit the ratio of costs would be another."
-    ]
-
-
 def generator(results: Results, partial: Sequence[str]) -> Section:
     """The load generator against a server of known truth."""
     rows = []
@@ -348,17 +253,6 @@ def frontier_figure(found: Frontier, path: Path) -> Figure:
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
     return Figure(path=path, caption=f"{found.model}: throughput against the speed of a user; the numbers are requests at once.")  # fmt: skip
-
-
-def _hour_cells(hour: Hour) -> list[str]:
-    return [
-        f"{hour.tokens / 1e6:.3g}",
-        f"{hour.prefill_share:.0%}",
-        f"{hour.cost_per_million:.3g}",
-        "-" if hour.revenue is None else f"{hour.revenue:.2f}",
-        "-" if hour.profit is None else f"{hour.profit:.2f}",
-        "-" if hour.margin is None else f"{hour.margin:.0%}",
-    ]
 
 
 def plain(text: str) -> str:

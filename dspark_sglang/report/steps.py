@@ -214,7 +214,9 @@ def last_line(log: Path) -> str:
     except OSError:
         return ""
     lines = [line.strip() for line in text.replace("\r", "\n").splitlines() if line.strip()]
-    return lines[-1][:300] if lines else ""
+    # Where results went says nothing of how it ended.
+    telling = [line for line in lines if not line.startswith("Written:")] or lines
+    return telling[-1][:300] if telling else ""
 
 
 def _read(path: Path) -> State:

@@ -113,6 +113,19 @@ def test_what_the_quoted_arithmetic_leaves_out_is_most_of_it() -> None:
     assert idle.hour.margin is not None and idle.hour.margin < 0
 
 
+def test_the_document_shows_what_is_computed() -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs" / "economics.md").read_text()
+    found = {claim.what: claim.computed for claim in quoted.work_out().claims}
+    last = [value for what, value in found.items() if what.startswith("the same with")]
+    margins = [stage.hour.margin for stage in quoted.work_out().stages]
+    assert f"{last[0]:.2f} to {last[1]:.2f} M tokens/hour" in text
+    assert f"${found['before: revenue of the day']:,.0f}" in text
+    assert f"${found['output of a GPU, sold']:.2f}" in text
+    first, _, prefill, idle, paid = (f"{margin:.0%}".replace("-", "−") for margin in margins)
+    assert f"from a margin of {first} to {prefill} with prefill" in text.replace("\n", " ")
+    assert f"{idle} with idle hours, and back to {paid}" in text.replace("\n", " ")
+
+
 # --- sensitivity ---------------------------------------------------------------------------------
 
 

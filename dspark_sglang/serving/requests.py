@@ -32,8 +32,10 @@ def _impossible(req: Any) -> str | None:
     # An image's places are filled with hashes of it.
     prompt = () if getattr(req, "multimodal_inputs", None) is not None else req.origin_input_ids
     for what, tokens in (("The prompt", prompt), ("token_ids_logprob", asked)):
-        wrong = next((token for token in tokens if not 0 <= token < size), None)
-        if wrong is not None:
+        # Extremes, not each token: prompts are long.
+        low, high = (min(tokens), max(tokens)) if tokens else (0, 0)
+        wrong = low if low < 0 else high
+        if not 0 <= wrong < size:
             return (
                 f"{what} has token {wrong}. Expected tokens from 0 to {size - 1}, as the target's "
                 "tokenizer makes them."

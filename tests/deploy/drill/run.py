@@ -24,7 +24,7 @@ from dspark_sglang.drill.world import World  # noqa: E402
 from dspark_sglang.errors import DSparkError  # noqa: E402
 
 #: Requests of a full run: tiny soak, real soak, right server under the canary; and of a short one.
-FULL, SHORT = (10_000, 1_000, 5_000), (600, 60, 200)
+FULL, SHORT = (10_000, 1_000, 5_000), (300, 50, 96)
 
 
 def main(

@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.dspark-installed
 SOURCES := dspark_sglang kernels packaging loadtests tests requirements
 
-.PHONY: help install demo test test-unit test-server lint format typecheck bench bench-kernels bench-load bench-load-full bench-faults bench-placement lossless package-check deploy-check drill deploy-arguments deploy-rendered gpu lock wheel clean
+.PHONY: help install demo test test-unit test-server lint format typecheck bench bench-kernels bench-load bench-load-full bench-faults bench-placement bench-selfcheck lossless report package-check deploy-check drill deploy-arguments deploy-rendered gpu lock wheel clean
 
 help:  ## Show what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -54,6 +54,9 @@ bench-load: install  ## Keep servers under load, four ways of serving in turn (a
 bench-load-full: install  ## The same at six concurrencies, twice as many turns
 	$(BIN)/dspark bench-load --concurrency 1,2,4,8,16,32 --blocks 6
 
+bench-selfcheck: install  ## Check the load generator itself: 500 streams on one core, known truth on another (1 minute)
+	$(BIN)/dspark bench --self-check --duration 30 --out runs/bench
+
 bench-placement: install  ## Serve with several ranks: same texts, collectives counted, a rank killed
 	$(BIN)/dspark bench-placement
 
@@ -62,6 +65,9 @@ bench-faults: install  ## Faults under load on a real server, and how soon they 
 
 lossless: install  ## Prove through the real server that the output law is plain decoding's
 	$(BIN)/dspark lossless
+
+report: install  ## Measure, simulate, work out what it is worth: one page (about 20 minutes)
+	$(BIN)/dspark report
 
 package-check: install  ## Try what packaging promises: bad input, 100 GB, both Hub clients, a served round trip
 	$(BIN)/dspark package-check

@@ -2,23 +2,26 @@
 
     locust -f loadtests/locustfile.py --headless -u 4 -r 2 -t 20s --host http://127.0.0.1:30000
 
-Closed loop: each user sends its next request when the last one ended. See README.md beside
-this file for the metrics, and dspark_loadtests for how they are taken.
+Closed loop: each user sends its next request when the last one ended. With ``--dspark-rate`` an open loop: requests
+leave at Poisson instants and wait for nobody. See README.md beside this file for the metrics, and dspark_loadtests for
+how they are taken.
 """
 
 from __future__ import annotations
 
 import random
 import sys
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import gevent
+from gevent.pool import Group
 from locust import constant, events, task
 from locust.contrib.fasthttp import FAILURE_EXCEPTIONS, FastHttpUser
 from locust.exception import CatchResponseError, StopUser
-from locust.runners import MasterRunner, WorkerRunner
+from locust.runners import STATE_CLEANUP, STATE_STOPPED, STATE_STOPPING, MasterRunner, WorkerRunner
 from locust.stats import CSV_STATS_INTERVAL_SEC
 from rich.console import Console
 
@@ -37,7 +40,8 @@ from dspark_loadtests.client import (  # noqa: E402
     request_headers,
 )
 from dspark_loadtests.prompts import cycle, load_prompts  # noqa: E402
-from dspark_loadtests.report import RunSettings, Slo, Summary, summarize, write_summary  # noqa: E402
+from dspark_loadtests.report import summarize, write_summary  # noqa: E402
+from dspark_loadtests.schema import RunSettings, Slo, Summary  # noqa: E402
 from dspark_loadtests.session import LoadSession  # noqa: E402
 from dspark_loadtests.stream import Outcome, RequestRecord, StreamRecorder  # noqa: E402
 from dspark_loadtests.terminal import print_summary, verdict  # noqa: E402
@@ -47,6 +51,10 @@ from dspark_sglang.errors import ConfigError, DSparkError  # noqa: E402
 # failures would measure the generator.
 _PAUSE_AFTER_FAILURE_S = 0.5
 _DRAIN_S = "10"
+
+
+# Importing took seconds that gevent's clock has not seen: a short --run-time would be over before it began.
+gevent.get_hub().loop.update_now()
 
 
 class _Run:
@@ -75,6 +83,8 @@ class _Run:
             max_tokens=self.requests.max_tokens,
             users=environment.runner.target_user_count,
             seed=options.dspark_seed,
+            arrival="open_loop" if options.dspark_rate else "closed_loop",
+            rate=options.dspark_rate or None,
             slo=Slo(ttft_ms=options.dspark_slo_ttft_ms, tpot_ms=options.dspark_slo_tpot_ms),
         )
         self.summary_path: Path = options.dspark_summary
@@ -105,6 +115,12 @@ def _add_options(parser: Any) -> None:
     group = parser.add_argument_group("DSpark load test")
     group.add_argument("--dspark-model", default=None, help="model name; default: the server's")
     group.add_argument("--dspark-temperature", type=float, default=1.0)
+    group.add_argument(
+        "--dspark-rate",
+        type=float,
+        default=0.0,
+        help="requests/s of all users together, at Poisson instants; 0: a closed loop",
+    )
     group.add_argument("--dspark-max-tokens", type=int, default=128)
     group.add_argument("--dspark-seed", type=int, default=0, help="order of the prompts")
     group.add_argument("--dspark-slo-ttft-ms", type=float, default=1000.0)
@@ -210,6 +226,8 @@ class ChatUser(FastHttpUser):
     wait_time = constant(0)
     # Between two reads; a queued request may wait long for its first token.
     network_timeout = 300.0
+    # Connections of one user: an open loop has as many as it needs.
+    concurrency = 10_000
 
     @task
     def chat(self) -> None:
@@ -217,12 +235,35 @@ class ChatUser(FastHttpUser):
         if run is None:
             # The start was refused, and locust is about to quit.
             raise StopUser
-        prompt, recorder = run.session.begin()
+        if run.settings.rate:
+            self._dispatch(run, run.settings.rate)
+        elif self._chat(run).outcome is Outcome.FAILED:
+            gevent.sleep(_PAUSE_AFTER_FAILURE_S)
+
+    def _dispatch(self, run: _Run, rate: float) -> None:
+        """Send at Poisson instants until the test stops. Those of several users together are Poisson again."""
+        share = rate / max(1, run.settings.users or 1)
+        rng = random.Random(f"{run.settings.seed}/{id(self)}")
+        stopping = (STATE_STOPPING, STATE_STOPPED, STATE_CLEANUP)
+        chats, due = Group(), time.perf_counter()
+        try:
+            while True:
+                due += rng.expovariate(share)
+                while (left := due - time.perf_counter()) > 0:
+                    gevent.sleep(min(left, 0.1))
+                    if self.environment.runner.state in stopping:
+                        chats.join()  # locust ends this at --stop-timeout
+                        return
+                chats.spawn(self._chat, run, due)
+        finally:
+            chats.kill(block=False)
+
+    def _chat(self, run: _Run, due: float | None = None) -> RequestRecord:
+        prompt, recorder = run.session.begin(due)
         record = self._send(run, chat_payload(prompt, run.requests), recorder)
         run.session.end(recorder, record)
         _report(self.environment, record)
-        if record.outcome is Outcome.FAILED:
-            gevent.sleep(_PAUSE_AFTER_FAILURE_S)
+        return record
 
     def _send(self, run: _Run, payload: dict[str, Any], recorder: StreamRecorder) -> RequestRecord:
         # With catch_response and no `with` block locust reports nothing by itself: its time

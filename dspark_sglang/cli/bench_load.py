@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -20,9 +21,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from dspark_loadtests.prompts import Prompt, load_prompts
+from dspark_loadtests.prompts import BALANCED, Prompt, load_prompts
 from dspark_sglang import targets
-from dspark_sglang.artifacts import write_bytes
+from dspark_sglang.artifacts import write_bytes, write_json
 from dspark_sglang.checkpoint import weights_digest
 from dspark_sglang.cli.demo import DRAFTER
 from dspark_sglang.demo import report
@@ -34,6 +35,7 @@ from dspark_sglang.load.modes import MODES, ModeName, make_server, mode
 from dspark_sglang.load.summary import (
     cell_name,
     draw,
+    frontier_of,
     on_share,
     service_figures,
     summarise_cell,
@@ -44,6 +46,7 @@ from dspark_sglang.provenance import machine, versions
 SCHEMA_VERSION = 1
 #: Not ours, and not made for this device.
 _MAY_FAIL = ("builtin_static",)
+_DTYPES = ("bfloat16", "float32")
 T = TypeVar("T")
 _COLUMNS = (
     TextColumn("{task.description}"),
@@ -156,7 +159,7 @@ def bench_load(
     run.command = _command(locals())
     if resume:
         run.cells = _finished(out, run.setting())
-    for dtype in _names(dtypes, "--dtypes", ("bfloat16", "float32")):
+    for dtype in _names(dtypes, "--dtypes", _DTYPES):
         run.measure(dtype)
     summary = run.write()
     draw(summary, out / "load.png")
@@ -185,7 +188,7 @@ class _Run:
 
     def measure(self, dtype: str) -> None:
         """All cells of one dtype, on servers of their own."""
-        prompts, ports = list(load_prompts()), free_ports(len(self.modes))
+        prompts, ports = list(load_prompts()[:BALANCED]), free_ports(len(self.modes))
         with ExitStack() as stack:
             servers = {
                 name: make_server(
@@ -272,6 +275,16 @@ class _Run:
             "command": self.command,
         }
         write_bytes(self.out / "summary.json", report.dumps(summary))
+        for heat, dtype in itertools.product(self.temperatures, _DTYPES):
+            found = frontier_of(
+                self.cells,
+                model=self.target.name,
+                hardware=machine(),
+                temperature=heat,
+                dtype=dtype,
+            )
+            if found.series:
+                write_json(self.out / f"frontier-T{heat:g}-{dtype}.json", found)
         return summary
 
 

@@ -48,20 +48,27 @@ def cases(folder: Path, *, large: bool) -> list[Case]:
         tiny("tp2-shard", even, 2, "shard"),
         tiny("tp2-builtin", even, 2, None),
         tiny("tp4-replicate", uneven, 4, "replicate"),
+        tiny("tp4-single", uneven, 4, "single"),
+        tiny("tp4-shard", even, 4, "shard"),
     ]
     if large:
         prompts = ((504, 2365, 260, 3575, 30), (6330, 346, 1232, 1195, 563))
         found += [
             Case(
-                name=f"smollm2-tp{ranks}",
+                name=name,
                 target=targets.ensure_target(),
                 drafter=DRAFTER,
                 ranks=ranks,
-                placement="replicate",
+                placement=placement,
                 prompts=prompts,
                 max_tokens=32,
             )
-            for ranks in (1, 3)
+            for name, ranks, placement in (
+                ("smollm2-tp1", 1, "replicate"),
+                ("smollm2-tp3", 3, "replicate"),
+                ("smollm2-tp3-single", 3, "single"),
+                ("smollm2-tp3-shard", 3, "shard"),
+            )
         ]
     return found
 

@@ -12,6 +12,7 @@ import typer
 from dspark_sglang import __version__
 from dspark_sglang.cli import (
     ablate,
+    bench_compare,
     bench_kernels,
     bench_load,
     bench_placement,
@@ -21,6 +22,7 @@ from dspark_sglang.cli import (
     demo,
     doctor,
     drill,
+    economics,
     evaluate,
     fetch_target,
     gate,
@@ -31,9 +33,12 @@ from dspark_sglang.cli import (
     plan,
     profile,
     push,
+    report,
     serve,
+    simulate,
     train,
 )
+from dspark_sglang.cli.bench import app as bench_app
 from dspark_sglang.errors import DSparkError
 
 #: What a full, read-only or protected disk answers.
@@ -70,6 +75,10 @@ app.command("gate")(gate.gate)
 app.command("canary")(canary.canary)
 app.command("drill")(drill.drill)
 app.command("demo")(demo.demo)
+bench_app.command("compare")(bench_compare.compare)
+bench_app.command("gate")(bench_compare.check)
+bench_app.command("frontier")(bench_compare.draw)
+app.add_typer(bench_app, name="bench")
 app.command("bench-round")(bench_round.bench_round)
 app.command("bench-kernels")(bench_kernels.bench_kernels)
 app.command("bench-load")(bench_load.bench_load)
@@ -82,7 +91,10 @@ app.command("eval")(evaluate.evaluate)
 app.command("lossless")(lossless.lossless)
 app.command("calibrate")(calibrate.calibrate)
 app.command("plan")(plan.plan)
+app.command("economics")(economics.economics)
+app.command("report")(report.report)
 app.command("profile")(profile.profile)
+app.add_typer(simulate.app, name="simulate")
 app.command("package")(package.package)
 app.command("card")(package.card)
 app.command("verify")(package.verify)

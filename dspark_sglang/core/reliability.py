@@ -111,12 +111,14 @@ class Reliability:
         self._keep(logits, lens, counts, sampled)
 
     def _keep(self, logits: Float64, lens: Int64, counts: Int64, sampled: Bool) -> None:
-        for block in (lens > 0).nonzero()[0]:
-            place = self._blocks % BLOCKS_KEPT
-            self._logits[place] = logits[block]
-            self._lens[place], self._counts[place] = lens[block], counts[block]
-            self._sampled[place] = sampled[block]
-            self._blocks += 1
+        verified = (lens > 0).nonzero()[0]
+        number = self._blocks + np.arange(len(verified))
+        self._blocks += len(verified)
+        newest = slice(max(0, len(verified) - BLOCKS_KEPT), None)  # each place is written once
+        block, place = verified[newest], number[newest] % BLOCKS_KEPT
+        self._logits[place] = logits[block]
+        self._lens[place], self._counts[place] = lens[block], counts[block]
+        self._sampled[place] = sampled[block]
 
     def errors(self) -> Float64:
         """``[2, gamma]`` expected calibration error of each position's confidence, uncorrected."""

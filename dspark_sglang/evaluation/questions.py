@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from dspark_loadtests.prompts import load_prompts
+from dspark_loadtests.prompts import BALANCED, load_prompts
 from dspark_sglang.training.prompts import load_prompt_files
 
 
@@ -28,7 +28,8 @@ def load_questions(path: Path | None) -> list[Question]:
         DSparkError: the file cannot be used.
     """
     if path is None or _is_packaged_format(path):
-        return [Question(prompt.kind, prompt.messages()) for prompt in load_prompts(path)]
+        prompts = load_prompts(path)[: BALANCED if path is None else None]
+        return [Question(prompt.kind, prompt.messages()) for prompt in prompts]
     questions = []
     for draft in load_prompt_files([path]).drafts:
         messages = [{"role": "user", "content": draft.turns[0]}]

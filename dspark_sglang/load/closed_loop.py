@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
-import random
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
-import httpx
 import msgspec
+import uvloop
 
-from dspark_loadtests.client import CHAT_PATH, RequestSettings, chat_payload, request_headers
-from dspark_loadtests.prompts import Prompt, cycle
-from dspark_loadtests.stream import Outcome, RequestRecord, StreamRecorder
+from dspark_loadtests.chat import ChatClient
+from dspark_loadtests.client import RequestSettings
+from dspark_loadtests.generator import Generator, Ran
+from dspark_loadtests.generator import Load as generator_load
+from dspark_loadtests.prompts import Prompt
+from dspark_loadtests.report import tokens_in
+from dspark_loadtests.stream import Outcome
 from dspark_sglang.errors import ServerError
 
 #: Most of a window's requests that may fail before its numbers are thrown away.
@@ -42,80 +43,32 @@ class Delivered(msgspec.Struct, frozen=True, kw_only=True):
     #: Median seconds from sending to the first token, and a token after it, of finished requests.
     ttft_s: float | None
     tpot_s: float | None
+    #: Tokens of the finished answers and of their prompts, one entry each.
+    answer_tokens: list[int] = []
+    prompt_tokens: list[int] = []
 
 
-def _tokens_in(record: RequestRecord, begin: float, end: float) -> int:
-    """Tokens of a request that arrived in ``[begin, end)``."""
-    if record.first_content_at is None:
-        return 0
-    at, count = record.first_content_at, 0
-    for gap, tokens in zip((0.0, *record.gaps_s), record.chunk_tokens, strict=False):
-        at += gap
-        if begin <= at < end:
-            count += tokens
-    return count
-
-
-async def _chat(
-    client: httpx.AsyncClient, url: str, prompt: Prompt, settings: RequestSettings
-) -> RequestRecord:
-    recorder = StreamRecorder(prompt_id=prompt.id, prompt_kind=prompt.kind)
-    body = chat_payload(prompt, settings)
+async def _run(url: str, prompts: Sequence[Prompt], load: Load) -> Ran:
+    settings = RequestSettings(
+        model="default", temperature=load.temperature, max_tokens=load.max_tokens
+    )
+    client = ChatClient(url)
     try:
-        async with client.stream("POST", url + CHAT_PATH, json=body) as response:
-            if response.status_code != 200:
-                text = (await response.aread()).decode("utf-8", "replace")[:200]
-                return recorder.fail(f"HTTP {response.status_code}: {text}")
-            async for data in response.aiter_raw():
-                recorder.feed(data)
-    except asyncio.CancelledError:
-        return recorder.abandon()  # the window is over; what arrived in it counts
-    except httpx.HTTPError as error:
-        return recorder.fail(repr(error))
-    return recorder.finish()
-
-
-async def _user(
-    client: httpx.AsyncClient,
-    url: str,
-    prompts: Iterator[Prompt],
-    load: Load,
-    first_tokens: int,
-    stop_at: float,
-    records: list[RequestRecord],
-) -> None:
-    """One user: the next chat as soon as the last one ended."""
-    tokens = first_tokens
-    while time.perf_counter() < stop_at:
-        settings = RequestSettings(model="default", temperature=load.temperature, max_tokens=tokens)
-        records.append(await _chat(client, url, next(prompts), settings))
-        tokens = load.max_tokens
-
-
-async def _run(
-    url: str, prompts: Sequence[Prompt], load: Load
-) -> tuple[list[RequestRecord], float]:
-    rng = random.Random(load.seed)
-    order = cycle(prompts, rng)
-    records: list[RequestRecord] = []
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=load.concurrency)
-    async with httpx.AsyncClient(
-        timeout=300.0, limits=limits, headers=request_headers(None)
-    ) as client:
-        began = time.perf_counter()
-        stop_at = began + load.warm_s + load.window_s
-        # Users start out of step, or all of them would finish and prefill together.
-        firsts = [rng.randint(max(1, load.max_tokens // 4), load.max_tokens)
-                  for _ in range(load.concurrency)]  # fmt: skip
-        users = [
-            asyncio.create_task(_user(client, url, order, load, first, stop_at, records))
-            for first in firsts
-        ]
-        _, late = await asyncio.wait(users, timeout=load.warm_s + load.window_s)
-        for user in late:
-            user.cancel()
-        await asyncio.gather(*users)
-    return records, began + load.warm_s
+        generator = Generator(
+            client,
+            prompts,
+            generator_load(
+                settings=settings,
+                users=load.concurrency,
+                warm_s=load.warm_s,
+                window_s=load.window_s,
+                drain_s=0.0,
+                seed=load.seed,
+            ),
+        )
+        return await generator.run()
+    finally:
+        await client.close()
 
 
 def run_block(url: str, prompts: Sequence[Prompt], load: Load) -> Delivered:
@@ -126,7 +79,8 @@ def run_block(url: str, prompts: Sequence[Prompt], load: Load) -> Delivered:
     Raises:
         ServerError: too many requests failed.
     """
-    records, begin = asyncio.run(_run(url, prompts, load))
+    ran = uvloop.run(_run(url, prompts, load))
+    records, begin = ran.records, ran.begin
     failed = [record for record in records if record.outcome is Outcome.FAILED]
     if len(failed) > _TOLERATED_FAILURES * len(records):
         raise ServerError(
@@ -134,7 +88,7 @@ def run_block(url: str, prompts: Sequence[Prompt], load: Load) -> Delivered:
             expected="a server that answers under this load",
             fix="See the server's log.",
         )
-    tokens = sum(_tokens_in(record, begin, begin + load.window_s) for record in records)
+    tokens = round(sum(tokens_in(record, begin, begin + load.window_s) for record in records))
     whole = [record for record in records if record.outcome is Outcome.COMPLETED]
     return Delivered(
         tok_s=tokens / load.window_s,
@@ -143,6 +97,8 @@ def run_block(url: str, prompts: Sequence[Prompt], load: Load) -> Delivered:
         requests=len(whole),
         ttft_s=_median([r.ttft_s for r in whole]),
         tpot_s=_median([r.tpot_s for r in whole]),
+        answer_tokens=[r.completion_tokens for r in whole if r.completion_tokens],
+        prompt_tokens=[r.prompt_tokens for r in whole if r.prompt_tokens],
     )
 
 

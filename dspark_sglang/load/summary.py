@@ -10,6 +10,7 @@ import numpy as np
 from rich.table import Table
 
 from dspark_sglang.load.compare import Block, rates, ratio
+from dspark_sglang.load.frontier import Frontier, Point, Series
 from dspark_sglang.load.modes import MODES, ModeName
 
 #: A cell counts as "on and gaining" where drafting ran in more rounds than not, and the middle of the
@@ -97,6 +98,49 @@ def service_figures(servers: Mapping[str, Mapping[str, Any] | None]) -> dict[str
 
 def _percent(share: float | None) -> float | None:
     return None if share is None else 100.0 * share
+
+
+def frontier_of(
+    cells: Mapping[str, Mapping[str, Any]],
+    *,
+    model: str,
+    hardware: str,
+    temperature: float,
+    dtype: str,
+) -> Frontier:
+    """The cells of one temperature and dtype as a frontier: a series each mode, a point each concurrency.
+
+    Args:
+        hardware: where they were measured; its rates are those of the whole machine, counted as one GPU.
+    """
+    series: dict[str, list[Point]] = {}
+    for name, cell in cells.items():
+        concurrency = int(name.split("-")[1][1:])
+        if name != cell_name(temperature, concurrency, dtype):
+            continue
+        for way in MODES:
+            found = cell.get(way, {})
+            if found.get("tpot_s"):
+                series.setdefault(way, []).append(_point(found, concurrency))
+    return Frontier(
+        source="measured",
+        model=model,
+        hardware=hardware,
+        assumptions={"temperature": temperature, "dtype": dtype, "load": "closed loop"},
+        series=[Series(name=way, gpus=1, points=points) for way, points in series.items()],
+    )
+
+
+def _point(found: Mapping[str, Any], concurrency: int) -> Point:
+    ttft = found.get("ttft_s")
+    return Point(
+        load=concurrency,
+        tok_s_per_gpu=found["tok_s"],
+        tok_s_per_user=1.0 / found["tpot_s"],
+        ttft_ms=None if ttft is None else 1e3 * ttft,
+        accept_length=found.get("accept_length"),
+        budget=found.get("mean_budget"),
+    )
 
 
 def table(cells: Mapping[str, Mapping[str, Any]]) -> Table:

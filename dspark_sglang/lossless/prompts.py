@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from dspark_loadtests.prompts import Prompt, load_prompts
+from dspark_loadtests.prompts import BALANCED, Prompt, load_prompts
 
 #: Ways to ask the same thing, so that many prompts share long prefixes.
 _WAYS = (
@@ -65,7 +65,7 @@ class Encoder:
 
 
 def _varied(encoder: Encoder, count: int) -> list[tuple[str, list[int]]]:
-    prompts = load_prompts()
+    prompts = load_prompts()[:BALANCED]
     found = []
     for number in range(count):
         way, prompt = _WAYS[number // len(prompts) % len(_WAYS)], prompts[number % len(prompts)]

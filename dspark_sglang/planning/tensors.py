@@ -54,8 +54,8 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def attention_tp(self) -> int:
-        """Ranks that share one attention."""
-        return self.tp // self.attention_dp
+        """Ranks that share one attention; 1 where ``attention_dp`` is beyond ``tp``, which a rule refuses."""
+        return max(1, self.tp // self.attention_dp)
 
 
 class Tensor(msgspec.Struct, frozen=True, kw_only=True):

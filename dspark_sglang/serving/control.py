@@ -155,7 +155,8 @@ class Control:
         if decision.whole or self.forced is not None:
             # An operator's budget holds in steps that would verify everything to learn, too.
             return StepPlan(limits, most, whole=self.forced is None)
-        caps = np.array([self.depths.cap(option.workload) for option in options])
+        known = {name: self.depths.cap(name) for name in {option.workload for option in options}}
+        caps = np.array([known[option.workload] for option in options])
         limits = np.minimum(limits, caps)
         return StepPlan(limits, int(limits.max()))
 

@@ -36,14 +36,15 @@ class DraftHead:
             weight = head.detach()[self.tokens]
         else:
             weight = vocabulary.rows(self.tokens)
+        self._dtype = weight.dtype
         self._packed = head.device.type == "cpu" and can_pack(weight)
         self._weight = pack(weight) if self._packed else weight
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Base logits ``[N, M]`` of draft hidden states ``[N, d]``."""
         if self._packed:
-            return packed_linear(hidden.to(torch.bfloat16), self._weight, None)
-        return torch.nn.functional.linear(hidden.to(self._weight.dtype), self._weight)
+            return packed_linear(hidden.to(self._dtype), self._weight, None)
+        return torch.nn.functional.linear(hidden.to(self._dtype), self._weight)
 
     @classmethod
     def beside(cls, drafter: Path, model: Any, vocabulary: Vocabulary | None) -> DraftHead | None:

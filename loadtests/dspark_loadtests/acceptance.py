@@ -7,14 +7,18 @@ to the run (and to whoever else used the server meanwhile).
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import msgspec
 
 from dspark_loadtests.client import ServerApi
+from dspark_loadtests.stream import RequestRecord
 from dspark_sglang.errors import ServerError
 
-Source = Literal["window", "lifetime_average", "none"]
+Source = Literal["window", "requests", "lifetime_average", "none"]
+_SECRET = re.compile(r"(^|_)(key|password|secret|credential)s?($|_)|(^|_)token$|^ssl_")
 
 
 class Counters(msgspec.Struct, frozen=True):
@@ -25,10 +29,14 @@ class Counters(msgspec.Struct, frozen=True):
     #: Tokens these rounds committed, the bonus token included.
     committed_tokens: int
     active: bool = True
+    #: Steps that did not draft, times the requests in each.
+    plain_rounds: int = 0
+    #: Drafted tokens that were verified; None where the server does not count them.
+    verified_tokens: int | None = None
 
 
 class ServerIdentity(msgspec.Struct, frozen=True, kw_only=True):
-    """What was measured. A whitelist: the full answer holds keys and paths."""
+    """What was measured."""
 
     version: str | None = None
     model_path: str | None = None
@@ -37,6 +45,8 @@ class ServerIdentity(msgspec.Struct, frozen=True, kw_only=True):
     speculative_num_draft_tokens: int | None = None
     tp_size: int | None = None
     dp_size: int | None = None
+    #: Every argument of the server that is a number, a text or a switch; none that may hold a secret.
+    arguments: dict[str, str | float | bool | None] = {}
 
 
 class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
@@ -51,8 +61,9 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
 class Acceptance(msgspec.Struct, frozen=True, kw_only=True):
     """Tokens committed for each verify round of a request, the bonus token included.
 
-    ``source`` says what the number means: ``window`` is this run, ``lifetime_average`` is
-    everything since the server started, ``none`` is no number and ``note`` says why.
+    ``source`` says what the number means: ``window`` is this run by the plugin's counters, ``requests`` what
+    the measured requests' own streams said, ``lifetime_average`` everything since the server started, ``none``
+    is no number and ``note`` says why.
     """
 
     accepted_length: float | None
@@ -60,6 +71,9 @@ class Acceptance(msgspec.Struct, frozen=True, kw_only=True):
     note: str
     rounds: int | None = None
     committed_tokens: int | None = None
+    #: Drafted tokens verified a request and step, and the share of steps that drafted.
+    budget: float | None = None
+    drafting_share: float | None = None
 
 
 class _State(msgspec.Struct):
@@ -86,8 +100,8 @@ def read_snapshot(body: bytes) -> Snapshot:
         info = msgspec.json.decode(body, type=_Info)
     except msgspec.DecodeError as error:
         return Snapshot(problem=f"/server_info is not SGLang's: {error}")
-    names = ServerIdentity.__struct_fields__
-    identity = ServerIdentity(**{name: getattr(info, name) for name in names})
+    named = {name: getattr(info, name) for name in ServerIdentity.__struct_fields__}
+    identity = ServerIdentity(**named | {"arguments": _arguments(msgspec.json.decode(body))})
     averages = [
         state.avg_spec_accept_length
         for state in info.internal_states
@@ -98,6 +112,14 @@ def read_snapshot(body: bytes) -> Snapshot:
         counters=_sum_counters(info.internal_states),
         lifetime_average=sum(averages) / len(averages) if averages else None,
     )
+
+
+def _arguments(info: dict[str, Any]) -> dict[str, str | float | bool | None]:
+    return {
+        name: value
+        for name, value in info.items()
+        if isinstance(value, str | int | float | bool | None) and not _SECRET.search(name)
+    }
 
 
 def _sum_counters(states: list[_State]) -> Counters | None:
@@ -115,16 +137,25 @@ def _sum_counters(states: list[_State]) -> Counters | None:
         rounds=sum(one.rounds for one in found),
         committed_tokens=sum(one.committed_tokens for one in found),
         active=any(one.active for one in found),
+        plain_rounds=sum(one.plain_rounds for one in found),
+        verified_tokens=None
+        if any(one.verified_tokens is None for one in found)
+        else sum(one.verified_tokens or 0 for one in found),
     )
 
 
-def accepted_length(before: Snapshot, after: Snapshot) -> Acceptance:
-    """The accepted length between two snapshots."""
+def accepted_length(
+    before: Snapshot, after: Snapshot, records: Sequence[RequestRecord] = ()
+) -> Acceptance:
+    """The accepted length between two snapshots, or that of the records where these tell nothing."""
+    if before.counters is not None and after.counters is not None:
+        return _window(before.counters, after.counters)
+    told = [r for r in records if r.rounds and r.completion_tokens is not None]
+    if told:
+        return _of_requests(told)
     problem = before.problem or after.problem
     if problem is not None:
         return _nothing(problem)
-    if before.counters is not None and after.counters is not None:
-        return _window(before.counters, after.counters)
     if after.lifetime_average is not None:
         return Acceptance(
             accepted_length=after.lifetime_average,
@@ -144,11 +175,36 @@ def _window(before: Counters, after: Counters) -> Acceptance:
         return _nothing("the counters went down: the server restarted or was reset during the run")
     if rounds == 0:
         state = "active" if after.active else "inactive"
-        return _nothing(f"no verify round during the run (DSpark is {state})")
+        return Acceptance(
+            accepted_length=None,
+            source="none",
+            note=f"no verify round during the run (DSpark is {state})",
+            budget=0.0 if after.plain_rounds > before.plain_rounds else None,
+            drafting_share=0.0 if after.plain_rounds > before.plain_rounds else None,
+        )
+    every = rounds + after.plain_rounds - before.plain_rounds
+    verified = None
+    if before.verified_tokens is not None and after.verified_tokens is not None:
+        verified = after.verified_tokens - before.verified_tokens
     return Acceptance(
         accepted_length=committed / rounds,
         source="window",
         note="this run's rounds, and those of any other client of the server meanwhile",
+        rounds=rounds,
+        committed_tokens=committed,
+        budget=None if verified is None else verified / every,
+        drafting_share=rounds / every,
+    )
+
+
+def _of_requests(records: Sequence[RequestRecord]) -> Acceptance:
+    # The first token is the prefill's, not a round's.
+    committed = sum((record.completion_tokens or 1) - 1 for record in records)
+    rounds = sum(record.rounds or 0 for record in records)
+    return Acceptance(
+        accepted_length=committed / rounds,
+        source="requests",
+        note="what the streams of the measured requests said of themselves",
         rounds=rounds,
         committed_tokens=committed,
     )

@@ -29,9 +29,11 @@ def chat_payload(prompt: Prompt, settings: RequestSettings) -> dict[str, Any]:
         "model": settings.model,
         "messages": prompt.messages(),
         "temperature": settings.temperature,
-        "max_tokens": settings.max_tokens,
+        "max_tokens": prompt.max_tokens or settings.max_tokens,
         "stream": True,
         "stream_options": STREAM_OPTIONS,
+        # SGLang then ends the stream with the request's verify rounds.
+        "return_spec_tokens_details": True,
     }
 
 
@@ -57,13 +59,13 @@ def read_api_key(path: Path | None) -> str | None:
         raise ConfigError(
             f"Cannot read the API key file {path}: {error}.",
             expected="a readable file that holds the server's API key",
-            fix="Point --dspark-api-key-file at it, or leave the option out.",
+            fix="Point the option at it, or leave it out.",
         ) from error
     if not key:
         raise ConfigError(
             f"The API key file {path} is empty.",
             expected="a file that holds the server's API key",
-            fix="Write the key into it, or leave --dspark-api-key-file out.",
+            fix="Write the key into it, or leave the option out.",
         )
     return key
 
@@ -107,13 +109,13 @@ class ServerApi:
             raise ServerError(
                 f"GET {url} failed: {error}.",
                 expected=expected,
-                fix="Start the server or correct --host.",
+                fix="Start the server or correct its address.",
             ) from error
         if response.status_code != 200:
             raise ServerError(
                 f"GET {url} answered {response.status_code}: {response.text[:200]}.",
                 expected=expected,
-                fix="If it wants a key, give --dspark-api-key-file; otherwise check --host.",
+                fix="If it wants a key, give the file that holds it; otherwise check the address.",
             )
         return response.content
 
@@ -132,7 +134,7 @@ class ServerApi:
             raise ServerError(
                 f"{self.host}/v1/models lists no model: {body[:200]!r}.",
                 expected='{"data": [{"id": ...}]}',
-                fix="Name the model with --dspark-model.",
+                fix="Name the model.",
             )
         return models[0].id
 

@@ -1,8 +1,6 @@
-"""From records to a summary: one versioned JSON document.
+"""From records to a summary.
 
-Percentiles interpolate linearly between neighbouring ranks. Latencies are milliseconds over
-completed requests; counts and goodput are over requests *sent*, so a server cannot improve
-its score by failing.
+Percentiles interpolate linearly between neighbouring ranks.
 """
 
 from __future__ import annotations
@@ -15,141 +13,26 @@ from pathlib import Path
 import msgspec
 
 from dspark_loadtests.acceptance import Acceptance, ServerIdentity
+from dspark_loadtests.schema import (
+    SCHEMA_VERSION,
+    BenchResult,
+    Counts,
+    Distribution,
+    ErrorCount,
+    Goodput,
+    Latency,
+    RunSettings,
+    Slo,
+    Summary,
+    Throughput,
+    Tokens,
+    UserSpeed,
+)
 from dspark_loadtests.stream import Outcome, RequestRecord
+from dspark_sglang.artifacts import read_artifact, write_json
 from dspark_sglang.errors import ArtifactError
 
-SCHEMA_VERSION = 1
 _MAX_ERRORS = 20
-
-
-class Slo(msgspec.Struct, frozen=True, kw_only=True):
-    """What a request must meet to count as good, in milliseconds."""
-
-    ttft_ms: float
-    tpot_ms: float
-
-    def met_by(self, record: RequestRecord) -> bool:
-        """Whether ``record`` completed, within both limits.
-
-        A single-chunk answer has no time per token and needs only the first limit.
-        """
-        if record.outcome is not Outcome.COMPLETED or record.ttft_s is None:
-            return False
-        if record.ttft_s * 1e3 > self.ttft_ms:
-            return False
-        return record.tpot_s is None or record.tpot_s * 1e3 <= self.tpot_ms
-
-
-class RunSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """How the load was made."""
-
-    host: str
-    model: str
-    temperature: float
-    max_tokens: int
-    users: int
-    seed: int
-    slo: Slo
-    arrival: str = "closed_loop"
-
-
-class Distribution(msgspec.Struct, frozen=True, kw_only=True):
-    """A sample in the unit of its field name."""
-
-    count: int
-    mean: float
-    min: float
-    p50: float
-    p90: float
-    p99: float
-    max: float
-
-
-class Counts(msgspec.Struct, frozen=True, kw_only=True):
-    """``sent == completed + failed + unfinished``; ``empty`` are completed without any text."""
-
-    sent: int
-    completed: int
-    failed: int
-    unfinished: int
-    empty: int
-
-
-class Latency(msgspec.Struct, frozen=True, kw_only=True):
-    """Over completed requests; None where no request has the quantity."""
-
-    ttft_ms: Distribution | None
-    tpot_ms: Distribution | None
-    inter_chunk_ms: Distribution | None
-    e2e_ms: Distribution | None
-
-
-class UserSpeed(msgspec.Struct, frozen=True, kw_only=True):
-    """Tokens a second that one user sees while an answer streams: 1000 / TPOT.
-
-    The percentiles name the slow side: 99 of 100 requests are at least as fast as ``p99``.
-    """
-
-    mean: float
-    p50: float
-    p90: float
-    p99: float
-
-
-class Tokens(msgspec.Struct, frozen=True, kw_only=True):
-    """Sums. ``partial`` are tokens of failed and unfinished requests, in no other number."""
-
-    prompt: int
-    completion: int
-    partial: int
-    #: None unless every completed request was told its cached tokens.
-    cached: int | None
-    #: Completion tokens for each content chunk; not the accepted length.
-    per_chunk: float | None
-
-
-class Throughput(msgspec.Struct, frozen=True, kw_only=True):
-    """``duration_s`` runs from the first send to the last end, the drain included."""
-
-    duration_s: float
-    requests_per_s: float
-    output_tok_s: float
-    user_tok_s: UserSpeed | None
-
-
-class Goodput(msgspec.Struct, frozen=True, kw_only=True):
-    """Requests that completed within the SLO, against requests sent."""
-
-    slo: Slo
-    good: int
-    sent: int
-    ratio: float | None
-    per_s: float
-
-
-class ErrorCount(msgspec.Struct, frozen=True, kw_only=True):
-    """One error message and how many requests it ended."""
-
-    message: str
-    count: int
-
-
-class Summary(msgspec.Struct, frozen=True, kw_only=True):
-    """One run."""
-
-    schema_version: int = SCHEMA_VERSION
-    kind: str = "dspark-loadtest-summary"
-    started_at: str
-    settings: RunSettings
-    server: ServerIdentity
-    counts: Counts
-    latency: Latency
-    tokens: Tokens
-    throughput: Throughput
-    goodput: Goodput
-    acceptance: Acceptance
-    #: The most frequent ones first, at most 20.
-    errors: list[ErrorCount]
 
 
 def percentile(ordered: Sequence[float], fraction: float) -> float:
@@ -176,6 +59,99 @@ def distribution(values: Iterable[float | None]) -> Distribution | None:
     )
 
 
+class Window(msgspec.Struct, frozen=True, kw_only=True):
+    """The steady part of a run, on the recorder's clock: what arrived in it, of whichever request."""
+
+    begin: float
+    end: float
+    tokens: float
+    completed: int
+
+    @property
+    def seconds(self) -> float:
+        """Its length."""
+        return self.end - self.begin
+
+
+def tokens_in(record: RequestRecord, begin: float, end: float) -> float:
+    """Tokens of a request that arrived in ``[begin, end)``.
+
+    Where the server tells usage only at the end, its tokens count evenly over the chunks.
+    """
+    arrivals = record.arrivals
+    tokens: Sequence[float] = record.chunk_tokens
+    if not tokens and record.completion_tokens and arrivals:
+        tokens = [record.completion_tokens / len(arrivals)] * len(arrivals)
+    pairs = zip(arrivals, tokens, strict=False)
+    return math.fsum(count for at, count in pairs if begin <= at < end)
+
+
+def window_of(records: Sequence[RequestRecord], begin: float, end: float) -> Window:
+    """What all requests of a run, measured or not, brought in ``[begin, end)``."""
+    return Window(
+        begin=begin,
+        end=end,
+        tokens=math.fsum(tokens_in(record, begin, end) for record in records),
+        completed=sum(
+            record.outcome is Outcome.COMPLETED and begin <= record.ended_at < end
+            for record in records
+        ),
+    )
+
+
+def itl_ms(record: RequestRecord) -> list[float]:
+    """One sample for each token after the first chunk: its chunk's gap over the chunk's tokens."""
+    found: list[float] = []
+    for gap, tokens in zip(record.gaps_s, record.chunk_tokens[1:], strict=False):
+        found += [gap * 1e3 / tokens] * tokens if tokens > 0 else []
+    return found
+
+
+def latency(completed: Sequence[RequestRecord]) -> Latency:
+    """Every latency of completed requests."""
+    return Latency(
+        ttft_ms=distribution(_ms(record.ttft_s) for record in completed),
+        tpot_ms=distribution(_ms(record.tpot_s) for record in completed),
+        inter_chunk_ms=distribution(_ms(gap) for record in completed for gap in record.gaps_s),
+        e2e_ms=distribution(_ms(record.e2e_s) for record in completed),
+        itl_ms=distribution(each for record in completed for each in itl_ms(record)),
+        ttft_from_schedule_ms=distribution(_ms(r.ttft_from_schedule_s) for r in completed),
+    )
+
+
+def _counts(
+    records: Sequence[RequestRecord],
+    completed: Sequence[RequestRecord],
+    failed: Sequence[RequestRecord],
+) -> Counts:
+    return Counts(
+        sent=len(records),
+        completed=len(completed),
+        failed=len(failed),
+        unfinished=len(records) - len(completed) - len(failed),
+        empty=sum(record.ttft_s is None for record in completed),
+    )
+
+
+def _goodput(records: Sequence[RequestRecord], slo: Slo, duration_s: float) -> Goodput:
+    good = sum(slo.met_by(record) for record in records)
+    note = ""
+    ttfts = [r.ttft_from_schedule_s for r in records if r.ttft_from_schedule_s is not None]
+    if not good and ttfts:
+        tpots = [record.tpot_s for record in records if record.tpot_s is not None]
+        fastest = f"{min(ttfts) * 1e3:.0f} ms to its first token"
+        speed = f", {min(tpots) * 1e3:.1f} ms a token" if tpots else ""
+        note = f"no request met the limits; the fastest took {fastest}{speed}"
+    return Goodput(
+        slo=slo,
+        good=good,
+        sent=len(records),
+        ratio=good / len(records) if records else None,
+        per_s=_per_s(good, duration_s),
+        note=note,
+    )
+
+
 def summarize(
     records: Sequence[RequestRecord],
     *,
@@ -183,39 +159,28 @@ def summarize(
     started_at: str,
     server: ServerIdentity,
     acceptance: Acceptance,
+    window: Window | None = None,
 ) -> Summary:
-    """Aggregate one run. ``started_at`` is ISO 8601 in UTC."""
+    """Aggregate one run.
+
+    Args:
+        records: the measured requests.
+        started_at: ISO 8601 in UTC.
+        window: what rates are taken over; None: from the first send to the last end.
+    """
     completed = [record for record in records if record.outcome is Outcome.COMPLETED]
     failed = [record for record in records if record.outcome is Outcome.FAILED]
-    duration_s = _duration_s(records)
-    good = sum(settings.slo.met_by(record) for record in records)
+    duration_s = _duration_s(records) if window is None else window.seconds
     reasons = Counter(record.error or "no reason recorded" for record in failed)
     return Summary(
         started_at=started_at,
         settings=settings,
         server=server,
-        counts=Counts(
-            sent=len(records),
-            completed=len(completed),
-            failed=len(failed),
-            unfinished=len(records) - len(completed) - len(failed),
-            empty=sum(record.ttft_s is None for record in completed),
-        ),
-        latency=Latency(
-            ttft_ms=distribution(_ms(record.ttft_s) for record in completed),
-            tpot_ms=distribution(_ms(record.tpot_s) for record in completed),
-            inter_chunk_ms=distribution(_ms(gap) for record in completed for gap in record.gaps_s),
-            e2e_ms=distribution(_ms(record.e2e_s) for record in completed),
-        ),
+        counts=_counts(records, completed, failed),
+        latency=latency(completed),
         tokens=_tokens(records, completed),
-        throughput=_throughput(completed, duration_s),
-        goodput=Goodput(
-            slo=settings.slo,
-            good=good,
-            sent=len(records),
-            ratio=good / len(records) if records else None,
-            per_s=_per_s(good, duration_s),
-        ),
+        throughput=_throughput(completed, duration_s, window),
+        goodput=_goodput(records, settings.slo, duration_s),
         acceptance=acceptance,
         errors=[
             ErrorCount(message=text, count=count)
@@ -251,13 +216,18 @@ def _tokens(records: Sequence[RequestRecord], completed: Sequence[RequestRecord]
     )
 
 
-def _throughput(completed: Sequence[RequestRecord], duration_s: float) -> Throughput:
+def _throughput(
+    completed: Sequence[RequestRecord], duration_s: float, window: Window | None
+) -> Throughput:
     # A zero (all chunks in one network read) is below the clock's reach, not infinite speed.
     speeds = sorted(1 / record.tpot_s for record in completed if record.tpot_s)
-    output = sum(record.completion_tokens or 0 for record in completed)
+    output: float = sum(record.completion_tokens or 0 for record in completed)
+    ended = len(completed)
+    if window is not None:
+        output, ended = window.tokens, window.completed
     return Throughput(
         duration_s=duration_s,
-        requests_per_s=_per_s(len(completed), duration_s),
+        requests_per_s=_per_s(ended, duration_s),
         output_tok_s=_per_s(output, duration_s),
         user_tok_s=UserSpeed(
             mean=math.fsum(speeds) / len(speeds),
@@ -272,8 +242,7 @@ def _throughput(completed: Sequence[RequestRecord], duration_s: float) -> Throug
 
 def write_summary(summary: Summary, path: Path) -> None:
     """Write the summary as indented JSON, creating the folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(msgspec.json.format(msgspec.json.encode(summary), indent=2) + b"\n")
+    write_json(path, summary)
 
 
 def read_summary(path: Path) -> Summary:
@@ -293,3 +262,12 @@ def read_summary(path: Path) -> Summary:
             f"{path} has schema_version {summary.schema_version}.", expected=expected, fix=fix
         )
     return summary
+
+
+def read_result(path: Path) -> BenchResult:
+    """Read the ``result.json`` of ``dspark bench``.
+
+    Raises:
+        ArtifactError: the file is missing, damaged, or of another kind or schema.
+    """
+    return read_artifact(path, BenchResult, "a result", "Make one with `dspark bench`.")

@@ -10,10 +10,12 @@ from __future__ import annotations
 import enum
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
+
+from dspark_loadtests.sse import SSEDecoder
 
 Clock = Callable[[], float]
 
@@ -51,6 +53,29 @@ class RequestRecord(msgspec.Struct, frozen=True, kw_only=True):
     #: None when the server does not say (SGLang says it under ``--enable-cache-report``).
     cached_tokens: int | None
     finish_reason: str | None
+    #: When an open loop wanted to send it; None in a closed loop, where sending is the schedule.
+    scheduled_at: float | None = None
+    #: The id the server gave the answer.
+    server_id: str | None = None
+    #: Verify rounds of this request, where the server says so (``return_spec_tokens_details``).
+    rounds: int | None = None
+
+    @property
+    def due_at(self) -> float:
+        """When the request should have been sent: its schedule, or the send where there is none."""
+        return self.sent_at if self.scheduled_at is None else self.scheduled_at
+
+    @property
+    def ttft_from_schedule_s(self) -> float | None:
+        """Time to first token as the schedule sees it: a generator that is late does not hide it."""
+        return None if self.first_content_at is None else self.first_content_at - self.due_at
+
+    @property
+    def arrivals(self) -> list[float]:
+        """When each content chunk arrived."""
+        if self.first_content_at is None:
+            return []
+        return list(itertools.accumulate(self.gaps_s, initial=self.first_content_at))
 
     @property
     def ttft_s(self) -> float | None:
@@ -105,6 +130,8 @@ class _Usage(msgspec.Struct):
 
 
 class _Chunk(msgspec.Struct):
+    id: Any = None
+    sglext: Any = None
     object: str | None = None
     message: str | None = None
     error: dict[str, Any] | str | None = None
@@ -115,40 +142,6 @@ class _Chunk(msgspec.Struct):
 _decoder = msgspec.json.Decoder(_Chunk)
 
 
-class SSEDecoder:
-    """Splits a byte stream into server-sent events, however the network cut it.
-
-    Handles LF and CRLF line ends, comments and multi-line data. A last event without its
-    closing blank line is dropped, as the specification says.
-    """
-
-    def __init__(self) -> None:
-        self._pending = bytearray()
-        self._data: list[bytes] = []
-        self._event = ""
-
-    def feed(self, data: bytes) -> Iterator[tuple[str, bytes]]:
-        """Yield ``(event name, data)`` for every event that ``data`` completes."""
-        self._pending += data
-        while (end := self._pending.find(b"\n")) >= 0:
-            line = bytes(self._pending[:end]).removesuffix(b"\r")
-            del self._pending[: end + 1]
-            if line:
-                self._field(line)
-                continue
-            if self._data:
-                yield self._event, b"\n".join(self._data)
-            self._data, self._event = [], ""
-
-    def _field(self, line: bytes) -> None:
-        name, _, value = line.partition(b":")
-        value = value.removeprefix(b" ")
-        if name == b"data":
-            self._data.append(value)
-        elif name == b"event":
-            self._event = value.decode("utf-8", "replace")
-
-
 class StreamRecorder:
     """Follows one request. Create it at the instant of sending; close it exactly once.
 
@@ -157,7 +150,12 @@ class StreamRecorder:
     """
 
     def __init__(
-        self, *, prompt_id: str, prompt_kind: str, clock: Clock = time.perf_counter
+        self,
+        *,
+        prompt_id: str,
+        prompt_kind: str,
+        clock: Clock = time.perf_counter,
+        scheduled_at: float | None = None,
     ) -> None:
         self._prompt_id = prompt_id
         self._prompt_kind = prompt_kind
@@ -172,7 +170,16 @@ class StreamRecorder:
         self._done_at: float | None = None
         self._started = False
         self._closed = False
+        self._scheduled_at = scheduled_at
+        self._server_id: str | None = None
+        self._rounds: int | None = None
+        self._text: list[str] = []
         self.sent_at = clock()
+
+    @property
+    def text(self) -> str:
+        """The answer so far, without reasoning."""
+        return "".join(self._text)
 
     @property
     def done(self) -> bool:
@@ -201,9 +208,15 @@ class StreamRecorder:
         if chunk.error is not None or chunk.object == "error" or event == "error":
             self._note_error(f"error in the stream: {_error_text(chunk)}")
             return
+        if chunk.id is not None:
+            self._server_id = str(chunk.id)
+        if chunk.sglext is not None:
+            self._rounds = _verify_rounds(chunk.sglext)
         has_content = False
         for choice in chunk.choices:
-            has_content = has_content or (choice.delta is not None and choice.delta.has_content)
+            if choice.delta is not None and choice.delta.has_content:
+                has_content = True
+                self._text.append(choice.delta.content or "")
             self._finish_reason = choice.finish_reason or self._finish_reason
         if has_content:
             self._content_at.append(now)
@@ -268,6 +281,9 @@ class StreamRecorder:
             completion_tokens=None if self._usage is None else self._usage.completion_tokens,
             cached_tokens=None if details is None else details.cached_tokens,
             finish_reason=self._finish_reason,
+            scheduled_at=self._scheduled_at,
+            server_id=self._server_id,
+            rounds=self._rounds,
         )
 
 
@@ -276,3 +292,10 @@ def _error_text(chunk: _Chunk) -> str:
         parts = [chunk.error.get(key) for key in ("code", "type", "message")]
         return " ".join(str(part) for part in parts if part is not None) or str(chunk.error)
     return chunk.error or chunk.message or "no message given"
+
+
+def _verify_rounds(extension: Any) -> int | None:
+    """From SGLang's ``sglext`` (``SpecTokensDetails`` in its openai/protocol.py); others may use the name."""
+    details = extension.get("spec_tokens_details") if isinstance(extension, dict) else None
+    rounds = details.get("spec_verify_ct") if isinstance(details, dict) else None
+    return rounds if isinstance(rounds, int) else None

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from dspark_loadtests.report import Distribution, Summary
+from dspark_loadtests.schema import Distribution, Summary
 
 
 def print_summary(summary: Summary, console: Console) -> None:
@@ -16,7 +19,9 @@ def print_summary(summary: Summary, console: Console) -> None:
     latency = summary.latency
     for name, row in (
         ("TTFT", latency.ttft_ms),
+        *([("TTFT from schedule", latency.ttft_from_schedule_ms)] if _open(summary) else []),
         ("TPOT", latency.tpot_ms),
+        ("ITL", latency.itl_ms),
         ("inter-chunk", latency.inter_chunk_ms),
         ("end to end", latency.e2e_ms),
     ):
@@ -25,6 +30,48 @@ def print_summary(summary: Summary, console: Console) -> None:
     for line in _lines(summary):
         # Plain text: error messages and model names may hold square brackets.
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def print_stages(stages: Sequence[Summary], console: Console) -> None:
+    """One line a stage."""
+    table = Table(
+        title=f"{stages[0].settings.model} at {stages[0].settings.host}",
+        caption="tok/s of all and of one user; TTFT from schedule and TPOT in ms; accepted length; verified a request",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    headings = ("stage", "sent", "fail", "tok/s", "user", "TTFT", "p99", "TPOT", "p99", "good", "acc", "ver")  # fmt: skip
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading == "stage" else "right", no_wrap=True)
+    for stage in stages:
+        latency, good = stage.latency, stage.goodput.ratio
+        speed, ttft, tpot = stage.throughput.user_tok_s, latency.ttft_from_schedule_ms, latency.tpot_ms  # fmt: skip
+        table.add_row(
+            stage.name + ("" if stage.complete else " (cut)"),
+            str(stage.counts.sent),
+            str(stage.counts.failed),
+            _number(stage.throughput.output_tok_s, 1),
+            _number(speed.mean if speed else None, 1),
+            _number(ttft.p50 if ttft else None, 0),
+            _number(ttft.p99 if ttft else None, 0),
+            _number(tpot.p50 if tpot else None, 1),
+            _number(tpot.p99 if tpot else None, 1),
+            "-" if good is None else f"{good:.0%}",
+            _number(stage.acceptance.accepted_length, 2),
+            _number(stage.acceptance.budget, 2),
+        )
+    console.print(table)
+    for stage in stages:
+        if stage.goodput.note:
+            console.print(f"{stage.name}: {stage.goodput.note}", highlight=False, soft_wrap=True)
+
+
+def _open(summary: Summary) -> bool:
+    return summary.settings.arrival == "open_loop"
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def _cells(row: Distribution | None) -> list[str]:
@@ -55,6 +102,8 @@ def _lines(summary: Summary) -> list[str]:
         f"goodput      {good.good} of {good.sent} sent ({ratio}), {good.per_s:.2f}/s within "
         f"TTFT <= {good.slo.ttft_ms:g} ms and TPOT <= {good.slo.tpot_ms:g} ms"
     )
+    if good.note:
+        lines.append(f"             {good.note}")
     if acceptance.accepted_length is None:
         lines.append(f"accepted     no accepted length: {acceptance.note}")
     else:
@@ -78,6 +127,6 @@ def verdict(summary: Summary) -> tuple[bool, str]:
     if not counts.completed:
         return False, (
             f"FAILED: no request completed ({counts.sent} sent), so nothing was measured. "
-            "Run longer with -t, or allow more time to drain with --stop-timeout."
+            "Run longer, or allow more time to drain."
         )
     return True, f"OK: {counts.completed} of {counts.sent} requests completed, none failed"

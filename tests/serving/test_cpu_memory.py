@@ -45,62 +45,74 @@ def test_reading_slots_inverts_writing_them(
 
 # --- packed weights -------------------------------------------------------------------------------
 
-needs_onednn = pytest.mark.skipif(
-    not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported(),
-    reason="oneDNN has no bfloat16 here",
-)
+
+def supported(dtype: torch.dtype) -> bool:
+    """Whether oneDNN has matrix kernels of this type here."""
+    available = torch.backends.mkldnn.is_available()
+    return available and (
+        dtype is torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    )
+
+
+TYPES = [
+    pytest.param(dtype, marks=pytest.mark.skipif(not supported(dtype), reason="not in oneDNN here"))
+    for dtype in (torch.bfloat16, torch.float32)
+]
+types = pytest.mark.parametrize("dtype", TYPES, ids=["bfloat16", "float32"])
 
 
 def close(found: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: Any) -> None:
-    """Within two bfloat16 roundings of the exact product."""
+    """Within two roundings of the exact product."""
     exact = torch.nn.functional.linear(x.double(), weight.double(), bias)
-    assert found.dtype is torch.bfloat16
+    assert found.dtype is weight.dtype
+    unit = torch.finfo(weight.dtype).eps
     scale = math.sqrt(weight.shape[1])
-    torch.testing.assert_close(found.double(), exact, atol=scale * 2**-9, rtol=2**-7)
+    share = 0.25 if weight.dtype is torch.bfloat16 else 16.0  # float32 also sums in it
+    torch.testing.assert_close(found.double(), exact, atol=scale * unit * share, rtol=unit)
 
 
-@needs_onednn
+@types
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
 @pytest.mark.parametrize("rows", range(1, 10))
-def test_packed_linear_is_linear(rows: int, bias: bool) -> None:
-    weight, x = torch.randn(96, 48).bfloat16(), torch.randn(rows, 48).bfloat16()
-    added = torch.randn(96).bfloat16() if bias else None
+def test_packed_linear_is_linear(rows: int, bias: bool, dtype: torch.dtype) -> None:
+    weight, x = torch.randn(96, 48).to(dtype), torch.randn(rows, 48).to(dtype)
+    added = torch.randn(96).to(dtype) if bias else None
     found = packed_linear(x, pack(weight), added)
     assert found.shape == (rows, 96)
     close(found, x, weight, None if added is None else added.double())
 
 
-@needs_onednn
-def test_packed_linear_takes_strided_rows() -> None:
-    weight, wide = torch.randn(96, 48).bfloat16(), torch.randn(5, 100).bfloat16()
+@types
+def test_packed_linear_takes_strided_rows(dtype: torch.dtype) -> None:
+    weight, wide = torch.randn(96, 48).to(dtype), torch.randn(5, 100).to(dtype)
     x = wide[:, 20:68]
     close(packed_linear(x, pack(weight), None), x, weight, None)
 
 
-@needs_onednn
-def test_a_packed_layer_falls_back_for_float32_input() -> None:
-    layer = ReplicatedLinear(48, 96, bias=False, params_dtype=torch.bfloat16)
+@types
+def test_a_packed_layer_falls_back_for_another_type_of_input(dtype: torch.dtype) -> None:
+    layer = ReplicatedLinear(48, 96, bias=False, params_dtype=dtype)
     layer.weight.data.normal_()
     method = PackedLinearMethod()
     method.process_weights_after_loading(layer)
-    x = torch.randn(4, 48)
-    for given_ in (x, x.bfloat16()):
-        close(method.apply(layer, given_), x.bfloat16(), layer.weight, None)
+    x = torch.randn(4, 48).bfloat16()
+    for given_ in (x, x.float()):
+        close(method.apply(layer, given_), x, layer.weight, None)
 
 
-@needs_onednn
-def test_a_model_is_packed_where_it_can_be() -> None:
+@types
+def test_a_model_is_packed_where_it_can_be(dtype: torch.dtype) -> None:
     model = torch.nn.ModuleDict(
         {
-            "plain": ReplicatedLinear(48, 96, bias=False, params_dtype=torch.bfloat16),
-            "wide": ReplicatedLinear(48, 96, bias=False, params_dtype=torch.float32),
-            "other": torch.nn.Linear(48, 96, dtype=torch.bfloat16),
+            "plain": ReplicatedLinear(48, 96, bias=False, params_dtype=dtype),
+            "sixteen": ReplicatedLinear(48, 96, bias=False, params_dtype=torch.float16),
+            "other": torch.nn.Linear(48, 96, dtype=dtype),
         }
     )
     model["plain"].weight.data.normal_()
     assert pack_model(model) == 1
     assert isinstance(model["plain"].quant_method, PackedLinearMethod)
-    x = torch.randn(3, 48).bfloat16()
+    x = torch.randn(3, 48).to(dtype)
     close(model["plain"](x)[0], x, model["plain"].weight, None)
     # Loading again packs again.
     model["plain"].weight.data.normal_()

@@ -165,6 +165,31 @@ def test_rows_of_logits_stay_sharded_unless_something_reads_them(pair: Pair) -> 
     assert ran(pair.ranks)["logits:gathered"] > 0
 
 
+@pytest.mark.slow
+def test_ranks_with_the_kernels_have_the_text_of_one_rank(
+    pair: Pair, models: Models, tmp_path: Path
+) -> None:
+    """Acceptance by ``vocab_parallel_accept`` in Triton's interpreter, through the real server."""
+    kernels = {"DSPARK_KERNELS": "triton", "TRITON_INTERPRET": "1"}
+    server = start(tmp_path, "kernels", models, 2, **kernels)
+    try:
+        server.wait_ready(300.0)
+        for prompt in PROMPTS[:2]:
+            assert tokens(server, prompt) == tokens(pair.alone, prompt)
+        narrow = {"temperature": 1.0, "top_p": 1e-6, "max_new_tokens": 12}
+        wanted = tokens(pair.alone, PROMPTS[0], max_new_tokens=12)
+        assert tokens(server, PROMPTS[0], **narrow) == wanted
+        tokens(server, PROMPTS[0], temperature=1.0, max_new_tokens=12)
+        counts = ran(server)
+        assert counts["accept:sharded-triton-greedy"] > 0
+        assert counts["accept:sharded-triton-rejection"] > 0
+        record = server.dspark()
+        assert record is not None
+        assert record["launches"]["vocab_parallel_accept.finish"] > 0
+    finally:
+        server.stop()
+
+
 def test_a_rank_that_dies_ends_the_server(pair: Pair) -> None:
     """Last here: nothing is left of the server, and its log names the rank."""
     seconds, said = kill_rank(pair.ranks, PROMPTS[0])

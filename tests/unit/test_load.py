@@ -17,6 +17,7 @@ import pytest
 from rich.console import Console
 
 from dspark_loadtests.prompts import load_prompts
+from dspark_loadtests.report import tokens_in
 from dspark_loadtests.stream import Outcome, RequestRecord
 from dspark_sglang.cli.bench_load import _names, _numbers
 from dspark_sglang.demo.server import Server
@@ -50,7 +51,7 @@ def record(first: float | None, gaps: list[float], tokens: list[int]) -> Request
 )
 def test_tokens_count_where_they_arrive(begin: float, end: float, wanted: int) -> None:
     chat = record(10.0, [1.0, 2.0, 3.0], [1, 2, 4, 8])
-    assert closed_loop._tokens_in(chat, begin, end) == wanted
+    assert tokens_in(chat, begin, end) == wanted
 
 
 def test_windows_share_every_token_once() -> None:
@@ -58,12 +59,12 @@ def test_windows_share_every_token_once() -> None:
     gaps, tokens = rng.uniform(0, 0.3, 60).tolist(), rng.integers(1, 6, 61).tolist()
     chat = record(2.0, gaps, tokens)
     edges = [0.0, 3.0, 5.5, 7.25, 1000.0]
-    parts = [closed_loop._tokens_in(chat, a, b) for a, b in itertools.pairwise(edges)]
+    parts = [tokens_in(chat, a, b) for a, b in itertools.pairwise(edges)]
     assert sum(parts) == sum(tokens) and min(parts[:3]) > 0
 
 
 def test_a_request_without_an_answer_brings_nothing() -> None:
-    assert closed_loop._tokens_in(record(None, [], []), 0.0, 100.0) == 0
+    assert tokens_in(record(None, [], []), 0.0, 100.0) == 0
 
 
 # --- the loop itself, against a server that streams -------------------------------------------------

@@ -33,15 +33,8 @@ from dspark_loadtests.client import (
 )
 from dspark_loadtests.fake_server import Chunk, FakeServer, Script, Served
 from dspark_loadtests.prompts import KINDS, cycle, load_prompts
-from dspark_loadtests.report import (
-    RunSettings,
-    Slo,
-    Summary,
-    percentile,
-    read_summary,
-    summarize,
-    write_summary,
-)
+from dspark_loadtests.report import percentile, read_summary, summarize, write_summary
+from dspark_loadtests.schema import RunSettings, Slo, Summary
 from dspark_loadtests.session import LoadSession
 from dspark_loadtests.stream import Outcome, RequestRecord, StreamRecorder
 from dspark_loadtests.terminal import print_summary, verdict
@@ -252,7 +245,7 @@ class TestAgainstServer:
             with pytest.raises(ServerError, match="404"):
                 ServerApi(server.url).get("/nothing")
             address = server.url
-        with pytest.raises(ServerError, match="Start the server or correct --host"):
+        with pytest.raises(ServerError, match="Start the server or correct its address"):
             ServerApi(address, timeout_s=2).model()
 
 

@@ -15,7 +15,8 @@ import msgspec
 import pytest
 
 from dspark_loadtests.fake_server import Chunk, FakeServer, Script
-from dspark_loadtests.report import Summary, read_summary
+from dspark_loadtests.report import read_summary
+from dspark_loadtests.schema import Summary
 
 # Importing locust would patch ssl under the whole test process.
 pytestmark = pytest.mark.skipif(find_spec("locust") is None, reason="locust is not installed")
@@ -133,12 +134,29 @@ def test_requests_in_flight_at_the_end_are_unfinished(tmp_path: Path) -> None:
     assert "no accepted length: the server runs without speculation" in output
 
 
+def test_an_open_loop_waits_for_nobody(tmp_path: Path) -> None:
+    slow = Script(chunks=(Chunk(0.7, 1), Chunk(0.7, 3)))
+    with FakeServer(lambda _: slow) as server:
+        code, output = locust(
+            server.url, tmp_path, "-u", "2", "-r", "2", "-t", "4s", "--dspark-rate", "10"
+        )
+    summary = summary_in(tmp_path)
+    assert code == 0, output
+    # Two users of a closed loop would have sent 6; 40 are expected, less what starting takes.
+    assert 15 < summary.counts.sent == len(server.served) < 60
+    assert (summary.settings.arrival, summary.settings.rate) == ("open_loop", 10.0)
+    assert summary.counts.completed == summary.counts.sent, "the drain let the last ones end"
+    latency = summary.latency
+    assert latency.ttft_from_schedule_ms and latency.ttft_ms
+    assert latency.ttft_from_schedule_ms.mean >= latency.ttft_ms.mean >= 700
+
+
 def test_no_server_is_said_in_one_line_also_when_not_installed(tmp_path: Path) -> None:
     with FakeServer(lambda _: QUICK) as server:
         address = server.url
     code, output = locust(address, tmp_path, "-u", "1", "-t", "30s", installed=False)
     assert code == 2, output
     assert f"error: GET {address}/v1/models failed" in output
-    assert "Start the server or correct --host." in output
+    assert "Start the server or correct its address." in output
     assert "Traceback" not in output
     assert not (tmp_path / "deep").exists()

@@ -257,6 +257,12 @@ def test_it_says_by_how_much_it_does_not_fit(bundle: Path) -> None:
     assert make(bundle, enough, tp=1, context=4000, requests=1000).fits
 
 
+def test_more_attention_groups_than_ranks_are_passed_over(bundle: Path) -> None:
+    """Smaller numbers of ranks are tried for the smallest that fits; they cannot hold the groups."""
+    made = make(bundle, attention_dp=4)
+    assert made.tp == 8 and made.smallest_tp is not None and made.smallest_tp >= 4
+
+
 def test_what_fits_has_its_tokens(bundle: Path, llama: Path) -> None:
     for folder, tp in ((bundle, 1), (bundle, 4), (llama, 1)):
         verdicts = set()

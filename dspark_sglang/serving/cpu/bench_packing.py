@@ -32,14 +32,21 @@ def best_ms(run: Callable[[], None], *, repetitions: int = 9) -> float:
 
 @torch.inference_mode()
 def main() -> None:
-    """Print milliseconds of one forward through all projections by rows and layout."""
-    weights = [torch.randn(out, width).bfloat16() for _ in range(LAYERS) for width, out in SHAPES]
+    """Print milliseconds of one forward through all projections by type, rows and layout."""
+    for dtype in (torch.bfloat16, torch.float32):
+        weights = [
+            torch.randn(out, width).to(dtype) for _ in range(LAYERS) for width, out in SHAPES
+        ]
+        size = sum(weight.nbytes for weight in weights) / 1e6
+        print(f"{torch.get_num_threads()} threads, {size:.0f} MB, {dtype}")
+        compare(weights)
+
+
+def compare(weights: list[torch.Tensor]) -> None:
+    """Print the times of one set of weights."""
     packed = [pack(weight) for weight in weights]
-    print(
-        f"{torch.get_num_threads()} threads, {sum(w.nbytes for w in weights) / 1e6:.0f} MB, bfloat16"
-    )
-    for rows in (1, 6, 16):
-        inputs = {width: torch.randn(rows, width).bfloat16() for width, _ in SHAPES}
+    for rows in (1, 2, 6, 16, 64):
+        inputs = {width: torch.randn(rows, width).to(weights[0].dtype) for width, _ in SHAPES}
 
         def plain(inputs: dict[int, torch.Tensor] = inputs) -> None:
             for weight in weights:

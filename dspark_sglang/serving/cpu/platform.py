@@ -102,7 +102,7 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
     def post_load_model(self, model: torch.nn.Module) -> None:
         from dspark_sglang.serving.cpu.packing import pack_model
 
-        logger.info("Packed %d bfloat16 projections for oneDNN.", pack_model(model))
+        logger.info("Packed %d projections for oneDNN.", pack_model(model))
 
     def apply_server_args_defaults(self, server_args: Any) -> None:
         """Choose what runs here where the user did not choose."""

@@ -16,6 +16,7 @@ from dspark_kernels.confidence import confidence
 from dspark_kernels.kv_inject import kv_inject, pools, rope_table
 from dspark_kernels.markov_step import Head, Sampling, draft_shortlist
 from dspark_kernels.support.backend import Backend
+from dspark_kernels.vocab_parallel_accept import Shard, begin
 from dspark_sglang.errors import CompatibilityError
 
 _VOCAB, _HIDDEN, _RANK, _REQUESTS, _GAMMA, _LISTED = 1000, 64, 32, 6, 3, 32
@@ -79,10 +80,10 @@ def _admit(device: torch.device, backend: Backend) -> Sequence[torch.Tensor]:
     return tuple(admit(steps.cumprod(1), budget, backend=backend))
 
 
-def _accept(device: torch.device, backend: Backend) -> Sequence[torch.Tensor]:
+def _rows(device: torch.device) -> tuple[Rows, ListedDraft, torch.Tensor]:
+    """Target rows, drafted laws and uniforms of one round."""
     lens = torch.tensor([3, 0, 2, 3, 1, 3], dtype=torch.int32, device=device)
     first = (lens + 1).cumsum(0, dtype=torch.int32) - lens - 1
-    rows = int((lens + 1).sum())
     law = _random(device, _REQUESTS, _GAMMA, _LISTED, seed=13).softmax(-1)
     tokens = _integers(device, 1 << 30, _REQUESTS, _GAMMA, _VOCAB, seed=14).argsort(-1)[
         ..., :_LISTED
@@ -90,32 +91,65 @@ def _accept(device: torch.device, backend: Backend) -> Sequence[torch.Tensor]:
     tokens = tokens.contiguous()
     generator = torch.Generator().manual_seed(15)
     uniforms = torch.rand((_REQUESTS, _GAMMA + 1), generator=generator, dtype=torch.float64)
+    logits = _random(device, int((lens + 1).sum()), _VOCAB, seed=16, scale=2.0).bfloat16()
+    rows = Rows(logits, first, lens, tokens[..., 0].contiguous())
+    return rows, ListedDraft(law, tokens), uniforms.to(device)
+
+
+def _filters(device: torch.device) -> Filters:
     whole = torch.full((_REQUESTS,), _VOCAB, dtype=torch.int32, device=device)
     whole[1] = 20
-    coupled = torch.tensor([0, 0, 1, 0, 0, 1], dtype=torch.int32, device=device)
+    top_p = torch.tensor([1.0, 0.9, 1.0, 1.0, 0.8, 1.0], device=device)
+    return Filters(whole, top_p, torch.zeros(_REQUESTS, device=device))
+
+
+def _accept(device: torch.device, backend: Backend) -> Sequence[torch.Tensor]:
+    rows, draft, uniforms = _rows(device)
     found = accept(
-        Rows(
-            _random(device, rows, _VOCAB, seed=16, scale=2.0).bfloat16(),
-            first,
-            lens,
-            tokens[..., 0].contiguous(),
-        ),
+        rows,
         _temperatures(device),
-        uniforms.to(device),
-        draft=ListedDraft(law, tokens),
-        filters=Filters(
-            whole,
-            torch.tensor([1.0, 0.9, 1.0, 1.0, 0.8, 1.0], device=device),
-            torch.zeros(_REQUESTS, device=device),
-        ),
+        uniforms,
+        draft=draft,
+        filters=_filters(device),
         keys=Keys(
             _integers(device, 1 << 40, _REQUESTS, seed=17),
             _integers(device, 1000, _REQUESTS, seed=18),
-            coupled,
+            torch.tensor([0, 0, 1, 0, 0, 1], dtype=torch.int32, device=device),
         ),
         backend=backend,
     )
     return tuple(found)
+
+
+def _accept_sharded(device: torch.device, backend: Backend) -> Sequence[torch.Tensor]:
+    """Two shards in this process, in lockstep; the reference has whole rows."""
+    rows, draft, uniforms = _rows(device)
+    both = (_temperatures(device), uniforms)
+    if backend == "torch":
+        return tuple(accept(rows, *both, draft=draft, filters=_filters(device), backend=backend))
+    widths = [_VOCAB // 2 + 12, _VOCAB - _VOCAB // 2 - 12]
+    parts = torch.split(rows.logits, widths, dim=1)
+    keep = _filters(device)
+    running = [
+        begin(
+            rows._replace(logits=part.contiguous()),
+            Shard(rank, tuple(widths)),
+            *both,
+            draft=draft,
+            filters=keep,
+        )
+        for rank, part in enumerate(parts)
+    ]
+    records = [next(rank) for rank in running]
+    while True:
+        every, records = torch.stack(records), []
+        for rank in running:
+            try:
+                records.append(rank.send(every))
+            except StopIteration as end:
+                outcome = end.value
+        if not records:
+            return tuple(outcome)
 
 
 def _kv_inject(device: torch.device, backend: Backend) -> Sequence[torch.Tensor]:
@@ -145,21 +179,34 @@ CHECKS: dict[str, Check] = {
 
 
 def check_kernels(device: torch.device) -> None:
-    """Run every kernel and its reference on the same operands.
+    """Run every kernel that one rank needs and its reference on the same operands.
 
     Raises:
         CompatibilityError: one differs: whole numbers at all, others by more than rounding.
     """
     for name, check in CHECKS.items():
-        ours, wanted = check(device, "triton"), check(device, "torch")
-        for found, expected in zip(ours, wanted, strict=True):
-            if not _agree(found, expected):
-                raise CompatibilityError(
-                    f"The kernel {name} disagrees with its reference on {device}.",
-                    expected="the same result, up to rounding",
-                    fix="Set DSPARK_KERNELS=torch, and report the device, the driver and the "
-                    "versions that `dspark doctor` prints.",
-                )
+        _compare(name, check, device)
+
+
+def check_sharded(device: torch.device) -> None:
+    """The same of the kernels that several ranks need beside them.
+
+    Raises:
+        CompatibilityError: as :func:`check_kernels`.
+    """
+    _compare("vocab_parallel_accept", _accept_sharded, device)
+
+
+def _compare(name: str, check: Check, device: torch.device) -> None:
+    ours, wanted = check(device, "triton"), check(device, "torch")
+    for found, expected in zip(ours, wanted, strict=True):
+        if not _agree(found, expected):
+            raise CompatibilityError(
+                f"The kernel {name} disagrees with its reference on {device}.",
+                expected="the same result, up to rounding",
+                fix="Set DSPARK_KERNELS=torch, and report the device, the driver and the "
+                "versions that `dspark doctor` prints.",
+            )
 
 
 def _agree(found: torch.Tensor, expected: torch.Tensor) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -20,12 +21,19 @@ from dspark_sglang.serving.ops.supply import Supply
 from dspark_sglang.serving.ranks import Vocabulary
 from dspark_sglang.serving.telemetry import Telemetry
 
+if TYPE_CHECKING:
+    from dspark_sglang.serving.ops.triton_ops import TritonOps
+
+#: Least probability of a drafted token.
+_LEAST = 1e-38
+
 
 class ShardedOps:
     """:class:`dspark_sglang.serving.ops.Ops` over shards: drafting and acceptance here, the rest inside.
 
     Base and target logits are this rank's columns. Blocks of a draft vocabulary are drafted inside:
-    every rank has the whole of it.
+    every rank has the whole of it. Acceptance is the kernels' where the inner operations are, except of
+    whole blocks (``verification="block"``).
 
     Args:
         inner: the operations of one rank.
@@ -51,6 +59,9 @@ class ShardedOps:
         shard = vocabulary.shard
         own = inner.markov.w2[shard.start : shard.start + shard.width]
         self._head: MarkovHead = dataclasses.replace(inner.markov, w2=own)
+        self._kernels = _kernels(inner) if verification != "block" else None
+        widths = torch.tensor([shard.width], device=own.device)
+        self._widths = tuple(vocabulary.ranks.gather(widths, "start").view(-1).tolist())
 
     @property
     def launches(self) -> dict[str, int]:
@@ -88,6 +99,8 @@ class ShardedOps:
 
     def nothing(self, rows: SampledRows | None, requests: int) -> DraftBlock:
         """See :meth:`dspark_sglang.serving.ops.Ops.nothing`."""
+        if self._kernels is not None:
+            return self._inner.nothing(rows, requests)
         sampled = None if rows is None or rows.seeds is not None else len(rows.index)
         return undrafted(requests, laws=sampled, device=self.markov.w1.device)
 
@@ -121,6 +134,8 @@ class ShardedOps:
         rows = given.rows
         if rows is not None and rows.seeds is not None and rows.filters:
             return self._inner.accept(given)  # the verifier has gathered whole rows for these
+        if self._kernels is not None:
+            return self._accept_by_kernels(self._kernels, given)
         shard = self._vocabulary.shard
         how = "greedy"
         sampling = None
@@ -131,6 +146,16 @@ class ShardedOps:
         logits = self._vocabulary.own(given.logits)
         deciding = accept(logits, given.drafted, given.lens, given.first, shard, sampling)
         return self._vocabulary.ranks.run(deciding, "accept")
+
+    def _accept_by_kernels(self, kernels: TritonOps, given: Verified) -> Accepted:
+        given = given._replace(logits=self._vocabulary.own(given.logits))
+        if given.laws is not None and given.support is None:
+            laws, lse = _spread(given)
+            given = given._replace(laws=laws, lse=lse)
+        ranks = self._vocabulary.ranks
+        return kernels.accept_sharded(
+            given, ranks.rank, self._widths, lambda steps: ranks.run(steps, "accept")
+        )
 
     def _sampling(self, given: Verified, rows: SampledRows) -> Sampling:
         if rows.seeds is not None:
@@ -161,3 +186,29 @@ class ShardedOps:
         places = column.clamp(0, shard.width - 1).expand(laws.shape)
         whole = laws.new_zeros((*laws.shape[:2], shard.width))
         return whole.scatter_add_(-1, places, laws * own)
+
+
+def _kernels(inner: Ops) -> TritonOps | None:
+    """The inner operations where they are the kernels', which a CPU without Triton cannot import."""
+    if inner.name != "triton":
+        return None
+    from dspark_sglang.serving.ops.selfcheck import check_sharded
+    from dspark_sglang.serving.ops.triton_ops import TritonOps
+
+    assert isinstance(inner, TritonOps)
+    check_sharded(inner.markov.w1.device)
+    return inner
+
+
+def _spread(given: Verified) -> tuple[torch.Tensor, torch.Tensor]:
+    """Drafted laws of the sampled requests ``[S, gamma, width]`` as the kernels read them.
+
+    Returns:
+        logits ``[R, gamma, width]`` at the requests' temperatures, and their log-sum-exp ``[R, gamma]``.
+    """
+    assert given.laws is not None and given.rows is not None
+    requests, (gamma, width) = len(given.lens), given.laws.shape[1:]
+    logits = given.laws.new_zeros((requests, gamma, width))
+    # no law of a softmax is 0 but by underflow; the kernels refuse infinite logits
+    found = given.laws.clamp(min=_LEAST).log() * given.rows.temperatures[:, None, None]
+    return logits.index_copy_(0, given.rows.index, found), logits.new_zeros((requests, gamma))

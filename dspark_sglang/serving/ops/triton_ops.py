@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,8 @@ from dspark_kernels.admit import admit
 from dspark_kernels.confidence import confidence
 from dspark_kernels.markov_step import Head, Sampling, draft_shortlist, successor_table
 from dspark_kernels.support.backend import LAUNCHES
+from dspark_kernels.vocab_parallel_accept import Shard, begin
+from dspark_kernels.vocab_parallel_accept.steps import Steps
 from dspark_sglang.config import Verification
 from dspark_sglang.core.accept import Accepted
 from dspark_sglang.core.draft import FOLLOWING, SHORTLIST, DraftBlock, undrafted
@@ -174,29 +177,70 @@ class TritonOps(Calibrated):
             NumericsError: a law that cannot be decided on; on CUDA found a round or two later,
                 since the host does not wait.
         """
+        given_rows, batch, keys, out = self._operands(given)
+        found = accept(
+            given_rows,
+            batch.temperatures,
+            self._supply.uniforms(len(given.lens), given.drafted.shape[1] + 1),
+            draft=_law(given),
+            filters=batch.filters,
+            keys=keys,
+            block=self._verification == "block",
+            out=out,
+            backend="triton",
+        )
+        return self._outcome(found, given.rows, "triton")
+
+    def accept_sharded(
+        self,
+        given: Verified,
+        rank: int,
+        widths: tuple[int, ...],
+        run: Callable[[Steps], Outcome],
+    ) -> Accepted:
+        """The same of this rank's columns; rejection sampling alone, and no seeds with filters.
+
+        Args:
+            given: logits and dense laws are this rank's columns, laws of every request of the batch.
+            widths: columns of every rank.
+            run: exchanges the records.
+
+        Raises:
+            NumericsError: as :meth:`accept`, on every rank.
+        """
+        given_rows, batch, keys, out = self._operands(given)
+        rows = given.rows
+        searched = rows is not None and not (rows.top_k is None and rows.top_p is None)
+        steps = begin(
+            given_rows,
+            Shard(rank, widths),
+            batch.temperatures,
+            self._supply.uniforms(len(given.lens), given.drafted.shape[1] + 1),
+            draft=_law(given),
+            filters=batch.filters,
+            keys=keys,
+            searched=searched,
+            out=out,
+        )
+        return self._outcome(run(steps), rows, "sharded-triton")
+
+    def _operands(self, given: Verified) -> tuple[Rows, Batch, Keys | None, Outcome]:
         self._check_flags()
-        rows, requests = given.rows, len(given.lens)
-        device, width = given.logits.device, given.drafted.shape[1] + 1
-        batch = self._given(rows, requests)
+        requests, device = len(given.lens), given.logits.device
+        batch = self._given(given.rows, requests)
         keys = None
         if batch.seeds is not None and batch.coupled is not None:
             positions = given.anchors.to(torch.int64).contiguous()
             keys = Keys(batch.seeds, positions, batch.coupled)
         count, token = (torch.empty(requests, dtype=torch.int64, device=device) for _ in range(2))
-        found = accept(
-            Rows(given.logits, given.first, given.lens, given.drafted.contiguous()),
-            batch.temperatures,
-            self._supply.uniforms(requests, width),
-            draft=_law(given),
-            filters=batch.filters,
-            keys=keys,
-            block=self._verification == "block",
-            out=Outcome(count, token, torch.empty(requests, dtype=torch.int32, device=device)),
-            backend="triton",
-        )
+        out = Outcome(count, token, torch.empty(requests, dtype=torch.int32, device=device))
+        rows = Rows(given.logits, given.first, given.lens, given.drafted.contiguous())
+        return rows, batch, keys, out
+
+    def _outcome(self, found: Outcome, rows: SampledRows | None, how: str) -> Accepted:
         self._watch(found.flag)
         kind = "greedy" if rows is None else "seeded" if rows.seeds is not None else None
-        self._telemetry.ran[f"accept:triton-{kind or self._verification}"] += 1
+        self._telemetry.ran[f"accept:{how}-{kind or self._verification}"] += 1
         return Accepted(count=found.count, token=found.token)
 
     def _watch(self, flag: torch.Tensor) -> None:

@@ -1,0 +1,252 @@
+"""``dspark bench compare``, ``gate`` and ``frontier``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from dspark_loadtests import plan
+from dspark_loadtests.bench import connect
+from dspark_loadtests.client import read_api_key
+from dspark_loadtests.report import read_result
+from dspark_loadtests.schema import Slo
+from dspark_sglang import artifacts
+from dspark_sglang.cli.bench import (
+    ApiKey,
+    MaxTokens,
+    Model,
+    Out,
+    Prompts,
+    Seed,
+    SlaTpot,
+    SlaTtft,
+    Temperature,
+    command,
+)
+from dspark_sglang.cli.bench_load import _numbers
+from dspark_sglang.errors import ConfigError, DSparkError
+from dspark_sglang.load import figure, frontier, gate, versus
+from dspark_sglang.load.frontier import Frontier
+from dspark_sglang.load.prompts import read_prompts
+from dspark_sglang.load.versus import SWITCHES, Cell, Versus, Way
+from dspark_sglang.provenance import machine, provenance
+
+
+def _ways(given: list[str], modes: str, model: str | None, key: str | None, gpus: int) -> list[Way]:
+    """From ``NAME=URL ...``, or one URL and the ways to switch it to."""
+    pairs = [
+        (text.partition("=")[0], text.partition("=")[2]) if "=" in text.split("://")[0] else (f"server{place}", text)
+        for place, text in enumerate(given, start=1)
+    ]  # fmt: skip
+    if len(pairs) > 1:
+        return [Way(name, connect(url, model=model, api_key=key), gpus=gpus) for name, url in pairs]
+    chosen = modes.split(",")
+    wrong = [each for each in chosen if each not in SWITCHES]
+    if wrong:
+        raise ConfigError(
+            f"--modes names {', '.join(wrong)}.",
+            expected=", ".join(SWITCHES),
+            fix="Or name a server for each way: NAME=URL NAME=URL.",
+        )
+    endpoint = connect(pairs[0][1], model=model, api_key=key)
+    return [Way(each, endpoint, SWITCHES[each], gpus) for each in chosen]
+
+
+def compare(
+    servers: Annotated[
+        list[str],
+        typer.Argument(
+            help="NAME=URL of each way, ours first: DSPARK, no speculation, NGRAM, EAGLE ... Or one URL of a server of ours, switched between --modes."
+        ),
+    ],
+    modes: Annotated[
+        str, typer.Option(help="For one server: dspark, none, fixed.")
+    ] = "dspark,none,fixed",
+    concurrency: Annotated[str, typer.Option(help="Users, a cell for each number.")] = "1,4,16",
+    blocks: Annotated[int, typer.Option(min=2, help="Turns of each way in a cell.")] = 4,
+    warmup: Annotated[float, typer.Option(min=0.0, help="Seconds before each window.")] = 3.0,
+    duration: Annotated[float, typer.Option(help="Seconds of each window.")] = 15.0,
+    temperature: Temperature = 1.0,
+    max_tokens: MaxTokens = 128,
+    seed: Seed = 0,
+    sla_ttft_ms: SlaTtft = 1000.0,
+    sla_tpot_ms: SlaTpot = 50.0,
+    prompts: Prompts = None,
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs of each server.")] = 1,
+    model: Model = None,
+    api_key_file: ApiKey = None,
+    out: Out = Path("runs/bench-compare"),
+) -> None:
+    """Ways of serving in paired, interleaved windows; ratios with 95% intervals over blocks.
+
+    Writes compare.json, frontier.json, frontier.png and, where a server tells it, budget.png.
+    """
+    console = Console()
+    source = read_prompts(prompts)
+    request = plan.Request(
+        concurrency=tuple(_numbers(concurrency, "--concurrency", int)),
+        duration_s=duration,
+        warmup_s=warmup,
+        temperature=temperature,
+        max_tokens=max_tokens,
+        seed=seed,
+        slo=Slo(ttft_ms=sla_ttft_ms, tpot_ms=sla_tpot_ms),
+    )
+    plan.check(request, source.prompts)
+    ways = _ways(servers, modes, model, read_api_key(api_key_file), gpus)
+    cells: list[Cell] = []
+
+    def keep(cell: Cell) -> None:
+        cells.append(cell)
+        _write(_result(ways, cells, complete=len(cells) == len(request.concurrency)), out)
+
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn())  # fmt: skip
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("", total=len(request.concurrency) * blocks * len(ways))
+
+        def told(users: int, block: int, way: str) -> None:
+            done = bar.tasks[0].fields.get("turns", -1) + 1
+            bar.update(task, completed=done, turns=done, description=f"{users} users, block {block + 1}, {way}")  # fmt: skip
+
+        try:
+            versus.compare(ways, source.prompts, request, blocks=blocks, source=source.name, told=told, finished=keep)  # fmt: skip
+        except (KeyboardInterrupt, DSparkError) as error:
+            if not cells:
+                raise
+            _write(_result(ways, cells, complete=False, why=str(error) or "interrupted"), out)
+            console.print(f"[red]Incomplete[/]: {error or 'interrupted'}", soft_wrap=True)
+    found = _result(ways, cells, complete=len(cells) == len(request.concurrency))
+    console.print(_table(found))
+    console.print(f"Written: {out}/compare.json, frontier.json, frontier.png")
+    raise typer.Exit(0 if found.complete else 1)
+
+
+def _result(ways: list[Way], cells: list[Cell], *, complete: bool, why: str = "") -> Versus:
+    return Versus(
+        ways=[way.name for way in ways],
+        gpus={way.name: way.gpus for way in ways},
+        machine=machine(),
+        cells=cells,
+        complete=complete,
+        incidents=[why] if why else [],
+        provenance=provenance(command()),
+    )
+
+
+def _write(found: Versus, out: Path) -> None:
+    artifacts.write_json(out / "compare.json", found)
+    line = versus.frontier_of(found)
+    artifacts.write_json(out / "frontier.json", line)
+    figure.draw_frontier(line, out / "frontier.png", ours=found.ways[0])
+    figure.draw_budget(line, out / "budget.png")
+
+
+def _table(found: Versus) -> Table:
+    ours, *others = found.ways
+    view = Table(title=f"{ours} over the others, 95% over blocks")
+    for heading in ("users", "over", "throughput", "a user's speed", "time to first token"):
+        view.add_column(heading, justify="left" if heading == "over" else "right")
+    for cell in found.cells:
+        for other in others:
+            ratios = cell.ratios.get(other, {})
+            cells = [
+                f"{mid:.3f} ({low:.3f} to {high:.3f})"
+                for name in ("tok_s", "user_tok_s", "ttft")
+                for low, mid, high in [ratios.get(name, [float("nan")] * 3)]
+            ]
+            view.add_row(str(cell.concurrency), other, *cells)
+    return view
+
+
+def check(
+    result: Annotated[Path, typer.Argument(help="The result.json to judge.")],
+    baseline: Annotated[Path, typer.Option(help="The result.json that was good.")],
+    tolerance: Annotated[
+        float, typer.Option(min=0.0, help="Largest loss of a metric, as a share: 0.05 is 5%.")
+    ] = 0.05,
+) -> None:
+    """Hold a result against a saved one. Exit code 1: a metric is worse by more than the tolerance and by more than noise.
+
+    Also 1: requests failed that did not before, a stage is missing, the load differs or the run is incomplete.
+    """
+    console = Console()
+    found = gate.compare(read_result(result), read_result(baseline), tolerance=tolerance)
+    view = Table(title=f"{result} against {baseline}, tolerance {tolerance:.1%}")
+    for heading in ("stage", "metric", "before", "after", "change (95%)", "verdict"):
+        view.add_column(heading, justify="left" if heading in ("stage", "metric") else "right")
+    colours = {"worse": "red", "better": "green", "unsure": "yellow", "ok": ""}
+    for one in found.checks:
+        change = f"{one.change:+.1%} ({one.low:+.1%} to {one.high:+.1%})"
+        view.add_row(
+            one.stage, one.metric, f"{one.before:.2f}", f"{one.after:.2f}", change, one.verdict,
+            style=colours[one.verdict],
+        )  # fmt: skip
+    console.print(view)
+    for problem in found.problems:
+        console.print(f"[red]![/] {problem}", soft_wrap=True)
+    unsure = sum(one.verdict == "unsure" for one in found.checks)
+    if unsure:
+        console.print(f"{unsure} metrics are too noisy to exclude such a loss: measure longer.")
+    console.print("PASSED" if found.passed else "FAILED")
+    raise typer.Exit(0 if found.passed else 1)
+
+
+def draw(
+    files: Annotated[
+        list[Path], typer.Argument(help="frontier.json files; equal models are drawn together.")
+    ],
+    ours: Annotated[
+        str | None, typer.Option(help="The series the others are held against. Default: the first.")
+    ] = None,
+    user_speed: Annotated[
+        str | None, typer.Option(help="Tokens/s and user to compare at, as 20,40.")
+    ] = None,
+    out: Out = Path("runs/bench-frontier"),
+) -> None:
+    """Draw throughput against a user's speed (the paper's Figure 7) and budget against load (Figure 8), with ratios at equal service."""
+    console = Console()
+    merged = _merge([frontier.read(path) for path in files])
+    first = ours or merged.series[0].name
+    merged.of(first)
+    speeds = _numbers(user_speed, "--user-speed", float) if user_speed else None
+    artifacts.write_json(out / "frontier.json", merged)
+    figure.draw_frontier(merged, out / "frontier.png", ours=first, speeds=speeds)
+    drawn = figure.draw_budget(merged, out / "budget.png")
+    view = Table(title=f"{first} over the others at equal service")
+    for heading in ("over", "at", first, "other", "ratio"):
+        view.add_column(heading, justify="left" if heading == "over" else "right")
+    for found in figure.iso(merged, first, speeds=speeds):
+        unit = "tok/s a user" if found.kind == "speed" else "tok/s a GPU"
+        values = [
+            "cannot" if each is None else f"{each:.1f}" for each in (found.ours, found.theirs)
+        ]
+        ratio = "" if found.ratio is None else f"{found.ratio:.3f}"
+        view.add_row(found.other, f"{found.at:.1f} {unit}", *values, ratio)
+    console.print(view)
+    console.print(f"Written: {out}/frontier.json, frontier.png" + (", budget.png" if drawn else ""))
+
+
+def _merge(found: list[Frontier]) -> Frontier:
+    series = [each for one in found for each in one.series]
+    names = [each.name for each in series]
+    doubled = sorted({name for name in names if names.count(name) > 1})
+    models = sorted({Path(one.model).name for one in found})
+    if doubled or len(models) > 1 or len({one.source for one in found}) > 1:
+        raise ConfigError(
+            f"The files are of the models {', '.join(models)}"
+            + (f" and both have a series {', '.join(doubled)}." if doubled else "."),
+            expected="one model, all measured or all simulated, and series of different names",
+            fix="Name them with dspark bench --name.",
+        )
+    return Frontier(
+        source=found[0].source,
+        model=found[0].model,
+        hardware=", ".join(dict.fromkeys(one.hardware for one in found)),
+        assumptions=found[0].assumptions,
+        series=series,
+    )

@@ -1,0 +1,359 @@
+"""``dspark simulate``: a serving system as discrete events, around the server's own scheduler."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from dspark_sglang.cli.demo import DRAFTER
+from dspark_sglang.errors import ConfigError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+_COLUMNS = (TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[at]}"),
+            TimeElapsedColumn(), TimeRemainingColumn())  # fmt: skip
+_EVALUATION = Path("docs/results/evaluation/evaluation.json")
+_RESULTS = Path("docs/results")
+PARAMETERS = _RESULTS / "simulation-parameters.json"
+
+
+def progress(console: Console) -> Progress:
+    """A bar on standard error, so that --json stays alone on standard output."""
+    return Progress(*_COLUMNS, console=console, transient=True)
+
+
+def numbers(text: str, name: str, kind: type[Any]) -> list[Any]:
+    """A list of numbers above 0.
+
+    Raises:
+        ConfigError: anything else.
+    """
+    try:
+        found = [kind(part) for part in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or not all(0 < value < float("inf") for value in found):
+        raise ConfigError(
+            f"{name} is {text!r}.",
+            expected="numbers above 0 with commas between them",
+            fix="As in 1,8,32.",
+        )
+    return found
+
+
+@app.callback(invoke_without_command=True)
+def simulate(
+    context: typer.Context,
+    profile: Annotated[
+        Path | None,
+        typer.Option(help="Step cost: what `dspark profile` wrote (file or directory)."),
+    ] = None,
+    parameters: Annotated[
+        Path | None,
+        typer.Option(help="Step cost and acceptance of a fitted server (`dspark simulate fit`)."),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Or a published model on H800s, from shapes: deepseek-v4-flash-dspark."),
+    ] = None,
+    evaluation: Annotated[
+        Path | None, typer.Option(help="Acceptance: a result of `dspark eval --json`.")
+    ] = None,
+    blocks: Annotated[
+        Path | None, typer.Option(help="Acceptance: recorded blocks, JSON lines.")
+    ] = None,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="Of the evaluation, and of requests.")
+    ] = 1.0,
+    modes: Annotated[str, typer.Option(help="none, fixed, adaptive, lagged.")] = "none,adaptive",
+    concurrency: Annotated[
+        str | None, typer.Option(help="Closed loop: users of each replica, with commas.")
+    ] = None,
+    rate: Annotated[
+        str | None, typer.Option(help="Poisson: requests a second over all replicas, with commas.")
+    ] = None,
+    trace: Annotated[
+        Path | None, typer.Option(help="Arrivals of a Mooncake trace, JSON lines.")
+    ] = None,
+    speed: Annotated[float, typer.Option(help="Replay a trace so many times as fast.")] = 1.0,
+    requests: Annotated[int, typer.Option(min=1, help="Requests of each load.")] = 10_000,
+    seconds: Annotated[
+        float | None, typer.Option(help="Closed loop: stop after so many simulated seconds.")
+    ] = None,
+    warm: Annotated[float, typer.Option(min=0.0, help="Simulated seconds left out.")] = 0.0,
+    prompt: Annotated[float, typer.Option(help="Tokens of a prompt.")] = 128.0,
+    answer: Annotated[float, typer.Option(help="Tokens of an answer.")] = 96.0,
+    variation: Annotated[float, typer.Option(help="Coefficient of variation of both.")] = 0.0,
+    cached: Annotated[float, typer.Option(help="Share of prompts that caches hold.")] = 0.0,
+    prefill_ms: Annotated[
+        str, typer.Option(help="Milliseconds of a prefill step, a request in it, 1000 tokens.")
+    ] = "0,0,0",
+    slots: Annotated[int, typer.Option(min=1, help="Most requests of a replica at once.")] = 64,
+    pool: Annotated[int | None, typer.Option(help="Most tokens of context of a replica.")] = None,
+    speculation: Annotated[str, typer.Option(help="auto, on or off.")] = "auto",
+    noise: Annotated[float, typer.Option(help="Spread of step times (logarithm).")] = 0.0,
+    replicas: Annotated[int, typer.Option(min=1, help="Servers behind the router.")] = 1,
+    router: Annotated[str, typer.Option(help="random, round-robin, least-work.")] = "random",
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes. Default: the cores, at most one a replica."),
+    ] = None,
+    ray: Annotated[
+        str | None, typer.Option(help="Run replicas on a Ray cluster: auto, local or an address.")
+    ] = None,
+    sla_ttft_ms: Annotated[
+        float | None, typer.Option(help="Milliseconds to the first token.")
+    ] = None,
+    sla_tpot_ms: Annotated[
+        float | None, typer.Option(help="Milliseconds a token after it.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Same seed, same result.")] = 0,
+    out: Annotated[
+        Path, typer.Option(help="Where frontier.json, simulation.json and frontier.png go.")
+    ] = Path("runs/simulate"),
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the result as JSON, nothing else.")
+    ] = False,
+) -> None:
+    """Simulate loads on one machine, with and without drafting.
+
+    Arrivals are one of --concurrency, --rate, --trace. Step times come from one of --profile, --parameters,
+    --model; acceptance from --evaluation or --blocks (or with --parameters and --model).
+    """
+    if context.invoked_subcommand is not None:
+        return
+    given = {key: value for key, value in locals().items() if key not in ("context", "as_json")}
+    from dspark_sglang.simulate import study
+
+    study.check_choices(given)
+    workers = workers or len(os.sched_getaffinity(0))
+    console, errors = Console(), Console(stderr=True)
+    plan = study.plan({**given, "workers": workers})
+    with progress(errors) as bar:
+        task = bar.add_task("", total=plan.total, at="")
+        found = study.run(
+            plan,
+            lambda what, done, rate: bar.update(
+                task, completed=done, description=what, at=f"{rate:,.0f} events/s"
+            ),
+        )
+    study.write(found, out)
+    if as_json:
+        print(study.dumps(found))
+    else:
+        console.print(table(found))
+        for name in ("simulation.json", "frontier.json", "frontier.png"):
+            if (out / name).exists():
+                console.print(f"Written: {out / name}")
+    if found.interrupted:
+        errors.print("[yellow]Interrupted: the result is partial and says so.[/]")
+        raise typer.Exit(130)
+
+
+def table(found: Any) -> Table:
+    """Loads and modes of a study."""
+    view = Table(title="Simulated" + (" (interrupted: partial)" if found.interrupted else ""))
+    view.add_column("mode")
+    headings = (
+        "load",
+        "tok/s",
+        "TTFT ms",
+        "TPOT ms",
+        "p99",
+        "length",
+        "budget",
+        "drafting",
+        "SLA",
+        "events/s",
+    )
+    for heading in headings:
+        view.add_column(heading, justify="right")
+    for mode, summaries in found.summaries.items():
+        for one in summaries:
+            view.add_row(
+                mode,
+                f"{one.load:g}",
+                f"{one.tok_s:.1f}",
+                *("-" if one.ttft_ms is None else f"{one.ttft_ms[0]:.1f}",),
+                *(
+                    ("-", "-")
+                    if one.tpot_ms is None
+                    else (f"{one.tpot_ms[0]:.2f}", f"{one.tpot_ms[2]:.2f}")
+                ),
+                "-" if one.accept_length is None else f"{one.accept_length:.2f}",
+                f"{one.budget:.2f}",
+                f"{one.drafting:.0%}",
+                "-" if one.sla_share is None else f"{one.sla_share:.1%}",
+                f"{found.events_s[mode]:,.0f}",
+            )
+    return view
+
+
+@app.command("published")
+def published_(
+    out: Annotated[
+        Path, typer.Option(help="Where frontiers, figures and simulation.json go.")
+    ] = Path("runs/simulate-published"),
+    sensitivity: Annotated[bool, typer.Option(help="Replace each assumption in turn, too.")] = True,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print simulation.json, nothing else.")
+    ] = False,
+) -> None:
+    """Re-derive the published V4-Flash and V4-Pro result on H800s from one table of assumptions.
+
+    Computed, not run. Keeps the validation of an earlier `dspark simulate check` with the same --out.
+    """
+    from dspark_sglang.simulate import rederive
+
+    console, errors = Console(), Console(stderr=True)
+    with progress(errors) as bar:
+        task = bar.add_task("", total=rederive.total(sensitivity), at="")
+        found = rederive.run(
+            out, sensitivity, lambda what: bar.update(task, advance=1, description=what)
+        )
+    if as_json:
+        print(rederive.dumps(found))
+        return
+    console.print(rederive.table(found))
+    console.print(f"Written: {out / 'simulation.json'}, frontiers and figures beside it")
+
+
+@app.command("fit")
+def fit_(
+    out: Annotated[Path, typer.Option(help="The parameters' file.")] = PARAMETERS,
+    work: Annotated[Path, typer.Option(help="Where log and cache go.")] = Path("runs/simulate-fit"),
+    target: Annotated[Path | None, typer.Option(help="Default: SmolLM2, fetched once.")] = None,
+    drafter: Annotated[Path, typer.Option(help="The drafter to serve.")] = DRAFTER,
+    dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
+    temperature: Annotated[float, typer.Option(min=0.0, help="Of requests.")] = 1.0,
+    concurrency: Annotated[str, typer.Option(help="Loads to fit at.")] = "1,8,32",
+    speculation: Annotated[str, typer.Option(help="on: always draft; auto: where it pays.")] = "on",
+    blocks: Annotated[int, typer.Option(min=1, help="Turns of each load.")] = 2,
+    warm_s: Annotated[float, typer.Option(min=0.0, help="Seconds before a window.")] = 4.0,
+    window_s: Annotated[float, typer.Option(min=1.0, help="Seconds of a window.")] = 16.0,
+    max_tokens: Annotated[int, typer.Option(min=8, help="Tokens of each answer.")] = 96,
+) -> None:
+    """Learn a real server on this machine: step cost, acceptance, what lies between steps.
+
+    Takes about 4 minutes on 2 cores; nothing else may run. Commit the file before `dspark simulate check`.
+    """
+    from dspark_sglang import targets
+    from dspark_sglang.artifacts import write_json
+    from dspark_sglang.simulate import measure
+
+    if speculation not in ("on", "auto") or dtype not in ("bfloat16", "float32"):
+        raise ConfigError(
+            f"--speculation {speculation}, --dtype {dtype}.",
+            expected="on or auto, bfloat16 or float32",
+            fix="Use one of these.",
+        )
+    loads = numbers(concurrency, "--concurrency", int)
+    console, work = Console(), work.absolute()
+    plan = measure.Plan(
+        temperature=temperature,
+        max_tokens=max_tokens,
+        warm_s=warm_s,
+        window_s=window_s,
+        blocks=blocks,
+    )
+    given = ["dspark", "simulate", "fit", "--concurrency", concurrency, "--temperature", f"{temperature:g}",
+             "--speculation", speculation, "--dtype", dtype, "--blocks", str(blocks),
+             "--warm-s", f"{warm_s:g}", "--window-s", f"{window_s:g}", "--max-tokens", str(max_tokens)]  # fmt: skip
+    fixed: dict[str, Any] = {
+        "target": target or targets.ensure_target(),
+        "drafter": drafter,
+        "dtype": dtype,
+        "slots": max(32, *loads),
+    }
+    with (
+        console.status("starting the server (about 90 s)") as status,
+        measure.serving(**fixed, out=work) as server,
+    ):
+        found = measure.fit(
+            server,
+            plan,
+            loads=loads,
+            speculation=speculation,
+            tell=status.update,
+            given=given,
+            **fixed,
+        )
+    write_json(out, found)
+    own = found.overheads
+    console.print(
+        f"Between steps {1e3 * own.step:.1f} ms and {1e3 * own.request:.2f} ms a request; "
+        f"prefill {1e3 * own.prefill_request:.0f} ms a request."
+    )
+    console.print(
+        f"Written: {out}. Commit it, then compare: dspark simulate check --parameters {out}"
+    )
+
+
+@app.command("check")
+def check_(
+    parameters: Annotated[
+        Path, typer.Option(help="What `dspark simulate fit` wrote.")
+    ] = PARAMETERS,
+    out: Annotated[Path, typer.Option(help="Result: simulation.json there is updated.")] = Path(
+        "runs/simulate-published"
+    ),
+    work: Annotated[Path, typer.Option(help="Where log and cache go.")] = Path(
+        "runs/simulate-check"
+    ),
+    target: Annotated[Path | None, typer.Option(help="Default: SmolLM2, fetched once.")] = None,
+    drafter: Annotated[Path, typer.Option(help="The drafter to serve.")] = DRAFTER,
+    concurrency: Annotated[
+        str, typer.Option(help="Loads to compare at; none that was fitted.")
+    ] = "2,3,6,12,24",
+    blocks: Annotated[int, typer.Option(min=1, help="Turns of each load.")] = 2,
+    warm_s: Annotated[float, typer.Option(min=0.0, help="Seconds before a window.")] = 4.0,
+    window_s: Annotated[float, typer.Option(min=1.0, help="Seconds of a window.")] = 16.0,
+    tolerance: Annotated[float, typer.Option(help="Per cent; more is exit code 1.")] = 10.0,
+    simulate_only: Annotated[
+        bool, typer.Option(help="Print predictions, start no server.")
+    ] = False,
+) -> None:
+    """Compare the simulator with a real server at loads it was not fitted at.
+
+    All loads are simulated first. Takes about 5 minutes on 2 cores; nothing else may run.
+    """
+    from dspark_sglang.simulate import checking
+    from dspark_sglang.simulate import parameters as fitted
+
+    loads = numbers(concurrency, "--concurrency", int)
+    console = Console()
+    given = fitted.read(parameters, here=not simulate_only)
+    checking.check_loads(given, loads)
+    with console.status("simulating") as status:
+        predicted = {}
+        for users in loads:
+            status.update(f"simulating {users} requests")
+            predicted[users] = fitted.predict(given, users)
+    if simulate_only:
+        console.print(checking.predictions(predicted))
+        return
+    with console.status("starting the server (about 60 s)") as status:
+        found = checking.run(
+            given,
+            predicted,
+            target=target,
+            drafter=drafter,
+            work=work.absolute(),
+            tell=status.update,
+            blocks=blocks,
+            warm_s=warm_s,
+            window_s=window_s,
+        )
+    path = checking.write(found, given, parameters, out)
+    console.print(checking.table(found))
+    wrong = {name: value for name, value in fitted.worst(found).items() if not value <= tolerance}
+    console.print(f"Written: {path}")
+    if wrong:
+        shown = ", ".join(f"{name} {value:.1f}%" for name, value in wrong.items())
+        console.print(f"[red]Beyond {tolerance:g}%:[/] {shown}")
+        raise typer.Exit(1)

@@ -1,0 +1,262 @@
+"""Ways of serving compared in turn, over HTTP alone: several servers, or one of ours switched while it serves.
+
+Every block gives each way one window under the same load and prompts, and rotates who goes first, so that drift of the
+machine hits all alike. Ratios are bootstrapped over blocks.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import httpx
+import msgspec
+import numpy as np
+
+from dspark_loadtests.bench import Endpoint, run_stage
+from dspark_loadtests.client import RequestSettings, request_headers
+from dspark_loadtests.generator import Load
+from dspark_loadtests.plan import Request
+from dspark_loadtests.prompts import Prompt
+from dspark_loadtests.schema import Summary
+from dspark_sglang.artifacts import SCHEMA_VERSION, Provenance
+from dspark_sglang.errors import ConfigError, ServerError
+from dspark_sglang.load.compare import ratio
+from dspark_sglang.load.frontier import Frontier, Point, Series
+from dspark_sglang.load.sweep import point
+
+#: Of a server of ours (docs/scheduling.md). ``none`` still writes the draft's context, ``fixed`` verifies all it drafts.
+SWITCHES: Mapping[str, Mapping[str, float]] = {
+    "dspark": {"dspark_speculation": -1, "dspark_budget": -1},
+    "none": {"dspark_speculation": 0, "dspark_budget": -1},
+    "fixed": {"dspark_speculation": 1, "dspark_budget": 1},
+}
+_SETTLE_S = 20.0
+
+
+class Way(NamedTuple):
+    """One way of serving: a server, and what it is switched to before its turn."""
+
+    name: str
+    endpoint: Endpoint
+    state: Mapping[str, float] | None = None
+    gpus: int = 1
+
+
+class Turn(msgspec.Struct, frozen=True, kw_only=True):
+    """One way's window in one block."""
+
+    way: str
+    block: int
+    summary: Summary
+
+
+class Cell(msgspec.Struct, frozen=True, kw_only=True):
+    """All turns at one concurrency.
+
+    Attributes:
+        ratios: by the other way and the metric, ``[low, mid, high]`` of the first way over it: ``tok_s`` (throughput a
+            GPU), ``user_tok_s`` (1 / TPOT) and ``ttft`` (below 1 is faster).
+    """
+
+    concurrency: int
+    turns: list[Turn]
+    ratios: dict[str, dict[str, list[float]]]
+
+
+class Versus(msgspec.Struct, frozen=True, kw_only=True, tag="bench-compare", tag_field="kind"):
+    """A comparison; the first way is ours."""
+
+    schema_version: int = SCHEMA_VERSION
+    ways: list[str]
+    gpus: dict[str, int]
+    machine: str
+    cells: list[Cell]
+    complete: bool
+    incidents: list[str]
+    provenance: Provenance
+
+
+def switch(endpoint: Endpoint, state: Mapping[str, float]) -> None:
+    """Change a running server of ours.
+
+    Raises:
+        ServerError: it refuses.
+    """
+    url = endpoint.url + "/set_internal_state"
+    try:
+        answer = httpx.post(
+            url,
+            json={"server_args": dict(state)},
+            headers=request_headers(endpoint.api_key),
+            timeout=30.0,
+        )
+        answers = answer.json() if answer.status_code == 200 else answer.text[:200]
+    except (httpx.HTTPError, ValueError) as error:
+        answers = repr(error)
+    taken = answers if isinstance(answers, list) else [answers]
+    if not all(each is True for each in taken):
+        raise ServerError(
+            f"{url} with {dict(state)} answered {answers}.",
+            expected="[true] from a server with this plugin and DSPARK_SCHEDULE=adaptive, without overlap scheduling",
+            fix="See the reason in its log, or compare two servers: dspark bench compare ours=URL other=URL.",
+        )
+
+
+def settle(endpoint: Endpoint) -> None:
+    """Wait until a server runs nothing: what a turn cut off would go on in the next one."""
+    deadline, quiet = time.monotonic() + _SETTLE_S, 0
+    while quiet < 2 and time.monotonic() < deadline:
+        try:
+            loads = msgspec.json.decode(endpoint.api.get("/v1/loads?include=core"))["loads"]
+            busy = sum(each["num_running_reqs"] + each["num_waiting_reqs"] for each in loads)
+        except (ServerError, msgspec.DecodeError, KeyError, TypeError):
+            time.sleep(1.0)  # not SGLang, or an old one
+            return
+        quiet = 0 if busy else quiet + 1
+        time.sleep(0.2)
+
+
+def compare(
+    ways: Sequence[Way],
+    prompts: Sequence[Prompt],
+    request: Request,
+    *,
+    blocks: int,
+    source: str = "packaged",
+    told: Callable[[int, int, str], None] = lambda *_: None,
+    finished: Callable[[Cell], None] = lambda _: None,
+) -> list[Cell]:
+    """Every concurrency in turn; switched servers are switched back.
+
+    Args:
+        blocks: turns of each way.
+        told: of the concurrency, the block and the way about to be measured.
+        finished: called with every finished cell, to be kept should the rest fail.
+
+    Raises:
+        ServerError: a server stopped or refuses to be switched.
+    """
+    if len(ways) < 2 or len({way.name for way in ways}) < len(ways) or blocks < 2:
+        raise ConfigError(
+            f"{blocks} blocks of {', '.join(way.name for way in ways) or 'nothing'}.",
+            expected="two ways or more with different names, in two blocks or more",
+            fix="As in: dspark bench compare ours=http://127.0.0.1:30000 plain=http://127.0.0.1:30001.",
+        )
+    cells = []
+    try:
+        for concurrency in request.concurrency:
+            turns: list[Turn] = []
+            for block in range(blocks):
+                for way in [*ways[block % len(ways) :], *ways[: block % len(ways)]]:
+                    told(concurrency, block, way.name)
+                    summary = _turn(way, prompts, request, concurrency, block, source)
+                    turns.append(Turn(way=way.name, block=block, summary=summary))
+            cells.append(Cell(concurrency=concurrency, turns=turns, ratios=_ratios(ways, turns)))
+            finished(cells[-1])
+    finally:
+        for endpoint in {way.endpoint for way in ways if way.state is not None}:
+            switch(endpoint, SWITCHES["dspark"])
+    return cells
+
+
+def _turn(
+    way: Way,
+    prompts: Sequence[Prompt],
+    request: Request,
+    concurrency: int,
+    block: int,
+    source: str,
+) -> Summary:
+    if way.state is not None:
+        switch(way.endpoint, way.state)
+    settings = RequestSettings(
+        model=way.endpoint.model, temperature=request.temperature, max_tokens=request.max_tokens
+    )
+    load = Load(
+        settings=settings,
+        users=concurrency,
+        warm_s=request.warmup_s,
+        window_s=request.duration_s,
+        drain_s=request.drain_s,
+        seed=request.seed + block,
+    )
+    stage = run_stage(way.endpoint, prompts, load, slo=request.slo, name=way.name, source=source)
+    settle(way.endpoint)
+    summary = stage.summary
+    if not summary.complete or not summary.counts.completed:
+        reason = summary.errors[0].message if summary.errors else "no request was answered in time"
+        raise ServerError(
+            f"{way.name} at {way.endpoint.url}: {'; '.join(summary.incidents) or reason}.",
+            expected="a server that answers under this load",
+            fix="See its log. Finished cells are kept.",
+        )
+    return summary
+
+
+def _series(turns: Sequence[Turn], way: Way, metric: str) -> np.ndarray:
+    """One number a block, in order."""
+    found = []
+    for turn in sorted((t for t in turns if t.way == way.name), key=lambda t: t.block):
+        latency = turn.summary.latency
+        values = {
+            "tok_s": turn.summary.throughput.output_tok_s / way.gpus,
+            "user_tok_s": 1e3 / latency.tpot_ms.mean if latency.tpot_ms else np.nan,
+            "ttft": latency.ttft_ms.mean if latency.ttft_ms else np.nan,
+        }
+        found.append(values[metric])
+    return np.array(found)
+
+
+def _ratios(ways: Sequence[Way], turns: Sequence[Turn]) -> dict[str, dict[str, list[float]]]:
+    ours, *others = ways
+    found: dict[str, dict[str, list[float]]] = {}
+    for other in others:
+        found[other.name] = {}
+        for metric in ("tok_s", "user_tok_s", "ttft"):
+            mine, theirs = _series(turns, ours, metric), _series(turns, other, metric)
+            if np.isfinite(mine).all() and np.isfinite(theirs).all() and (theirs > 0).all():
+                found[other.name][metric] = ratio(mine, theirs).rounded()
+    return found
+
+
+def frontier_of(versus: Versus, *, hardware: str | None = None) -> Frontier:
+    """A series for each way, a point for each concurrency: means over blocks."""
+    first = versus.cells[0].turns[0].summary
+    series = []
+    for way in versus.ways:
+        points = []
+        for cell in versus.cells:
+            own = [point(t.summary, versus.gpus[way]) for t in cell.turns if t.way == way]
+            known = [found for found in own if found is not None]
+            if known:
+                points.append(_mean(known))
+        series.append(Series(name=way, gpus=versus.gpus[way], points=points))
+    return Frontier(
+        source="measured",
+        model=first.server.model_path or first.settings.model,
+        hardware=hardware or versus.machine,
+        assumptions={
+            "temperature": first.settings.temperature,
+            "max_tokens": first.settings.max_tokens,
+            "prompts": first.settings.prompts,
+            "blocks": len(versus.cells[0].turns) // len(versus.ways),
+        },
+        series=series,
+    )
+
+
+def _mean(points: Sequence[Point]) -> Point:
+    def over(name: str) -> float | None:
+        values = [getattr(each, name) for each in points if getattr(each, name) is not None]
+        return float(np.mean(values)) if values else None
+
+    return Point(
+        load=points[0].load,
+        tok_s_per_gpu=over("tok_s_per_gpu") or 0.0,
+        tok_s_per_user=over("tok_s_per_user") or 0.0,
+        ttft_ms=over("ttft_ms"),
+        accept_length=over("accept_length"),
+        budget=over("budget"),
+    )

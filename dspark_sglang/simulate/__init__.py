@@ -1,0 +1,1 @@
+"""A serving system as discrete events: the server's own scheduler on modelled steps and acceptance."""

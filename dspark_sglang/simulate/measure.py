@@ -1,0 +1,199 @@
+"""The real server under the loads that the simulator is fitted to and compared at."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from dspark_loadtests.prompts import Prompt, load_prompts
+from dspark_sglang.artifacts import CostArtifact, read_artifact
+from dspark_sglang.checkpoint import weights_digest
+from dspark_sglang.demo.server import Server, free_port
+from dspark_sglang.errors import ServerError
+from dspark_sglang.load.closed_loop import Delivered, Load, run_block
+from dspark_sglang.load.compare import _difference as difference
+from dspark_sglang.load.compare import _idle as drain
+from dspark_sglang.load.modes import make_server, mode
+from dspark_sglang.provenance import machine, provenance
+from dspark_sglang.simulate.parameters import Observed, Parameters, overheads
+
+#: Users of the block that learns what drafted tokens are worth, everything verified.
+_LEARN_USERS = 8
+Tell = Callable[[str], None]
+
+
+class Plan:
+    """Blocks of load: how long, of what."""
+
+    def __init__(
+        self, *, temperature: float, max_tokens: int, warm_s: float, window_s: float, blocks: int
+    ) -> None:
+        self.temperature, self.max_tokens, self.blocks = temperature, max_tokens, blocks
+        self.warm_s, self.window_s = warm_s, window_s
+
+    def load(self, users: int, seed: int) -> Load:
+        """One block."""
+        return Load(
+            concurrency=users,
+            temperature=self.temperature,
+            max_tokens=self.max_tokens,
+            warm_s=self.warm_s,
+            window_s=self.window_s,
+            seed=seed,
+        )
+
+
+@contextlib.contextmanager
+def serving(
+    *, target: Path, drafter: Path, dtype: str, slots: int, out: Path, cost: Path | None = None
+) -> Iterator[Server]:
+    """A server of ours, up for the length of a ``with`` block.
+
+    Args:
+        slots: most requests at once.
+        out: its log and cache go there.
+        cost: step cost to serve with; None: measured at the start.
+    """
+    environment = {"DSPARK_CACHE_DIR": str(out / "cache")}
+    if cost is not None:
+        environment["DSPARK_COST"] = str(cost)
+    server = make_server(
+        mode("dspark")._replace(environment=environment),
+        target=target,
+        drafter=drafter,
+        dtype=dtype,
+        port=free_port(),
+        requests=slots,
+        log=out / "server.log",
+    )
+    with server:
+        server.wait_ready()
+        yield server
+
+
+def command(server: Server, **values: float) -> None:
+    """Change how a running server schedules.
+
+    Raises:
+        ServerError: it refused.
+    """
+    answer = httpx.post(
+        f"{server.url}/set_internal_state", json={"server_args": values}, timeout=60.0
+    )
+    if answer.status_code != 200 or not all(answer.json()):
+        raise ServerError(
+            f"The server refused {values}: {answer.text[:200]}.",
+            expected="a server of this plugin that schedules",
+            fix=f"The reason is in {server.log}.",
+        )
+
+
+def observe(
+    server: Server, prompts: Sequence[Prompt], load: Load
+) -> tuple[Observed, Delivered, dict[str, Any]]:
+    """One block, what it delivered and what the server counted in it.
+
+    Raises:
+        ServerError: requests failed, or no answer ended in the block.
+    """
+    before, began = _state(server), time.perf_counter()
+    delivered = run_block(server.url, prompts, load)
+    wall = time.perf_counter() - began
+    drain(server)
+    after = _state(server)
+    counted = difference(before, after)
+    if delivered.tpot_s is None or delivered.ttft_s is None:
+        raise ServerError(
+            f"No answer ended within {load.warm_s + load.window_s:.0f} s at {load.concurrency} requests.",
+            expected="some that did",
+            fix="Raise --window-s, or lower --max-tokens.",
+        )
+    observed = Observed(
+        users=load.concurrency,
+        tok_s=delivered.tok_s,
+        tpot_s=delivered.tpot_s,
+        ttft_s=delivered.ttft_s,
+        budget=counted["mean_budget"],
+        accept_length=counted["accept_length"],
+        drafting=counted["drafting_share"],
+        wall_s=min(wall, load.warm_s + load.window_s),
+        step_s=counted["s_step"],
+        steps=int(counted["steps"]),
+        began=delivered.requests + load.concurrency,
+    )
+    return observed, delivered, after
+
+
+def _state(server: Server) -> dict[str, Any]:
+    state: dict[str, Any] = server.info()["internal_states"][0]
+    return state
+
+
+def fit(
+    server: Server,
+    plan: Plan,
+    *,
+    loads: Sequence[int],
+    target: Path,
+    drafter: Path,
+    dtype: str,
+    slots: int,
+    speculation: str,
+    tell: Tell,
+    given: Sequence[str],
+) -> Parameters:
+    """Learn all that the simulator needs of a server.
+
+    Args:
+        loads: concurrent requests to fit at.
+        speculation: ``on``: always draft; ``auto``: where it pays.
+        given: the command line, for provenance.
+    """
+    prompts = list(load_prompts())
+    command(server, dspark_speculation=1, dspark_budget=1.0)
+    tell(f"acceptance, {_LEARN_USERS} requests")
+    learn = plan.load(_LEARN_USERS, 99)
+    _, learned, state = observe(server, prompts, _longer(learn, 2.0))
+    table = state["dspark_info_record"]["reliability"]
+    command(server, dspark_speculation=1 if speculation == "on" else -1, dspark_budget=-1)
+    answers, asked, seen = list(learned.answer_tokens), list(learned.prompt_tokens), []
+    for number in range(plan.blocks):
+        for users in loads:
+            tell(f"{users} requests, block {number + 1} of {plan.blocks}")
+            observed, delivered, _ = observe(server, prompts, plan.load(users, number))
+            seen.append(observed)
+            answers += delivered.answer_tokens
+            asked += delivered.prompt_tokens
+    command(server, dspark_cost=2)
+    path = Path(str((server.dspark() or {}).get("cost_source", "")))
+    cost = read_artifact(path, CostArtifact, "the server's step cost", f"See {server.log}.")
+    return Parameters(
+        machine=machine(),
+        target=target.name,
+        drafter_sha256=weights_digest(drafter),
+        dtype=dtype,
+        temperature=plan.temperature,
+        speculation=speculation,
+        slots=slots,
+        max_tokens=plan.max_tokens,
+        cost=cost.model,
+        fingerprint=cost.fingerprint,
+        reliability=table,
+        overheads=overheads(seen),
+        answer_tokens=answers,
+        prompt_tokens=asked,
+        fitted=seen,
+        provenance=provenance(given, data=f"{len(answers)} answers"),
+    )
+
+
+def _longer(load: Load, factor: float) -> Load:
+    import msgspec
+
+    return msgspec.structs.replace(load, window_s=math.ceil(load.window_s * factor))

@@ -1,0 +1,202 @@
+"""A real server as the simulator sees it: fitted at some loads, kept in a file, used at others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import numpy as np
+from scipy.optimize import nnls  # type: ignore[import-untyped]
+
+from dspark_sglang.artifacts import SCHEMA_VERSION, Provenance, read_artifact
+from dspark_sglang.core.steps import CostModel
+from dspark_sglang.errors import ArtifactError, ConfigError
+from dspark_sglang.provenance import machine
+from dspark_sglang.simulate.acceptance import Law, Mixture, from_reliability
+from dspark_sglang.simulate.arrivals import Requests
+from dspark_sglang.simulate.costs import Measured, Overheads
+from dspark_sglang.simulate.engine import Replica, Setting
+from dspark_sglang.simulate.summary import Summary, summarise
+
+_FIX = "Make one with `dspark simulate fit`."
+#: Simulated seconds of one load.
+_SECONDS = 300.0
+
+
+class Observed(msgspec.Struct, frozen=True, kw_only=True):
+    """One block of load on the real server."""
+
+    users: int
+    tok_s: float
+    tpot_s: float
+    ttft_s: float
+    budget: float
+    accept_length: float
+    drafting: float
+    #: Wall seconds of the block, those the worker spent in steps, steps, requests that began.
+    wall_s: float
+    step_s: float
+    steps: int
+    began: int
+
+
+class Parameters(msgspec.Struct, frozen=True, kw_only=True, tag="simulation", tag_field="kind"):
+    """What ``dspark simulate fit`` found of one server; frozen before anything is compared with it."""
+
+    schema_version: int = SCHEMA_VERSION
+    machine: str
+    target: str
+    drafter_sha256: str
+    dtype: str
+    temperature: float
+    speculation: str
+    #: Most requests at once, and most tokens of an answer.
+    slots: int
+    max_tokens: int
+    #: State of the server's own cost model, and fingerprint of what it is valid for.
+    cost: dict[str, Any]
+    fingerprint: dict[str, str]
+    #: Confidences and acceptance by position and bin, everything verified.
+    reliability: dict[str, Any]
+    overheads: Overheads
+    #: Tokens of answers and of prompts that were seen.
+    answer_tokens: list[int]
+    prompt_tokens: list[int]
+    #: Loads that were used, and what was seen there.
+    fitted: list[Observed]
+    provenance: Provenance
+
+    @property
+    def sampled(self) -> bool:
+        """Whether requests sample."""
+        return self.temperature > 0
+
+
+def read(path: Path, *, here: bool = False) -> Parameters:
+    """Parameters from a file.
+
+    Args:
+        here: they have to be of this machine.
+
+    Raises:
+        ArtifactError: missing, damaged, or of another machine.
+    """
+    found = read_artifact(path, Parameters, "parameters of the simulator", _FIX)
+    if here and found.machine != machine():
+        raise ArtifactError(
+            f"{path} was fitted on {found.machine}.",
+            expected=f"{machine()}, this machine",
+            fix="Fit this machine with `dspark simulate fit`.",
+        )
+    return found
+
+
+def overheads(blocks: Sequence[Observed]) -> Overheads:
+    """What the wall clock holds beside steps: a share for every step, request in it, and prefill.
+
+    Least squares without negative seconds, relative to each block's length.
+
+    Raises:
+        ConfigError: fewer than two loads: shares cannot be told apart.
+    """
+    if len({block.users for block in blocks}) < 2:
+        raise ConfigError(
+            f"{len(blocks)} blocks of one load.", expected="two loads at least", fix="As in 1,8,32."
+        )
+    rows = [[b.steps, b.steps * b.users, b.began] for b in blocks]
+    scale = np.array([b.wall_s for b in blocks])
+    left = np.array([max(0.0, b.wall_s - b.step_s) for b in blocks])
+    (step, request, prefill), _ = nnls(np.array(rows) / scale[:, None], left / scale)
+    return Overheads(step=float(step), request=float(request), prefill_request=float(prefill))
+
+
+class Server(NamedTuple):
+    """The simulated twin of a fitted server."""
+
+    times: Measured
+    blocks: Mixture
+    cost: CostModel
+
+
+def twin(given: Parameters) -> Server:
+    """What parameters stand for.
+
+    Raises:
+        ArtifactError: they hold no cost or no acceptance.
+    """
+    gamma = given.cost.get("gamma")
+    if not isinstance(gamma, int):
+        raise ArtifactError("The parameters hold no step cost.", expected="gamma", fix=_FIX)
+    truth, known = CostModel(gamma=gamma), CostModel(gamma=gamma)
+    truth.restore(given.cost)
+    known.restore(given.cost)
+    law: Law = from_reliability(given.reliability, sampled=given.sampled)
+    return Server(Measured(truth, given.overheads), Mixture([law]), known)
+
+
+def predict(given: Parameters, users: int, *, seconds: float = _SECONDS, seed: int = 0) -> Summary:
+    """A closed loop of ``users`` on the twin, as :mod:`dspark_sglang.load.closed_loop` runs it."""
+    server, rng = twin(given), np.random.default_rng(seed)
+    count = max(64, 4 * users, int(40 * seconds))
+    output = rng.choice(given.answer_tokens, count)
+    # As in the real loop, the first answers are shorter: users start out of step.
+    firsts = rng.integers(max(1, given.max_tokens // 4), given.max_tokens + 1, users)
+    output[:users] = np.minimum(output[:users], firsts)
+    prompt = rng.choice(given.prompt_tokens, count)
+    zeros = np.zeros(count, dtype=np.int64)
+    requests = Requests(np.zeros(count), zeros + 1, prompt, output, zeros)
+    warm = min(10.0, seconds / 5)
+    setting = Setting(
+        mode="adaptive",
+        speculation="on" if given.speculation == "on" else "auto",
+        slots=given.slots,
+        sampled=given.sampled,
+        users=users,
+        warm=warm,
+        until=seconds,
+        seed=seed,
+    )
+    result = Replica(
+        setting, requests, times=server.times, blocks=server.blocks, cost=server.cost
+    ).run()
+    if result.interrupted:
+        raise KeyboardInterrupt
+    return summarise([result], load=float(users), warm=warm)
+
+
+class Compared(msgspec.Struct, frozen=True, kw_only=True):
+    """One load: what was simulated first, and what the server then did."""
+
+    users: int
+    simulated: dict[str, float]
+    measured: dict[str, float]
+    #: Per cent by which the simulation is off, by metric.
+    error_pct: dict[str, float]
+
+
+def compare(simulated: Summary, measured: Sequence[Observed]) -> Compared:
+    """Put a prediction next to the blocks measured at its load; TPOT is the median over requests."""
+    assert simulated.tpot_ms is not None
+    ours = {
+        "throughput": simulated.tok_s, "tpot": simulated.tpot_ms[1] / 1e3, "budget": simulated.budget
+    }  # fmt: skip
+    theirs = {
+        "throughput": float(np.mean([block.tok_s for block in measured])),
+        "tpot": float(np.mean([block.tpot_s for block in measured])),
+        "budget": float(np.mean([block.budget for block in measured])),
+    }
+    error = {
+        name: round(100.0 * (ours[name] / theirs[name] - 1.0), 2) if theirs[name] else float("inf")
+        for name in ours
+    }
+    rounded = ({name: round(value, 5) for name, value in side.items()} for side in (ours, theirs))
+    first, second = rounded
+    return Compared(users=int(simulated.load), simulated=first, measured=second, error_pct=error)
+
+
+def worst(compared: Sequence[Compared]) -> dict[str, float]:
+    """Largest error of each metric, in per cent, without its sign."""
+    names = ("throughput", "tpot", "budget")
+    return {name: max(abs(one.error_pct[name]) for one in compared) for name in names}

@@ -1,0 +1,225 @@
+"""The published production result, re-derived: MTP-1 against DSpark-5 on H800 nodes, V4-Flash and V4-Pro.
+
+Source of the published figures: arXiv 2607.05147. Everything else is in :mod:`.assumptions`. Computed, not run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from dspark_sglang.load.frontier import (
+    Frontier,
+    Point,
+    Series,
+    non_dominated,
+    speed_at,
+    throughput_at,
+)
+from dspark_sglang.simulate.arrivals import Lengths, waiting
+from dspark_sglang.simulate.assumptions import Assumptions, changed, rows
+from dspark_sglang.simulate.costs import learned
+from dspark_sglang.simulate.engine import Replica, Setting
+from dspark_sglang.simulate.roofline import Roofline, sizes
+from dspark_sglang.simulate.summary import Summary, point, summarise
+
+MTP, DSPARK = "MTP-1", "DSpark-5"
+
+
+class Claim(msgspec.Struct, frozen=True, kw_only=True):
+    """What was published of one model."""
+
+    checkpoint: str
+    #: Tokens a second and user at which throughput was compared, and DSpark's over MTP-1's there.
+    speed: float
+    throughput: float
+    #: Speed of a user at equal throughput, lowest and highest.
+    matched: tuple[float, float]
+    #: Where the baseline collapses: speed and ratio of throughputs.
+    fast: float
+    fast_throughput: float
+    #: An independent report: tokens a second, seconds to the first token.
+    user: float
+    ttft_s: float
+
+
+CLAIMS = {
+    "flash": Claim(
+        checkpoint="deepseek-v4-flash-dspark", speed=80, throughput=1.51, matched=(1.60, 1.85),
+        fast=120, fast_throughput=7.61, user=131, ttft_s=1.859,
+    ),
+    "pro": Claim(
+        checkpoint="deepseek-v4-pro-dspark", speed=35, throughput=1.52, matched=(1.57, 1.78),
+        fast=50, fast_throughput=5.06, user=89, ttft_s=3.274,
+    ),
+}  # fmt: skip
+#: Tokens of the independent run, and seconds of one task in it before and after.
+_RUN_TOKENS, _TASK_S = 21900, (214.0, 116.0)
+#: Steps that are left out, and that are counted, of each load.
+_WARM, _STEPS = 60, 220
+#: Concurrent requests of a node of 8 GPUs.
+LOADS = tuple(round(8 * 2 ** (n / 2)) for n in range(19))
+_COARSE = LOADS[::2]
+Tell = Callable[[str], None]
+
+
+def frontier(
+    model: str,
+    given: Assumptions,
+    *,
+    loads: Sequence[int] = LOADS,
+    steps: int = _STEPS,
+    tell: Tell = lambda what: None,
+) -> Frontier:
+    """Both frontiers of one model.
+
+    Args:
+        model: ``flash`` or ``pro``.
+        loads: concurrent requests for every 8 GPUs.
+        tell: told before each load.
+    """
+    shape = sizes(CLAIMS[model].checkpoint)
+    gpus = given.gpus(shape)
+    series = []
+    for name, drafter in ((MTP, "mtp"), (DSPARK, "dspark")):
+        found: list[Point] = []
+        for load in loads:
+            users = load * gpus.count // 8
+            tell(f"{model} {name}, {users} requests")
+            summary = _steady(Roofline(shape, gpus, drafter=drafter), given, users, steps)
+            one = point(summary, gpus=gpus.count)
+            if one is not None:
+                found.append(one)
+        series.append(Series(name=name, gpus=gpus.count, points=found))
+    return Frontier(
+        source="simulated",
+        model=CLAIMS[model].checkpoint,
+        hardware=gpus.name,
+        assumptions={row.name: f"{row.value} ({row.source})" for row in rows()},
+        series=series,
+    )
+
+
+def _steady(times: Roofline, given: Assumptions, users: int, steps: int) -> Summary:
+    """A closed loop of ``users`` on a decoding server."""
+    ours = times.drafter == "dspark"
+    blocks = given.dspark(times.gamma) if ours else given.mtp()
+    rng = np.random.default_rng(0)
+    # Whole answers come and go within a run.
+    step = times.round(users, users * times.gamma, users * given.context, users)
+    count = users * (2 + 2 * (_WARM + steps) * (1 + times.gamma) // given.output)
+    lengths = Lengths(prompt=given.context, output=given.output)
+    requests = waiting(count, lengths, weights=np.ones(1), rng=rng)
+    # Users are not in step: the first answers end at any time.
+    requests.output[:users] = rng.integers(1, given.output + 1, users)
+    setting = Setting(
+        mode="lagged" if ours else "fixed",
+        speculation="on",
+        slots=users,
+        prefill=False,
+        users=users,
+        warm=_WARM * step,
+        until=(_WARM + steps) * step,
+        bucket=given.bucket if ours else 0,
+    )
+    cost = learned(times, requests=users, context=given.context) if ours else None
+    result = Replica(setting, requests, times=times, blocks=blocks, cost=cost).run()
+    if result.interrupted:
+        raise KeyboardInterrupt
+    return summarise([result], load=float(users), warm=setting.warm)
+
+
+def compare(model: str, made: Frontier, given: Assumptions) -> dict[str, Any]:
+    """What was published of a model next to what comes out of its frontiers."""
+    claim = CLAIMS[model]
+    base, ours = made.of(MTP).points, made.of(DSPARK).points
+    shape = sizes(claim.checkpoint)
+    times = Roofline(shape, given.gpus(shape))
+    fastest = {name: max(p.tok_s_per_user for p in made.of(name).points) for name in (MTP, DSPARK)}
+    budgets = [(p.load, round(1 + (p.budget or 0.0), 3)) for p in ours]
+    ratio = _ratio(base, ours, claim.fast)
+    speeds = _matched(base, ours, claim.speed, claim.fast)
+    lone = speed_of_load(ours, claim.user)
+    return {
+        "throughput_at": {"speed": claim.speed, "published": claim.throughput,
+                          "simulated": _ratio(base, ours, claim.speed)},
+        "matched": {"published": list(claim.matched), "simulated": speeds},
+        "collapse": {"speed": claim.fast, "published": claim.fast_throughput, "simulated": ratio,
+                     "reached_at_speed": _where(base, ours, claim.fast_throughput),
+                     "fastest_baseline": round(fastest[MTP], 1), "fastest_ours": round(fastest[DSPARK], 1)},
+        "verified_a_request": budgets,
+        "independent": {
+            "user_tok_s": {"published": claim.user, "load_there": lone},
+            "ttft_s": {"published": claim.ttft_s, "simulated": round(times.prefill(_RUN_TOKENS, 1), 4)},
+            "task": {"published": round(_TASK_S[0] / _TASK_S[1], 3),
+                     "simulated": _lone_ratio(base, ours)},
+        },
+    }  # fmt: skip
+
+
+def _round(value: float | None) -> float | None:
+    return None if value is None else round(value, 4)
+
+
+def _ratio(base: Sequence[Point], ours: Sequence[Point], speed: float) -> float | None:
+    """Throughput of ours over the baseline's where users have ``speed``; None where one cannot."""
+    old, new = throughput_at(list(base), speed), throughput_at(list(ours), speed)
+    return _round(new / old) if old and new else None
+
+
+def _matched(
+    base: Sequence[Point], ours: Sequence[Point], slow: float, fast: float
+) -> list[float] | None:
+    """Least and largest ratio of speeds at the throughputs that the baseline has between two speeds."""
+    fast = min(fast, max(p.tok_s_per_user for p in base))
+    found = []
+    for speed in np.linspace(slow, fast, 25):
+        level = throughput_at(list(base), float(speed))
+        own = None if level is None else speed_at(list(ours), level)
+        if own is not None:
+            found.append(own / float(speed))
+    return [round(min(found), 4), round(max(found), 4)] if found else None
+
+
+def _where(base: Sequence[Point], ours: Sequence[Point], wanted: float) -> float | None:
+    """Lowest speed from which the ratio of throughputs is ``wanted`` or more."""
+    for speed in np.linspace(1.0, max(p.tok_s_per_user for p in base), 2000):
+        found = _ratio(base, ours, float(speed))
+        if found is not None and found >= wanted:
+            return round(float(speed), 1)
+    return None
+
+
+def speed_of_load(points: Sequence[Point], speed: float) -> float | None:
+    """Requests at once at which users have ``speed``, between neighbouring points; None beyond all."""
+    pairs = sorted((p.tok_s_per_user, p.load) for p in non_dominated(list(points)))
+    if not pairs or not pairs[0][0] <= speed <= pairs[-1][0]:
+        return None
+    return round(float(np.interp(speed, [s for s, _ in pairs], [load for _, load in pairs])), 1)
+
+
+def _lone_ratio(base: Sequence[Point], ours: Sequence[Point]) -> float:
+    """Speed of a user of ours over the baseline's at the smallest load."""
+    return round(ours[0].tok_s_per_user / base[0].tok_s_per_user, 3)
+
+
+def sensitivity(tell: Tell = lambda what: None) -> list[dict[str, Any]]:
+    """The two headline ratios with each assumption replaced in turn, on fewer loads."""
+    cases: list[tuple[str, float | None]] = [("as assumed", None)]
+    cases += [(row.name, value) for row in rows() for value in row.instead]
+    found = []
+    for name, value in cases:
+        given = Assumptions() if value is None else changed(name, value)
+        row: dict[str, Any] = {"assumption": name, "value": value}
+        for model, claim in CLAIMS.items():
+            tell(f"{name} {'' if value is None else f'{value:g}'}: {model}")
+            made = frontier(model, given, loads=_COARSE, steps=100)
+            base, ours = made.of(MTP).points, made.of(DSPARK).points
+            row[f"{model}_{claim.speed:g}"] = _ratio(base, ours, claim.speed)
+            row[f"{model}_matched"] = _matched(base, ours, claim.speed, claim.fast)
+            row[f"{model}_fastest_baseline"] = round(max(p.tok_s_per_user for p in base), 1)
+        found.append(row)
+    return found

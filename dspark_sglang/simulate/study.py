@@ -1,0 +1,349 @@
+"""A study: several loads on one simulated machine, each in several ways of serving."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import numpy as np
+
+from dspark_sglang.artifacts import SCHEMA_VERSION, Provenance, write_json
+from dspark_sglang.core.steps import CostModel
+from dspark_sglang.errors import ConfigError
+from dspark_sglang.load.frontier import Frontier, Point, Series
+from dspark_sglang.provenance import machine, provenance
+from dspark_sglang.simulate import acceptance, arrivals, figures, parameters
+from dspark_sglang.simulate.acceptance import Mixture
+from dspark_sglang.simulate.arrivals import Lengths, Requests
+from dspark_sglang.simulate.assumptions import Assumptions
+from dspark_sglang.simulate.costs import Measured, Overheads, StepTimes, learned, read_cost
+from dspark_sglang.simulate.engine import MODES, Mode, Setting
+from dspark_sglang.simulate.replicas import ROUTERS, Job, Router, spread
+from dspark_sglang.simulate.replicas import run as run_jobs
+from dspark_sglang.simulate.roofline import Roofline, sizes
+from dspark_sglang.simulate.summary import Sla, Summary, point, summarise
+
+Given = Mapping[str, Any]
+#: Told what runs, requests answered over all loads, events a second.
+Tell = Callable[[str, int, float], None]
+
+
+class Machine(NamedTuple):
+    """What is simulated: step times, what the scheduler knows of them, what blocks are worth."""
+
+    name: str
+    model: str
+    gpus: int
+    times: StepTimes
+    cost: CostModel | None
+    blocks: Mixture | None
+
+
+class Plan(NamedTuple):
+    """A study, checked."""
+
+    given: Given
+    machine: Machine
+    modes: tuple[Mode, ...]
+    #: Closed loop: users of a replica; Poisson: requests a second over all; trace: its own rate.
+    loads: tuple[float, ...]
+    sla: Sla
+
+    @property
+    def total(self) -> int:
+        """Requests of all loads and ways, as far as known."""
+        return len(self.modes) * len(self.loads) * int(self.given["requests"])
+
+
+class Study(msgspec.Struct, frozen=True, kw_only=True, tag="simulated_loads", tag_field="kind"):
+    """What came out."""
+
+    schema_version: int = SCHEMA_VERSION
+    machine: str
+    simulated_on: str
+    setting: dict[str, str | float | int | bool | None]
+    summaries: dict[str, list[Summary]]
+    #: Simulated events for each second of this computer's time, by way of serving.
+    events_s: dict[str, float]
+    seconds: float
+    interrupted: bool
+    frontier: Frontier
+    provenance: Provenance
+
+
+def check_choices(given: Given) -> None:
+    """Refuse combinations that mean nothing.
+
+    Raises:
+        ConfigError: none or several sources of arrivals or of step times, an unknown name.
+    """
+    for names, what in (
+        (("concurrency", "rate", "trace"), "arrivals"),
+        (("profile", "parameters", "model"), "step times"),
+    ):
+        named = [name for name in names if given[name] is not None]
+        if len(named) != 1:
+            options = ", ".join(f"--{name}" for name in names)
+            raise ConfigError(
+                f"{' and '.join('--' + name for name in named) or 'Nothing'} given for {what}.",
+                expected=f"one of {options}",
+                fix="See `dspark simulate --help`.",
+            )
+    if given["evaluation"] is not None and given["blocks"] is not None:
+        raise ConfigError(
+            "--evaluation and --blocks given.", expected="one of them", fix="Drop one."
+        )
+    for name, value, known in (
+        ("--router", given["router"], ROUTERS),
+        ("--speculation", given["speculation"], ("auto", "on", "off")),
+    ):
+        if value not in known:
+            raise ConfigError(
+                f"{name} is {value!r}.", expected=", ".join(known), fix="Use one of these."
+            )
+
+
+def plan(given: Given) -> Plan:
+    """Read and check everything before anything runs."""
+    modes = tuple(str(given["modes"]).split(","))
+    wrong = [mode for mode in modes if mode not in MODES]
+    if wrong:
+        raise ConfigError(
+            f"--modes names {', '.join(wrong)}.",
+            expected=", ".join(MODES),
+            fix="Use some of these.",
+        )
+    drafts = any(mode != "none" for mode in modes)
+    made = _machine(given, drafts=drafts)
+    sla = Sla(ttft_ms=given["sla_ttft_ms"], tpot_ms=given["sla_tpot_ms"])
+    sla.check(
+        made.times, context=round(given["prompt"]), drafts=drafts, sampled=given["temperature"] > 0
+    )
+    loads: tuple[float, ...] = (0.0,)
+    for name, kind in (("concurrency", int), ("rate", float)):
+        if given[name] is not None:
+            loads = _numbers(given[name], f"--{name}", kind)
+    return Plan(given, made, modes, loads, sla)  # type: ignore[arg-type]
+
+
+def _numbers(text: str, name: str, kind: type[Any]) -> tuple[float, ...]:
+    try:
+        found = tuple(kind(part) for part in text.split(","))
+    except ValueError:
+        found = ()
+    if not found or not all(0 < value < np.inf for value in found):
+        raise ConfigError(
+            f"{name} is {text!r}.",
+            expected="numbers above 0 with commas between them",
+            fix="As in 1,8,32.",
+        )
+    return found
+
+
+def _machine(given: Given, *, drafts: bool) -> Machine:
+    blocks = _blocks(given)
+    if given["parameters"] is not None:
+        fitted = parameters.read(given["parameters"])
+        own = parameters.twin(fitted)
+        return Machine(fitted.machine, fitted.target, 1, own.times, own.cost, blocks or own.blocks)
+    if given["model"] is not None:
+        assumed, shape = Assumptions(), sizes(given["model"])
+        gpus = assumed.gpus(shape)
+        times = Roofline(shape, gpus)
+        cost = learned(times, requests=int(given["slots"]), context=round(given["prompt"]))
+        return Machine(
+            gpus.name,
+            given["model"],
+            gpus.count,
+            times,
+            cost,
+            blocks or assumed.dspark(times.gamma),
+        )
+    known, found = read_cost(given["profile"])
+    truth = CostModel(gamma=known.gamma)
+    truth.restore(known.state())
+    if drafts and blocks is None:
+        raise ConfigError(
+            "Nothing says what drafted tokens are worth.",
+            expected="--evaluation (from `dspark eval --json`) or --blocks",
+            fix="Name one, or simulate --modes none.",
+        )
+    measured = Measured(truth, _prefill(given))
+    name = found.fingerprint.get("device", "unknown")
+    return Machine(name, found.fingerprint.get("target", "unknown"), 1, measured, known, blocks)
+
+
+def _blocks(given: Given) -> Mixture | None:
+    if given["blocks"] is not None:
+        return acceptance.from_trace(given["blocks"])
+    if given["evaluation"] is not None:
+        return acceptance.from_evaluation(given["evaluation"], temperature=given["temperature"])
+    return None
+
+
+def _prefill(given: Given) -> Overheads:
+    text = given["prefill_ms"]
+    try:
+        step, request, thousand = (float(part) for part in text.split(","))
+    except ValueError:
+        step = request = thousand = -1.0
+    if not all(0 <= value < np.inf for value in (step, request, thousand)):
+        raise ConfigError(
+            f"--prefill-ms is {text!r}.",
+            expected="three numbers of at least 0: a step, a request, 1000 tokens",
+            fix="As in 20,5,150.",
+        )
+    return Overheads(
+        prefill_step=step / 1e3, prefill_request=request / 1e3, prefill_token=thousand / 1e6
+    )
+
+
+def run(plan: Plan, tell: Tell) -> Study:
+    """Simulate all loads in all ways. An interrupt keeps what is there and marks it."""
+    found: dict[str, list[Summary]] = {mode: [] for mode in plan.modes}
+    rates: dict[str, float] = {}
+    done, events, began, interrupted = 0, 0, time.perf_counter(), False
+    for mode in plan.modes:
+        started, own = time.perf_counter(), 0
+        for load in plan.loads:
+            label = f"{mode}, load {load:g}"
+
+            def progress(
+                answered: int, label: str = label, done: int = done, events: int = events
+            ) -> None:
+                spent = max(1e-9, time.perf_counter() - began)
+                tell(label, done + answered, events / spent)
+
+            results = run_jobs(
+                _jobs(plan, mode, load),
+                workers=plan.given["workers"],
+                ray=plan.given["ray"],
+                progress=progress,
+            )
+            interrupted = (
+                interrupted or any(result.interrupted for result in results) or not results
+            )
+            own += sum(result.events for result in results)
+            events += sum(result.events for result in results)
+            done += int(plan.given["requests"])
+            if any(len(result.number) for result in results):
+                one = summarise(results, load=load, warm=plan.given["warm"], sla=plan.sla)
+                found[mode].append(one)
+            if interrupted:
+                break
+        rates[mode] = round(own / max(1e-9, time.perf_counter() - started), 1)
+        if interrupted:
+            break
+    return _study(plan, found, rates, time.perf_counter() - began, interrupted)
+
+
+def _jobs(plan: Plan, mode: Mode, load: float) -> list[Job]:
+    given, made = plan.given, plan.machine
+    rng = np.random.default_rng(given["seed"])
+    weights = made.blocks.weights if made.blocks is not None else np.ones(1)
+    closed, count = given["concurrency"] is not None, int(given["replicas"])
+    parts = _requests(given, load, weights, rng)
+    router: Router = "round-robin" if closed else given["router"]
+    # What one replica makes when it is full, for the router that weighs work.
+    full = given["slots"]
+    speed = full / made.times.plain(full, round(full * given["prompt"]), full)
+    jobs = []
+    for number, share in enumerate(spread(parts, count, router, speed=speed, rng=rng)):
+        setting = Setting(
+            mode=mode,
+            speculation=given["speculation"],
+            slots=given["slots"],
+            pool=given["pool"],
+            prefill=given["model"] is None,
+            sampled=given["temperature"] > 0,
+            noise=given["noise"],
+            users=int(load) if closed else None,
+            until=given["seconds"] if closed else None,
+            warm=given["warm"],
+            seed=given["seed"] + number,
+        )
+        if len(share.at):
+            jobs.append(Job(setting, share, made.times, made.blocks, made.cost))
+    return jobs
+
+
+def _requests(given: Given, load: float, weights: Any, rng: np.random.Generator) -> Requests:
+    if given["trace"] is not None:
+        found = arrivals.trace(
+            given["trace"], weights=weights, rng=rng, cached=given["cached"], speed=given["speed"]
+        )
+        return found.take(np.arange(len(found.at)) < int(given["requests"]))
+    lengths = Lengths(
+        prompt=given["prompt"],
+        output=given["answer"],
+        variation=given["variation"],
+        cached=given["cached"],
+    )
+    count = int(given["requests"])
+    if given["rate"] is not None:
+        return arrivals.poisson(load, count, lengths, weights=weights, rng=rng)
+    found = arrivals.waiting(count, lengths, weights=weights, rng=rng)
+    users = min(count, int(load) * int(given["replicas"]))
+    # Users are not in step: the first answers end at any time.
+    found.output[:users] = rng.integers(1, found.output[:users] + 1)
+    return found
+
+
+def _study(
+    plan: Plan,
+    found: dict[str, list[Summary]],
+    rates: dict[str, float],
+    seconds: float,
+    interrupted: bool,
+) -> Study:
+    gpus = plan.machine.gpus * int(plan.given["replicas"])
+    series = []
+    for mode, summaries in found.items():
+        points: list[Point] = [
+            one for one in (point(summary, gpus=gpus) for summary in summaries) if one is not None
+        ]
+        series.append(Series(name=mode, gpus=gpus, points=points))
+    setting = {
+        name: str(value) if isinstance(value, Path) else value for name, value in plan.given.items()
+    }
+    return Study(
+        machine=plan.machine.name,
+        simulated_on=machine(),
+        setting=setting,
+        summaries=found,
+        events_s={mode: rates.get(mode, 0.0) for mode in found},
+        seconds=round(seconds, 2),
+        interrupted=interrupted,
+        frontier=Frontier(
+            source="simulated",
+            model=plan.machine.model,
+            hardware=plan.machine.name,
+            assumptions={"interrupted": interrupted},
+            series=series,
+        ),
+        provenance=provenance(["dspark", "simulate", *_flags(plan.given)]),
+    )
+
+
+def _flags(given: Given) -> list[str]:
+    shown = []
+    for name, value in given.items():
+        if value is not None and name not in ("out", "workers"):
+            shown += [f"--{name.replace('_', '-')}", str(value)]
+    return shown
+
+
+def dumps(found: Study) -> str:
+    """A study as indented JSON."""
+    return msgspec.json.format(msgspec.json.encode(found), indent=2).decode()
+
+
+def write(found: Study, out: Path) -> None:
+    """``simulation.json``, ``frontier.json`` and ``frontier.png`` in ``out``."""
+    write_json(out / "simulation.json", found)
+    write_json(out / "frontier.json", found.frontier)
+    if any(series.points for series in found.frontier.series):
+        figures.frontiers(out / "frontier.png", {found.frontier.model: found.frontier}, {})

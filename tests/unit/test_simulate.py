@@ -1,0 +1,436 @@
+"""The simulator against what can be computed by hand, and its scheduler against the server's."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scheduled_world import request
+
+from dspark_sglang.core.schedule import lengths
+from dspark_sglang.core.steps import CostModel, Step
+from dspark_sglang.errors import ConfigError
+from dspark_sglang.serving.control import Control
+from dspark_sglang.simulate.acceptance import Law, Mixture, fitted
+from dspark_sglang.simulate.arrivals import Lengths, Requests, poisson, waiting
+from dspark_sglang.simulate.costs import Fixed, Measured, Overheads, StepTimes, learned
+from dspark_sglang.simulate.engine import Mode, Replica, Result, Setting
+from dspark_sglang.simulate.replicas import Job, run, spread
+from dspark_sglang.simulate.summary import Sla, summarise
+
+GAMMA = 3
+ONE = np.ones(1)
+
+
+def block_law(chance: float = 0.6, *, gamma: int = GAMMA) -> Mixture:
+    values = np.full((64, gamma), chance)
+    return Mixture([Law("all", values, values)])
+
+
+def asked(at: Any, *, output: Any, prompt: int = 10) -> Requests:
+    at = np.asarray(at, dtype=np.float64)
+    size = len(at)
+    zeros = np.zeros(size, dtype=np.int64)
+    return Requests(at, zeros + prompt, zeros + prompt, zeros + np.asarray(output), zeros)
+
+
+def served(
+    requests: Requests, times: StepTimes, blocks: Mixture | None = None, **given: Any
+) -> Result:
+    return Replica(Setting(**given), requests, times=times, blocks=blocks).run()
+
+
+def machine(*, gamma: int = GAMMA) -> CostModel:
+    """A machine on which a round costs more the more it verifies."""
+
+    class Times(Fixed):
+        def plain(self, requests: int, context: int, sampled: int) -> float:
+            return 0.010 + 0.0005 * requests
+
+        def round(self, requests: int, drafted: int, context: int, sampled: int) -> float:
+            return self.plain(requests, context, sampled) + 0.003 + 0.0006 * drafted
+
+    return learned(Times(gamma=gamma, step=1.0), requests=64, context=64)
+
+
+# --- closed forms ------------------------------------------------------------------------------
+
+
+def test_a_lone_request_without_drafting_takes_a_step_a_token() -> None:
+    result = served(asked([2.0], output=101), Fixed(gamma=1, step=0.05, prefill=0.3), mode="none")
+    one = summarise([result], load=1)
+    assert one.ttft_ms is not None and one.tpot_ms is not None
+    assert one.ttft_ms[0] == pytest.approx(300)
+    assert one.tpot_ms[0] == pytest.approx(50)
+
+
+@pytest.mark.parametrize("chance", [0.0, 0.35, 0.8, 1.0])
+def test_a_lone_request_takes_a_round_over_the_accepted_length_a_token(chance: float) -> None:
+    blocks, tokens = block_law(chance), 40_001
+    result = served(asked([0.0], output=tokens), Fixed(gamma=GAMMA, step=0.1), blocks, mode="fixed")
+    one = summarise([result], load=1)
+    length = sum(chance**k for k in range(GAMMA + 1))
+    assert one.tpot_ms is not None
+    assert one.tpot_ms[0] == pytest.approx(100 / length, rel=0.02)
+    assert one.accept_length == pytest.approx(length, rel=0.02)
+    assert one.budget == GAMMA
+
+
+@pytest.mark.parametrize("load", [0.3, 0.6, 0.85])
+def test_the_queue_of_one_server_is_pollaczek_and_khinchines(load: float) -> None:
+    """M/D/1: one slot, service of one length D; mean wait D * load / (2 * (1 - load))."""
+    tokens, step = 4, 0.25
+    requests = poisson(
+        load / (tokens * step), 60_000, Lengths(prompt=8, output=tokens + 1), weights=ONE,
+        rng=np.random.default_rng(1),
+    )  # fmt: skip
+    result = served(requests, Fixed(gamma=1, step=step), mode="none", slots=1)
+    wait = float((result.first - result.came).mean())
+    assert wait == pytest.approx(tokens * step * load / (2 * (1 - load)), rel=0.05)
+
+
+def test_a_full_server_makes_a_token_a_request_and_step() -> None:
+    requests = asked(np.zeros(400), output=50)
+    result = served(
+        requests, Fixed(gamma=1, step=0.2), mode="none", slots=16, users=16, warm=5.0, until=100.0
+    )
+    assert summarise([result], load=16, warm=5.0).tok_s == pytest.approx(16 / 0.2, rel=0.03)
+
+
+def test_prompts_are_computed_before_anything_decodes() -> None:
+    """A second request's prefill is a gap in the first one's answer."""
+    times = Fixed(gamma=1, step=0.1, prefill=1.0)
+    result = served(asked([0.0, 1.05], output=11), times, mode="none")
+    assert result.ended.tolist() == pytest.approx([3.0, 3.1])
+    assert result.first.tolist() == pytest.approx([1.0, 2.1])
+
+
+def test_long_prompts_take_several_steps() -> None:
+    times = Fixed(gamma=1, step=0.1, prefill=1.0)
+    result = served(asked([0.0], output=1, prompt=1000), times, mode="none", chunk=300)
+    assert result.first.tolist() == [4.0]
+
+
+def test_a_pool_that_is_full_makes_requests_wait() -> None:
+    times, requests = Fixed(gamma=1, step=1.0), asked([0.0, 0.0], output=6)
+    apart = served(requests, times, mode="none", pool=20)
+    together = served(requests, times, mode="none", pool=32)
+    assert apart.ended.tolist() == [5.0, 10.0]
+    assert together.ended.tolist() == [5.0, 5.0]
+
+
+# --- what never changes ------------------------------------------------------------------------
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    mode=st.sampled_from(["none", "fixed", "adaptive", "lagged"]),
+    outputs=st.lists(st.integers(1, 40), min_size=1, max_size=30),
+    gaps=st.lists(st.floats(0.0, 0.4), min_size=30, max_size=30),
+    slots=st.integers(1, 8),
+    prefill=st.booleans(),
+    closed=st.booleans(),
+    seed=st.integers(0, 5),
+)
+def test_nothing_is_lost(
+    mode: Mode,
+    outputs: list[int],
+    gaps: list[float],
+    slots: int,
+    prefill: bool,
+    closed: bool,
+    seed: int,
+) -> None:
+    requests = asked(np.cumsum(gaps[: len(outputs)]), output=outputs)
+    times = Fixed(gamma=GAMMA, step=0.02, round_=0.03, prefill=0.05)
+    result = served(
+        requests, times, block_law(), mode=mode, slots=slots, prefill=prefill, seed=seed,
+        users=slots if closed else None,
+    )  # fmt: skip
+    assert sorted(result.number.tolist()) == list(range(len(outputs)))
+    assert result.counts.tokens == sum(outputs)
+    assert result.left == 0 and result.arrived == len(outputs)
+    assert (result.first >= result.came).all() and (result.ended >= result.first).all()
+    assert all(a <= b for a, b in pairwise(result.ended.tolist()))
+
+
+def test_the_same_seed_gives_the_same_run_and_another_one_does_not() -> None:
+    def once(seed: int) -> list[float]:
+        model = machine()
+        times = Measured(model, Overheads())
+        setting = Setting(mode="adaptive", slots=8, seed=seed, noise=0.05)
+        requests = asked(np.linspace(0, 1, 20), output=30)
+        return (
+            Replica(setting, requests, times=times, blocks=block_law(), cost=model)
+            .run()
+            .ended.tolist()
+        )
+
+    assert once(3) == once(3)
+    assert once(3) != once(4)
+
+
+def test_an_interrupt_keeps_what_happened() -> None:
+    def stop(answered: int, now: float) -> None:
+        raise KeyboardInterrupt
+
+    replica = Replica(
+        Setting(mode="none", slots=4),
+        asked(np.zeros(4000), output=20),
+        times=Fixed(gamma=1, step=0.1),
+    )
+    result = replica.run(stop)
+    assert result.interrupted and 0 < len(result.number) < 4000
+    assert len(result.number) + result.left == result.arrived
+    assert summarise([result], load=1).interrupted
+
+
+# --- the scheduler is the server's ---------------------------------------------------------------
+
+
+class Recorded:
+    """A control that notes what it is asked and what it answers."""
+
+    def __init__(self, control: Control) -> None:
+        self._control, self.calls = control, []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._control, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("_control", "calls"):
+            object.__setattr__(self, name, value)
+        else:
+            setattr(self._control, name, value)
+
+    def begin(self, requests: Any, context: int) -> Any:
+        plan = self._control.begin(requests, context)
+        self.calls.append(["begin", len(requests), context, plan])
+        return plan
+
+    def budget(self, confidence: Any, **given: Any) -> Any:
+        found = self._control.budget(confidence, **given)
+        self.calls.append(["budget", confidence.copy(), dict(given), found])
+        return found
+
+    def accepted(self, lens: Any, counts: Any) -> None:
+        self.calls.append(["accepted", lens.copy(), counts.copy(), self._control.logits])
+        self._control.accepted(lens, counts)
+
+    def finished(self, seconds: float, now: float) -> None:
+        self.calls.append(["finished", seconds, now, None])
+        self._control.finished(seconds, now)
+
+
+@pytest.mark.parametrize("mode", ["adaptive", "lagged", "fixed"])
+def test_decisions_on_recorded_inputs_are_those_of_a_server(mode: Mode) -> None:
+    """What a run asked is put to a fresh control with requests made as SGLang makes them."""
+    model = machine()
+    laws = [fitted("a", [0.8, 0.7, 0.5]), fitted("b", [0.4, 0.3, 0.2])]
+    mix, rng = Mixture(laws), np.random.default_rng(0)
+    requests = poisson(20.0, 200, Lengths(prompt=30, output=40), weights=mix.weights, rng=rng)
+    replica = Replica(
+        Setting(mode=mode, slots=24),
+        requests,
+        times=Measured(model, Overheads()),
+        blocks=mix,
+        cost=model,
+    )
+    assert type(replica.control) is Control
+    recorded = Recorded(replica.control)
+    replica.control = recorded  # type: ignore[assignment]
+    replica.run()
+    fresh = Control(gamma=GAMMA, adaptive=mode != "fixed", lagged=mode == "lagged")
+    fresh.cost.restore(machine().state())
+    steps = 0
+    for what, first, second, third in recorded.calls:
+        if what == "begin":
+            plan = fresh.begin([request() for _ in range(first)], second)
+            assert plan.depth == third.depth and plan.whole == third.whole
+            assert plan.limits.tolist() == third.limits.tolist()
+        elif what == "budget":
+            found = fresh.budget(first, **second)
+            assert found.budget == third.budget
+            assert (found.order == third.order).all() and (found.survival == third.survival).all()
+            steps += 1
+        elif what == "accepted":
+            fresh.logits = third
+            fresh.accepted(first, second)
+        else:
+            fresh.finished(first, second)
+    assert steps > 200
+
+
+def test_verified_tokens_are_those_that_were_admitted() -> None:
+    """The engine verifies the scheduler's budget, best first, and nothing else."""
+    model, seen = machine(), []
+    replica = Replica(
+        Setting(mode="adaptive", speculation="on", slots=8), asked(np.zeros(8), output=60),
+        times=Measured(model, Overheads()), blocks=Mixture([fitted("a", [0.7, 0.6, 0.5])]), cost=model,
+    )  # fmt: skip
+    recorded = Recorded(replica.control)
+    replica.control = recorded  # type: ignore[assignment]
+    replica.run()
+    given = None
+    for what, first, second, third in recorded.calls:
+        if what == "budget":
+            given = third
+        elif what == "accepted":
+            assert given is not None
+            wanted = lengths(given.order, given.budget, requests=len(first))
+            assert first.tolist() == wanted.tolist() and (second <= first).all()
+            seen.append(int(first.sum()))
+    assert len(set(seen)) > 2
+
+
+def test_the_scheduler_turns_drafting_off_where_it_loses() -> None:
+    model = learned(Fixed(gamma=GAMMA, step=0.01, round_=0.05), requests=8, context=32)
+    times = Fixed(gamma=GAMMA, step=0.01, round_=0.05)
+    result = Replica(
+        Setting(mode="adaptive", slots=8), asked(np.zeros(8), output=4000), times=times,
+        blocks=block_law(0.5), cost=model,
+    ).run()  # fmt: skip
+    one = summarise([result], load=8)
+    assert one.drafting < 0.1
+    assert one.tok_s > 0.9 * 8 / 0.01
+
+
+# --- replicas ------------------------------------------------------------------------------------
+
+
+def test_a_random_router_splits_poisson_into_poisson() -> None:
+    """Gaps of each part are exponential with the part's share of the rate: mean and spread alike."""
+    rng = np.random.default_rng(5)
+    requests = poisson(80.0, 40_000, Lengths(prompt=8, output=8), weights=ONE, rng=rng)
+    parts = spread(requests, 4, "random", speed=1.0, rng=rng)
+    assert sum(len(part.at) for part in parts) == 40_000
+    for part in parts:
+        gaps = np.diff(part.at)
+        assert gaps.mean() == pytest.approx(4 / 80.0, rel=0.04)
+        assert gaps.std() == pytest.approx(gaps.mean(), rel=0.05)
+
+
+def test_replicas_behind_a_random_router_wait_as_one_server_at_its_share() -> None:
+    rng, step, tokens, load = np.random.default_rng(2), 0.1, 5, 0.7
+    rate = 3 * load / (tokens * step)
+    requests = poisson(rate, 90_000, Lengths(prompt=8, output=tokens + 1), weights=ONE, rng=rng)
+    jobs = [
+        Job(Setting(mode="none", slots=1), part, Fixed(gamma=1, step=step), None, None)
+        for part in spread(requests, 3, "random", speed=1.0, rng=rng)
+    ]
+    results = run(jobs)
+    wait = np.concatenate([r.first - r.came for r in results]).mean()
+    assert wait == pytest.approx(tokens * step * load / (2 * (1 - load)), rel=0.07)
+
+
+def test_weighing_work_makes_requests_wait_less_than_dealing_blindly() -> None:
+    rng = np.random.default_rng(3)
+    lengths_ = Lengths(prompt=8, output=20, variation=1.5)
+    requests = poisson(2.2, 8000, lengths_, weights=ONE, rng=rng)
+    waits = {}
+    for router in ("random", "round-robin", "least-work"):
+        parts = spread(requests, 5, router, speed=10.0, rng=rng)
+        jobs = [
+            Job(Setting(mode="none", slots=1), p, Fixed(gamma=1, step=0.1), None, None)
+            for p in parts
+        ]
+        waits[router] = float(np.concatenate([r.first - r.came for r in run(jobs)]).mean())
+    assert waits["least-work"] < waits["round-robin"] < waits["random"]
+
+
+@pytest.mark.timeout(300)
+def test_processes_find_what_one_process_finds() -> None:
+    model, mix = machine(), Mixture([fitted("a", [0.7, 0.6, 0.5])])
+    rng = np.random.default_rng(4)
+    requests = poisson(50.0, 400, Lengths(prompt=8, output=20), weights=mix.weights, rng=rng)
+    jobs = [
+        Job(
+            Setting(mode="adaptive", slots=8, seed=n),
+            part,
+            Measured(model, Overheads()),
+            mix,
+            model,
+        )
+        for n, part in enumerate(spread(requests, 2, "round-robin", speed=1.0, rng=rng))
+    ]
+    told: list[int] = []
+    for here, there in zip(run(jobs), run(jobs, workers=2, progress=told.append), strict=True):
+        assert here.ended.tolist() == there.ended.tolist()
+        assert here.counts == there.counts
+    assert told
+
+
+def test_ray_finds_what_one_process_finds() -> None:
+    pytest.importorskip("ray", reason="Ray is not installed")
+    jobs = [Job(Setting(mode="none"), asked([0.0], output=9), Fixed(gamma=1, step=0.1), None, None)]
+    (here,), (there,) = run(jobs), run(jobs, ray="local")
+    assert here.ended.tolist() == there.ended.tolist()
+
+
+def test_ray_that_is_not_there_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "ray", None)
+    with pytest.raises(ConfigError, match="pip install ray"):
+        run([], ray="auto")
+
+
+# --- settings that no server has -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"slots": 0}, "slots is 0"),
+        ({"noise": -1.0}, "noise is -1"),
+        ({"users": 0}, "users is 0"),
+        ({"users": 1, "until": 1.0, "warm": 2.0}, "before counting begins"),
+        ({"pool": 11}, "needs 12 tokens"),
+        ({"mode": "adaptive"}, "no tokens"),
+    ],
+)
+def test_impossible_settings(given: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        served(asked([0.0], output=2), Fixed(gamma=1, step=1.0), **{"mode": "none", **given})
+
+
+def test_an_sla_that_no_load_meets_is_refused_with_the_fastest() -> None:
+    times = Fixed(gamma=3, step=0.010, round_=0.020)
+    drafting = {"context": 1, "drafts": True, "sampled": True}
+    Sla(tpot_ms=5.1).check(times, **drafting)
+    with pytest.raises(ConfigError, match="a lone request takes 5 ms"):
+        Sla(tpot_ms=4.9).check(times, **drafting)
+    with pytest.raises(ConfigError, match="a lone request takes 10 ms"):
+        Sla(tpot_ms=9.0).check(times, context=1, drafts=False, sampled=True)
+    with pytest.raises(ConfigError, match="above 0"):
+        Sla(ttft_ms=-3.0).check(times, **drafting)
+
+
+def test_the_share_within_an_sla_is_counted_over_requests() -> None:
+    result = served(
+        asked([0.0, 0.0, 5.0], output=3), Fixed(gamma=1, step=1.0), mode="none", slots=1
+    )
+    one = summarise([result], load=1, sla=Sla(ttft_ms=1000.0))
+    assert one.sla_share == pytest.approx(2 / 3)
+
+
+def test_what_a_scheduler_learns_of_a_machine_is_what_it_costs() -> None:
+    model = machine()
+    for count in (1, 4, 24, 64):
+        for depth in range(GAMMA + 1):
+            true = 0.013 + 0.0005 * count + 0.0006 * count * depth
+            assert model.round_seconds(count, count * depth, 64 * count, count) == pytest.approx(
+                true, rel=0.05
+            )
+    step = Step(8, 0, 512, round=False, sampled=8)
+    assert model.plain_seconds(step.requests, step.context, 8) == pytest.approx(0.014, rel=0.05)
+
+
+def test_requests_that_wait_are_all_there_at_once() -> None:
+    made = waiting(
+        5, Lengths(prompt=100, output=7, cached=0.75), weights=ONE, rng=np.random.default_rng(0)
+    )
+    assert made.at.tolist() == [0.0] * 5
+    assert made.fresh.tolist() == [25] * 5 and made.output.tolist() == [7] * 5

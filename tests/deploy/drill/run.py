@@ -5,6 +5,7 @@ Results go to ``runs/drill`` and, of a full run that left nothing out, to ``docs
 
 from __future__ import annotations
 
+import signal
 import sys
 from functools import partial
 from pathlib import Path
@@ -50,7 +51,13 @@ def main(
         raise typer.Exit(1)
 
 
+def _terminate(number: int, frame: object) -> None:
+    """End like an interrupt, so that servers and mounts are cleaned up."""
+    raise SystemExit(128 + number)
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         typer.run(main)
     except DSparkError as error:

@@ -12,6 +12,7 @@ import httpx
 import numpy as np
 import pytest
 
+from dspark_sglang.artifacts import write_bytes
 from dspark_sglang.cli import drill as command
 from dspark_sglang.drill import run as runs
 from dspark_sglang.drill.clients import cases
@@ -183,4 +184,7 @@ def test_a_small_disk_is_small_or_said_to_be_impossible(tmp_path: Path) -> None:
             pytest.skip("this user may not mount")
         with pytest.raises(OSError, match="No space"):
             (disk / "file").write_bytes(b"x" * (1 << 20))
+        with pytest.raises(OSError, match=r"artifact\.json"):
+            write_bytes(disk / "artifact.json", b"x" * (1 << 20))
+        assert [path.name for path in disk.iterdir()] == ["file"]
     assert not (tmp_path / "disk" / "file").exists()

@@ -15,10 +15,10 @@ import numpy as np
 from dspark_sglang.artifacts import SCHEMA_VERSION, Provenance, read_artifact, write_json
 from dspark_sglang.canary import statistics
 from dspark_sglang.canary.checks import TOLERANCES, Answer, Fault, Tolerance, compare, parse
+from dspark_sglang.canary.connect import client, info, same_model
 from dspark_sglang.canary.prompts import Question, questions
 from dspark_sglang.errors import ArtifactError, ConfigError, ServerError
 
-_TIMEOUT_S = 300.0
 #: Of seeded questions.
 TEMPERATURE = 0.8
 #: Share of near-ties beyond which they are no chance any more, and how many of them there are at least.
@@ -77,61 +77,14 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
         return not self.faults and self.drifted_at is None
 
 
-def _client(url: str, key: str | None, concurrency: int) -> httpx.Client:
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    limits = httpx.Limits(max_connections=2 * concurrency)
-    try:
-        return httpx.Client(base_url=url, timeout=_TIMEOUT_S, headers=headers, limits=limits)
-    except httpx.InvalidURL as error:
-        raise ServerError(
-            f"{url} is no address: {error}.", expected="http://HOST:PORT", fix="Correct it."
-        ) from error
-
-
-def _info(client: httpx.Client) -> dict[str, Any]:
-    """``/server_info``.
-
-    Raises:
-        ServerError: there is none.
-    """
-    try:
-        answer = client.get("/server_info")
-        answer.raise_for_status()
-        info: dict[str, Any] = answer.json()
-    except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
-        raise ServerError(
-            f"{client.base_url}server_info gave no usable answer: {error!r}.",
-            expected="a running SGLang server",
-            fix="Check the address, and API_KEY where it has a key.",
-        ) from error
-    return info
-
-
-def _same_model(ours: dict[str, Any], plain: dict[str, Any], url: str) -> None:
-    """Raise ConfigError where two servers cannot be compared."""
-    if plain.get("speculative_algorithm"):
-        raise ConfigError(
-            f"{url} speculates too ({plain['speculative_algorithm']}).",
-            expected="a server without --speculative-algorithm",
-            fix="Start one of the same model without it.",
-        )
-    for name in ("served_model_name", "weight_version", "dtype", "quantization"):
-        if ours.get(name) != plain.get(name):
-            raise ConfigError(
-                f"{url} has {name} {plain.get(name)}.",
-                expected=f"{ours.get(name)}, as on the watched server",
-                fix="Start both alike: same model, --served-model-name, --weight-version, --dtype.",
-            )
-
-
 class Canary:
     """A server under watch."""
 
     def __init__(self, options: Options) -> None:
         self.options = options
-        self._client = _client(options.url, options.key, options.concurrency)
+        self._client = client(options.url, options.key, options.concurrency)
         self._plain = self._client
-        self.info = _info(self._client)
+        self.info = info(self._client)
         if str(self.info.get("speculative_algorithm")).upper() != "DSPARK":
             raise ConfigError(
                 f"{options.url} runs without DSPARK.",
@@ -139,18 +92,18 @@ class Canary:
                 fix="Start it with `dspark serve ... --speculative-algorithm DSPARK`.",
             )
         if options.baseline_url:
-            self._plain = _client(options.baseline_url, options.baseline_key, options.concurrency)
-            _same_model(self.info, _info(self._plain), options.baseline_url)
+            self._plain = client(options.baseline_url, options.baseline_key, options.concurrency)
+            same_model(self.info, info(self._plain), options.baseline_url)
 
-    def _post(self, path: str, body: dict[str, Any], client: httpx.Client | None = None) -> Any:
-        client = client or self._client
+    def _post(self, path: str, body: dict[str, Any], http: httpx.Client | None = None) -> Any:
+        http = http or self._client
         try:
-            answer = client.post(path, json=body)
+            answer = http.post(path, json=body)
             answer.raise_for_status()
             return answer.json()
         except (httpx.HTTPError, ValueError) as error:
             raise ServerError(
-                f"{client.base_url}{path.lstrip('/')} failed: {error!r}.",
+                f"{http.base_url}{path.lstrip('/')} failed: {error!r}.",
                 expected="a running server",
                 fix="Check its log, the address, and API_KEY where it has a key.",
             ) from error

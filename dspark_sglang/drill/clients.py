@@ -183,6 +183,8 @@ def cases() -> Iterator[Case]:
     yield _generate("most tokens a number can say", _EITHER, sampling={"max_new_tokens": 2**62})
     yield _generate("10,000 top log-probabilities", _EITHER,
                     return_logprob=True, top_logprobs_num=10_000)  # fmt: skip
+    yield _generate("log-probabilities of no token", _EITHER,
+                    return_logprob=True, token_ids_logprob=[10**9, -3])  # fmt: skip
     yield _generate("a log-probability from the far end", _EITHER,
                     return_logprob=True, logprob_start_len=10**6)  # fmt: skip
     for name, value in {

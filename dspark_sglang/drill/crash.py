@@ -7,6 +7,7 @@ import contextlib
 import time
 from typing import Any
 
+import httpx
 import psutil
 
 from dspark_sglang.demo.server import Server
@@ -28,7 +29,9 @@ CUT_S, LIMIT_S = 60.0, 180.0
 #: Seconds from a kill to the next ready.
 RESTART_S = 60.0
 _PARTS: tuple[Part, ...] = ("scheduler", "detokenizer", "server")
-IN_FLIGHT = 120
+IN_FLIGHT = 140
+#: Seconds that the manifests' probes wait for an answer, under load too (deploy/base/deployment.yaml).
+PROBES = {"/ready": 5.0, "/health": 25.0}
 #: Streams of which the victim is killed once ``_BEGUN`` have had their first tokens.
 _STREAMS: dict[Pair, int] = {"tiny": 64, "real": 16}
 _BEGUN, _TOKENS = 4, 96
@@ -128,8 +131,20 @@ def drain(world: World, tell: Tell, *, in_flight: int = IN_FLIGHT) -> Findings:
     found.figures = {**figures, "drain_lost": lost}
     seen = figures["in_flight_at_sigterm"]
     found.expect(seen >= min(100, in_flight), f"only {seen} requests were in flight at SIGTERM")
+    for path, seconds in figures["probes_s"].items():
+        found.expect(seconds is not None, f"the probe {path} fails with {in_flight} in flight")
     found.expect(figures["not_ready_s"] is not None, "/ready said 200 through the whole drain")
     return found
+
+
+async def _probe(http: httpx.AsyncClient, path: str) -> tuple[str, float | None]:
+    """Seconds a probe takes; None where it fails by a kubelet's rules."""
+    began = time.monotonic()
+    try:
+        answer = await http.get(path, timeout=PROBES[path])
+    except httpx.HTTPError:
+        return path, None
+    return path, round(time.monotonic() - began, 2) if answer.status_code == 200 else None
 
 
 async def _drained(server: Server, load: list[Reference]) -> tuple[list[Result], dict[str, Any]]:
@@ -145,6 +160,8 @@ async def _drained(server: Server, load: list[Reference]) -> tuple[list[Result],
             if seen >= len(load) - 4 or any(task.done() for task in tasks):
                 break
             await asyncio.sleep(0.05)
+        probes = dict(await asyncio.gather(*(_probe(http, path) for path in PROBES)))
+        seen = await asyncio.to_thread(server.requests)
         terminate(server)
         at, not_ready = time.monotonic(), None
         everything = asyncio.gather(*tasks)
@@ -156,6 +173,6 @@ async def _drained(server: Server, load: list[Reference]) -> tuple[list[Result],
             await asyncio.sleep(0.2)
         figures: dict[str, Any] = {
             "in_flight": len(load), "in_flight_at_sigterm": seen,
-            "drained_s": round(time.monotonic() - at, 1), "not_ready_s": not_ready,
+            "probes_s": probes, "drained_s": round(time.monotonic() - at, 1), "not_ready_s": not_ready,
         }  # fmt: skip
         return list(await everything), figures

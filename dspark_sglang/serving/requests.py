@@ -21,22 +21,39 @@ def bind(control: Control) -> None:
     _control = control
 
 
+def _impossible(req: Any) -> str | None:
+    """What no forward can answer, and SGLang lets through: it would end the scheduler, and with it the server."""
+    if not req.origin_input_ids:
+        return "The prompt has no tokens. Expected at least one: there is nothing to go on from."
+    size = req.vocab_size
+    if not size:
+        return None
+    asked = list(req.logprob.token_ids_logprob or ())
+    # An image's places are filled with hashes of it.
+    prompt = () if getattr(req, "multimodal_inputs", None) is not None else req.origin_input_ids
+    for what, tokens in (("The prompt", prompt), ("token_ids_logprob", asked)):
+        # Extremes, not each token: prompts are long.
+        low, high = (min(tokens), max(tokens)) if tokens else (0, 0)
+        wrong = low if low < 0 else high
+        if not 0 <= wrong < size:
+            return (
+                f"{what} has token {wrong}. Expected tokens from 0 to {size - 1}, as the target's "
+                "tokenizer makes them."
+            )
+    if (req.logprob.top_logprobs_num or 0) > size:
+        return f"top_logprobs_num is {req.logprob.top_logprobs_num}. Expected at most {size}, all tokens there are."
+    return None
+
+
 def refusal(req: Any, enable_overlap: bool) -> str | None:
     """Why a request cannot be served exactly, or None when it can.
 
     Under overlap scheduling the host does not know the last step's tokens while it prepares the
     next, and penalties depend on them.
     """
-    if not req.origin_input_ids:
-        return "The prompt has no tokens. Expected at least one: there is nothing to go on from."
-    # An image's places are filled with hashes of it.
-    if getattr(req, "multimodal_inputs", None) is None:
-        wrong = next((t for t in req.origin_input_ids if not 0 <= t < req.vocab_size), None)
-        if wrong is not None:
-            return (
-                f"The prompt has token {wrong}. Expected tokens from 0 to {req.vocab_size - 1}, as the "
-                "target's tokenizer makes them."
-            )
+    wrong = _impossible(req)
+    if wrong is not None:
+        return wrong
     try:
         options = read_options(req)
         if options.profile and not (_control is not None and _control.measuring):

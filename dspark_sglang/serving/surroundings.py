@@ -45,15 +45,15 @@ def driver() -> list[Finding]:
     import torch
 
     devices = Path("/dev/nvidiactl").exists()
+    if not devices and not torch.cuda.is_available():
+        return [Finding("ok", "driver and NCCL: not needed, no NVIDIA device here")]
     if torch.version.cuda is None:
-        if not devices:
-            return [Finding("ok", "driver and NCCL: not needed without a GPU")]
         fix = "Install it with `pip install 'dspark-sglang[gpu]'`, in an environment of its own."
         return [Finding("problem", "this machine has NVIDIA devices, but torch is the CPU build", fix)]  # fmt: skip
     if not torch.cuda.is_available():
         what = f"torch is built for CUDA {torch.version.cuda} and finds no usable GPU"
         fix = "Check `nvidia-smi` for the driver; in a container, start it with `--gpus all`."
-        return [Finding("problem" if devices else "warning", what, fix)]
+        return [Finding("problem", what, fix)]
     return [_driver(torch), _nccl(torch)]
 
 

@@ -5,6 +5,7 @@ A validator that cannot be had here is written down as skipped, never as passed.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -17,6 +18,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "tests/unit"), str(ROOT / "tests/deploy")]
 
+import apiserver  # noqa: E402
 import kubernetes_validate  # noqa: E402
 import sglang_source  # noqa: E402
 import tools  # noqa: E402
@@ -24,7 +26,7 @@ import yaml  # noqa: E402
 from manifest_lint import lint  # noqa: E402
 
 from dspark_sglang.artifacts import write_bytes  # noqa: E402
-from dspark_sglang.deployment.generate import overlays, render  # noqa: E402
+from dspark_sglang.deployment.generate import kubectl, overlays, render  # noqa: E402
 from dspark_sglang.provenance import machine, versions  # noqa: E402
 
 DEPLOY = ROOT / "deploy"
@@ -79,7 +81,9 @@ def policies(text: str) -> list[str]:
     return [f"{check['check_id']} {check['resource']}: {check['check_name']}" for check in failed]
 
 
-def check(overlay: Path, flags: Any, known: Any, models: Path | None) -> dict[str, Any]:
+def check(
+    overlay: Path, flags: Any, known: Any, models: Path | None, api: apiserver.Api | None
+) -> dict[str, Any]:
     """One overlay through every validator."""
     text = render(overlay)  # raises on a warning of kustomize
     docs = list(yaml.safe_load_all(text))
@@ -104,10 +108,13 @@ def check(overlay: Path, flags: Any, known: Any, models: Path | None) -> dict[st
     committed = DEPLOY / "rendered" / f"{overlay.name}.yaml"
     if not committed.exists() or committed.read_text(encoding="utf-8").split("\n", 1)[1] != text:
         errors.append(f"{committed.name} is stale: make deploy-rendered")
-    if os.environ.get("KUBE_APISERVER_BIN"):
-        skipped.append("API server: KUBE_APISERVER_BIN is set, but no runner is written yet")
-    else:
+    if api is None:
         skipped.append("API server: KUBE_APISERVER_BIN is not set")
+    else:
+        validators.append("API server")
+        core = [doc for doc in docs if doc not in custom]
+        refused, warned = apiserver.check(api, overlay.name, core)
+        errors, warnings = errors + refused, warnings + warned
     return {"documents": len(docs), "errors": errors, "warnings": warnings,
             "validators": validators, "skipped": skipped}  # fmt: skip
 
@@ -128,6 +135,16 @@ def rules() -> dict[str, Any]:
     return {"errors": errors, "validators": ["promtool check rules", "promtool test rules"]}
 
 
+def images() -> dict[str, Any]:
+    """hadolint's verdict of the Dockerfiles."""
+    files = sorted((DEPLOY / "docker").glob("Dockerfile*"))
+    done = subprocess.run(
+        [tools.hadolint(), *map(str, files)], capture_output=True, text=True, check=False
+    )
+    errors = (done.stdout + done.stderr).strip().splitlines() if done.returncode else []
+    return {"files": [path.name for path in files], "errors": errors, "validators": ["hadolint"]}
+
+
 def main() -> int:
     """Check everything and write the results."""
     spec = importlib.util.find_spec("sglang")
@@ -138,18 +155,29 @@ def main() -> int:
     flags, known = sglang_source.sglang_flags(package), sglang_source.sglang_environment(package)
     models = tools.npm_models()
     found = {}
-    for overlay in overlays(DEPLOY):
-        found[overlay.name] = result = check(overlay, flags, known, models)
-        print(f"{overlay.name}: {len(result['errors'])} errors, {len(result['warnings'])} warnings")
-        for line in result["errors"] + result["warnings"]:
-            print(f"  {line}")
-    promtool = rules()
+    with contextlib.ExitStack() as stack:
+        api = None
+        if os.environ.get("KUBE_APISERVER_BIN"):
+            api = stack.enter_context(apiserver.served(kubectl()))
+        else:
+            print("API server: skipped, KUBE_APISERVER_BIN is not set")
+        for overlay in overlays(DEPLOY):
+            found[overlay.name] = result = check(overlay, flags, known, models, api)
+            print(
+                f"{overlay.name}: {len(result['errors'])} errors, {len(result['warnings'])} warnings"
+            )
+            for line in result["errors"] + result["warnings"]:
+                print(f"  {line}")
+    promtool, dockerfiles = rules(), images()
+    for line in [*promtool.get("errors", []), *dockerfiles["errors"]]:
+        print(f"  {line}")
     results = {"command": "make deploy-check", "machine": machine(), "versions": versions(),
-               "overlays": found, "rules": promtool, "waived": WAIVED}  # fmt: skip
+               "overlays": found, "rules": promtool, "images": dockerfiles, "waived": WAIVED}  # fmt: skip
     content = (json.dumps(results, indent=1) + "\n").encode()
     for path in (ROOT / "runs/deploy/deploy.json", ROOT / "docs/results/deploy.json"):
         write_bytes(path, content)
     wrong = any(r["errors"] or r["warnings"] for r in found.values()) or promtool.get("errors")
+    wrong = wrong or dockerfiles["errors"]
     return 1 if wrong else 0
 
 

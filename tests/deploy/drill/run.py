@@ -5,6 +5,7 @@ Results go to ``runs/drill`` and, of a full run that left nothing out, to ``docs
 
 from __future__ import annotations
 
+import signal
 import sys
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,7 @@ from dspark_sglang.drill.world import World  # noqa: E402
 from dspark_sglang.errors import DSparkError  # noqa: E402
 
 #: Requests of a full run: tiny soak, real soak, right server under the canary; and of a short one.
-FULL, SHORT = (10_000, 1_000, 5_000), (600, 60, 200)
+FULL, SHORT = (10_000, 1_000, 5_000), (300, 50, 96)
 
 
 def main(
@@ -50,7 +51,13 @@ def main(
         raise typer.Exit(1)
 
 
+def _terminate(number: int, frame: object) -> None:
+    """End like an interrupt, so that servers and mounts are cleaned up."""
+    raise SystemExit(128 + number)
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         typer.run(main)
     except DSparkError as error:

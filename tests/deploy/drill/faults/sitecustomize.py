@@ -1,6 +1,8 @@
 """Faults that a canary has to find, in a real server's scheduler process.
 
-Imported first by every Python under PYTHONPATH; ``CANARY_FAULT`` names the fault. Nothing of this is in the product.
+Imported first by every Python under PYTHONPATH; ``CANARY_FAULT`` names the fault, and it is on
+while the file ``CANARY_SWITCH`` is there: the gate at start, which would find it too, has to be passed. Nothing of this is in
+the product.
 """
 
 from __future__ import annotations
@@ -10,10 +12,12 @@ import importlib.machinery
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 NAME = os.environ.get("CANARY_FAULT", "")
+SWITCH = Path(os.environ.get("CANARY_SWITCH", "/nowhere"))
 #: One step of so many, where a fault is not at full rate.
 EVERY = 100
 
@@ -25,6 +29,8 @@ class Due:
         self.steps = 0
 
     def __call__(self) -> bool:
+        if not SWITCH.exists():
+            return False
         self.steps += 1
         if self.steps % EVERY != EVERY // 2:
             return False
@@ -75,9 +81,13 @@ def position(module: ModuleType) -> None:
 
 def stale(module: ModuleType) -> None:
     """Accepted tokens never reach the draft's KV."""
+    original = module.Verifier._write
 
-    def changed(self: Any, *_: Any) -> None:
-        say()
+    def changed(self: Any, *given: Any) -> None:
+        if SWITCH.exists():
+            say()
+        else:
+            original(self, *given)
 
     module.Verifier._write = changed
 

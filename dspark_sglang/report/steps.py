@@ -21,8 +21,9 @@ from dspark_sglang.artifacts import write_json
 from dspark_sglang.provenance import machine, versions
 
 STATE = "state.json"
-#: Seconds that an interrupted command gets to write down what it has and to stop its servers.
-_GRACE_S = 45.0
+#: How a command is told to stop, and the seconds it then gets to write down what it has and to stop its servers.
+#: An interrupt is not heeded by a child of a shell's background job.
+_ASKED = ((signal.SIGINT, 30.0), (signal.SIGTERM, 20.0))
 #: Seconds between looks at a running command.
 _LOOK_S = 0.5
 
@@ -252,17 +253,17 @@ def _execute(argv: list[str], log: Path, step: Step, watch: Watch) -> int | None
                     return None
     finally:
         # Reached with a running child only on a limit, an interrupt or an error of ours.
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            _stop(child)
+        _stop(child)
 
 
 def _stop(child: subprocess.Popen[bytes]) -> None:
-    """Interrupt a command; kill it and what is in its group if that takes too long."""
-    if child.poll() is not None:
-        return
-    child.send_signal(signal.SIGINT)
+    """Interrupt a command, end it where it does not heed that, and kill it and its group where it does not end."""
     try:
-        child.wait(timeout=_GRACE_S)
+        for number, seconds in _ASKED:
+            if child.poll() is None:
+                child.send_signal(number)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    child.wait(timeout=seconds)
     finally:
         if child.poll() is None:
             os.killpg(child.pid, signal.SIGKILL)

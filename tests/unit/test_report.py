@@ -286,6 +286,18 @@ def test_the_page_says_what_was_measured_and_what_was_not(folder: Path) -> None:
     assert "api-docs.deepseek.com" in text and "http" not in text
 
 
+def test_a_load_under_which_nothing_came_is_left_out(folder: Path) -> None:
+    path = folder / "sweep" / "summary.json"
+    whole = path.read_bytes()
+    try:
+        cells = LOAD["cells"] | {"T1-c1": {"ratio_none": [None, 0.5, None]}}
+        artifacts.write_json(path, LOAD | {"cells": cells})
+        assert "no speculation, 1 requests at once" not in write(folder)
+        assert "no speculation, 8 requests at once" in write(folder)
+    finally:
+        path.write_bytes(whole)
+
+
 def test_a_failed_step_is_marked_where_it_belongs(folder: Path) -> None:
     text = write(folder, failed="sweep")
     assert "This report is partial." in text
@@ -381,7 +393,8 @@ def test_an_unknown_step_is_refused(tmp_path: Path) -> None:
         _chosen("lunch", make.plan())
 
 
-def test_ctrl_c_leaves_a_page_and_no_process(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_leaves_a_page(tmp_path: Path, number: int, code: int) -> None:
     out = tmp_path / "r"
     child = subprocess.Popen(
         [sys.executable, "-m", "dspark_sglang.cli.main", "report", "--out", str(out), "--browser", "none"],
@@ -391,9 +404,9 @@ def test_ctrl_c_leaves_a_page_and_no_process(tmp_path: Path) -> None:
     deadline = time.monotonic() + 120
     while not log.exists() and time.monotonic() < deadline:
         time.sleep(0.02)
-    child.send_signal(signal.SIGINT)
+    child.send_signal(number)
     said, _ = child.communicate(timeout=120)
-    assert child.returncode == 130, said
+    assert child.returncode == code, said
     assert "Interrupted: the page is partial" in said
     assert "This report is partial." in (out / "report.html").read_text()
     steps = json.loads((out / "report.json").read_text())["steps"]

@@ -128,9 +128,11 @@ def test_the_step_cost_was_measured_before_the_first_request(server: Server, cac
 
 
 def test_predictions_are_checked_against_real_steps(server: Server) -> None:
+    assert update(server, {"dspark_speculation": 1})  # whether rounds pay depends on the machine
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda prompt: chat(server, prompt), PROMPTS[:8]))
     found = record(server)
+    assert update(server, {"dspark_speculation": -1})
     # Tests share the machine with other work, so this is far from what a quiet one reaches.
     assert found["step_error"] is not None and found["step_error"] < 0.5
     assert found["expected_tokens"] > 0 and found["tau_error"] is not None

@@ -51,20 +51,21 @@ def summary(
 
 
 def _measured_rows(run: Mapping[str, Any] | None) -> Iterator[list[str]]:
-    for users, low, mid, high in _ratios(run):
+    for heat, users, low, mid, high in _ratios(run):
         yield [
-            f"DSPARK over no speculation, {users} requests at once",
+            f"DSPARK over no speculation, {users} requests at once, temperature {heat}",
             f"{mid:.2f}× ({low:.2f} to {high:.2f})",
             "measured",
         ]
 
 
-def _ratios(run: Mapping[str, Any] | None) -> Iterator[tuple[str, float, float, float]]:
-    """Requests at once, and our throughput over no speculation's with its 95% interval."""
+def _ratios(run: Mapping[str, Any] | None) -> Iterator[tuple[str, str, float, float, float]]:
+    """Temperature, requests at once, and our throughput over no speculation's with its 95% interval."""
     for name, cell in (run or {}).get("cells", {}).items():
         if None not in cell.get("ratio_none", [None]):  # a machine so busy that nothing came
             low, mid, high = cell["ratio_none"]
-            yield name.partition("-c")[2].partition("-")[0], low, mid, high
+            heat, users = name.split("-")[:2]  # T1-c8
+            yield heat[1:], users[1:], low, mid, high
 
 
 def _derived_rows(results: Results) -> Iterator[list[str]]:
@@ -115,7 +116,8 @@ def measured(
         for point in sorted(series.points, key=lambda point: point.load)
     ]
     ratios = [
-        [users, f"{mid:.3f}", f"{low:.3f} to {high:.3f}"] for users, low, mid, high in _ratios(run)
+        [heat, users, f"{mid:.3f}", f"{low:.3f} to {high:.3f}"]
+        for heat, users, low, mid, high in _ratios(run)
     ]
     return Section(
         name="measured",
@@ -129,7 +131,7 @@ def measured(
         ],
         tables=[
             Table(headings=_POINT, rows=rows, caption="tok/s: output tokens a second of the machine. Verified: drafted tokens a request and step."),
-            Table(headings=["requests at once", "throughput over no speculation", "95% over turns"], rows=ratios, caption=f"{run['blocks']} turns of each, {run['window_s']:g} s each."),
+            Table(headings=["temperature", "requests at once", "throughput over no speculation", "95% over turns"], rows=ratios, caption=f"{run['blocks']} turns of each, {run['window_s']:g} s each."),
         ],
         figures=figures,
     )  # fmt: skip

@@ -142,7 +142,7 @@ def test_writing_is_all_or_nothing(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(ArtifactError, match="No space"):
         cost_store.save(saved, WANTED, model, seconds=1.0)
     assert saved.read_bytes() == before
     assert list(saved.parent.iterdir()) == [saved]

@@ -292,8 +292,8 @@ def test_a_load_under_which_nothing_came_is_left_out(folder: Path) -> None:
     try:
         cells = LOAD["cells"] | {"T1-c1": {"ratio_none": [None, 0.5, None]}}
         artifacts.write_json(path, LOAD | {"cells": cells})
-        assert "no speculation, 1 requests at once" not in write(folder)
-        assert "no speculation, 8 requests at once" in write(folder)
+        assert "no speculation, 1 requests at once, temperature 1" not in write(folder)
+        assert "no speculation, 8 requests at once, temperature 1" in write(folder)
     finally:
         path.write_bytes(whole)
 

@@ -22,11 +22,11 @@ from dspark_loadtests.selfcheck import self_check
 from dspark_loadtests.session import LoadSession
 from dspark_loadtests.terminal import print_stages, print_summary, verdict
 from dspark_sglang.artifacts import write_json
-from dspark_sglang.cli.bench_load import _numbers
 from dspark_sglang.errors import ConfigError, DSparkError
 from dspark_sglang.load.prompts import read_prompts
 from dspark_sglang.load.sweep import frontier_of
 from dspark_sglang.provenance import machine, provenance
+from dspark_sglang.values import read_numbers
 
 app = typer.Typer(invoke_without_command=True, no_args_is_help=True)
 #: Streams whose lag is bound, and by how much (milliseconds, percent).
@@ -122,8 +122,8 @@ def bench(
     source = read_prompts(prompts)
     request = plan.Request(
         pattern=_pattern(pattern),
-        concurrency=tuple(_numbers(concurrency, "--concurrency", int)),
-        rates=tuple(_numbers(rate, "--rate", float)),
+        concurrency=tuple(read_numbers(concurrency, "--concurrency", int)),
+        rates=tuple(read_numbers(rate, "--rate", float, zero=True)),
         requests=requests,
         duration_s=duration,
         warmup_s=warmup,

@@ -29,13 +29,13 @@ from dspark_sglang.cli.bench import (
     Temperature,
     command,
 )
-from dspark_sglang.cli.bench_load import _numbers
 from dspark_sglang.errors import ConfigError, DSparkError
 from dspark_sglang.load import figure, frontier, gate, versus
 from dspark_sglang.load.frontier import Frontier
 from dspark_sglang.load.prompts import read_prompts
 from dspark_sglang.load.versus import SWITCHES, Cell, Versus, Way
 from dspark_sglang.provenance import machine, provenance
+from dspark_sglang.values import read_numbers
 
 
 def _ways(given: list[str], modes: str, model: str | None, key: str | None, gpus: int) -> list[Way]:
@@ -90,7 +90,7 @@ def compare(
     console = Console()
     source = read_prompts(prompts)
     request = plan.Request(
-        concurrency=tuple(_numbers(concurrency, "--concurrency", int)),
+        concurrency=tuple(read_numbers(concurrency, "--concurrency", int)),
         duration_s=duration,
         warmup_s=warmup,
         temperature=temperature,
@@ -217,7 +217,7 @@ def draw(
     merged = _merge([frontier.read(path) for path in files])
     first = ours or merged.series[0].name
     merged.of(first)
-    speeds = _numbers(user_speed, "--user-speed", float) if user_speed else None
+    speeds = read_numbers(user_speed, "--user-speed", float, zero=True) if user_speed else None
     artifacts.write_json(out / "frontier.json", merged)
     figure.draw_frontier(merged, out / "frontier.png", ours=first, speeds=speeds)
     drawn = figure.draw_budget(merged, out / "budget.png")

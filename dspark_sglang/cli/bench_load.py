@@ -42,6 +42,7 @@ from dspark_sglang.load.summary import (
     table,
 )
 from dspark_sglang.provenance import machine, versions
+from dspark_sglang.values import read_numbers
 
 SCHEMA_VERSION = 1
 #: Not ours, and not made for this device.
@@ -54,18 +55,6 @@ _COLUMNS = (
     MofNCompleteColumn(),
     TimeRemainingColumn(),
 )
-
-
-def _numbers(text: str, name: str, kind: type[Any]) -> list[Any]:
-    try:
-        found = [kind(part) for part in text.split(",")]
-    except ValueError:
-        found = []
-    if not found or min(found) < (1 if kind is int else 0):
-        raise ConfigError(
-            f"{name} is {text!r}.", expected="numbers with commas between them", fix="As in 1,8,32."
-        )
-    return found
 
 
 def _names(text: str, name: str, known: tuple[T, ...]) -> list[T]:
@@ -149,8 +138,8 @@ def bench_load(
         target=target or targets.ensure_target(),
         drafter=drafter,
         modes=_names(modes, "--modes", MODES),
-        concurrency=_numbers(concurrency, "--concurrency", int),
-        temperatures=_numbers(temperatures, "--temperatures", float),
+        concurrency=read_numbers(concurrency, "--concurrency", int),
+        temperatures=read_numbers(temperatures, "--temperatures", float, zero=True),
         blocks=blocks,
         warm_s=warm_s,
         window_s=window_s,

@@ -49,7 +49,7 @@ def _state(server: Server) -> dict[str, Any]:
     return state
 
 
-def _idle(server: Server, seconds: float = _DRAIN_S) -> None:
+def wait_idle(server: Server, seconds: float = _DRAIN_S) -> None:
     """Wait until nothing runs any more: what does would run on in the server's next turn.
 
     Twice in a row, since a request is published only once its prefill is over.
@@ -71,7 +71,7 @@ def _idle(server: Server, seconds: float = _DRAIN_S) -> None:
         time.sleep(0.2)
 
 
-def _difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, float]:
+def difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, float]:
     """What the plugin counted between two states of a server."""
     old, new = before.get("dspark_info_record") or {}, after.get("dspark_info_record") or {}
     if not new.get("active"):
@@ -129,8 +129,8 @@ def run_cell(
             with running(servers[name]) as server:
                 before = _state(server)
                 delivered = run_block(server.url, prompts, load)
-                _idle(server)
-                counted = _difference(before, _state(server))
+                wait_idle(server)
+                counted = difference(before, _state(server))
             found.append(Block(mode=name, number=number, delivered=delivered, counted=counted))
     return found
 

@@ -18,8 +18,7 @@ from dspark_sglang.checkpoint import weights_digest
 from dspark_sglang.demo.server import Server, free_port
 from dspark_sglang.errors import ServerError
 from dspark_sglang.load.closed_loop import Delivered, Load, run_block
-from dspark_sglang.load.compare import _difference as difference
-from dspark_sglang.load.compare import _idle as drain
+from dspark_sglang.load.compare import difference, wait_idle
 from dspark_sglang.load.modes import make_server, mode
 from dspark_sglang.provenance import machine, provenance
 from dspark_sglang.simulate.parameters import Observed, Parameters, overheads
@@ -106,7 +105,7 @@ def observe(
     before, began = _state(server), time.perf_counter()
     delivered = run_block(server.url, prompts, load)
     wall = time.perf_counter() - began
-    drain(server)
+    wait_idle(server)
     after = _state(server)
     counted = difference(before, after)
     if delivered.tpot_s is None or delivered.ttft_s is None:

@@ -25,6 +25,7 @@ from dspark_sglang.simulate.replicas import ROUTERS, Job, Router, spread
 from dspark_sglang.simulate.replicas import run as run_jobs
 from dspark_sglang.simulate.roofline import Roofline, sizes
 from dspark_sglang.simulate.summary import Sla, Summary, point, summarise
+from dspark_sglang.values import read_numbers
 
 Given = Mapping[str, Any]
 #: Told what runs, requests answered over all loads, events a second.
@@ -125,22 +126,8 @@ def plan(given: Given) -> Plan:
     loads: tuple[float, ...] = (0.0,)
     for name, kind in (("concurrency", int), ("rate", float)):
         if given[name] is not None:
-            loads = _numbers(given[name], f"--{name}", kind)
+            loads = tuple(read_numbers(given[name], f"--{name}", kind))
     return Plan(given, made, modes, loads, sla)  # type: ignore[arg-type]
-
-
-def _numbers(text: str, name: str, kind: type[Any]) -> tuple[float, ...]:
-    try:
-        found = tuple(kind(part) for part in text.split(","))
-    except ValueError:
-        found = ()
-    if not found or not all(0 < value < np.inf for value in found):
-        raise ConfigError(
-            f"{name} is {text!r}.",
-            expected="numbers above 0 with commas between them",
-            fix="As in 1,8,32.",
-        )
-    return found
 
 
 def _machine(given: Given, *, drafts: bool) -> Machine:

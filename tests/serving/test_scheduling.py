@@ -358,7 +358,7 @@ def test_a_block_of_load_ends_when_the_server_has_come_to_rest(server: Server) -
             if busy:
                 break
     assert busy == 1
-    compare._idle(server)
+    compare.wait_idle(server)
     before = record(server)
     assert server.requests() == 0
     time.sleep(0.5)

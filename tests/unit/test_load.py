@@ -19,13 +19,14 @@ from rich.console import Console
 from dspark_loadtests.prompts import load_prompts
 from dspark_loadtests.report import tokens_in
 from dspark_loadtests.stream import Outcome, RequestRecord
-from dspark_sglang.cli.bench_load import _names, _numbers
+from dspark_sglang.cli.bench_load import _names
 from dspark_sglang.demo.server import Server
 from dspark_sglang.errors import ConfigError, ServerError
 from dspark_sglang.load import closed_loop, compare, summary
 from dspark_sglang.load.closed_loop import Delivered, Load
 from dspark_sglang.load.compare import Block, rates, ratio
 from dspark_sglang.load.modes import MODES, ModeName, make_server, mode
+from dspark_sglang.values import read_numbers
 
 # --- tokens in a window ---------------------------------------------------------------------------
 
@@ -196,7 +197,7 @@ def telling(answers: list[Any], tmp_path: Path) -> Iterator[tuple[Server, list[s
 def test_a_block_ends_when_nothing_runs_or_waits_any_more(tmp_path: Path) -> None:
     answers = [loads(2), loads(0, waiting=1), loads(0), loads(1), loads(0), loads(0), loads(9)]
     with telling(answers, tmp_path) as (server, asked):
-        compare._idle(server)
+        compare.wait_idle(server)
     assert len(asked) == 6 and {path.partition("?")[0] for path in asked} == {"/v1/loads"}
 
 
@@ -205,7 +206,7 @@ def test_a_server_that_does_not_come_to_rest_is_an_error(tmp_path: Path) -> None
         telling([loads(3)], tmp_path) as (server, _),
         pytest.raises(ServerError, match="3 requests still run"),
     ):
-        compare._idle(server, 0.3)
+        compare.wait_idle(server, 0.3)
 
 
 @pytest.mark.parametrize(
@@ -213,7 +214,7 @@ def test_a_server_that_does_not_come_to_rest_is_an_error(tmp_path: Path) -> None
 )
 def test_an_answer_that_does_not_tell_is_no_rest(answer: Any, tmp_path: Path) -> None:
     with telling([answer], tmp_path) as (server, _), pytest.raises(ServerError):
-        compare._idle(server, 0.3)
+        compare.wait_idle(server, 0.3)
 
 
 # --- what a block counted ----------------------------------------------------------------------------
@@ -228,7 +229,7 @@ def test_counters_of_a_block_are_differences() -> None:
     before = counters(rounds=100, plain_rounds=50, committed_tokens=180, seconds={"plan": 1.0})
     after = counters(rounds=140, plain_rounds=60, committed_tokens=260, verified_tokens=90,
                      seconds={"plan": 1.5, "step": 4.0})  # fmt: skip
-    found = compare._difference({"dspark_info_record": before}, {"dspark_info_record": after})
+    found = compare.difference({"dspark_info_record": before}, {"dspark_info_record": after})
     assert (found["rounds"], found["plain_rounds"]) == (40.0, 10.0)
     assert found["accept_length"] == 2.0
     assert found["mean_budget"] == 90 / 50
@@ -237,8 +238,8 @@ def test_counters_of_a_block_are_differences() -> None:
 
 
 def test_servers_without_the_plugin_count_little() -> None:
-    assert compare._difference({}, {}) == {}
-    assert compare._difference({}, {"avg_spec_accept_length": 1.8}) == {"accept_length": 1.8}
+    assert compare.difference({}, {}) == {}
+    assert compare.difference({}, {"avg_spec_accept_length": 1.8}) == {"accept_length": 1.8}
 
 
 # --- summing up ---------------------------------------------------------------------------------------
@@ -410,11 +411,11 @@ def test_every_mode_serves_the_same_target_its_own_way(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["", "1,,2", "one", "0,4", "-1", "1.5"])
 def test_numbers_that_are_none_are_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="--concurrency"):
-        _numbers(text, "--concurrency", int)
+        read_numbers(text, "--concurrency", int)
 
 
 def test_names_are_checked() -> None:
     assert _names("dspark,none", "--modes", MODES) == ["dspark", "none"]
-    assert _numbers("0,0.7", "--temperatures", float) == [0.0, 0.7]
+    assert read_numbers("0,0.7", "--temperatures", float, zero=True) == [0.0, 0.7]
     with pytest.raises(ConfigError, match="best"):
         _names("dspark,best", "--modes", MODES)

@@ -52,8 +52,8 @@ class DraftBlock(NamedTuple):
     #: ``[S, gamma, M]`` int64 tokens the laws are over, or ``[M]`` ascending where all laws share
     #: them; None: the whole vocabulary.
     support: torch.Tensor | None = None
-    #: ``[R, gamma]`` float32 where ``probs`` are logits at the request's temperature instead: their
-    #: log-sum-exp.
+    #: ``[B, gamma]`` float32 where ``probs`` are logits of all rows instead: the log-sum-exp of them over the
+    #: row's temperature.
     lse: torch.Tensor | None = None
 
 

@@ -17,7 +17,7 @@ from dspark_sglang.core.draft import DraftBlock
 from dspark_sglang.core.heads import ConfidenceHead, MarkovHead
 from dspark_sglang.core.sharded import Shard
 from dspark_sglang.errors import NumericsError
-from dspark_sglang.serving.ops import SampledRows, choose, selfcheck
+from dspark_sglang.serving.ops import Ops, SampledRows, choose, selfcheck
 from dspark_sglang.serving.ops.rows import Verified
 from dspark_sglang.serving.ops.sharded_ops import ShardedOps
 from dspark_sglang.serving.ops.supply import Supply
@@ -77,26 +77,30 @@ def vocabulary(lockstep: Lockstep, rank: int) -> Any:
     return SimpleNamespace(shard=shard, ranks=ranks, own=lambda logits: logits[..., columns])
 
 
-def operations(kernels: Any, device: torch.device, lockstep: Lockstep, rank: int) -> ShardedOps:
+def one_rank(kernels: Any, device: torch.device, verification: Any) -> Ops:
     made = torch.Generator().manual_seed(3)
     w1, w2 = (torch.randn((VOCAB, RANK), generator=made).to(device) for _ in range(2))
     draws = torch.Generator(device).manual_seed(4)
-    telemetry = Telemetry(gamma=GAMMA)
-    inner = choose.make(
+    return choose.make(
         kernels,
         device=device,
         markov=MarkovHead(w1=w1, w2=w2),
         confidence=ConfidenceHead(torch.zeros(HIDDEN), torch.zeros(()), False, torch.ones(GAMMA)),
         generator=draws,
-        verification="rejection",
-        telemetry=telemetry,
+        verification=verification,
+        telemetry=Telemetry(gamma=GAMMA),
     )
+
+
+def operations(
+    kernels: Any, device: torch.device, lockstep: Lockstep, rank: int, verification: Any
+) -> ShardedOps:
     return ShardedOps(
-        inner,
+        one_rank(kernels, device, verification),
         vocabulary(lockstep, rank),
-        generator=draws,
-        verification="rejection",
-        telemetry=telemetry,
+        generator=torch.Generator(device).manual_seed(5),
+        verification=verification,
+        telemetry=Telemetry(gamma=GAMMA),
     )
 
 
@@ -131,7 +135,7 @@ def one_round(
     lockstep = Lockstep(RANKS)
 
     def work(rank: int) -> tuple[DraftBlock, Accepted]:
-        ops = operations(kernels, device, lockstep, rank)
+        ops = operations(kernels, device, lockstep, rank, "rejection")
         own = base[..., sum(WIDTHS[:rank]) : sum(WIDTHS[: rank + 1])].contiguous()
         block = ops.draft(own, hidden, anchors, positions, wanted, None)
         logits = noise.clone()
@@ -188,6 +192,39 @@ def test_ranks_decide_with_the_kernels_as_without(
         assert torch.equal(outcome.token, without[0].token)
         assert outcome.count.dtype == torch.int64
     assert int(outcomes[0].count.sum()) > 0
+
+
+def test_blocks_of_a_draft_vocabulary_are_verified_as_on_one_rank(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernels list laws of all requests; verifying whole blocks over shards reads the sampling ones'."""
+    same_draws(monkeypatch)
+    unchecked(monkeypatch)
+    made = torch.Generator().manual_seed(11)
+    tokens = torch.arange(0, VOCAB, 3, device=device)
+    base = torch.randn((REQUESTS, GAMMA, len(tokens)), generator=made).to(device)
+    positions = torch.arange(REQUESTS, device=device)
+    lens = torch.full((REQUESTS,), GAMMA, device=device)
+    first = positions * (GAMMA + 1)
+    logits = torch.randn((REQUESTS * (GAMMA + 1), VOCAB), generator=made).to(device)
+    wanted = rows("sampled", device)
+    hidden = torch.zeros((REQUESTS, GAMMA, HIDDEN), device=device)
+    whole = one_rank("triton", device, "block")
+    block = whole.draft(base, hidden, positions, positions, wanted, tokens)
+    for request in range(REQUESTS):
+        for place in range(GAMMA):
+            logits[first[request] + place, block.tokens[request, place]] += 3.0
+    given = Verified(
+        logits, block.tokens, wanted, block.probs, block.support, block.lse, lens, first, positions
+    )
+    alone = whole.accept(given)
+    lockstep = Lockstep(RANKS)
+    for outcome in lockstep.run(
+        lambda rank: operations("triton", device, lockstep, rank, "block").accept(given)
+    ):
+        assert torch.equal(outcome.count, alone.count)
+        assert torch.equal(outcome.token, alone.token)
+    assert 0 < int(alone.count[torch.tensor([1, 2, 4])].sum()) < 3 * GAMMA
 
 
 def test_a_law_that_is_not_a_number_is_refused_on_every_rank(

@@ -35,6 +35,7 @@ def draft_block(
     temperatures: torch.Tensor | None = None,
     sampled: torch.Tensor | None = None,
     keys: Keys | None = None,
+    logits_of_all: bool = False,
 ) -> Exchange[DraftBlock]:
     """Draft ``gamma`` tokens a request as :func:`dspark_sglang.core.draft.draft_block` does.
 
@@ -48,14 +49,17 @@ def draft_block(
         temperatures: ``[S]`` above 0, of the sampled rows; None when all are greedy.
         sampled: ``[S]`` int64 indices of the sampled rows.
         keys: of the sampled rows' noise.
+        logits_of_all: give laws as the kernels read them: logits of all rows, greedy ones included, and the
+            log-sum-exp of them over their temperature.
 
     Returns:
-        The block. Its laws ``[S, gamma, width]`` are this rank's columns of the drafted ones.
+        The block. Its laws ``[S, gamma, width]`` are this rank's columns of the drafted ones; with
+        ``logits_of_all`` the logits ``[B, gamma, width]`` beside ``lse`` ``[B, gamma]`` float32.
     """
     columns = shard.columns(base_logits.device)
     state = head.start(anchors.shape[0])
     previous = anchors
-    tokens, before, laws = [], [], []
+    tokens, before, laws, sums = [], [], [], []
     for step in range(base_logits.shape[1]):
         before.append(previous)
         latent, state = head.step(previous, hidden[:, step], state)
@@ -72,9 +76,14 @@ def draft_block(
         tokens.append(previous)
         if sampled is not None and keys is not None and not keys.coupled:
             total = every[:, sampled, 2].logsumexp(dim=0)
-            laws.append((scaled - total[:, None]).exp().float())
+            if logits_of_all:
+                laws.append(logits)
+                sums.append(logits.new_zeros(len(logits)).index_copy_(0, sampled, total.float()))
+            else:
+                laws.append((scaled - total[:, None]).exp().float())
     return DraftBlock(
         tokens=torch.stack(tokens, dim=1),
         previous=torch.stack(before, dim=1),
         probs=torch.stack(laws, dim=1) if laws else None,
+        lse=torch.stack(sums, dim=1) if sums else None,
     )

@@ -24,9 +24,6 @@ from dspark_sglang.serving.telemetry import Telemetry
 if TYPE_CHECKING:
     from dspark_sglang.serving.ops.triton_ops import TritonOps
 
-#: Least probability of a drafted token.
-_LEAST = 1e-38
-
 
 class ShardedOps:
     """:class:`dspark_sglang.serving.ops.Ops` over shards: drafting and acceptance here, the rest inside.
@@ -94,12 +91,13 @@ class ShardedOps:
             temperatures=None if rows is None else rows.temperatures,
             sampled=None if rows is None else rows.index,
             keys=keys,
+            logits_of_all=self._kernels is not None,
         )
         return self._vocabulary.ranks.run(drafting, "draft")
 
     def nothing(self, rows: SampledRows | None, requests: int) -> DraftBlock:
         """See :meth:`dspark_sglang.serving.ops.Ops.nothing`."""
-        if self._kernels is not None:
+        if self.name == "triton":
             return self._inner.nothing(rows, requests)
         sampled = None if rows is None or rows.seeds is not None else len(rows.index)
         return undrafted(requests, laws=sampled, device=self.markov.w1.device)
@@ -149,9 +147,6 @@ class ShardedOps:
 
     def _accept_by_kernels(self, kernels: TritonOps, given: Verified) -> Accepted:
         given = given._replace(logits=self._vocabulary.own(given.logits))
-        if given.laws is not None and given.support is None:
-            laws, lse = _spread(given)
-            given = given._replace(laws=laws, lse=lse)
         ranks = self._vocabulary.ranks
         return kernels.accept_sharded(
             given, ranks.rank, self._widths, lambda steps: ranks.run(steps, "accept")
@@ -176,9 +171,8 @@ class ShardedOps:
         laws, support, shard = given.laws, given.support, self._vocabulary.shard
         assert laws is not None and given.rows is not None
         index = given.rows.index
-        if given.lse is not None:  # logits at the request's temperature, of all requests
-            laws = (laws[index] - given.lse[index, : laws.shape[1], None]).exp()
-            support = support[index] if support is not None and support.dim() > 1 else support
+        if self.name == "triton" and support is not None:  # listed by the kernels for all requests
+            laws, support = laws[index], support[index]
         if support is None:
             return laws
         column = support - shard.start
@@ -198,17 +192,3 @@ def _kernels(inner: Ops) -> TritonOps | None:
     assert isinstance(inner, TritonOps)
     check_sharded(inner.markov.w1.device)
     return inner
-
-
-def _spread(given: Verified) -> tuple[torch.Tensor, torch.Tensor]:
-    """Drafted laws of the sampled requests ``[S, gamma, width]`` as the kernels read them.
-
-    Returns:
-        logits ``[R, gamma, width]`` at the requests' temperatures, and their log-sum-exp ``[R, gamma]``.
-    """
-    assert given.laws is not None and given.rows is not None
-    requests, (gamma, width) = len(given.lens), given.laws.shape[1:]
-    logits = given.laws.new_zeros((requests, gamma, width))
-    # no law of a softmax is 0 but by underflow; the kernels refuse infinite logits
-    found = given.laws.clamp(min=_LEAST).log() * given.rows.temperatures[:, None, None]
-    return logits.index_copy_(0, given.rows.index, found), logits.new_zeros((requests, gamma))

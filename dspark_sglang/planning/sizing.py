@@ -18,6 +18,8 @@ from dspark_sglang.planning.tensors import SIZES, Layout, Split, by_part
 
 #: Parts of the drafter are shown under this prefix.
 DRAFTER = "drafter: "
+#: Types that the CPU platform keeps a second, packed copy of.
+_PACKED = ("BF16", "F32")
 #: Where SGLang's defaults leave too little room: prompt tokens a step and requests at once to try.
 _TIGHTER = ((4096, 48), (4096, 32), (2048, 32), (2048, 16), (2048, 8), (2048, 4))
 
@@ -132,17 +134,17 @@ class Sizer:
         return count * width * SIZES[self.model.tensors[0].kept]
 
     def _packed(self) -> int:
-        """Bytes of the copies that the CPU platform lays out for oneDNN (bfloat16 projections)."""
+        """Bytes of the copies that the CPU platform lays out for oneDNN (``serving/cpu/packing.py``)."""
         if not self.machine.on_cpu:
             return 0
         projections = (*self.model.tensors, *self.model.draft_tensors)
         size = sum(
-            tensor.elements * 2
+            tensor.elements * SIZES[tensor.kept]
             for tensor in projections
-            if tensor.kept == "BF16" and tensor.part in ("attention", "mlp", "layers")
+            if tensor.kept in _PACKED and tensor.part in ("attention", "mlp", "layers")
             and len(tensor.shape) == 2
         )  # fmt: skip
         heads = [t for t in self.model.tensors if t.split in (Split.HEAD_VOCAB, Split.VOCAB)]
-        if heads and heads[-1].kept == "BF16":
-            size += heads[-1].elements * 2
+        if heads and heads[-1].kept in _PACKED:
+            size += heads[-1].elements * SIZES[heads[-1].kept]
         return size if size <= self.machine.usable / 4 else 0

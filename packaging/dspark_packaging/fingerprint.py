@@ -17,11 +17,11 @@ import msgspec
 
 from dspark_packaging.errors import PackageError
 from dspark_packaging.layout import TOKENIZER_FILE
+from dspark_packaging.record import read_record
 from dspark_packaging.schemas import TARGET_FILE, Digest
 from dspark_packaging.shards import Shards, read_shards
 from dspark_sglang.artifacts import SCHEMA_VERSION
 from dspark_sglang.checkpoint import read_json
-from dspark_sglang.errors import ArtifactError
 
 #: Largest tensor whose values count, and how many bytes of them at most.
 _SMALL, _AT_MOST = 64 << 10, 256 << 20
@@ -151,22 +151,14 @@ def read_target(path: Path, *, drafter_sha256: str) -> TargetFingerprint:
     Raises:
         ArtifactError: missing, malformed, or of another drafter.
     """
-    fix = "Record it again with `dspark package SOURCE OUT --target DIR`."
-    try:
-        found = msgspec.json.decode(path.read_bytes(), type=TargetFingerprint)
-    except (OSError, msgspec.DecodeError) as error:
-        raise ArtifactError(
-            f"{path} cannot be read: {error}.", expected="a target's fingerprint", fix=fix
-        ) from error
-    for what, said, wanted in (
-        ("schema_version", found.schema_version, SCHEMA_VERSION),
-        ("drafter_sha256", found.drafter_sha256, drafter_sha256),
-    ):
-        if said != wanted:
-            raise ArtifactError(
-                f"{path} has {what} {said}.", expected=f"{wanted}, of the weights here", fix=fix
-            )
-    return found
+    return read_record(
+        path,
+        TargetFingerprint,
+        what="a target's fingerprint",
+        fix="Record it again with `dspark package SOURCE OUT --target DIR`.",
+        schema_version=SCHEMA_VERSION,
+        drafter_sha256=drafter_sha256,
+    )
 
 
 def check_target(recorded: TargetFingerprint, found: TargetFingerprint, name: str) -> None:

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import msgspec
 
+from dspark_packaging.record import read_record
 from dspark_packaging.schemas import Digest, Text
 from dspark_sglang.artifacts import SCHEMA_VERSION, Provenance, write_json
 from dspark_sglang.checkpoint import read_json
@@ -65,23 +66,15 @@ def read_throughput(path: Path, *, gamma: int, drafter_sha256: str) -> Throughpu
     Raises:
         ArtifactError: malformed, without a command or a machine, or of another drafter.
     """
-    try:
-        found = msgspec.json.decode(path.read_bytes(), type=ThroughputArtifact)
-    except (OSError, msgspec.DecodeError) as error:
-        raise ArtifactError(
-            f"{path} cannot be read: {error}.", expected="measured speeds", fix=_FIX
-        ) from error
-    for what, said, wanted in (
-        ("schema_version", found.schema_version, SCHEMA_VERSION),
-        ("gamma", found.gamma, gamma),
-        ("drafter_sha256", found.drafter_sha256, drafter_sha256),
-    ):
-        if said != wanted:
-            raise ArtifactError(
-                f"{path} has {what} {said}.",
-                expected=f"{wanted}, that of the weights beside it",
-                fix=_FIX,
-            )
+    found = read_record(
+        path,
+        ThroughputArtifact,
+        what="measured speeds",
+        fix=_FIX,
+        schema_version=SCHEMA_VERSION,
+        gamma=gamma,
+        drafter_sha256=drafter_sha256,
+    )
     if not found.provenance.command.strip():
         raise ArtifactError(
             f"{path} names no command.", expected="the command that measured it", fix=_FIX

@@ -25,7 +25,7 @@ from typer.testing import CliRunner
 from dspark_loadtests import arrivals, plan
 from dspark_loadtests.arrivals import Segment
 from dspark_loadtests.bench import Stage, connect
-from dspark_loadtests.estimate import _over_requests, estimates
+from dspark_loadtests.estimate import estimates
 from dspark_loadtests.fake_server import FakeServer
 from dspark_loadtests.prompts import Prompt, load_prompts
 from dspark_loadtests.report import read_result, tokens_in
@@ -401,18 +401,6 @@ def test_estimates_bracket_the_value() -> None:
         assert value.low <= value.value <= value.high
     again = estimates(stage.measured, ran.records, begin=ran.begin, end=ran.end, slo=stage.summary.settings.slo)  # fmt: skip
     assert again == found, "seeded"
-
-
-@pytest.mark.parametrize("count", [100, 6400])
-def test_intervals_have_the_width_of_the_law(count: int) -> None:
-    values = np.random.default_rng(3).normal(50.0, 8.0, count)
-    mean = _over_requests(values.tolist(), None, 0)
-    median = _over_requests(values.tolist(), 0.5, 0)
-    assert mean is not None and median is not None
-    wanted = 2 * 1.96 * values.std() / math.sqrt(count)
-    assert mean.high - mean.low == pytest.approx(wanted, rel=0.15)
-    # the median of a normal law varies by sqrt(pi / 2) more
-    assert median.high - median.low == pytest.approx(wanted * math.sqrt(math.pi / 2), rel=0.35)
 
 
 # --- the command -------------------------------------------------------------------------------------------

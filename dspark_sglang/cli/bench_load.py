@@ -205,10 +205,7 @@ class _Run:
                     self._cell(able, prompts, (heat, users, dtype), missing, (bar, task))
             if "dspark" in servers:
                 with running(servers["dspark"]) as server:
-                    record = server.dspark() or {}
-                    places = ("cost_source", "sts")  # where files lie says nothing to a reader
-                    named = {name: Path(str(record.get(name))).name for name in places}
-                    self.about[dtype] = record | named
+                    self.about[dtype] = server.record()
 
     def _cell(
         self,

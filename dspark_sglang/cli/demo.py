@@ -153,7 +153,7 @@ def demo(
             console, servers, prompts, max_tokens=max_tokens, title="speed (bfloat16)"
         )
         with running(servers[1]):
-            status_now = servers[1].dspark() or {"active": False}
+            status_now = servers[1].record() or {"active": False}
     with ExitStack() as stack:
         servers = start_pair(stack, console, target, drafter, "float32", logs)
         equal = _texts(console, servers, prompts, max_tokens=max_tokens)

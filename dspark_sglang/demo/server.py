@@ -226,6 +226,12 @@ class Server:
         record = self.info()["internal_states"][0].get("dspark_info_record")
         return record if isinstance(record, dict) and record.get("active") else None
 
+    def record(self) -> dict[str, Any]:
+        """The same for a result file, empty without it: where files lie says nothing to a reader."""
+        found = self.dspark() or {}
+        places = ("cost_source", "sts")
+        return found | {name: Path(str(found[name])).name for name in places if found.get(name)}
+
     def stop(self) -> None:
         """End the server and everything it started; safe to call twice."""
         if self._process is None:

@@ -56,6 +56,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     #: divided over the ranks, as SGLang does. ``single``: on rank 0, which sends its states to the
     #: others. ``auto``: whichever of them a cost model finds fastest.
     placement: Placement = "auto"
+    #: The same for the Markov head's W1 and the confidence head. ``replicate``: whole on every rank.
+    #: ``shard``: a rank has the rows of its tokens and scores its share of the draft states' columns.
+    #: ``single``: on rank 0. ``auto``: ``replicate``, which no collective waits for.
+    heads: Placement = "auto"
     #: Seed of draft sampling and acceptance. Negative: SGLang's ``--random-seed``.
     seed: int = -1
     #: Torch threads of the CPU platform. 0: the cores this process may run on.

@@ -36,20 +36,31 @@ def cases(folder: Path, *, large: bool) -> list[Case]:
     target, uneven = ensure_models(folder / "uneven", _SEED, UNEVEN)
     _, even = ensure_models(folder / "even", _SEED, EVEN)
 
-    def tiny(name: str, drafter: Path, ranks: int, placement: str | None) -> Case:
+    def tiny(
+        name: str, drafter: Path, ranks: int, placement: str | None, heads: str = "auto"
+    ) -> Case:
         return Case(
-            name=name, target=target, drafter=drafter, ranks=ranks, placement=placement, prompts=PROMPTS
-        )  # fmt: skip
+            name=name,
+            target=target,
+            drafter=drafter,
+            ranks=ranks,
+            placement=placement,
+            heads=heads,
+            prompts=PROMPTS,
+        )
 
     found = [
         tiny("tp1", uneven, 1, "auto"),
         tiny("tp2-replicate", uneven, 2, "replicate"),
         tiny("tp2-single", uneven, 2, "single"),
         tiny("tp2-shard", even, 2, "shard"),
+        tiny("tp2-heads-shard", uneven, 2, "replicate", "shard"),
+        tiny("tp2-heads-single", uneven, 2, "single", "single"),
         tiny("tp2-builtin", even, 2, None),
         tiny("tp4-replicate", uneven, 4, "replicate"),
         tiny("tp4-single", uneven, 4, "single"),
         tiny("tp4-shard", even, 4, "shard"),
+        tiny("tp4-heads-shard", even, 4, "shard", "shard"),
     ]
     if large:
         prompts = ((504, 2365, 260, 3575, 30), (6330, 346, 1232, 1195, 563))
@@ -103,7 +114,10 @@ def summarise(known: list[Case], found: dict[str, Found], death: float | None) -
         if case.ranks == 1:
             continue
         group = f"smollm2_tp{case.ranks}" if "smollm2" in case.name else f"tp{case.ranks}"
-        result.setdefault(group, {})[case.placement or "builtin"] = _row(case, found)
+        name = case.placement or "builtin"
+        if case.heads != "auto":
+            name += f", heads {case.heads}"
+        result.setdefault(group, {})[name] = _row(case, found)
     ours = {
         law: costs.exchanged_bytes(**COMPUTED, sampled=law == "sampled")
         for law in ("greedy", "sampled")

@@ -77,7 +77,12 @@ class MarkovHead:
         Returns:
             ``[B, r]`` latent and the state for the next step.
         """
-        embedded = self.embed(previous)
+        return self.latent(self.embed(previous), hidden, state)
+
+    def latent(
+        self, embedded: torch.Tensor, hidden: torch.Tensor, state: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As :meth:`step`, of the previous tokens' embeddings ``[B, r]``."""
         if self.gate is not None:
             joined = torch.cat([hidden.to(embedded.dtype), embedded], dim=-1)
             return torch.sigmoid(linear(joined, *self.gate)) * embedded, state

@@ -110,7 +110,15 @@ def choose(costs: dict[Placement, float]) -> Placement:
 
 
 def exchanged_bytes(
-    *, requests: int, gamma: int, ranks: int, hidden: int, element: int = 2, sampled: bool = False
+    *,
+    requests: int,
+    gamma: int,
+    ranks: int,
+    hidden: int,
+    element: int = 2,
+    sampled: bool = False,
+    heads: Placement = "replicate",
+    markov_rank: int = 256,
 ) -> dict[str, int]:
     """Bytes a rank receives for drafting and acceptance of one round with a replicated backbone.
 
@@ -119,6 +127,7 @@ def exchanged_bytes(
 
     Args:
         sampled: all requests sample, without filters; else all are greedy.
+        heads: where W1, of ``markov_rank`` columns, and the confidence head are.
     """
     rows = requests * (gamma + 1)
     record = 8 * ranks
@@ -130,6 +139,9 @@ def exchanged_bytes(
         "accept": rows * (6 if sampled else 2) * record + (3 * requests * record if sampled else 0),
         "outcome": 16 * requests,
     }
+    if heads != "replicate":
+        parts["markov"] = gamma * requests * markov_rank * element
+        parts["confidence"] = 4 * requests * gamma
     return parts | {"all": sum(parts.values())}
 
 

@@ -37,6 +37,8 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
     ranks: int
     #: ``DSPARK_PLACEMENT``; None: SGLang's builtin.
     placement: str | None
+    #: ``DSPARK_HEADS``.
+    heads: str = "auto"
     prompts: tuple[tuple[int, ...], ...]
     max_tokens: int = 48
 
@@ -47,7 +49,8 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
         # Everything drafted is verified in every case, so that steps compare.
         scheduled = {} if self.placement is None else {"DSPARK_SCHEDULE": "all"}
         place = {} if self.placement is None else {"DSPARK_PLACEMENT": self.placement}
-        return _ALONE | chosen | scheduled | place
+        heads = {} if self.placement is None else {"DSPARK_HEADS": self.heads}
+        return _ALONE | chosen | scheduled | place | heads
 
 
 class Found(msgspec.Struct, frozen=True, kw_only=True):

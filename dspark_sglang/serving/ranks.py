@@ -8,7 +8,7 @@ import torch
 from sglang.srt.models.dspark import DSparkDraftMixin, project_through_lm_head
 from sglang.srt.runtime_context import get_parallel
 
-from dspark_sglang.core.sharded import Exchange, Shard
+from dspark_sglang.core.sharded import Exchange, Shard, Sum
 from dspark_sglang.core.sharded.shard import Result
 from dspark_sglang.errors import CompatibilityError
 from dspark_sglang.serving.telemetry import Telemetry
@@ -59,10 +59,14 @@ class Ranks:
         try:
             record = next(exchange)
             while True:
-                record = exchange.send(self.gather(record, what))
+                if isinstance(record, Sum):
+                    found = self.reduce(record.values, record.what)
+                else:
+                    found = self.gather(record, what)
+                record = exchange.send(found)
         except StopIteration as end:
-            found: Result = end.value
-            return found
+            result: Result = end.value
+            return result
 
 
 class Vocabulary:
@@ -102,11 +106,7 @@ class Vocabulary:
 
     def rows(self, tokens: torch.Tensor) -> torch.Tensor:
         """Whole rows of the LM head, ``[M, d]``, of ``tokens`` ``[M]`` int64, from every rank."""
-        weight = self._head.weight.detach()
-        column = tokens - self.shard.start
-        own = (column >= 0) & (column < self.shard.width)
-        found = weight[column.clamp(0, self.shard.width - 1)] * own[:, None].to(weight.dtype)
-        return self.ranks.reduce(found, "start")
+        return self.ranks.reduce(self.shard.rows(self._head.weight.detach(), tokens), "start")
 
     @classmethod
     def of(cls, model: Any, ranks: Ranks) -> Vocabulary | None:

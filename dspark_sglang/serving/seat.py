@@ -8,7 +8,10 @@ from typing import Any
 import msgspec
 import torch
 
+from dspark_sglang import config
 from dspark_sglang.core.placement import Placement
+from dspark_sglang.core.sharded import HeldHeads, held_heads
+from dspark_sglang.errors import ConfigError
 from dspark_sglang.serving.draft_head import DraftHead
 from dspark_sglang.serving.placement import settled
 from dspark_sglang.serving.ranks import DraftEmbedding, Ranks, Vocabulary
@@ -27,6 +30,9 @@ class Seat(msgspec.Struct, frozen=True):
     #: Width and type of draft states, for ranks that only receive them.
     width: int
     dtype: torch.dtype
+    #: Where W1 and the confidence head live, and what this rank has of them; None: all of both.
+    heads: Placement = "replicate"
+    held: HeldHeads | None = None
 
     @property
     def tokens(self) -> torch.Tensor | None:
@@ -61,11 +67,14 @@ class Seat(msgspec.Struct, frozen=True):
         )
 
     def forget(self, model: Any, injector: Any) -> None:
-        """Free the layers of a rank that does not draft, and write no draft KV at prefill there.
+        """Free what this rank does not read: rows of W1 and W2, and layers where it does not draft.
+
+        A rank that does not draft writes no draft KV at prefill either.
 
         The KV pool stays: SGLang gives every rank as many slots as the fullest one. The projection of
         target states stays too: some targets run it themselves.
         """
+        self._cut_heads(model.markov_head)
         if self.drafts:
             return
         for name, parameter in model.named_parameters():
@@ -73,8 +82,25 @@ class Seat(msgspec.Struct, frozen=True):
                 parameter.data = parameter.data.new_empty(0)
         injector.inject_prefill = lambda *args, **kwargs: None
 
+    def _cut_heads(self, markov: Any) -> None:
+        if self.vocabulary is None or self.head is not None:  # the draft vocabulary reads any row
+            return
+        cuts = [(markov.markov_w2.weight, self.vocabulary.shard)]
+        if self.held is not None:
+            cuts.append((markov.markov_w1.weight, self.held.rows))
+        for weight, shard in cuts:
+            weight.data = shard.cut(weight.data).clone()
 
-def seat(model: Any, ranks: Ranks, *, folder: Path | None, mask: int, width: int) -> Seat:
+
+def seat(
+    model: Any,
+    ranks: Ranks,
+    *,
+    folder: Path | None,
+    mask: int,
+    width: int,
+    heads: config.Placement = "replicate",
+) -> Seat:
     """The seat of this rank; the draft model then embeds with what is found here.
 
     Args:
@@ -82,9 +108,11 @@ def seat(model: Any, ranks: Ranks, *, folder: Path | None, mask: int, width: int
         folder: of the drafter, where its draft vocabulary may be; None: it is not used.
         mask: the mask token.
         width: rows of the draft forward a request.
+        heads: where W1 and the confidence head are wanted.
 
     Raises:
         CompatibilityError: an LM head sharded in an unknown way.
+        ConfigError: ``heads`` that a draft vocabulary cannot be drafted with.
         ArtifactError: a draft vocabulary that is damaged or of another one.
     """
     vocabulary = Vocabulary.of(model, ranks)
@@ -92,12 +120,25 @@ def seat(model: Any, ranks: Ranks, *, folder: Path | None, mask: int, width: int
     embedding = None
     if vocabulary is not None and int(getattr(embed, "tp_size", 1)) > 1:
         model.embed_tokens = embedding = DraftEmbedding(embed, mask, width, ranks)
+    head = None if folder is None else DraftHead.beside(folder, model, vocabulary)
+    if vocabulary is None or heads == "auto":
+        heads = "replicate"
+    elif heads != "replicate" and head is not None:
+        raise ConfigError(
+            f"DSPARK_HEADS is {heads}, and the drafter has a draft vocabulary.",
+            expected="replicate or auto: every rank drafts from all tokens of a draft vocabulary",
+            fix="Unset DSPARK_HEADS, or set DSPARK_DRAFT_VOCAB=whole.",
+        )
+    states = int(model.fc.weight.shape[0])
+    held = None if vocabulary is None else held_heads(heads, vocabulary.shard, ranks.count, states)
     return Seat(
         ranks=ranks,
         placement=settled() if ranks.count > 1 else "replicate",
         vocabulary=vocabulary,
-        head=None if folder is None else DraftHead.beside(folder, model, vocabulary),
+        head=head,
         embedding=embedding,
-        width=int(model.fc.weight.shape[0]),
+        width=states,
         dtype=model.fc.weight.dtype,
+        heads=heads,
+        held=held,
     )

@@ -149,7 +149,7 @@ class DSparkWorker(DSparkWorkerV2):
         """One line in the log, and a metric where SGLang serves metrics."""
         logger.info(
             "dspark %s is serving DSPARK: gamma=%d, markov=%s, kernels=%s, schedule=%s, sts=%s, "
-            "draft vocabulary=%s, placement=%s on %d ranks",
+            "draft vocabulary=%s, placement=%s, heads=%s on %d ranks",
             __version__,
             self.gamma,
             self._ops.markov.kind,
@@ -158,6 +158,7 @@ class DSparkWorker(DSparkWorkerV2):
             self._sts_source,
             self._drafted_tokens or "whole",
             self._seat.placement,
+            self._seat.heads,
             self._seat.ranks.count,
         )
         if get_observability().enable_metrics:
@@ -219,6 +220,7 @@ class DSparkWorker(DSparkWorkerV2):
             folder=folder if settings.draft_vocab == "auto" else None,
             mask=self._mask_token_id,
             width=self.query_token_num,
+            heads=settings.heads,
         )
         self._seat.forget(self.draft_model, self._kv_injector)
         self._ops: Ops = choose.make(
@@ -237,6 +239,7 @@ class DSparkWorker(DSparkWorkerV2):
                 generator=generator,
                 verification=self._verification,
                 telemetry=self.telemetry,
+                held=self._seat.held,
             )
             processor = getattr(self.model_runner.model, "logits_processor", None)
             # Logits of another kind of processor stay whole, and are cut to shards.
@@ -353,6 +356,7 @@ class DSparkWorker(DSparkWorkerV2):
             kernels=self._ops.name,
             draft_vocabulary=self._drafted_tokens or "whole",
             placement=self._seat.placement,
+            heads=self._seat.heads,
             gamma=self.gamma,
             sglang=installed_version(),
         )
@@ -470,6 +474,7 @@ class DSparkWorker(DSparkWorkerV2):
             "sts": self._sts_source,
             "draft_vocabulary": self._drafted_tokens,
             "placement": self._seat.placement,
+            "heads": self._seat.heads,
             "placement_microseconds": {} if self._placed is None else self._placed.microseconds,
             "ranks": self._seat.ranks.count,
             "schedule": self._schedule,

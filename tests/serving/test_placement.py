@@ -200,18 +200,31 @@ def test_a_rank_that_dies_ends_the_server(pair: Pair) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("ranks", "heads", "placement"),
-    [(2, UNEVEN, "single"), (2, EVEN, "shard"), (4, UNEVEN, "replicate"), (4, EVEN, "shard")],
+    ("ranks", "sizes", "placement", "heads"),
+    [
+        (2, UNEVEN, "single", "single"),
+        (2, EVEN, "shard", "shard"),
+        (4, UNEVEN, "replicate", "shard"),
+        (4, EVEN, "shard", "replicate"),
+    ],
     ids=["single-2", "shard-2", "replicate-4", "shard-4"],
 )
 def test_other_placements_have_the_same_text(
-    tmp_path: Path, ranks: int, heads: Any, placement: str
+    tmp_path: Path, ranks: int, sizes: Any, placement: str, heads: str
 ) -> None:
-    models = ensure_models(tmp_path / "models", 3, heads)
+    models = ensure_models(tmp_path / "models", 3, sizes)
     block = {"DSPARK_VERIFICATION": "block"} if placement == "single" else {}
     servers = [
         start(tmp_path, "alone", models, 1),
-        start(tmp_path, "ranks", models, ranks, DSPARK_PLACEMENT=placement, **block),
+        start(
+            tmp_path,
+            "ranks",
+            models,
+            ranks,
+            DSPARK_PLACEMENT=placement,
+            DSPARK_HEADS=heads,
+            **block,
+        ),
     ]
     try:
         for server in servers:
@@ -222,7 +235,9 @@ def test_other_placements_have_the_same_text(
                 assert found[0] == found[1]
         record = servers[1].dspark()
         assert record is not None
-        assert record["placement"] == placement
+        assert (record["placement"], record["heads"]) == (placement, heads)
+        exchanged = {"markov", "confidence"} & set(record["collectives"])
+        assert len(exchanged) == (0 if heads == "replicate" else 2)
         assert record["accept_length"] > 1.3
         require_the_law(servers[1], models[0], "temperature,top_k,top_p")
     finally:

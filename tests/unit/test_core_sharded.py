@@ -9,10 +9,19 @@ import pytest
 import torch
 
 from dspark_sglang.core import accept as whole
-from dspark_sglang.core.heads import MarkovHead
+from dspark_sglang.core.heads import ConfidenceHead, MarkovHead
 from dspark_sglang.core.sampling import Filters, best, target_weights
 from dspark_sglang.core.seeded import Noise, gumbel, seeded_draw
-from dspark_sglang.core.sharded import Keys, Sampling, Shard, accept, draft_block
+from dspark_sglang.core.sharded import (
+    Keys,
+    Sampling,
+    Shard,
+    Sum,
+    accept,
+    confidence_logits,
+    draft_block,
+    held_heads,
+)
 from dspark_sglang.core.sharded.filters import keep
 from dspark_sglang.errors import NumericsError
 
@@ -28,18 +37,22 @@ def shards(widths: Sequence[int]) -> list[Shard]:
 
 
 def together(
-    ranks: list[Generator[torch.Tensor, torch.Tensor, Any]],
+    ranks: list[Generator[torch.Tensor | Sum, torch.Tensor, Any]],
 ) -> tuple[list[Any], list[int]]:
-    """Run all ranks in lockstep; what each returns, and the elements of each exchanged record."""
-    records = [next(rank) for rank in ranks]
+    """Run all ranks in lockstep; what each returns, and the elements of each exchanged record or sum."""
+    given = [next(rank) for rank in ranks]
     sizes, found = [], [None] * len(ranks)
     while True:
+        summed = isinstance(given[0], Sum)
+        records = [record.values if isinstance(record, Sum) else record for record in given]
         assert len({(record.shape, record.dtype) for record in records}) == 1
         sizes.append(records[0].numel())
-        every, records, ended = torch.stack(records), [], 0
+        every, given, ended = torch.stack(records), [], 0
+        if summed:
+            every = every.sum(dim=0)
         for place, rank in enumerate(ranks):
             try:
-                records.append(rank.send(every.clone()))
+                given.append(rank.send(every.clone()))
             except StopIteration as end:
                 found[place], ended = end.value, ended + 1
         assert ended in (0, len(ranks)), "some ranks ended and some wait"
@@ -292,6 +305,53 @@ def test_a_block_is_the_same_however_the_vocabulary_is_divided(
                            torch.arange(VOCABULARY))  # fmt: skip
             score = laws[row, step].double().log() + noise[0]
             assert int(score.argmax()) == int(alone.tokens[request, step])
+
+
+@pytest.mark.parametrize("widths", DIVISIONS, ids=str)
+@pytest.mark.parametrize("placement", ["shard", "single"])
+@pytest.mark.parametrize("kind", ["vanilla", "gated", "rnn"])
+def test_heads_that_no_rank_has_whole_draft_and_score_alike(
+    widths: Sequence[int], placement: Any, kind: str
+) -> None:
+    generator = torch.Generator().manual_seed(17)
+    width = 9
+    base = torch.randn((6, GAMMA, VOCABULARY), generator=generator) * 2
+    hidden = torch.randn((6, GAMMA, width), generator=generator)
+    anchors = torch.randint(0, VOCABULARY, (6,), generator=generator)
+    head = markov(kind, generator, width)
+    rank_width = head.w1.shape[1]
+    probe = ConfidenceHead(
+        torch.randn(width + rank_width, generator=generator), torch.tensor(0.3), True, torch.ones(5)
+    )
+
+    def drafting(shard: Shard, *, whole_heads: bool) -> Any:
+        held = None if whole_heads else held_heads(placement, shard, len(widths), width)
+        w1 = head.w1 if held is None else held.rows.cut(head.w1)
+        own = MarkovHead(w1, shard.cut(head.w2), head.gate, head.joint)
+        return draft_block(shard_of(base, shard), anchors, hidden, own, shard, held=held)
+
+    def scoring(shard: Shard, previous: torch.Tensor) -> Any:
+        held = held_heads(placement, shard, len(widths), width)
+        assert held is not None
+        w1 = held.rows.cut(head.w1)
+        assert len(w1) == held.rows.width, "a rank keeps its own rows alone"
+        return confidence_logits(probe, hidden, previous, w1, held)
+
+    parts = shards(widths)
+    expected, _ = together([drafting(shard, whole_heads=True) for shard in parts])
+    found, sizes = together([drafting(shard, whole_heads=False) for shard in parts])
+    assert sizes == [6 * rank_width, 6 * 2] * GAMMA
+    for own, other in zip(found, expected, strict=True):
+        assert torch.equal(own.tokens, other.tokens)
+    previous = found[0].previous
+    scores, sizes = together([scoring(shard, previous) for shard in parts])
+    assert sizes == [6 * GAMMA]
+    for score in scores:
+        torch.testing.assert_close(score, probe.logits(hidden, previous, head))
+
+
+def shard_of(rows: torch.Tensor, shard: Shard) -> torch.Tensor:
+    return rows[..., shard.start : shard.start + shard.width]
 
 
 def test_a_drafted_token_follows_the_recorded_law() -> None:

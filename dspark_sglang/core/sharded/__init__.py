@@ -11,6 +11,18 @@ inverts the cumulative sum in token order over all shards.
 
 from dspark_sglang.core.sharded.accept import Sampling, accept
 from dspark_sglang.core.sharded.draft import Keys, draft_block
-from dspark_sglang.core.sharded.shard import Exchange, Shard
+from dspark_sglang.core.sharded.heads import HeldHeads, confidence_logits, held_heads
+from dspark_sglang.core.sharded.shard import Exchange, Shard, Sum
 
-__all__ = ["Exchange", "Keys", "Sampling", "Shard", "accept", "draft_block"]
+__all__ = [
+    "Exchange",
+    "HeldHeads",
+    "Keys",
+    "Sampling",
+    "Shard",
+    "Sum",
+    "accept",
+    "confidence_logits",
+    "draft_block",
+    "held_heads",
+]

@@ -10,6 +10,7 @@ from torch.nn.functional import linear
 from dspark_sglang.core.draft import DraftBlock
 from dspark_sglang.core.heads import MarkovHead
 from dspark_sglang.core.seeded import gumbel
+from dspark_sglang.core.sharded.heads import HeldHeads, embed
 from dspark_sglang.core.sharded.shard import Exchange, Shard, best_of
 
 
@@ -36,10 +37,12 @@ def draft_block(
     sampled: torch.Tensor | None = None,
     keys: Keys | None = None,
     logits_of_all: bool = False,
+    held: HeldHeads | None = None,
 ) -> Exchange[DraftBlock]:
     """Draft ``gamma`` tokens a request as :func:`dspark_sglang.core.draft.draft_block` does.
 
-    One exchange a position, of ``[B, 2]`` float64, ``[B, 3]`` where some request samples.
+    One exchange a position, of ``[B, 2]`` float64, ``[B, 3]`` where some request samples; with ``held``
+    also a sum of ``[B, r]``.
 
     Args:
         base_logits: ``[B, gamma, width]`` this rank's columns.
@@ -51,6 +54,7 @@ def draft_block(
         keys: of the sampled rows' noise.
         logits_of_all: give laws as the kernels read them: logits of all rows, greedy ones included, and the
             log-sum-exp of them over their temperature.
+        held: the rows of W1 that ``head.w1`` ``[held.rows.width, r]`` has; None: it has all.
 
     Returns:
         The block. Its laws ``[S, gamma, width]`` are this rank's columns of the drafted ones; with
@@ -62,7 +66,11 @@ def draft_block(
     tokens, before, laws, sums = [], [], [], []
     for step in range(base_logits.shape[1]):
         before.append(previous)
-        latent, state = head.step(previous, hidden[:, step], state)
+        if held is None:
+            embedded = head.embed(previous)
+        else:
+            embedded = yield from embed(head.w1, previous, held)
+        latent, state = head.latent(embedded, hidden[:, step], state)
         logits = base_logits[:, step].float() + linear(latent, head.w2).float()
         record = shard.best(logits)
         if sampled is not None and temperatures is not None and keys is not None:

@@ -8,8 +8,18 @@ from typing import NamedTuple, TypeVar
 import torch
 
 Result = TypeVar("Result")
-#: Yields this rank's record, is sent ``[W, ...]`` of every rank's, returns the result.
-Exchange = Generator[torch.Tensor, torch.Tensor, Result]
+
+
+class Sum(NamedTuple):
+    """Yielded in place of a record: is sent the sum of every rank's ``values``."""
+
+    values: torch.Tensor
+    #: What it is for, as it is counted.
+    what: str
+
+
+#: Yields this rank's record and is sent ``[W, ...]`` of every rank's, or a :class:`Sum`; returns the result.
+Exchange = Generator[torch.Tensor | Sum, torch.Tensor, Result]
 
 
 class Shard(NamedTuple):
@@ -41,6 +51,24 @@ class Shard(NamedTuple):
         own = (column >= 0) & (column < self.width)
         found = values.gather(-1, column.clamp(0, self.width - 1)[..., None]).squeeze(-1)
         return torch.where(own, found, rest)
+
+    def cut(self, table: torch.Tensor) -> torch.Tensor:
+        """This rank's rows ``[width, ...]`` of a whole ``[vocabulary, ...]`` table, or of one cut before."""
+        if len(table) < self.vocabulary:
+            return table
+        return table[self.start : self.start + self.width]
+
+    def rows(self, table: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """``[..., n]`` rows of ``tokens`` ``[...]`` int64, zeros where another rank has them.
+
+        Args:
+            table: ``[width, n]`` rows of this rank's tokens.
+        """
+        if not self.width:
+            return table.new_zeros((*tokens.shape, table.shape[-1]))
+        column = tokens - self.start
+        own = (column >= 0) & (column < self.width)
+        return table[column.clamp(0, self.width - 1)] * own[..., None].to(table.dtype)
 
 
 def best_of(record: torch.Tensor) -> torch.Tensor:

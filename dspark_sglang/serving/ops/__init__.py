@@ -10,7 +10,7 @@ import torch
 
 from dspark_sglang.core.accept import Accepted
 from dspark_sglang.core.draft import DraftBlock
-from dspark_sglang.core.heads import MarkovHead
+from dspark_sglang.core.heads import ConfidenceHead, MarkovHead
 from dspark_sglang.serving.ops.rows import Admitted, SampledRows, Verified
 
 __all__ = ["Admitted", "Ops", "SampledRows", "Verified"]
@@ -63,6 +63,10 @@ class Ops(Protocol):
             features: ``[R, gamma, d]`` draft hidden states.
             previous: ``[R, gamma]`` int64 token before each drafted one.
         """
+
+    @property
+    def confidence_head(self) -> ConfidenceHead:
+        """The confidence head with the temperatures in use."""
 
     @property
     def temperatures(self) -> list[float]:

@@ -15,6 +15,11 @@ class Calibrated:
     _confidence: ConfidenceHead
 
     @property
+    def confidence_head(self) -> ConfidenceHead:
+        """See :attr:`dspark_sglang.serving.ops.Ops.confidence_head`."""
+        return self._confidence
+
+    @property
     def temperatures(self) -> list[float]:
         """See :attr:`dspark_sglang.serving.ops.Ops.temperatures`."""
         return [round(float(value), 4) for value in self._confidence.temperatures]

@@ -12,9 +12,16 @@ import torch
 from dspark_sglang.config import Verification
 from dspark_sglang.core.accept import Accepted
 from dspark_sglang.core.draft import DraftBlock, undrafted
-from dspark_sglang.core.heads import MarkovHead
+from dspark_sglang.core.heads import ConfidenceHead, MarkovHead
 from dspark_sglang.core.sampling import Filters
-from dspark_sglang.core.sharded import Keys, Sampling, accept, draft_block
+from dspark_sglang.core.sharded import (
+    HeldHeads,
+    Keys,
+    Sampling,
+    accept,
+    confidence_logits,
+    draft_block,
+)
 from dspark_sglang.serving.ops import Ops
 from dspark_sglang.serving.ops.rows import Admitted, SampledRows, Verified
 from dspark_sglang.serving.ops.supply import Supply
@@ -34,6 +41,7 @@ class ShardedOps:
 
     Args:
         inner: the operations of one rank.
+        held: what this rank has of W1 and the confidence head; None: all of both.
         generator: of the same seed on every rank, in the same state.
     """
 
@@ -45,6 +53,7 @@ class ShardedOps:
         generator: torch.Generator,
         verification: Verification,
         telemetry: Telemetry,
+        held: HeldHeads | None = None,
     ) -> None:
         self.name = inner.name
         self.markov = inner.markov
@@ -53,8 +62,9 @@ class ShardedOps:
         self._supply = Supply(generator)
         self._verification = verification
         self._telemetry = telemetry
+        self._held = held
         shard = vocabulary.shard
-        own = inner.markov.w2[shard.start : shard.start + shard.width]
+        own = shard.cut(inner.markov.w2)
         self._head: MarkovHead = dataclasses.replace(inner.markov, w2=own)
         self._kernels = _kernels(inner) if verification != "block" else None
         widths = torch.tensor([shard.width], device=own.device)
@@ -92,6 +102,7 @@ class ShardedOps:
             sampled=None if rows is None else rows.index,
             keys=keys,
             logits_of_all=self._kernels is not None,
+            held=self._held,
         )
         return self._vocabulary.ranks.run(drafting, "draft")
 
@@ -106,7 +117,18 @@ class ShardedOps:
         self, features: torch.Tensor, previous: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See :meth:`dspark_sglang.serving.ops.Ops.confidence`."""
-        return self._inner.confidence(features, previous)
+        if self._held is None:
+            return self._inner.confidence(features, previous)
+        head = self.confidence_head
+        self._telemetry.ran["confidence:sharded"] += 1
+        scoring = confidence_logits(head, features, previous, self._head.w1, self._held)
+        raw = self._vocabulary.ranks.run(scoring, "confidence")
+        return head.calibrate(raw), raw
+
+    @property
+    def confidence_head(self) -> ConfidenceHead:
+        """See :attr:`dspark_sglang.serving.ops.Ops.confidence_head`."""
+        return self._inner.confidence_head
 
     @property
     def temperatures(self) -> list[float]:

@@ -63,10 +63,10 @@ bench-placement: install  ## Serve with several ranks: same texts, collectives c
 bench-faults: install  ## Faults under load on a real server, and how soon they are got over (about 10 minutes)
 	$(BIN)/python -m pytest -q tests/serving/test_faults.py
 
-simulate-fit: install  ## Fit the simulator to the real server here (about 4 minutes; commit the result)
+simulate-fit: install  ## Fit the simulator to the real server here (about 7 minutes; commit the result)
 	$(BIN)/dspark simulate fit --out docs/results/simulation-parameters.json
 
-simulate-check: install  ## Compare it with the server at loads that were not fitted (about 5 minutes)
+simulate-check: install  ## Compare it with the server at loads that were not fitted (about 7 minutes)
 	$(BIN)/dspark simulate check --parameters docs/results/simulation-parameters.json --out docs/results
 
 simulate-published: install  ## Re-derive the published V4 result (computed; about 6 minutes)

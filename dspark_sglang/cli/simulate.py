@@ -231,16 +231,16 @@ def fit_(
     drafter: Annotated[Path, typer.Option(help="The drafter to serve.")] = DRAFTER,
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
     temperature: Annotated[float, typer.Option(min=0.0, help="Of requests.")] = 1.0,
-    concurrency: Annotated[str, typer.Option(help="Loads to fit at.")] = "1,8,32",
+    concurrency: Annotated[str, typer.Option(help="Loads to fit at.")] = "1,4,8,16,32",
     speculation: Annotated[str, typer.Option(help="on: always draft; auto: where it pays.")] = "on",
     blocks: Annotated[int, typer.Option(min=1, help="Turns of each load.")] = 2,
     warm_s: Annotated[float, typer.Option(min=0.0, help="Seconds before a window.")] = 4.0,
-    window_s: Annotated[float, typer.Option(min=1.0, help="Seconds of a window.")] = 16.0,
+    window_s: Annotated[float, typer.Option(min=1.0, help="Seconds of a window.")] = 24.0,
     max_tokens: Annotated[int, typer.Option(min=8, help="Tokens of each answer.")] = 96,
 ) -> None:
     """Learn a real server on this machine: step cost, acceptance, what lies between steps.
 
-    Takes about 4 minutes on 2 cores; nothing else may run. Commit the file before `dspark simulate check`.
+    Takes about 7 minutes on 2 cores; nothing else may run. Commit the file before `dspark simulate check`.
     """
     from dspark_sglang import targets
     from dspark_sglang.artifacts import write_json
@@ -287,7 +287,7 @@ def fit_(
     own = found.overheads
     console.print(
         f"Between steps {1e3 * own.step:.1f} ms and {1e3 * own.request:.2f} ms a request; "
-        f"prefill {1e3 * own.prefill_request:.0f} ms a request."
+        f"prefill {1e3 * own.prefill_step:.0f} ms."
     )
     console.print(
         f"Written: {out}. Commit it, then compare: dspark simulate check --parameters {out}"
@@ -312,7 +312,7 @@ def check_(
     ] = "2,3,6,12,24",
     blocks: Annotated[int, typer.Option(min=1, help="Turns of each load.")] = 2,
     warm_s: Annotated[float, typer.Option(min=0.0, help="Seconds before a window.")] = 4.0,
-    window_s: Annotated[float, typer.Option(min=1.0, help="Seconds of a window.")] = 16.0,
+    window_s: Annotated[float, typer.Option(min=1.0, help="Seconds of a window.")] = 32.0,
     tolerance: Annotated[float, typer.Option(help="Per cent; more is exit code 1.")] = 10.0,
     simulate_only: Annotated[
         bool, typer.Option(help="Print predictions, start no server.")
@@ -320,7 +320,7 @@ def check_(
 ) -> None:
     """Compare the simulator with a real server at loads it was not fitted at.
 
-    All loads are simulated first. Takes about 5 minutes on 2 cores; nothing else may run.
+    All loads are simulated first. Takes about 7 minutes on 2 cores; nothing else may run.
     """
     from dspark_sglang.simulate import checking
     from dspark_sglang.simulate import parameters as fitted

@@ -94,22 +94,29 @@ def read(path: Path, *, here: bool = False) -> Parameters:
 
 
 def overheads(blocks: Sequence[Observed]) -> Overheads:
-    """What the wall clock holds beside steps: a share for every step, request in it, and prefill.
+    """What the wall clock holds beside steps: prefills, and a share for every step and request in it.
 
-    Least squares without negative seconds, relative to each block's length.
+    A prefill lasts what a lone request waits for its first token; requests of a block's beginning share
+    one, later ones come singly. The rest is divided by least squares without negative seconds, relative
+    to each block's length.
 
     Raises:
-        ConfigError: fewer than two loads: shares cannot be told apart.
+        ConfigError: no block of one request, or no other: shares cannot be told apart.
     """
-    if len({block.users for block in blocks}) < 2:
+    alone = [block.ttft_s for block in blocks if block.users == 1]
+    if not alone or len(alone) == len(blocks):
         raise ConfigError(
-            f"{len(blocks)} blocks of one load.", expected="two loads at least", fix="As in 1,8,32."
+            f"Blocks of {', '.join(map(str, sorted({b.users for b in blocks})))} requests.",
+            expected="1, where prefill is timed, and more",
+            fix="As in 1,8,32.",
         )
-    rows = [[b.steps, b.steps * b.users, b.began] for b in blocks]
+    prefill = float(np.median(alone))
+    rows = [[b.steps, b.steps * b.users] for b in blocks]
     scale = np.array([b.wall_s for b in blocks])
-    left = np.array([max(0.0, b.wall_s - b.step_s) for b in blocks])
-    (step, request, prefill), _ = nnls(np.array(rows) / scale[:, None], left / scale)
-    return Overheads(step=float(step), request=float(request), prefill_request=float(prefill))
+    prefills = np.array([b.began - b.users + 1 for b in blocks])
+    left = np.array([b.wall_s - b.step_s for b in blocks]) - prefill * prefills
+    (step, request), _ = nnls(np.array(rows) / scale[:, None], np.maximum(left, 0.0) / scale)
+    return Overheads(step=float(step), request=float(request), prefill_step=prefill)
 
 
 class Server(NamedTuple):

@@ -293,17 +293,19 @@ def observed(users: int, *, steps: int, step_s: float, wall_s: float, began: int
 
 
 def test_what_lies_between_steps_is_found_again() -> None:
-    true = Overheads(step=0.004, request=0.0005, prefill_request=0.08)
+    true = Overheads(step=0.004, request=0.0005, prefill_step=0.1)
     blocks = []
     for users, steps, began in ((1, 300, 8), (8, 200, 30), (32, 120, 70)):
-        rest = true.step * steps + true.request * steps * users + true.prefill_request * began
+        prefills = began - users + 1
+        rest = true.step * steps + true.request * steps * users + true.prefill_step * prefills
         blocks.append(observed(users, steps=steps, step_s=9.0, wall_s=9.0 + rest, began=began))
     found = parameters.overheads(blocks)
     assert found.step == pytest.approx(true.step)
     assert found.request == pytest.approx(true.request)
-    assert found.prefill_request == pytest.approx(true.prefill_request)
-    with pytest.raises(ConfigError, match="two loads"):
-        parameters.overheads(blocks[:1])
+    assert found.prefill_step == pytest.approx(true.prefill_step)
+    for few in (blocks[:1], blocks[1:]):
+        with pytest.raises(ConfigError, match="where prefill is timed"):
+            parameters.overheads(few)
 
 
 def fitted(cost: CostModel, **changes: Any) -> Parameters:

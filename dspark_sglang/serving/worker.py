@@ -319,6 +319,7 @@ class DSparkWorker(DSparkWorkerV2):
         result = super()._forward_decode(batch, *args, **kwargs)
         now = time.perf_counter()
         self.telemetry.seconds["step"] += now - start
+        self.telemetry.seconds["round" if self.control.plan.draft else "plain"] += now - start
         self.control.finished(now - start, now)
         if self._metrics is not None:
             self._metrics.update(now, self.telemetry, self.control)

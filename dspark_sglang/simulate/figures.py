@@ -67,6 +67,7 @@ def _mark(panel: Any, made: Frontier, speed: float, note: str, *, inside: bool) 
         textcoords="offset points",
         xytext=(8, 0 if inside else 10),
         fontsize=8,
+        bbox={"facecolor": "white", "alpha": 0.85, "edgecolor": "none", "pad": 1.0},
     )
 
 

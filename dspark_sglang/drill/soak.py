@@ -55,7 +55,7 @@ def growth(readings: list[tuple[int, int]]) -> tuple[float, float]:
         slope = float((x * size).sum() / (x * x).sum())
         rest = size - size.mean() - slope * x
         error = float(np.sqrt((rest**2).sum() / (len(x) - 2) / (x * x).sum()))
-    scale = 1e5 / size.mean()
+    scale = 1e5 / float(size.mean())
     return slope * scale, error * scale
 
 

@@ -110,6 +110,7 @@ def test_memory_that_grows_is_told_from_noise() -> None:
 
     flat, error = growth(readings(0.0))
     assert abs(flat) < 4 * error < 0.1
+    assert type(flat) is type(error) is float  # what JSON can hold
     grown, _ = growth(readings(2.0))
     assert grown == pytest.approx(2.0 / 1.11, rel=0.05)  # of the mean size, not of the first
 

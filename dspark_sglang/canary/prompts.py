@@ -16,6 +16,8 @@ _OPEN = (
     "List five facts about {x}.",
     "Write a Python function that counts {x} in a list.",
 )
+#: Questions of each kind that every run asks again, whatever its seed.
+FAMILIAR = 4
 _SUBJECTS = ("salt", "bridges", "winter", "maps", "bees", "glass", "tides", "letters", "iron")
 
 
@@ -27,6 +29,8 @@ class Question(NamedTuple):
     text: str
     verbatim: str | None
     tokens: int
+    #: Of a familiar question, the same in every run; else empty.
+    name: str = ""
 
 
 def _identifier(rng: random.Random) -> str:
@@ -44,21 +48,26 @@ def _echoed(kind: str, rng: random.Random) -> str:
     return _CODE.format(**names, **numbers)
 
 
-def questions(count: int, *, seed: int, tokens: int) -> list[Question]:
+def questions(count: int, *, seed: int, tokens: int, familiar: bool = True) -> list[Question]:
     """The prompts of one run, the same for the same seed.
 
     Args:
         tokens: most tokens of an answer.
+        familiar: make every second one of a kind a question that all runs ask.
     """
-    rng, found = random.Random(seed), []
+    fresh, found = random.Random(seed), []
     kinds = ("identifiers", "code", "numbers", "open")
     for number in range(count):
-        kind = kinds[number % len(kinds)]
+        turn, place = divmod(number, len(kinds))
+        kind, name, rng = kinds[place], "", fresh
+        if familiar and turn % 2 == 0:
+            name = f"{kind}-{turn // 2 % FAMILIAR}"
+            rng = random.Random(name)
         if kind == "open":
-            text = rng.choice(_OPEN).format(x=rng.choice(_SUBJECTS))
-            found.append(Question(number, kind, text, None, tokens))
-            continue
-        body = _echoed(kind, rng)
-        text = f"Repeat the following exactly, three times, and nothing else:\n\n{body}\n"
-        found.append(Question(number, kind, text, body.strip(), tokens))
+            text, verbatim = rng.choice(_OPEN).format(x=rng.choice(_SUBJECTS)), None
+        else:
+            body = _echoed(kind, rng)
+            text = f"Repeat the following exactly, three times, and nothing else:\n\n{body}\n"
+            verbatim = body.strip()
+        found.append(Question(number, kind, text, verbatim, tokens, name))
     return found

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 import msgspec
@@ -23,6 +25,9 @@ from dspark_sglang.errors import ArtifactError, ConfigError, ServerError
 TEMPERATURE = 0.8
 #: Share of near-ties beyond which they are no chance any more, and how many of them there are at least.
 NEAR_TIES, NEAR_TIES_AT_LEAST = 0.25, 12
+#: Repeats of familiar questions that a baseline needs, and those after which one of them at least has
+#: to have had the baseline's text.
+REPEATS, BLIND_AFTER = 12, 16
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):
@@ -41,6 +46,16 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     stop: bool = True
 
 
+class Known(msgspec.Struct, frozen=True):
+    """A familiar question on a server known to be right."""
+
+    #: Digest of the answer's tokens.
+    text: str
+    #: Mean accepted length of the answers with that text, and how many there were.
+    mean: float
+    count: int
+
+
 class Baseline(msgspec.Struct, frozen=True, kw_only=True, tag="canary", tag_field="kind"):
     """Accepted lengths of a server known to be right."""
 
@@ -48,9 +63,23 @@ class Baseline(msgspec.Struct, frozen=True, kw_only=True, tag="canary", tag_fiel
     model: str
     revision: str
     gamma: int
+    #: Tokens of an answer.
+    tokens: int
     levels: dict[str, statistics.Level]
+    #: By the familiar question's name.
+    known: dict[str, Known]
+    #: Standard deviation of an accepted length about its question's mean, tokens.
+    deviation: float
     height: float
     provenance: Provenance
+
+
+class Seen(NamedTuple):
+    """One answer with speculation."""
+
+    question: Question
+    text: str
+    accepted: float
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
@@ -67,8 +96,10 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     near_ties: int
     #: Accepted length by kind of prompt.
     accepted: dict[str, statistics.Level]
-    #: The request at which acceptance was found to have drifted; None: not, or no baseline.
+    #: Requests after which acceptance was found to have drifted; None: not, or no baseline.
     drifted_at: int | None
+    #: Answers that could be held against the baseline's.
+    familiar: int
     compared_with: str
 
     @property
@@ -127,10 +158,10 @@ class Canary:
     def seeded(self, question: Question) -> bool:
         """Whether a question is asked with a seed and at :data:`TEMPERATURE`.
 
-        One of four open ones, where the server honours seeds and this plugin couples draws to them.
+        One of four open ones, none of them familiar, where the server honours seeds and this plugin couples draws to them.
         """
         honoured = bool(self.info.get("enable_deterministic_inference")) and self.record
-        return bool(honoured) and question.kind == "open" and question.number % 16 == 3
+        return bool(honoured) and question.kind == "open" and question.number % 16 == 7
 
     def ask(self, question: Question, *, speculate: bool) -> Answer:
         """Generate once. Log-probabilities change how rows are laid out, so every other question has none."""
@@ -210,17 +241,20 @@ def run(
     canary: Canary,
     baseline: Baseline | None,
     told: Callable[[int, int], None],
-    seen: list[tuple[str, float]] | None = None,
+    seen: list[Seen] | None = None,
 ) -> Report:
     """Ask everything and compare.
 
     Args:
         told: of the requests done and the faults so far.
-        seen: gets the kind and the accepted length of every request, in order.
+        seen: gets every answer with speculation, in order.
+
+    Raises:
+        ArtifactError: the baseline's texts are not this server's.
     """
     seen = [] if seen is None else seen
     began, faults, ties = time.monotonic(), list[Fault](), 0
-    drift = None if baseline is None else statistics.Drift(baseline.height)
+    watch = None if baseline is None else _Watch(baseline)
     allowed: Tolerance = TOLERANCES[canary.dtype]
     done = 0
     for question, ours, plain in canary.pairs():
@@ -228,11 +262,11 @@ def run(
         fault = canary.judge(question, ours, plain, allowed)
         ties += fault is None and ours.ids != plain.ids
         faults += [fault] if fault else []
-        seen.append((question.kind, ours.accepted))
-        if drift is not None and baseline is not None and question.kind in baseline.levels:
-            drift.add(statistics.residual(ours.accepted, baseline.levels[question.kind]))
+        seen.append(Seen(question, _digest(ours), ours.accepted))
+        if watch is not None:
+            watch.add(seen[-1], done)
         told(done, len(faults))
-        if canary.options.stop and (faults or (drift is not None and drift.found is not None)):
+        if canary.options.stop and (faults or (watch is not None and watch.drifted_at)):
             break
     if ties > max(NEAR_TIES_AT_LEAST, NEAR_TIES * done):
         faults.append(
@@ -249,17 +283,65 @@ def run(
         faults=faults,
         near_ties=ties,
         accepted=levels_of(seen),
-        drifted_at=None if drift is None else drift.found,
+        drifted_at=None if watch is None else watch.drifted_at,
+        familiar=0 if watch is None else watch.compared,
         compared_with=canary.compared_with,
     )
 
 
-def levels_of(seen: list[tuple[str, float]]) -> dict[str, statistics.Level]:
+class _Watch:
+    """Accepted lengths of familiar questions against the baseline's, one answer after the other."""
+
+    def __init__(self, baseline: Baseline) -> None:
+        self._baseline = baseline
+        self._drift = statistics.Drift(baseline.height)
+        self._asked = self.compared = 0
+        self.drifted_at: int | None = None
+
+    def add(self, answer: Seen, done: int) -> None:
+        known = self._baseline.known.get(answer.question.name)
+        if known is None:
+            return
+        self._asked += 1
+        # Another text has another accepted length; the same one has it whatever the server rounds.
+        if known.text == answer.text:
+            self.compared += 1
+            expected = known.mean, self._baseline.deviation
+            self._drift.add(statistics.residual(answer.accepted, *expected))
+        if not self.compared and self._asked >= BLIND_AFTER:
+            raise ArtifactError(
+                f"None of {self._asked} answers that the baseline knows has the text it had.",
+                expected="the target, dtype and device that the baseline was recorded with",
+                fix="Record it again with `dspark canary --record`, of a server known to be right.",
+            )
+        if self.drifted_at is None and self._drift.found is not None:
+            self.drifted_at = done
+
+
+def _digest(answer: Answer) -> str:
+    return hashlib.sha256(repr(answer.ids).encode()).hexdigest()[:16]
+
+
+def levels_of(seen: list[Seen]) -> dict[str, statistics.Level]:
     """Accepted length by kind of prompt."""
-    kinds = dict.fromkeys(kind for kind, _ in seen)
+    kinds = dict.fromkeys(answer.question.kind for answer in seen)
     return {
-        kind: statistics.level([length for own, length in seen if own == kind]) for kind in kinds
+        kind: statistics.level([a.accepted for a in seen if a.question.kind == kind])
+        for kind in kinds
     }
+
+
+def _familiar(seen: list[Seen]) -> dict[str, tuple[str, list[float]]]:
+    """The text that each familiar question had most often, and its accepted lengths with it."""
+    named: dict[str, list[Seen]] = {}
+    for answer in seen:
+        if answer.question.name:
+            named.setdefault(answer.question.name, []).append(answer)
+    found = {}
+    for name, answers in named.items():
+        text, _ = Counter(answer.text for answer in answers).most_common(1)[0]
+        found[name] = text, [a.accepted for a in answers if a.text == text]
+    return found
 
 
 def record(
@@ -268,9 +350,9 @@ def record(
     """Write a baseline of a server that passes.
 
     Raises:
-        ServerError: it does not.
+        ServerError: it does not, or its texts repeat too seldom.
     """
-    seen: list[tuple[str, float]] = []
+    seen: list[Seen] = []
     report = run(canary, None, told, seen)
     if not report.passed:
         raise ServerError(
@@ -278,8 +360,24 @@ def record(
             expected="one that passes, to take a baseline of",
             fix="Look at them first: `dspark canary` without --record.",
         )
-    levels = report.accepted
-    residuals = [statistics.residual(length, levels[kind]) for kind, length in seen]
+    familiar = _familiar(seen)
+    repeats = sum(len(lengths) - 1 for _, lengths in familiar.values())
+    if repeats < REPEATS:
+        raise ServerError(
+            f"{repeats} of {report.requests} answers repeat an earlier one.",
+            expected=f"{REPEATS} at least, to know how much accepted lengths vary",
+            fix="Raise --requests; 100 are enough where texts do not depend on the batch.",
+        )
+    deviation = statistics.spread(lengths for _, lengths in familiar.values())
+    known = {
+        name: Known(text, sum(lengths) / len(lengths), len(lengths))
+        for name, (text, lengths) in familiar.items()
+    }
+    residuals = [
+        statistics.residual(answer.accepted, known[answer.question.name].mean, deviation)
+        for answer in seen
+        if answer.question.name and known[answer.question.name].text == answer.text
+    ]
     height = statistics.threshold(residuals, np.random.default_rng(canary.options.seed))
     write_json(
         path,
@@ -288,7 +386,10 @@ def record(
             model=report.model,
             revision=report.revision,
             gamma=int(canary.record.get("gamma", 0)),
-            levels=levels,
+            tokens=canary.options.tokens,
+            levels=report.accepted,
+            known=known,
+            deviation=deviation,
             height=height,
             provenance=made,
         ),
@@ -300,7 +401,7 @@ def read_baseline(path: Path, canary: Canary) -> Baseline:
     """A baseline, checked to belong to this server.
 
     Raises:
-        ArtifactError: missing, damaged, or of another model, revision or γ.
+        ArtifactError: missing, damaged, or of another model, revision, γ or length of answers.
     """
     fix = f"Record one of this server while it is known to be right: dspark canary --record {path}"
     found = read_artifact(path, Baseline, "a canary baseline", fix)
@@ -308,11 +409,12 @@ def read_baseline(path: Path, canary: Canary) -> Baseline:
         str(canary.info.get("served_model_name", "")),
         str(canary.info.get("weight_version", "")),
         int(canary.record.get("gamma", 0)),
+        canary.options.tokens,
     )
-    if (found.model, found.revision, found.gamma) != own:
+    if (found.model, found.revision, found.gamma, found.tokens) != own:
         raise ArtifactError(
-            f"{path} is of {found.model} {found.revision}, gamma {found.gamma}.",
-            expected=f"{own[0]} {own[1]}, gamma {own[2]}, as served",
+            f"{path} is of {found.model} {found.revision}, gamma {found.gamma}, answers of {found.tokens} tokens.",
+            expected=f"{own[0]} {own[1]}, gamma {own[2]}, as served, and {own[3]} tokens",
             fix=fix,
         )
     return found

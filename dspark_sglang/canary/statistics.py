@@ -1,18 +1,26 @@
 """Acceptance that drifts: a one-sided CUSUM whose threshold comes from the baseline itself.
 
-Exact acceptance hides a stale draft cache or a wrong drafter revision from the text: only the accepted length falls.
+Exact acceptance hides a stale draft cache or a wrong drafter revision from the text: only the accepted length falls. It
+differs more from question to question than any fault changes it, so each answer is held against the baseline's answer to the
+same question with the same text.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import msgspec
 import numpy as np
 
 #: Falls of less than twice this, in standard deviations, are left alone.
 SLACK = 0.5
+#: Standard deviations that one answer counts at most, and the smallest one believed, in tokens: equal
+#: lengths by chance are no certainty.
+_MOST, _LEAST = 4.0, 0.05
+#: The lowest threshold: four answers that count most. Where accepted lengths repeat exactly, one that a
+#: batch has rounded otherwise is no alarm.
+_LOWEST = 4 * (_MOST - SLACK)
 #: The threshold is set so that so many requests of an unchanged server raise no alarm but in this share of runs.
 HORIZON, FALSE_ALARMS = 5000, 0.01
 _RUNS = 400
@@ -27,15 +35,29 @@ class Level(msgspec.Struct, frozen=True):
 
 
 def level(lengths: Sequence[float]) -> Level:
-    """Mean and standard deviation; the latter at least 0.05 tokens, so that chance equality is not certainty."""
+    """Mean and standard deviation; the latter at least 0.05 tokens."""
     values = np.asarray(lengths, dtype=np.float64)
     spread = float(values.std(ddof=1)) if len(values) > 1 else 0.0
-    return Level(float(values.mean()), max(spread, 0.05), len(values))
+    return Level(float(values.mean()), max(spread, _LEAST), len(values))
 
 
-def residual(length: float, expected: Level) -> float:
-    """Standard deviations above (positive) or below the baseline."""
-    return (length - expected.mean) / expected.deviation
+def spread(repeats: Iterable[Sequence[float]]) -> float:
+    """Standard deviation of a question's accepted length about its own mean, pooled over questions.
+
+    Args:
+        repeats: accepted lengths of each question, all with one text.
+    """
+    squares, freedom = 0.0, 0
+    for lengths in repeats:
+        values = np.asarray(lengths, dtype=np.float64)
+        squares += float(((values - values.mean()) ** 2).sum())
+        freedom += len(values) - 1
+    return max(math.sqrt(squares / freedom) if freedom else 0.0, _LEAST)
+
+
+def residual(length: float, expected: float, deviation: float) -> float:
+    """Standard deviations above (positive) or below the baseline, at most 4."""
+    return min(max((length - expected) / deviation, -_MOST), _MOST)
 
 
 def threshold(residuals: Sequence[float], rng: np.random.Generator) -> float:
@@ -50,7 +72,7 @@ def threshold(residuals: Sequence[float], rng: np.random.Generator) -> float:
     for run in range(_RUNS):
         drawn = rng.choice(values, size=HORIZON) - values.mean() - 2.0 * error
         highest[run] = cusum(drawn).max()
-    return float(np.quantile(highest, 1.0 - FALSE_ALARMS)) + 1.0
+    return max(float(np.quantile(highest, 1.0 - FALSE_ALARMS)) + 1.0, _LOWEST)
 
 
 def cusum(residuals: Sequence[float] | np.ndarray) -> np.ndarray:

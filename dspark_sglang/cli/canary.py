@@ -88,12 +88,13 @@ def _show(report: Report) -> None:
         )
     if report.drifted_at is not None:
         print(
-            f"FAULT acceptance: fallen below the baseline, certain after {report.drifted_at + 1} requests"
+            f"FAULT acceptance: fallen below the baseline, certain after {report.drifted_at} requests"
         )
     lengths = ", ".join(f"{kind} {level.mean:.2f}" for kind, level in report.accepted.items())
     print(
         f"{'passed' if report.passed else 'FAILED'}: {report.requests} questions in {report.seconds} s, "
-        f"{report.near_ties} near-ties ({report.dtype}); accepted lengths: {lengths}"
+        f"{report.near_ties} near-ties ({report.dtype}), {report.familiar} held against the baseline; "
+        f"accepted lengths: {lengths}"
     )
 
 

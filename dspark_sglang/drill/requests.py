@@ -213,7 +213,7 @@ async def references(
         ServerError: the server does not answer, or no prompt is free of near-ties long enough.
     """
     tie, found = TOLERANCES[dtype].tie, list[Reference]()
-    for question in questions(4 * count, seed=seed, tokens=tokens):
+    for question in questions(4 * count, seed=seed, tokens=tokens, familiar=False):
         answer = parse(await _once(http, question.text, tokens, logprobs=True))
         leads = [best - second for best, second in answer.best]
         firm = next((i for i, lead in enumerate(leads) if lead < tie), len(leads))

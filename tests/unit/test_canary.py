@@ -30,7 +30,10 @@ class World:
 
     def __init__(self) -> None:
         self.fault, self.every = "", 7
-        self.length = 2.0
+        self.length, self.noise = 2.0, 0.25
+        #: Of accepted lengths between questions.
+        self.spread = 0.0
+        self.vocabulary = 900
         self.plain_speculates = False
         self.algorithm: str | None = "DSPARK"
         self.revision = "r1"
@@ -44,7 +47,7 @@ class World:
         given = body["sampling_params"]
         count = given["max_new_tokens"]
         base = np.random.default_rng(list(body["text"].encode()))
-        ids = base.integers(0, 900, count).tolist()
+        ids = base.integers(0, self.vocabulary, count).tolist()
         lead = base.uniform(0.5, 3.0, count)
         logprobs = (-base.uniform(0.1, 2.0, count)).tolist()
         plain = given.get("custom_params") == {"dspark": {"max_draft_tokens": 0}}
@@ -54,7 +57,8 @@ class World:
             with self.lock:
                 self.seen += 1
                 hit = self.fault and self.seen % self.every == 0
-                length = float(self.rng.normal(self.length, 0.25))
+                own = float(base.uniform(-self.spread, self.spread))
+                length = float(self.rng.normal(self.length + own, self.noise))
             rounds = max(1, round(count / max(length, 1.0)))
             if hit and self.fault == "accept":
                 ids[count // 2] += 1
@@ -158,12 +162,53 @@ def test_a_fall_of_acceptance_is_found_against_the_baseline(
     assert runs.run(watched, known, quiet).passed
     world[0].length = 1.4
     report = runs.run(canary(world[1], requests=200, seed=2), known, quiet)
-    assert report.drifted_at is not None and report.drifted_at < 60 and not report.faults
+    assert report.drifted_at is not None and report.drifted_at < 80 and not report.faults
+    assert 0 < report.familiar <= report.drifted_at / 2 + 4
+    assert "known" in path.read_text() and known.deviation == pytest.approx(0.25, rel=0.35)
+
+
+def test_a_small_fall_shows_since_questions_are_compared_with_themselves(
+    world: tuple[World, str], tmp_path: Path
+) -> None:
+    """Questions differ by far more than the fall; one with itself hardly."""
+    path = tmp_path / "baseline.json"
+    world[0].spread, world[0].noise = 0.6, 0.02
+    runs.record(canary(world[1], requests=120), path, quiet, provenance(["test"]))
+    watched = canary(world[1], requests=200, seed=1)
+    known = runs.read_baseline(path, watched)
+    assert known.deviation < 0.12 < 0.3 < known.levels["open"].deviation
+    assert runs.run(watched, known, quiet).passed
+    world[0].length = 1.75
+    report = runs.run(canary(world[1], requests=200, seed=2), known, quiet)
+    assert report.drifted_at is not None and not report.faults
+
+
+def test_a_baseline_of_other_texts_is_an_error_not_silence(
+    world: tuple[World, str], tmp_path: Path
+) -> None:
+    path = tmp_path / "baseline.json"
+    runs.record(canary(world[1], requests=120), path, quiet, provenance(["test"]))
+    known = runs.read_baseline(path, canary(world[1]))
+    world[0].vocabulary = 800
+    with pytest.raises(ArtifactError, match="has the text it had"):
+        runs.run(canary(world[1], requests=60), known, quiet)
+
+
+def test_a_baseline_needs_repeats_and_answers_as_long(
+    world: tuple[World, str], tmp_path: Path
+) -> None:
+    path = tmp_path / "baseline.json"
+    with pytest.raises(ServerError, match="repeat an earlier one"):
+        runs.record(canary(world[1], requests=40), path, quiet, provenance(["test"]))
+    runs.record(canary(world[1], requests=120), path, quiet, provenance(["test"]))
+    longer = runs.Canary(runs.Options(url=world[1], tokens=48))
+    with pytest.raises(ArtifactError, match="answers of 32 tokens"):
+        runs.read_baseline(path, longer)
 
 
 def test_a_baseline_of_another_model_is_refused(world: tuple[World, str], tmp_path: Path) -> None:
     path = tmp_path / "baseline.json"
-    runs.record(canary(world[1], requests=12), path, quiet, provenance(["test"]))
+    runs.record(canary(world[1], requests=120), path, quiet, provenance(["test"]))
     path.write_text(path.read_text().replace('"r1"', '"r2"'))
     with pytest.raises(ArtifactError, match="is of m r2"):
         runs.read_baseline(path, canary(world[1]))
@@ -244,6 +289,11 @@ def test_questions_are_the_same_for_the_same_seed_and_hold_what_is_echoed() -> N
     one, other = questions(40, seed=3, tokens=8), questions(40, seed=4, tokens=8)
     assert one == questions(40, seed=3, tokens=8) != other
     assert all(q.verbatim in q.text for q in one if q.verbatim is not None)
+    familiar = [[q for q in each if q.name] for each in (one, other)]
+    assert familiar[0] == familiar[1] and len(familiar[0]) == 20
+    assert len({q.text for q in familiar[0]}) == len({q.name for q in familiar[0]}) > 10
+    fresh = questions(40, seed=3, tokens=8, familiar=False)
+    assert not any(q.name for q in fresh)
 
 
 @pytest.mark.parametrize("law", ["normal", "skewed"])

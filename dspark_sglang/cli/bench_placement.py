@@ -26,7 +26,7 @@ PROMPTS = ((1, 9, 40, 77, 130, 23, 68), (1, 150, 12, 99, 60), (1, 33, 34, 35), (
 UNEVEN = Heads(target=(8, 4), drafter=(9, 3))
 EVEN = Heads(target=(8, 4), drafter=(8, 4))
 #: The shape the byte counts at eight ranks are computed for: DeepSeek-V4-Pro's width and vocabulary.
-COMPUTED = {"requests": 64, "gamma": 5, "ranks": 8, "hidden": 7168}
+COMPUTED: dict[str, Any] = {"requests": 64, "gamma": 5, "ranks": 8, "hidden": 7168}
 _VOCABULARY = 129280
 _SEED = 3
 
@@ -122,6 +122,7 @@ def summarise(known: list[Case], found: dict[str, Found], death: float | None) -
         law: costs.exchanged_bytes(**COMPUTED, sampled=law == "sampled")
         for law in ("greedy", "sampled")
     }
+    apart = costs.exchanged_bytes(**COMPUTED, sampled=True, heads="shard")
     builtin = costs.builtin_bytes(**COMPUTED, vocabulary=_VOCABULARY)
     return result | {
         "tp8_computed_bytes": max(parts["all"] for parts in ours.values()),
@@ -129,6 +130,7 @@ def summarise(known: list[Case], found: dict[str, Found], death: float | None) -
         "tp8_computed": {
             "shape": COMPUTED | {"vocabulary": _VOCABULARY},
             **ours,
+            "sampled, heads shard": apart,
             "builtin": builtin,
         },
         "plan_error_pct": None,

@@ -22,6 +22,9 @@ _NEAREST, _FARTHEST, _EXTREME = 24, 160, 960
 #: Rounds before the first look at what plain steps cost and, each time twice as many, between later
 #: ones at most; rounds between blocks that are verified whole.
 _FIRST_LOOK, _PLAIN_EVERY, _WHOLE_EVERY = 12, 256, 96
+#: Logarithm of the gain from which looks are no more frequent than that: near break-even they cost
+#: little and decide much.
+_CLEAR = 0.2
 #: Weight of the newest gain.
 _RATE = 0.08
 
@@ -88,7 +91,7 @@ class DraftPolicy:
             state.probing -= 1
             return Decision(not state.drafting)
         if state.drafting:
-            if state.since >= state.wait:
+            if state.since >= min(state.wait, self._patience(state)):
                 state.since, state.probing = 0, PROBE_ROUNDS - 1
                 state.wait = min(2 * state.wait, _PLAIN_EVERY)
                 return Decision(False)
@@ -98,6 +101,11 @@ class DraftPolicy:
             # In full: what the last workload taught about depth and confidence may be over.
             return Decision(True, whole=True)
         return Decision(False)
+
+    @staticmethod
+    def _patience(state: _State) -> float:
+        """Rounds until the next look at plain steps, at most."""
+        return max(_NEAREST, _PLAIN_EVERY * min(1.0, abs(state.gain) / _CLEAR))
 
     @staticmethod
     def _pause(state: _State) -> float:

@@ -118,6 +118,14 @@ def test_who_drafts_looks_at_plain_steps_and_at_whole_blocks_now_and_then() -> N
     assert 2560 // 96 - 2 <= run.whole <= 2560 // 96 + 2
 
 
+def test_near_break_even_plain_steps_are_looked_at_more_often() -> None:
+    """A gain of 5% may be a wrong one; looking costs next to nothing then."""
+    run = serve(DraftPolicy(), [1.05] * 2560)
+    plain = [i for i, drafted in enumerate(run.drafted) if not drafted]
+    assert 60 < plain[-1] - plain[-1 - PROBE_ROUNDS] < 75
+    assert run.efficiency > 0.995
+
+
 def test_probes_begin_with_a_block_verified_whole() -> None:
     """What the last workload taught about depth and confidences may be over."""
     run = serve(DraftPolicy(), [0.5] * 3000)

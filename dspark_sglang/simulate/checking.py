@@ -84,12 +84,13 @@ def run(
         cost=cost,
     ) as server:
         measure.command(server, dspark_speculation=1 if given.speculation == "on" else -1)
+        pace = measure.Pace(server)
         for number in range(blocks):
             for users in predicted:
                 tell(f"{users} requests, block {number + 1} of {blocks}")
                 observed, _, _ = measure.observe(server, prompts, plan.load(users, 100 + number))
-                seen[users].append(observed)
-    return [compare(summary, seen[users]) for users, summary in predicted.items()]
+                seen[users].append(msgspec.structs.replace(observed, reference_s=pace.around()))
+    return [compare(one, seen[users], given.reference_s) for users, one in predicted.items()]
 
 
 def _cost(given: Parameters) -> CostArtifact:
@@ -122,11 +123,14 @@ def write(found: Sequence[Compared], given: Parameters, source: Path, out: Path)
 
 def table(found: Sequence[Compared]) -> Table:
     """Simulated against measured."""
-    view = Table(title="Simulated first, measured then")
+    view = Table(
+        title="Simulated first, measured then, on the machine as fast as when it was fitted"
+    )
     view.add_column("requests", justify="right")
     for name in ("tok/s", "TPOT ms", "budget"):
         for heading in (f"{name} simulated", "measured", "error"):
             view.add_column(heading, justify="right")
+    view.add_column("slowdown", justify="right")
     scale = {"throughput": 1.0, "tpot": 1e3, "budget": 1.0}
     for one in found:
         cells = []
@@ -136,7 +140,7 @@ def table(found: Sequence[Compared]) -> Table:
                 f"{scale[name] * one.measured[name]:.2f}",
                 f"{one.error_pct[name]:+.1f}%",
             ]
-        view.add_row(str(one.users), *cells)
+        view.add_row(str(one.users), *cells, f"{one.slowdown:.2f}")
     return view
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import httpx
 import msgspec
+import numpy as np
 
 from dspark_loadtests.prompts import Prompt, load_prompts
 from dspark_sglang.artifacts import CostArtifact, read_artifact
@@ -23,6 +24,8 @@ from dspark_sglang.load.modes import make_server, mode
 from dspark_sglang.provenance import machine, provenance
 from dspark_sglang.simulate.parameters import Observed, Parameters, overheads
 
+#: Tokens of the plain request by which the machine's speed is known.
+_REFERENCE_TOKENS = 96
 #: Users of the block that learns what drafted tokens are worth, everything verified.
 _LEARN_USERS = 8
 Tell = Callable[[str], None]
@@ -130,6 +133,42 @@ def observe(
     return observed, delivered, after
 
 
+class Pace:
+    """How fast the machine is: a lone request without drafting, asked before and after every block.
+
+    Machines that are shared are faster and slower for minutes; a block is held against what a plain token took around it.
+    """
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self._take()
+        #: Seconds a token of the last request.
+        self.last = self._take()
+
+    def around(self) -> float:
+        """Seconds a token before and after what has just run, their geometric mean."""
+        before, self.last = self.last, self._take()
+        return math.sqrt(before * self.last)
+
+    def _take(self) -> float:
+        parameters = {
+            "temperature": 0.0,
+            "max_new_tokens": _REFERENCE_TOKENS,
+            "ignore_eos": True,
+            "custom_params": {"dspark": {"max_draft_tokens": 0}},
+        }
+        body = {"text": "Once upon a time", "sampling_params": parameters}
+        began = time.perf_counter()
+        answer = httpx.post(f"{self._server.url}/generate", json=body, timeout=120.0)
+        if answer.status_code != 200:
+            raise ServerError(
+                f"The plain request between blocks failed: {answer.text[:200]}.",
+                expected="an answer",
+                fix=f"The reason is in {self._server.log}.",
+            )
+        return (time.perf_counter() - began) / _REFERENCE_TOKENS
+
+
 def _state(server: Server) -> dict[str, Any]:
     state: dict[str, Any] = server.info()["internal_states"][0]
     return state
@@ -163,16 +202,22 @@ def fit(
     table = state["dspark_info_record"]["reliability"]
     command(server, dspark_speculation=1 if speculation == "on" else -1, dspark_budget=-1)
     answers, asked, seen = list(learned.answer_tokens), list(learned.prompt_tokens), []
+    pace, slower = Pace(server), []
     for number in range(plan.blocks):
         for users in loads:
             tell(f"{users} requests, block {number + 1} of {plan.blocks}")
             observed, delivered, _ = observe(server, prompts, plan.load(users, number))
-            seen.append(observed)
+            seen.append(msgspec.structs.replace(observed, reference_s=pace.around()))
+            slowdown = float((server.dspark() or {})["slowdown"])
+            slower.append(math.log(slowdown / pace.last))
             answers += delivered.answer_tokens
             asked += delivered.prompt_tokens
     command(server, dspark_cost=2)
     path = Path(str((server.dspark() or {}).get("cost_source", "")))
     cost = read_artifact(path, CostArtifact, "the server's step cost", f"See {server.log}.")
+    # The cost is that of a machine on which a plain token takes as long as it did between these blocks.
+    reference = float(np.median([block.reference_s for block in seen]))
+    at_reference = {"slower": float(np.mean(slower)) + math.log(reference)}
     return Parameters(
         machine=machine(),
         target=target.name,
@@ -182,10 +227,11 @@ def fit(
         speculation=speculation,
         slots=slots,
         max_tokens=plan.max_tokens,
-        cost=cost.model,
+        cost=cost.model | at_reference,
         fingerprint=cost.fingerprint,
         reliability=table,
-        overheads=overheads(seen),
+        overheads=overheads([block.on(reference) for block in seen]),
+        reference_s=reference,
         answer_tokens=answers,
         prompt_tokens=asked,
         fitted=seen,

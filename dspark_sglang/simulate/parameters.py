@@ -40,6 +40,22 @@ class Observed(msgspec.Struct, frozen=True, kw_only=True):
     step_s: float
     steps: int
     began: int
+    #: Seconds a token that a lone plain request took before and after the block: how fast the machine was.
+    #: 0: not measured.
+    reference_s: float = 0.0
+
+    def on(self, reference_s: float) -> Observed:
+        """The block as it would have been on a machine whose plain tokens take ``reference_s``."""
+        slow = self.reference_s / reference_s if self.reference_s and reference_s else 1.0
+        return msgspec.structs.replace(
+            self,
+            tok_s=self.tok_s * slow,
+            tpot_s=self.tpot_s / slow,
+            ttft_s=self.ttft_s / slow,
+            wall_s=self.wall_s / slow,
+            step_s=self.step_s / slow,
+            reference_s=reference_s,
+        )
 
 
 class Parameters(msgspec.Struct, frozen=True, kw_only=True, tag="simulation", tag_field="kind"):
@@ -61,6 +77,8 @@ class Parameters(msgspec.Struct, frozen=True, kw_only=True, tag="simulation", ta
     #: Confidences and acceptance by position and bin, everything verified.
     reliability: dict[str, Any]
     overheads: Overheads
+    #: Seconds a token of a lone plain request on the machine that ``cost`` is of.
+    reference_s: float
     #: Tokens of answers and of prompts that were seen.
     answer_tokens: list[int]
     prompt_tokens: list[int]
@@ -181,11 +199,20 @@ class Compared(msgspec.Struct, frozen=True, kw_only=True):
     measured: dict[str, float]
     #: Per cent by which the simulation is off, by metric.
     error_pct: dict[str, float]
+    #: How long a plain token took around these blocks, over what it took when the simulator was fitted;
+    #: ``measured`` is corrected for it.
+    slowdown: float
 
 
-def compare(simulated: Summary, measured: Sequence[Observed]) -> Compared:
-    """Put a prediction next to the blocks measured at its load; TPOT is the median over requests."""
+def compare(simulated: Summary, measured: Sequence[Observed], reference_s: float) -> Compared:
+    """Put a prediction next to the blocks measured at its load; TPOT is the median over requests.
+
+    Args:
+        reference_s: seconds of a plain token on the machine that is simulated.
+    """
     assert simulated.tpot_ms is not None
+    slowdown = float(np.mean([block.reference_s for block in measured])) / reference_s
+    measured = [block.on(reference_s) for block in measured]
     ours = {
         "throughput": simulated.tok_s, "tpot": simulated.tpot_ms[1] / 1e3, "budget": simulated.budget
     }  # fmt: skip
@@ -200,7 +227,13 @@ def compare(simulated: Summary, measured: Sequence[Observed]) -> Compared:
     }
     rounded = ({name: round(value, 5) for name, value in side.items()} for side in (ours, theirs))
     first, second = rounded
-    return Compared(users=int(simulated.load), simulated=first, measured=second, error_pct=error)
+    return Compared(
+        users=int(simulated.load),
+        simulated=first,
+        measured=second,
+        error_pct=error,
+        slowdown=round(slowdown, 3),
+    )
 
 
 def worst(compared: Sequence[Compared]) -> dict[str, float]:

@@ -319,7 +319,7 @@ def fitted(cost: CostModel, **changes: Any) -> Parameters:
     known: dict[str, Any] = {
         "machine": machine(), "target": "t", "drafter_sha256": "d", "dtype": "bfloat16", "temperature": 1.0,
         "speculation": "on", "slots": 32, "max_tokens": 32, "cost": cost.state(), "fingerprint": {},
-        "reliability": table, "overheads": Overheads(step=0.01, prefill_request=0.05),
+        "reliability": table, "reference_s": 0.05, "overheads": Overheads(step=0.01, prefill_request=0.05),
         "answer_tokens": [32], "prompt_tokens": [60],
         "fitted": [observed(8, steps=1, step_s=1, wall_s=2, began=1)],
         "provenance": Provenance(created="now", command="c", versions={}),
@@ -363,8 +363,11 @@ def test_errors_are_relative_and_the_worst_counts(cost: CostModel, tmp_path: Pat
     off = msgspec.structs.replace(
         base, tok_s=one.tok_s / 1.1, tpot_s=one.tpot_ms[1] / 1e3 / 0.95, budget=one.budget
     )
-    found = parameters.compare(one, [off, off])
+    # The same on a machine that takes twice as long for everything.
+    slow = msgspec.structs.replace(off, tok_s=off.tok_s / 2, tpot_s=off.tpot_s * 2, reference_s=0.1)
+    found = parameters.compare(one, [slow, slow], 0.05)
     assert found.error_pct == {"throughput": 10.0, "tpot": -5.0, "budget": 0.0}
+    assert found.slowdown == 2.0
     assert parameters.worst([found]) == {"throughput": 10.0, "tpot": 5.0, "budget": 0.0}
     checking.write([found], fitted(cost), Path("p.json"), tmp_path)
     assert rederive.read(tmp_path)["sim_error_pct"]["throughput"] == 10.0

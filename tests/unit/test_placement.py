@@ -6,8 +6,11 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
 from dspark_sglang.checkpoint import DrafterConfig, parse_drafter_config, read_config
 from dspark_sglang.cli.bench_placement import COMPUTED, join_plan
@@ -194,8 +197,6 @@ def test_what_planning_measured_is_joined(tmp_path: Path) -> None:
 def test_the_process_that_died_is_named(
     code: int, expected: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from types import SimpleNamespace
-
     from dspark_sglang.serving import rank_death
 
     processes = [SimpleNamespace(pid=11, exitcode=None), SimpleNamespace(pid=12, exitcode=code)]
@@ -224,3 +225,35 @@ def test_ports_of_servers_are_not_those_that_ranks_are_given() -> None:
         probe.bind(("127.0.0.1", found[0]))
         probe.listen()
         assert found[0] not in free_ports(20)
+
+
+@pytest.mark.parametrize("heads", ["shard", "single", "auto", "replicate"])
+def test_a_draft_vocabulary_needs_whole_heads(heads: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every rank drafts from all of its tokens, so their rows of W1 and W2 stay."""
+    from dspark_sglang.core.sharded import Shard
+    from dspark_sglang.serving import seat as seats
+
+    vocabulary = SimpleNamespace(shard=Shard(0, 0, 6, 12))
+    head = SimpleNamespace(tokens=torch.arange(4))
+    monkeypatch.setattr(seats.Vocabulary, "of", lambda model, ranks: vocabulary)
+    monkeypatch.setattr(seats.DraftHead, "beside", lambda *given: head)
+    markov = SimpleNamespace(
+        markov_w1=torch.nn.Embedding(12, 3), markov_w2=torch.nn.Linear(3, 12, bias=False)
+    )
+    model: Any = SimpleNamespace(
+        fc=torch.nn.Linear(4, 5), embed_tokens=None, markov_head=markov, named_parameters=list
+    )
+    ranks: Any = SimpleNamespace(count=2, rank=0)
+    given: dict[str, Any] = {"mask": 0, "width": 3, "heads": heads}
+    if heads in ("shard", "single"):
+        with pytest.raises(ConfigError, match="has a draft vocabulary"):
+            seats.seat(model, ranks, folder=Path("d"), **given)
+    else:
+        seats.seat(model, ranks, folder=Path("d"), **given).forget(model, None)
+        assert len(markov.markov_w1.weight) == len(markov.markov_w2.weight) == 12
+    # Without one a rank keeps its own rows of W2, and of W1 what its heads say.
+    found = seats.seat(model, ranks, folder=None, **given)
+    found.forget(model, None)
+    assert len(markov.markov_w2.weight) == 6
+    assert len(markov.markov_w1.weight) == (6 if heads == "shard" else 12)
+    assert (found.held is None) == (heads in ("auto", "replicate"))

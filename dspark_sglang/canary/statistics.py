@@ -37,8 +37,8 @@ class Level(msgspec.Struct, frozen=True):
 def level(lengths: Sequence[float]) -> Level:
     """Mean and standard deviation; the latter at least 0.05 tokens."""
     values = np.asarray(lengths, dtype=np.float64)
-    spread = float(values.std(ddof=1)) if len(values) > 1 else 0.0
-    return Level(float(values.mean()), max(spread, _LEAST), len(values))
+    deviation = float(values.std(ddof=1)) if len(values) > 1 else 0.0
+    return Level(float(values.mean()), max(deviation, _LEAST), len(values))
 
 
 def spread(repeats: Iterable[Sequence[float]]) -> float:

@@ -45,12 +45,11 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def environment(self) -> dict[str, str]:
         """What its server is started with."""
-        chosen = {"DSPARK_PLUGIN": "off"} if self.placement is None else {}
+        if self.placement is None:
+            return _ALONE | {"DSPARK_PLUGIN": "off"}
+        places = {"DSPARK_PLACEMENT": self.placement, "DSPARK_HEADS": self.heads}
         # Everything drafted is verified in every case, so that steps compare.
-        scheduled = {} if self.placement is None else {"DSPARK_SCHEDULE": "all"}
-        place = {} if self.placement is None else {"DSPARK_PLACEMENT": self.placement}
-        heads = {} if self.placement is None else {"DSPARK_HEADS": self.heads}
-        return _ALONE | chosen | scheduled | place | heads
+        return _ALONE | {"DSPARK_SCHEDULE": "all"} | places
 
 
 class Found(msgspec.Struct, frozen=True, kw_only=True):

@@ -30,6 +30,7 @@ from dspark_sglang.demo import report
 from dspark_sglang.demo.measure import running, stream_text
 from dspark_sglang.demo.server import Server, free_ports, pause_when_up
 from dspark_sglang.errors import ConfigError, ServerError
+from dspark_sglang.load.closed_loop import Load
 from dspark_sglang.load.compare import run_cell
 from dspark_sglang.load.modes import MODES, ModeName, make_server, mode
 from dspark_sglang.load.summary import (
@@ -122,15 +123,18 @@ def bench_load(
     temperatures: Annotated[str, typer.Option(help="Temperatures.")] = "0,1",
     dtypes: Annotated[str, typer.Option(help="bfloat16, float32.")] = "bfloat16,float32",
     modes: Annotated[str, typer.Option(help="What is compared.")] = ",".join(MODES),
-    blocks: Annotated[int, typer.Option(min=2, help="Turns of each mode in a cell.")] = 3,
+    blocks: Annotated[int, typer.Option(min=2, help="Loads of each mode in a cell.")] = 3,
     warm_s: Annotated[float, typer.Option(min=0.0, help="Seconds before a window.")] = 2.5,
     window_s: Annotated[float, typer.Option(min=1.0, help="Seconds of a window.")] = 7.0,
+    slice_s: Annotated[
+        float, typer.Option(min=0.5, help="Seconds one mode runs before the next one does.")
+    ] = 1.5,
     max_tokens: Annotated[int, typer.Option(min=8, help="Tokens of each answer.")] = 96,
     resume: Annotated[
         bool, typer.Option(help="Keep the cells that an earlier run of the same setting finished.")
     ] = False,
 ) -> None:
-    """Keep a real server under load in paired blocks, each way of serving in turn."""
+    """Keep real servers under load in paired blocks, the ways of serving by turns of a second or two."""
     console = Console()
     run = _Run(
         console=console,
@@ -143,6 +147,7 @@ def bench_load(
         blocks=blocks,
         warm_s=warm_s,
         window_s=window_s,
+        slice_s=slice_s,
         max_tokens=max_tokens,
     )
     run.command = _command(locals())
@@ -170,6 +175,7 @@ class _Run:
     blocks: int
     warm_s: float
     window_s: float
+    slice_s: float
     max_tokens: int
     command: str = ""
     cells: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -193,7 +199,7 @@ class _Run:
             }
             missing = _start(stack, self.console, servers)
             bar = stack.enter_context(Progress(*_COLUMNS, console=self.console))
-            turns = len(self.temperatures) * len(self.concurrency) * self.blocks * len(servers)
+            turns = len(self.temperatures) * len(self.concurrency) * self.blocks
             task = bar.add_task(dtype, total=turns)
             for heat in self.temperatures:
                 if all(cell_name(heat, c, dtype) in self.cells for c in self.concurrency):
@@ -218,21 +224,26 @@ class _Run:
         (heat, users, dtype), (bar, task) = cell, shown
         name = cell_name(heat, users, dtype)
         if name in self.cells:
-            bar.update(task, advance=self.blocks * len(servers))
+            bar.update(task, advance=self.blocks)
             return
         found = run_cell(
             servers,
             prompts,
-            concurrency=users,
-            temperature=heat,
-            max_tokens=self.max_tokens,
+            Load(
+                concurrency=users,
+                temperature=heat,
+                max_tokens=self.max_tokens,
+                warm_s=self.warm_s,
+                window_s=self.window_s,
+                seed=0,
+            ),
             blocks=self.blocks,
-            warm_s=self.warm_s,
-            window_s=self.window_s,
-            each=lambda who, number: bar.update(
-                task, advance=1, description=f"{name} {who} {number + 1}"
+            slice_s=self.slice_s,
+            each=lambda number: bar.update(
+                task, advance=min(1, number), description=f"{name} {number + 1}"
             ),
         )
+        bar.update(task, advance=1)
         self.cells[name] = summarise_cell(found, missing)
         self.write()
 
@@ -244,6 +255,7 @@ class _Run:
             "blocks": self.blocks,
             "warm_s": self.warm_s,
             "window_s": self.window_s,
+            "slice_s": self.slice_s,
             "max_tokens": self.max_tokens,
             "machine": machine(),
             "versions": versions(),
@@ -300,6 +312,6 @@ def _finished(out: Path, setting: dict[str, Any]) -> dict[str, Any]:
 
 def _command(given: dict[str, Any]) -> str:
     options = ("concurrency", "temperatures", "dtypes", "modes", "blocks", "warm_s", "window_s",
-               "max_tokens")  # fmt: skip
+               "slice_s", "max_tokens")  # fmt: skip
     shown = (f"--{name.replace('_', '-')} {given[name]}" for name in options)
     return f"dspark bench-load {' '.join(shown)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 import msgspec
@@ -13,7 +14,7 @@ from dspark_loadtests.generator import Generator, Ran
 from dspark_loadtests.generator import Load as generator_load
 from dspark_loadtests.prompts import Prompt
 from dspark_loadtests.report import tokens_in
-from dspark_loadtests.stream import Outcome
+from dspark_loadtests.stream import Clock, Outcome
 from dspark_sglang.errors import ServerError
 
 #: Most of a window's requests that may fail before its numbers are thrown away.
@@ -48,7 +49,7 @@ class Delivered(msgspec.Struct, frozen=True, kw_only=True):
     prompt_tokens: list[int] = []
 
 
-async def _run(url: str, prompts: Sequence[Prompt], load: Load) -> Ran:
+async def _run(url: str, prompts: Sequence[Prompt], load: Load, clock: Clock) -> Ran:
     settings = RequestSettings(
         model="default", temperature=load.temperature, max_tokens=load.max_tokens
     )
@@ -65,6 +66,7 @@ async def _run(url: str, prompts: Sequence[Prompt], load: Load) -> Ran:
                 drain_s=0.0,
                 seed=load.seed,
             ),
+            clock=clock,
         )
         return await generator.run()
     finally:
@@ -72,14 +74,24 @@ async def _run(url: str, prompts: Sequence[Prompt], load: Load) -> Ran:
 
 
 def run_block(url: str, prompts: Sequence[Prompt], load: Load) -> Delivered:
+    """:func:`deliver` alone, on an event loop of its own."""
+    return uvloop.run(deliver(url, prompts, load))
+
+
+async def deliver(
+    url: str, prompts: Sequence[Prompt], load: Load, *, clock: Clock = time.perf_counter
+) -> Delivered:
     """Keep ``load.concurrency`` chats running and count the tokens that arrive in the window.
 
     Chats still running at its end are cut off by closing their connections.
 
+    Args:
+        clock: of the warm-up, the window and every latency.
+
     Raises:
         ServerError: too many requests failed.
     """
-    ran = uvloop.run(_run(url, prompts, load))
+    ran = await _run(url, prompts, load, clock)
     records, begin = ran.records, ran.begin
     failed = [record for record in records if record.outcome is Outcome.FAILED]
     if len(failed) > _TOLERATED_FAILURES * len(records):

@@ -1,4 +1,4 @@
-"""Paired blocks: every mode takes its turn in every block, so that drift hits all of them alike."""
+"""Paired blocks: in every block all modes run by turns, so that drift of the machine hits all of them alike."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import uvloop
 
 from dspark_loadtests.prompts import Prompt
 from dspark_sglang.demo.measure import running
 from dspark_sglang.demo.server import Server
 from dspark_sglang.errors import ServerError
-from dspark_sglang.load.closed_loop import Delivered, Load, run_block
+from dspark_sglang.load.closed_loop import Delivered, Load, deliver
 from dspark_sglang.load.modes import ModeName
+from dspark_sglang.load.slices import Turns, release
 
 #: Seconds a server may take to end the requests whose connections were closed.
 _DRAIN_S = 20.0
@@ -83,8 +85,8 @@ def difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str,
     }
     for part, seconds in new["seconds"].items():
         found[f"s_{part}"] = float(seconds - old.get("seconds", {}).get(part, 0.0))
-    rounds = max(1.0, found["rounds"])
-    found["accept_length"] = found["committed_tokens"] / rounds
+    if found["rounds"]:
+        found["accept_length"] = found["committed_tokens"] / found["rounds"]
     every = max(1.0, found["rounds"] + found["plain_rounds"])
     found["mean_budget"] = found["verified_tokens"] / every
     found["drafting_share"] = found["rounds"] / every
@@ -94,45 +96,57 @@ def difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str,
 def run_cell(
     servers: Mapping[ModeName, Server],
     prompts: Sequence[Prompt],
+    load: Load,
     *,
-    concurrency: int,
-    temperature: float,
-    max_tokens: int,
     blocks: int,
-    warm_s: float,
-    window_s: float,
-    each: Callable[[ModeName, int], None] = lambda mode, number: None,
+    slice_s: float,
+    each: Callable[[int], None] = lambda number: None,
 ) -> list[Block]:
     """Measure all servers at one concurrency and temperature; they are paused when not measured.
 
+    In a block every mode gets the same prompts in the same order, and they take turns in slices
+    (:class:`dspark_sglang.load.slices.Turns`).
+
     Args:
-        blocks: turns of each mode.
-        each: told before every turn.
+        load: of a block; its seed is counted on from the first one's.
+        slice_s: seconds a mode runs at a time.
+        each: told before every block.
 
     Raises:
         ServerError: a server failed.
     """
-    names, found = list(servers), []
+    found = []
     for number in range(blocks):
-        # Rotate who goes first, and give all of them the same prompts in the same order.
-        turn = names[number % len(names) :] + names[: number % len(names)]
-        load = Load(
-            concurrency=concurrency,
-            temperature=temperature,
-            max_tokens=max_tokens,
-            warm_s=warm_s,
-            window_s=window_s,
-            seed=number,
-        )
-        for name in turn:
-            each(name, number)
-            with running(servers[name]) as server:
-                before = _state(server)
-                delivered = run_block(server.url, prompts, load)
-                wait_idle(server)
-                counted = difference(before, _state(server))
-            found.append(Block(mode=name, number=number, delivered=delivered, counted=counted))
+        each(number)
+        own = msgspec.structs.replace(load, seed=load.seed + number)
+        before = {name: _settled(server) for name, server in servers.items()}
+        delivered = uvloop.run(_together(servers, prompts, own, slice_s))
+        for name, server in servers.items():
+            release(server)
+            counted = difference(before[name], _settled(server))
+            found.append(
+                Block(mode=name, number=number, delivered=delivered[name], counted=counted)
+            )
     return found
+
+
+async def _together(
+    servers: Mapping[ModeName, Server], prompts: Sequence[Prompt], load: Load, slice_s: float
+) -> dict[ModeName, Delivered]:
+    turns = Turns(servers, slice_s)
+    return await turns.run(
+        {
+            name: deliver(server.url, prompts, load, clock=turns.clocks[name])
+            for name, server in servers.items()
+        }
+    )
+
+
+def _settled(server: Server) -> dict[str, Any]:
+    """The state of a paused server once nothing runs any more."""
+    with running(server):
+        wait_idle(server)
+        return _state(server)
 
 
 def rates(blocks: Sequence[Block], mode: ModeName) -> np.ndarray:

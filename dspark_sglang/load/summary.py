@@ -44,9 +44,7 @@ def summarise_cell(blocks: Sequence[Block], missing: Mapping[ModeName, str]) -> 
             "ttft_s": _mean([b.delivered.ttft_s for b in own]),
             "tpot_s": _mean([b.delivered.tpot_s for b in own]),
         }
-        for field in ("accept_length", "mean_budget", "drafting_share"):
-            values = [b.counted[field] for b in own if field in b.counted]
-            entry[field] = round(float(np.mean(values)), 4) if values else None
+        entry |= _counted(own)
         cell[name] = entry
     if any(b.mode == "dspark" for b in blocks):
         ours = rates(blocks, "dspark")
@@ -58,6 +56,24 @@ def summarise_cell(blocks: Sequence[Block], missing: Mapping[ModeName, str]) -> 
             cell["best_fixed"] = best
             cell["ratio_best_fixed"] = ratio(ours, rates(blocks, best)).rounded()
     return cell
+
+
+def _counted(blocks: Sequence[Block]) -> dict[str, float | None]:
+    """Counters of all blocks of a mode: ratios of sums, since a block may have hardly a round."""
+    every = [block.counted for block in blocks]
+    total = {name: sum(c.get(name, 0.0) for c in every) for name in (
+        "rounds", "plain_rounds", "verified_tokens", "committed_tokens")}  # fmt: skip
+    rounds = total["rounds"] + total["plain_rounds"]
+    if not rounds:  # not ours
+        lengths = [c["accept_length"] for c in every if "accept_length" in c]
+        length = round(float(np.mean(lengths)), 4) if lengths else None
+        return {"accept_length": length, "mean_budget": None, "drafting_share": None}
+    drafted = total["rounds"]
+    return {
+        "accept_length": round(total["committed_tokens"] / drafted, 4) if drafted else None,
+        "mean_budget": round(total["verified_tokens"] / rounds, 4),
+        "drafting_share": round(drafted / rounds, 4),
+    }
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

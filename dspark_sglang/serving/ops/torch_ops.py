@@ -17,7 +17,7 @@ from dspark_sglang.core.accept import (
 )
 from dspark_sglang.core.draft import DraftBlock, cpu_shortlist, draft_block, undrafted
 from dspark_sglang.core.heads import ConfidenceHead, MarkovHead
-from dspark_sglang.core.sampling import best, target_weights
+from dspark_sglang.core.sampling import best, sample, target_weights
 from dspark_sglang.core.schedule import lengths
 from dspark_sglang.core.seeded import seeded_draw
 from dspark_sglang.serving.ops.calibrated import Calibrated
@@ -147,6 +147,8 @@ class TorchOps(Calibrated):
 
     def _sampled(self, given: Verified, rows: SampledRows) -> Accepted:
         """Verification of the sampled requests, over their own logits rows."""
+        if len(given.logits) == len(given.lens):
+            return self._plain(given, rows)
         lens, gamma = given.lens[rows.index], given.drafted.shape[1]
         row, owner, start = rows_of(lens, given.first[rows.index])
 
@@ -164,6 +166,16 @@ class TorchOps(Calibrated):
         assert given.laws is not None
         round_ = Round(weights, given.drafted[rows.index], given.laws, lens, start, given.support)
         return _METHODS[self._verification](round_, uniforms)
+
+    def _plain(self, given: Verified, rows: SampledRows) -> Accepted:
+        """A step without drafted tokens, one row a request: the target's token, as plain decoding draws it."""
+        every = len(rows.index) == len(given.lens)
+        logits = given.logits if every else given.logits[rows.index]
+        weights = target_weights(
+            logits.float(), rows.temperatures, top_k=rows.top_k, top_p=rows.top_p, min_p=rows.min_p
+        )
+        token = sample(weights, self._uniforms(len(weights), 1)[:, 0])
+        return Accepted(count=torch.zeros_like(token), token=token)
 
     def _uniforms(self, rows: int, width: int) -> torch.Tensor:
         return torch.rand(

@@ -26,6 +26,7 @@ Plugin = Literal["auto", "off"]
 DraftVocab = Literal["auto", "whole"]
 Verification = Literal["rejection", "block"]
 Kernels = Literal["auto", "triton", "torch"]
+Lookup = Literal["auto", "off"]
 Placement = Literal["auto", "replicate", "shard", "single"]
 
 
@@ -46,6 +47,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     #: ``auto``: draft over the tokens of ``draft_vocab.json`` beside the drafter's weights, if there.
     #: ``whole``: over the target's whole vocabulary.
     draft_vocab: DraftVocab = "auto"
+    #: ``auto``: greedy requests whose text repeats itself draft what followed before, where that is expected
+    #: to be accepted longer (without overlap scheduling: the host has to know the text). ``off``: never.
+    lookup: Lookup = "auto"
     #: ``rejection``: sampled tokens are accepted one by one. ``block``: a block together, which
     #: never keeps fewer (also chosen by SGLang's ``--speculative-use-block-verification``).
     verification: Verification = "rejection"

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from dspark_sglang.evaluation.questions import Question
     from dspark_sglang.evaluation.report import Evaluation, Lengths
     from dspark_sglang.evaluation.shortlist import Loss
+    from dspark_sglang.evaluation.standalone import Answer, Pair
 
 Engine = Literal["standalone", "server", "both"]
 _TEMPERATURES = (0.0, 1.0)
@@ -52,6 +53,10 @@ def evaluate(
         Path | None,
         typer.Option(help="Score the whole vocabulary as well; write here what is lost to it."),
     ] = None,
+    lookup: Annotated[
+        bool,
+        typer.Option(help="Copy from a greedy request's own text, as serving does."),
+    ] = True,
     out: Annotated[
         Path | None, typer.Option(help="Folder for evaluation.json and reliability.png.")
     ] = None,
@@ -86,7 +91,8 @@ def evaluate(
     flags += ["--limit", str(limit)] if limit else []
     flags += [] if shortlist is None else ["--shortlist", str(shortlist)]
     flags += ["--shortlist-loss", shortlist_loss.name] if shortlist_loss else []
-    settings = Settings(max_tokens, dtype, seed, shortlist, flags, shortlist_loss)
+    flags += [] if lookup else ["--no-lookup"]
+    settings = Settings(max_tokens, dtype, seed, shortlist, flags, shortlist_loss, lookup)
     session = Session(console, where, artifact, questions, settings)
     rows: list[Lengths] = []
     blocks: Blocks | None = None
@@ -169,6 +175,8 @@ class Settings(NamedTuple):
     flags: list[str]
     #: Where what the shortlist loses is written, or None.
     loss: Path | None
+    #: Whether greedy requests copy from their own text.
+    lookup: bool
 
     @property
     def following(self) -> int:
@@ -219,7 +227,7 @@ class Session:
         """Rows at both temperatures, and drafted blocks to judge confidences by."""
         from dspark_sglang.evaluation import standalone
         from dspark_sglang.evaluation.drafted import draft_blocks
-        from dspark_sglang.evaluation.report import Domain, lengths
+        from dspark_sglang.evaluation.report import ALONE, Domain, lengths
         from dspark_sglang.evaluation.shortlist import loss
         from dspark_sglang.memory import keep_freed_memory
 
@@ -227,6 +235,7 @@ class Session:
         with self._console.status("loading target and drafter"):
             pair = standalone.load_pair(self._target, self._drafter, bf16=self._dtype == "bfloat16")
         rows: list[Lengths] = []
+        alone: Lengths | None = None
         count = len(self._questions)
         with Progress(console=self._console) as bar:
             for temperature in _TEMPERATURES:
@@ -260,9 +269,18 @@ class Session:
                         expected="answers of at least two tokens",
                         fix="Use other prompts, or check the target's chat template.",
                     )
-                walks = standalone.replay(scored, greedy=temperature == 0, seed=self._seed)
-                entries = [Domain(a.domain, w) for a, w in zip(scored, walks, strict=True)]
-                rows.append(lengths("standalone", temperature, entries, by_prompt=True))
+
+                def row(engine: str, found: list[Answer], heat: float = temperature) -> Lengths:
+                    walks = standalone.replay(found, greedy=heat == 0, seed=self._seed)
+                    entries = [Domain(a.domain, w) for a, w in zip(found, walks, strict=True)]
+                    return lengths(engine, heat, entries, by_prompt=True)
+
+                if temperature == 0 and self._copies(pair):
+                    alone = row(ALONE, scored)
+                    copied = standalone.with_copies(scored, answers, self._sts)
+                    rows.append(row("standalone", copied))
+                else:
+                    rows.append(row("standalone", scored))
                 if self._settings.loss is not None:
                     task = bar.add_task(f"whole vocabulary, T={temperature:g}", total=count)
                     whole = standalone.score_answers(
@@ -281,7 +299,11 @@ class Session:
                 shortlist=size,
                 progress=shown,
             )
-        return rows, blocks
+        return [*rows, *([] if alone is None else [alone])], blocks
+
+    def _copies(self, pair: Pair) -> bool:
+        """Whether greedy requests copy: our server does, which a drafter without a Markov head cannot run in."""
+        return self._settings.lookup and pair.drafter.markov_head is not None
 
     def server(self, url: str) -> list[Lengths]:
         """Rows as a server counted them; one is started here without ``url``."""
@@ -301,6 +323,7 @@ class Session:
                 log = Path("runs/eval/server.log")
                 # Everything drafted is verified: that is what accepted length is defined by.
                 environment = {"DSPARK_SCHEDULE": "all"}
+                environment |= {} if self._settings.lookup else {"DSPARK_LOOKUP": "off"}
                 server = Server(command, port=port, log=log, environment=environment)
                 with self._console.status("starting the server"):
                     stack.enter_context(server).wait_ready()
@@ -321,7 +344,7 @@ class Session:
 
     def result(self, rows: list[Lengths], blocks: Blocks | None, *, name: str) -> Evaluation:
         """Everything in one struct; the headline numbers are the first engine's."""
-        from dspark_sglang.evaluation.report import Evaluation, calibration
+        from dspark_sglang.evaluation.report import ALONE, Evaluation, calibration
         from dspark_sglang.provenance import provenance
 
         judged = None
@@ -341,6 +364,9 @@ class Session:
             dtype=self._dtype,
             accept_length_greedy=greedy.accept_length,
             accept_length_t1=sampled.accept_length,
+            accept_length_greedy_drafted=next(
+                (row.accept_length for row in rows if row.engine == ALONE), None
+            ),
             per_position=sampled.per_position,
             per_position_greedy=greedy.per_position,
             ece_before=judged.ece_before if judged else None,

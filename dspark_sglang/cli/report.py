@@ -46,7 +46,7 @@ def report(
         ),
     ] = "auto",
 ) -> None:
-    """Run the report's steps (about 20 minutes on 2 cores) and write report.html and report.json.
+    """Run the report's steps (about 10 minutes on 2 cores) and write report.html and report.json.
 
     Steps that an earlier run finished are kept. A step that fails is marked in the page and the others go on; an
     interrupt keeps what is there. Exit code 1: a step failed or the page does not show well.

@@ -18,10 +18,14 @@ from dspark_sglang.training.walk import Walk, nothing
 Float64 = npt.NDArray[np.float64]
 
 
+#: The standalone engine without copies of a request's own text.
+ALONE = "drafter alone"
+
+
 class Lengths(msgspec.Struct, frozen=True, kw_only=True):
     """Accepted length at one temperature by one engine."""
 
-    #: ``standalone`` or ``server``.
+    #: ``standalone``, ``server`` or :data:`ALONE`.
     engine: str
     temperature: float
     rounds: int
@@ -72,6 +76,8 @@ class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
     dtype: str
     accept_length_greedy: float
     accept_length_t1: float
+    #: What the drafter alone would reach, where greedy requests copy from their own text as well.
+    accept_length_greedy_drafted: float | None
     #: Conditional acceptance by position at temperature 1, and at temperature 0.
     per_position: list[float]
     per_position_greedy: list[float]

@@ -86,9 +86,11 @@ def score_shortlist(
             scored = _score_rows(
                 pair, hidden[valid], kept, wanted, packed.labels[valid], (size, following)
             )
-        spread = torch.zeros((2, *valid.shape))
-        spread[:, valid.cpu()] = scored
-        parts.append(spread.view(2, -1, valid.shape[-1]))
+            confidence = pair.drafter.confidence_logits(hidden, packed.previous)
+        spread = torch.zeros((3, *valid.shape))
+        spread[:2, valid.cpu()] = scored
+        spread[2] = confidence.float().cpu()
+        parts.append(spread.view(3, -1, valid.shape[-1]))
     return Scores(*torch.cat(parts, dim=1))
 
 

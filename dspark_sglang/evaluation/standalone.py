@@ -16,6 +16,8 @@ import torch
 
 from dspark_sglang.artifacts import DRAFT_VOCAB_FILE, read_draft_vocab
 from dspark_sglang.checkpoint import check_fits, read_config
+from dspark_sglang.core.lookup import CopyRates, Follower
+from dspark_sglang.core.sts import sigmoid
 from dspark_sglang.evaluation.questions import Question
 from dspark_sglang.evaluation.shortlist import score_shortlist
 from dspark_sglang.training.layouts import read_drafter
@@ -47,6 +49,7 @@ class Answer(NamedTuple):
     #: ``[A, gamma]``, see :class:`dspark_sglang.training.validate.Scores`.
     match: Float64
     ratio: Float64
+    confidence: Float64
     #: ``[A]`` tokens of the answer that follow each anchor.
     remaining: npt.NDArray[np.int64]
 
@@ -155,13 +158,14 @@ def score_answers(
     for number, sequence in enumerate(answers):
         if len(sequence.anchors()):
             scores = _score(pair, sequence, shortlist, following)
-            match, ratio = (field.double().numpy() for field in scores)
+            match, ratio, confidence = (field.double().numpy() for field in scores)
             scored.append(
                 Answer(
                     question=sequence.source,
                     domain=questions[sequence.source].domain,
                     match=match,
                     ratio=ratio,
+                    confidence=confidence,
                     remaining=sequence.remaining(),
                 )
             )
@@ -177,6 +181,43 @@ def _score(pair: Pair, sequence: TokenSequence, shortlist: int, following: int) 
     return score_sequence(
         pair.drafter, pair.target, sequence, states, pair.vocabulary, bf16=pair.bf16
     )
+
+
+def with_copies(
+    answers: Sequence[Answer], texts: Sequence[TokenSequence], temperatures: Sequence[float] | None
+) -> list[Answer]:
+    """Greedy answers as serving drafts them: copied where that is expected to be accepted longer.
+
+    :class:`dspark_sglang.serving.lookup.Lookup` over the answers one after the other; confidences are those of the
+    text's own tokens.
+
+    Args:
+        texts: that the answers were scored on, in order.
+        temperatures: ``[gamma]`` of STS; None: not calibrated.
+    """
+    rates, made = CopyRates(), []
+    by_source = {text.source: text for text in texts}
+    for answer in answers:
+        text = by_source[answer.question]
+        tokens, anchors = text.tokens.tolist(), text.anchors()
+        gamma = answer.match.shape[1]
+        scale = np.ones(gamma) if temperatures is None else np.asarray(temperatures)
+        drafted = sigmoid(answer.confidence / scale).cumprod(axis=1).sum(axis=1)
+        match = answer.match.copy()
+        prompt = int(anchors[0])
+        follower = Follower(tokens[:prompt], rates)
+        for row, anchor in enumerate(anchors):
+            follower.read(tokens[prompt : anchor + 1])
+            copied = follower.continuation(gamma)
+            if not copied:
+                continue
+            chances = rates.chances(follower.matched, gamma)
+            if chances.cumprod().sum() > drafted[row]:
+                follows = tokens[anchor + 1 : anchor + 1 + gamma]
+                match[row] = 0.0
+                match[row, : len(follows)] = np.equal(copied[: len(follows)], follows)
+        made.append(answer._replace(match=match))
+    return made
 
 
 def replay(answers: Sequence[Answer], *, greedy: bool, seed: int = 0) -> list[Walk]:

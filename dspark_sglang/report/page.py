@@ -24,11 +24,17 @@ _ACTIVE = ("script", "iframe", "object", "embed", "link")
 
 
 class Table(msgspec.Struct, frozen=True, kw_only=True):
-    """Rows of text; the first column is left-aligned, numbers are to the right."""
+    """Rows of text; columns of numbers, but for the first, are shown to the right."""
 
     headings: Sequence[str]
     rows: Sequence[Sequence[str]]
     caption: str = ""
+
+    @property
+    def numeric(self) -> list[bool]:
+        """Which columns are shown to the right."""
+        columns = [[row[n] for row in self.rows] for n in range(len(self.headings))]
+        return [n > 0 and all(map(is_number, column)) for n, column in enumerate(columns)]
 
 
 class Figure(msgspec.Struct, frozen=True, kw_only=True):
@@ -78,7 +84,6 @@ def render(page: Page) -> str:
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["embedded"] = embedded
-    environment.filters["number"] = is_number
     template = resources.files(__package__).joinpath(TEMPLATE).read_text(encoding="utf-8")
     html = environment.from_string(template).render(page=page)
     outside = addresses(html)

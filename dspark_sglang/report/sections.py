@@ -53,7 +53,7 @@ def summary(
 def _measured_rows(run: Mapping[str, Any] | None) -> Iterator[list[str]]:
     for heat, users, low, mid, high in _ratios(run):
         yield [
-            f"DSPARK over no speculation, {users} requests at once, temperature {heat}",
+            f"DSPARK over no speculation, {users} {'request' if users == '1' else 'requests'} at once, temperature {heat}",
             f"{mid:.2f}× ({low:.2f} to {high:.2f})",
             "measured",
         ]

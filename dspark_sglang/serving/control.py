@@ -99,7 +99,11 @@ class Control:
         self._history: History | None = None
         self._requests: Sequence[RequestOptions] = ()
         self._context = 0
-        self._sampled = np.zeros(0, dtype=bool)
+        #: ``[R]`` requests of the running step that sample, and that copy their own text.
+        self.sampled = np.zeros(0, dtype=bool)
+        self.copied = np.zeros(0, dtype=bool)
+        #: Whether the running step has only copies: it has no draft forward.
+        self.undrafted = False
         #: How many requests of the running step sample.
         self._sampling = 0
         self._profile_step = 0
@@ -117,6 +121,8 @@ class Control:
         self.expected_tokens = 0.0
         self.committed_tokens = 0
         self.plain_steps = 0
+        #: Requests times rounds that copied, and copied tokens that were right.
+        self.copied_rounds = self.copied_tokens = 0
 
     @property
     def measuring(self) -> bool:
@@ -134,8 +140,9 @@ class Control:
         """
         options = [read_options(request) for request in requests]
         self._requests, self._context = options, context
-        self._sampled = np.array([r.sampling_params.top_k > 1 for r in requests], dtype=bool)
-        self._sampling = int(self._sampled.sum())
+        self.sampled = np.array([r.sampling_params.top_k > 1 for r in requests], dtype=bool)
+        self._sampling = int(self.sampled.sum())
+        self.copied, self.undrafted = np.zeros(len(options), dtype=bool), False
         self._confidence, self.expected, self._budget = None, float(len(options)), 0
         limits = np.array([_limit(o, self.gamma) for o in options], dtype=np.int64)
         self.plan = self._decide(options, limits)
@@ -196,7 +203,8 @@ class Control:
         self._confidence = confidence
         allowed = np.arange(self.gamma) < plan.limits[:, None]
         check(confidence)  # before a correction hides what is wrong with them
-        values = survival(self.reliability.corrected(confidence, self._sampled))
+        corrected = self.reliability.corrected(confidence, self.sampled)
+        values = survival(np.where(self.copied[:, None], confidence, corrected))
         # One that may not be verified ranks behind all that may.
         values = np.where(allowed, np.maximum(values, _ADMISSIBLE), 0.0)
         order, most = admission_order(values), int(allowed.sum())
@@ -259,7 +267,11 @@ class Control:
         logits = np.zeros_like(self._confidence)
         raw = self.logits.cpu().numpy()
         logits[:, : raw.shape[1]] = raw
-        self.reliability.observe(self._confidence, logits, lens, counts, self._sampled)
+        # What was copied says nothing of the drafter's confidences.
+        drafted = np.where(self.copied, 0, lens)
+        self.reliability.observe(self._confidence, logits, drafted, counts, self.sampled)
+        self.copied_rounds += int(self.copied.sum())
+        self.copied_tokens += int(counts[self.copied].sum())
         self.expected_tokens += self.expected
         self.committed_tokens += int(counts.sum()) + len(counts)
 
@@ -274,7 +286,8 @@ class Control:
             if self._profile_began is None:
                 self._profile_began = now - seconds
             self.profile_seconds = now - self._profile_began
-        if self.adaptive and self._requests:
+        # Without its draft forward a round is faster than the rounds whose cost is learned.
+        if self.adaptive and self._requests and not self.undrafted:
             count = len(self._requests)
             step = Step(count, self._budget, self._context, self.plan.draft, self._sampling)
             self.cost.observe(step, seconds)
@@ -296,6 +309,8 @@ class Control:
             "gain": round(self.policy.gain(requests), 4),
             "switches": self.policy.switches,
             "plain_steps": self.plain_steps,
+            "copied_rounds": self.copied_rounds,
+            "copied_tokens": self.copied_tokens,
             "forced_budget": self.forced,
             "depth_caps": self.depths.caps(),
             "step_error": self.cost.error,
@@ -313,6 +328,7 @@ class Control:
     def clear(self) -> None:
         """Start counting again; what was learned stays."""
         self.expected_tokens, self.committed_tokens, self.plain_steps = 0.0, 0, 0
+        self.copied_rounds = self.copied_tokens = 0
 
 
 def _limit(options: RequestOptions, gamma: int) -> int:

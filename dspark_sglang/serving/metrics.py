@@ -27,6 +27,8 @@ _COUNTERS = {
     "committed_tokens": "Tokens committed by rounds, the target's own included.",
     "expected_tokens": "Tokens that rounds were expected to commit.",
     "observed_tokens": "Tokens committed by the rounds that expected some.",
+    "copied_rounds": "Requests times rounds that copied from the request's own text.",
+    "copied_tokens": "Copied tokens that were right.",
     "switches": "Times that drafting was turned on or off.",
 }
 _GAUGES = {

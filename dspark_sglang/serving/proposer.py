@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from sglang.srt.speculative.dspark_components.dspark_draft import (
 
 from dspark_sglang.core.draft import DraftBlock
 from dspark_sglang.serving.control import Control
+from dspark_sglang.serving.lookup import Copies, Lookup
 from dspark_sglang.serving.ops import Ops, SampledRows
 from dspark_sglang.serving.planner import Planner
 from dspark_sglang.serving.seat import Seat
@@ -40,14 +42,17 @@ class Proposer(DraftBlockProposer):
         seat: Seat,
         control: Control,
         planner: Planner,
+        lookup: Lookup | None,
     ) -> None:
         """Attach what our part needs; called once after construction.
 
         Args:
             seat: where the drafter lives.
+            lookup: finds what greedy requests can copy; None: nothing is copied.
             planner: decides how much is verified; with ranks, as soon as the block is drafted.
         """
         self._control = control
+        self._lookup = lookup
         self._planner = planner
         self._seat = seat
         self._ops = ops
@@ -82,6 +87,9 @@ class Proposer(DraftBlockProposer):
         if not depth:
             return self._nothing(draft_input, bs, rows)
         ids = self.draft_block_ids_view(bs=bs, device=batch.seq_lens.device)
+        copies = self._copies(batch.reqs, depth)
+        if copies is not None and self._seat.ranks.count == 1 and copies.suffice(bs):
+            return self._copied(draft_input, copies, rows)
         if self._seat.drafts:
             embed = target_model.get_input_embeddings() if self.sample_from_anchor else None
             forward = self._run_forward(
@@ -104,6 +112,9 @@ class Proposer(DraftBlockProposer):
             confidence, raw = self._ops.confidence(hidden, block.previous)
             self._control.logits = raw
         tokens, missing = block.tokens, self.gamma - depth
+        if copies is not None and len(copies.rows):
+            copies = copies.better(confidence.cpu().numpy())
+            tokens, confidence = self._replaced(copies, tokens, confidence)
         if missing:  # never verified: the plan admits no more than it drafts
             tokens, confidence, raw = (
                 torch.nn.functional.pad(part, (0, missing)) for part in (tokens, confidence, raw)
@@ -137,6 +148,37 @@ class Proposer(DraftBlockProposer):
         if self._control.adaptive:
             self._planner.agree(packed[: len(planned)], len(tokens))
         return packed[len(planned) :].view(tokens.shape)
+
+    def _copies(self, requests: Sequence[Any], depth: int) -> Copies | None:
+        """What requests of this step can copy from their own text."""
+        if self._lookup is None or self._control.plan.profile:
+            return None
+        with self._telemetry.timed("lookup"):
+            return self._lookup.find(requests, self._control.sampled, depth)
+
+    def _replaced(
+        self, copies: Copies, tokens: torch.Tensor, confidence: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Drafted ``[R, depth]`` tokens and confidences with copies in their requests' places."""
+        self._control.copied[copies.rows] = True
+        self._telemetry.ran["draft:copied-requests"] += len(copies.rows)
+        return copies.replace(tokens, confidence)
+
+    def _copied(self, draft_input: Any, copies: Copies, rows: SampledRows | None) -> DraftProposal:
+        """A proposal of copies alone: the draft forward is skipped."""
+        given = self._nothing(draft_input, len(copies.rows), rows)
+        depth = copies.tokens.shape[1]
+        confidence = given.confidence.clone()
+        tokens, confidence[:, :depth] = self._replaced(
+            copies, given.draft_block.draft_tokens[:, :depth], confidence[:, :depth]
+        )
+        tokens = torch.nn.functional.pad(tokens, (0, self.gamma - depth))
+        self._control.logits, self._control.undrafted = given.confidence_raw, True
+        self._telemetry.ran["draft:copies-alone"] += 1
+        block = self._ops.nothing(rows, len(tokens))
+        return self._proposal(
+            given.draft_block_ids, tokens, block, rows, (confidence, given.confidence_raw)
+        )
 
     def _nothing(self, draft_input: Any, bs: int, rows: SampledRows | None) -> DraftProposal:
         """A proposal of no tokens, for a step that does not draft: only anchors are verified."""

@@ -38,6 +38,7 @@ from dspark_sglang.serving import cost_store, placement, requests, sts_refit
 from dspark_sglang.serving.commands import Commands
 from dspark_sglang.serving.compat import installed_version
 from dspark_sglang.serving.control import COST_UNKEPT, COST_UNMEASURED, Control, StepPlan
+from dspark_sglang.serving.lookup import Lookup
 from dspark_sglang.serving.metrics import Metrics
 from dspark_sglang.serving.ops import Ops, choose
 from dspark_sglang.serving.ops.sharded_ops import ShardedOps
@@ -275,7 +276,10 @@ class DSparkWorker(DSparkWorkerV2):
             "control": self.control,
         }
         planner.bind(**shared)
-        proposer.bind(**shared, seat=self._seat, planner=planner)
+        # Under overlap the host does not know the last tokens yet.
+        copies = self._settings.lookup == "auto" and get_schedule().disable_overlap_schedule
+        self._lookup = Lookup() if copies else None
+        proposer.bind(**shared, seat=self._seat, planner=planner, lookup=self._lookup)
         verifier = Verifier(
             target_worker=self.target_worker,
             gamma=self.gamma,
@@ -479,6 +483,7 @@ class DSparkWorker(DSparkWorkerV2):
             "placement_microseconds": {} if self._placed is None else self._placed.microseconds,
             "ranks": self._seat.ranks.count,
             "schedule": self._schedule,
+            "lookup": self._lookup is not None,
             "verification": self._verification,
             "temperatures": self._ops.temperatures,
             "drafter_sha256": self.drafter_sha256,

@@ -26,6 +26,8 @@ class Scores(NamedTuple):
     match: torch.Tensor
     #: ``[N, gamma]`` float32: ``min(1, q(x) / p(x))`` of the next token.
     ratio: torch.Tensor
+    #: ``[N, gamma]`` float32 confidence logits, given the text's own tokens.
+    confidence: torch.Tensor
 
 
 def block_hidden(drafter: Drafter, target: Target, packed: Packed, states: States) -> torch.Tensor:
@@ -82,7 +84,8 @@ def score_blocks(
         made[1, part] = (gain.exp().clamp(max=1.0) * known).cpu()
     spread = torch.zeros((2, *valid.shape))
     spread[:, valid.cpu()] = made
-    return Scores(*spread.view(2, -1, gamma))
+    confidence = drafter.confidence_logits(hidden, packed.previous).float().cpu()
+    return Scores(*spread.view(2, -1, gamma), confidence.view(-1, gamma))
 
 
 def score_sequence(

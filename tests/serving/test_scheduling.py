@@ -15,7 +15,7 @@ import pytest
 from dspark_loadtests.prompts import load_prompts
 from dspark_sglang.demo.measure import NEAR_TIE, tie_gap
 from dspark_sglang.demo.server import Server, free_port, serve_command
-from dspark_sglang.load import compare
+from dspark_sglang.load import compare, slices
 
 pytestmark = pytest.mark.server
 PROMPTS = load_prompts()
@@ -364,3 +364,27 @@ def test_a_block_of_load_ends_when_the_server_has_come_to_rest(server: Server) -
     time.sleep(0.5)
     after = record(server)
     assert before["rounds"] + before["plain_rounds"] == after["rounds"] + after["plain_rounds"]
+
+
+def test_a_server_that_is_held_between_steps_goes_on_as_if_nothing_was(server: Server) -> None:
+    body = {
+        "text": "Tell me a long story.", "stream": True,
+        "sampling_params": {"max_new_tokens": 96, "ignore_eos": True, "temperature": 0.0},
+    }  # fmt: skip
+
+    def told(pause_s: float) -> tuple[str, float]:
+        """The text, and the seconds that its steps took."""
+        last, before = "", record(server)["seconds"]["step"]
+        with httpx.stream("POST", f"{server.url}/generate", json=body, timeout=300.0) as answer:
+            for number, line in enumerate(answer.iter_lines()):
+                if line.startswith("data: {"):
+                    last = line
+                if number == 20 and pause_s:
+                    slices.hold(server)
+                    time.sleep(pause_s)
+                    slices.release(server)
+        return json.loads(last[len("data: ") :])["text"], record(server)["seconds"]["step"] - before
+
+    (usual, usual_s), (held, held_s) = told(0.0), told(6.0)
+    assert held == usual
+    assert held_s < usual_s + 3.0  # the pause is in no step

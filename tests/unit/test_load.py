@@ -252,15 +252,24 @@ def block(name: ModeName, number: int, tok_s: float, **counted: float) -> Block:
     return Block(mode=name, number=number, delivered=delivered, counted=counted)
 
 
+def counts(drafting: float, *, rounds: float = 100.0, length: float = 2.0) -> dict[str, float]:
+    """What the plugin counted in a block with that share of rounds; it verified 3 tokens a request and step."""
+    drafted = drafting * rounds
+    return {
+        "rounds": drafted,
+        "plain_rounds": rounds - drafted,
+        "committed_tokens": length * drafted,
+        "verified_tokens": 3.0 * rounds,
+    }
+
+
 def cell(*, ours: float = 1.3, drafting: float = 0.9, seed: int = 0) -> list[Block]:
     """Four blocks of a machine that drifts by a factor of 3."""
     rng, found = np.random.default_rng(seed), []
     for number, drift in enumerate((1.0, 2.0, 3.0, 1.5)):
         speeds: dict[ModeName, float] = {"none": 100.0, "fixed": 90.0, "dspark": 100.0 * ours}
         for name, base in speeds.items():
-            counted = {} if name == "none" else {"accept_length": 2.0, "mean_budget": 3.0}
-            if name == "dspark":
-                counted["drafting_share"] = drafting
+            counted = {} if name == "none" else counts(drafting if name == "dspark" else 1.0)
             tok_s = base * drift * float(rng.uniform(0.98, 1.02))
             found.append(block(name, number, tok_s, **counted))
     return found[::-1]
@@ -305,6 +314,29 @@ def test_a_cell_holds_every_mode_and_our_ratios() -> None:
     assert found["ratio_none"] == found["ratio_best_fixed"]
     assert found["ratio_none"][1] == pytest.approx(1.3, rel=0.03)
     json.dumps(found)
+
+
+def test_a_block_with_hardly_a_round_weighs_little() -> None:
+    blocks = [
+        block("dspark", 0, 1.0, **counts(1.0, length=1.9)),
+        block("dspark", 1, 1.0, **counts(0.5, rounds=2.0, length=6.0)),
+        block("dspark", 2, 1.0, **counts(0.0)),
+    ]
+    found = summary.summarise_cell(blocks, {})["dspark"]
+    assert found["accept_length"] == pytest.approx((1.9 * 100 + 6.0) / 101, abs=1e-4)
+    assert found["drafting_share"] == pytest.approx(101 / 202, abs=1e-4)
+    never = summary.summarise_cell([block("dspark", 0, 1.0, **counts(0.0))], {})["dspark"]
+    assert never["accept_length"] is None and never["drafting_share"] == 0.0
+
+
+def test_sglang_s_own_counts_have_a_length_alone() -> None:
+    blocks = [block("builtin_static", n, 1.0, accept_length=1.5 + n) for n in range(2)]
+    found = summary.summarise_cell(blocks, {})["builtin_static"]
+    assert (found["accept_length"], found["mean_budget"], found["drafting_share"]) == (
+        2.0,
+        None,
+        None,
+    )
 
 
 def test_the_best_of_the_rest_may_speculate() -> None:

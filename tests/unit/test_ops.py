@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from dspark_sglang.core.heads import ConfidenceHead, MarkovHead
+from dspark_sglang.core.sampling import target_weights
 from dspark_sglang.errors import CompatibilityError
-from dspark_sglang.serving.ops import SampledRows, choose
+from dspark_sglang.serving.ops import SampledRows, Verified, choose
 from dspark_sglang.serving.ops.torch_ops import TorchOps
 from dspark_sglang.serving.telemetry import Telemetry
 
@@ -55,16 +56,21 @@ def test_torch_operations_import_no_triton() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.parametrize(("size", "candidates"), [(3000, 1024), (192, 96)])
-def test_sampled_requests_draft_from_a_longer_list(size: int, candidates: int) -> None:
-    """A list cuts the tail of a sampled law off; more than half of a vocabulary is not worth one."""
-    ops = TorchOps(
+def operations(size: int) -> TorchOps:
+    """Over a vocabulary of that size, one drafted token, a Markov head of zeros."""
+    return TorchOps(
         markov=MarkovHead(w1=torch.zeros(size, 4), w2=torch.zeros(size, 4)),
         confidence=ConfidenceHead(torch.zeros(8), torch.zeros(()), False, torch.ones(1)),
         generator=torch.Generator().manual_seed(0),
         verification="rejection",
         telemetry=Telemetry(gamma=1),
     )
+
+
+@pytest.mark.parametrize(("size", "candidates"), [(3000, 1024), (192, 96)])
+def test_sampled_requests_draft_from_a_longer_list(size: int, candidates: int) -> None:
+    """A list cuts the tail of a sampled law off; more than half of a vocabulary is not worth one."""
+    ops = operations(size)
     base = torch.randn((2, 1, size), generator=torch.Generator().manual_seed(1))
     anchors = positions = torch.zeros(2, dtype=torch.int64)
     rows = SampledRows(
@@ -75,3 +81,37 @@ def test_sampled_requests_draft_from_a_longer_list(size: int, candidates: int) -
     assert block.probs.shape == block.support.shape == (1, 1, candidates)
     assert set(block.support[0, 0].tolist()) == set(base[1, 0].topk(candidates).indices.tolist())
     assert ops.draft(base, torch.zeros(2, 1, 8), anchors, positions, None, None).probs is None
+
+
+def test_a_step_without_drafted_tokens_draws_as_plain_decoding_does() -> None:
+    rows, size = 6000, 7
+    logits = torch.randn(size, generator=torch.Generator().manual_seed(1)).repeat(rows, 1)
+    index = torch.arange(0, rows, 2)  # every other request is greedy
+    sampled = SampledRows(
+        index=index,
+        temperatures=torch.full((len(index),), 0.7),
+        top_k=torch.full((len(index),), 4),
+        top_p=None,
+        min_p=None,
+    )
+    found = operations(size).accept(
+        Verified(
+            logits=logits,
+            drafted=torch.zeros(rows, 1, dtype=torch.int64),
+            rows=sampled,
+            laws=torch.zeros(len(index), 1, 1),
+            support=None,
+            lse=None,
+            lens=torch.zeros(rows, dtype=torch.int64),
+            first=torch.arange(rows),
+            anchors=torch.zeros(rows, dtype=torch.int64),
+        )
+    )
+    assert not found.count.any()
+    assert (found.token[1::2] == logits[0].argmax()).all()
+    law = target_weights(logits[:1], torch.tensor([0.7]), top_k=torch.tensor([4]))[0]
+    law /= law.sum()
+    drawn = torch.bincount(found.token[index], minlength=size) / len(index)
+    assert ((drawn > 0) == (law > 0)).all()
+    spread = (law * (1 - law) / len(index)).sqrt()
+    assert ((drawn - law).abs() <= 5 * spread).all()

@@ -1,0 +1,130 @@
+"""Drafting from a request's own text: what followed when its latest tokens occurred before.
+
+Greedy text repeats itself: names, code, quotations of the prompt, and small models' loops. A drafter of a few
+layers hardly copies; finding the place is a lookup (prompt lookup decoding, Saxena, 2023). A greedy request commits
+what the target would have written whatever is proposed to it, so nothing of acceptance changes.
+
+How likely a copied token is right depends on how much text before it agrees. :class:`CopyRates` learns that from
+every token a request commits, drafted or not.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+Float64 = npt.NDArray[np.float64]
+
+#: Tokens that have to agree, and up to where more of them count as more.
+LEAST, LONGEST = 2, 16
+#: Tokens looked through: up to twice as many are kept.
+WINDOW = 16384
+#: Weight of a token one token of its kind older: about the last 500 count.
+_MEMORY = 0.998
+#: Tokens that the rate before any was seen is worth.
+_PRIOR = 6.0
+_WIDTH = 32
+
+
+class CopyRates:
+    """How often the token was right that followed ``m`` agreeing tokens before; constant memory."""
+
+    def __init__(self) -> None:
+        # Half for two tokens, three quarters for four, and so on, until something is known.
+        rates = [0.0] + [1.0 - 1.0 / m for m in range(1, LONGEST + 1)]
+        self._seen = [_PRIOR] * (LONGEST + 1)
+        self._right = [_PRIOR * rate for rate in rates]
+
+    def observe(self, matched: int, right: bool) -> None:
+        """Learn whether the token after ``matched`` agreeing tokens was the one that followed before."""
+        m = min(matched, LONGEST)
+        self._seen[m] = _MEMORY * self._seen[m] + 1.0
+        self._right[m] = _MEMORY * self._right[m] + right
+
+    def rate(self, matched: int) -> float:
+        """Chance that the token after ``matched`` agreeing tokens is the one that followed before."""
+        m = min(matched, LONGEST)
+        return self._right[m] / self._seen[m]
+
+    def chances(self, matched: int, count: int) -> Float64:
+        """``[count]`` chance of each copied token, given that those before it were right."""
+        return np.array([self.rate(matched + k) for k in range(count)])
+
+
+class Follower:
+    """The text of one request and the place in it that its end repeats.
+
+    Args:
+        prompt: token ids.
+        rates: learn from every token of :meth:`read`.
+    """
+
+    def __init__(self, prompt: Sequence[int], rates: CopyRates) -> None:
+        self._rates = rates
+        #: Tokens of the answer that were read.
+        self._read = 0
+        self._begin(list(prompt[-WINDOW:]))
+
+    def _begin(self, tokens: list[int]) -> None:
+        self._tokens = tokens
+        # Where each pair was last followed by something; the last pair is not yet.
+        pairs = ((a << _WIDTH) | b for a, b in itertools.pairwise(tokens[:-1]))
+        self._after = dict(zip(pairs, range(2, len(tokens)), strict=True))
+        self._find()
+
+    def _find(self) -> None:
+        """Look up the last pair, and remember where it ends."""
+        tokens = self._tokens
+        #: Where the text goes on that agrees with the end, and how many tokens do; 0: nowhere.
+        self._at = self.matched = 0
+        if len(tokens) < LEAST:
+            return
+        pair = (tokens[-2] << _WIDTH) | tokens[-1]
+        at = self._after.get(pair, 0)
+        if at:
+            m = LEAST
+            while m < min(LONGEST, at) and tokens[at - 1 - m] == tokens[-1 - m]:
+                m += 1
+            self._at, self.matched = at, m
+        self._after[pair] = len(tokens)
+
+    def read(self, answer: Sequence[int]) -> None:
+        """Take in what the request has written since.
+
+        Args:
+            answer: all its tokens so far.
+        """
+        for token in answer[self._read :]:
+            self._append(token)
+        self._read = len(answer)
+
+    def _append(self, token: int) -> None:
+        tokens, at = self._tokens, self._at
+        followed = False
+        if at:
+            followed = tokens[at] == token
+            self._rates.observe(self.matched, followed)
+        tokens.append(token)
+        if followed:
+            self._at, self.matched = at + 1, min(self.matched + 1, LONGEST)
+            self._after[(tokens[-2] << _WIDTH) | token] = len(tokens)
+        elif len(tokens) > 2 * WINDOW:
+            self._begin(tokens[-WINDOW:])
+        else:
+            self._find()
+
+    def continuation(self, count: int) -> list[int]:
+        """The ``count`` tokens that followed before; none where the end repeats nothing.
+
+        A repetition that reaches the end goes on with itself.
+        """
+        if not self._at:
+            return []
+        tokens, size = self._tokens, len(self._tokens)
+        found: list[int] = []
+        for place in range(self._at, self._at + count):
+            found.append(tokens[place] if place < size else found[place - size])
+        return found

@@ -57,15 +57,17 @@ class DraftBlock(NamedTuple):
     lse: torch.Tensor | None = None
 
 
-def undrafted(requests: int, *, laws: int | None, device: torch.device) -> DraftBlock:
-    """A block of one token that nobody verifies, for steps without drafting.
+def undrafted(
+    requests: int, *, laws: int | None, device: torch.device, depth: int = 1
+) -> DraftBlock:
+    """A block of ``depth`` tokens from no law, for steps without drafting.
 
     Args:
         laws: requests that have a drafted law, 0 in a batch whose sampling ones have just left;
             None: no laws are wanted.
     """
-    tokens = torch.zeros((requests, 1), dtype=torch.int64, device=device)
-    shape = (laws or 0, 1, 1)
+    tokens = torch.zeros((requests, depth), dtype=torch.int64, device=device)
+    shape = (laws or 0, depth, 1)
     return DraftBlock(
         tokens=tokens,
         previous=tokens,

@@ -12,9 +12,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+
+from dspark_sglang.core.cost import StepCost
 
 Float64 = npt.NDArray[np.float64]
 
@@ -52,6 +55,32 @@ class CopyRates:
     def chances(self, matched: int, count: int) -> Float64:
         """``[count]`` chance of each copied token, given that those before it were right."""
         return np.array([self.rate(matched + k) for k in range(count)])
+
+
+class CopyBudget(NamedTuple):
+    """How many copied tokens to verify in a step that drafts nothing."""
+
+    tokens: int
+    #: Expected tokens a second at that.
+    rate: float
+
+
+def copy_budget(gains: Float64, requests: int, plain_s: float, round_: StepCost) -> CopyBudget:
+    """The budget of most tokens a second: a plain step, and what verifying more adds to a round.
+
+    Requests are greedy: nothing has to be decided token by token.
+
+    Args:
+        gains: ``[n]`` survival of the copied tokens, descending.
+        plain_s: seconds of a plain step.
+        round_: seconds of a round, of which only the differences count.
+    """
+    tokens = np.arange(requests, requests + len(gains) + 1)
+    seconds = round_.seconds(tokens)
+    expected = requests + np.concatenate([[0.0], np.cumsum(gains)])
+    rates = expected / (plain_s + seconds - seconds[0])
+    best = int(rates.argmax())
+    return CopyBudget(best, float(rates[best]))
 
 
 class Follower:

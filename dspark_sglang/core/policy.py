@@ -35,6 +35,8 @@ class Decision(NamedTuple):
     draft: bool
     #: Verify everything drafted, whatever it pays: acceptance is learned from it.
     whole: bool = False
+    #: A plain step that is there to be timed.
+    look: bool = False
 
 
 class _State:
@@ -89,12 +91,12 @@ class DraftPolicy:
         state.since += 1
         if state.probing:
             state.probing -= 1
-            return Decision(not state.drafting)
+            return Decision(not state.drafting, look=state.drafting)
         if state.drafting:
             if state.since >= min(state.wait, self._patience(state)):
                 state.since, state.probing = 0, PROBE_ROUNDS - 1
                 state.wait = min(2 * state.wait, _PLAIN_EVERY)
-                return Decision(False)
+                return Decision(False, look=True)
             return Decision(True, whole=state.since % _WHOLE_EVERY == _WHOLE_EVERY // 2)
         if state.since >= self._pause(state):
             state.since, state.probing = 0, PROBE_ROUNDS - 1

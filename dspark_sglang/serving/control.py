@@ -15,6 +15,7 @@ import torch
 
 from dspark_sglang.config import COST_ONLINE
 from dspark_sglang.core.depth import DepthCaps
+from dspark_sglang.core.lookup import CopyBudget, copy_budget
 from dspark_sglang.core.policy import Choice, DraftPolicy
 from dspark_sglang.core.reliability import Reliability
 from dspark_sglang.core.schedule import (
@@ -33,6 +34,8 @@ Int64 = npt.NDArray[np.int64]
 
 #: Survival of a token that may be admitted is at least this: one that may not has 0.
 _ADMISSIBLE = 1e-300
+#: While nothing is drafted, steps with copies before one without: it is timed.
+_PLAIN_EVERY = 24
 #: Sources of the step cost besides files: nothing is timed; it is being measured before the server
 #: listens.
 COST_OFF, COST_UNMEASURED, COST_UNKEPT = "off", "unmeasured", "measured, not kept"
@@ -49,6 +52,8 @@ class StepPlan(NamedTuple):
     whole: bool = False
     #: A step of the start-up measurement: nothing is learned from it but its cost.
     profile: bool = False
+    #: Whether requests may copy their own text although nothing is drafted.
+    copies: bool = False
 
     @property
     def draft(self) -> bool:
@@ -56,15 +61,16 @@ class StepPlan(NamedTuple):
         return self.depth > 0
 
     def packed(self, device: Any) -> torch.Tensor:
-        """``[3 + R]`` int64: what ranks have to agree on."""
-        head = [self.depth, int(self.whole), int(self.profile)]
+        """``[4 + R]`` int64: what ranks have to agree on."""
+        head = [self.depth, int(self.whole), int(self.profile), int(self.copies)]
         return torch.tensor([*head, *self.limits.tolist()], device=device)
 
     @classmethod
     def unpacked(cls, packed: torch.Tensor) -> StepPlan:
         """The plan that :meth:`packed` was made of."""
-        depth, whole, profile, *limits = packed.tolist()
-        return cls(np.array(limits, dtype=np.int64), depth, bool(whole), bool(profile))
+        depth, whole, profile, copies, *limits = packed.tolist()
+        flags = bool(whole), bool(profile), bool(copies)
+        return cls(np.array(limits, dtype=np.int64), depth, *flags)
 
 
 class Budgeted(NamedTuple):
@@ -121,6 +127,8 @@ class Control:
         self.expected_tokens = 0.0
         self.committed_tokens = 0
         self.plain_steps = 0
+        #: Steps since one was plain.
+        self._since_plain = 0
         #: Requests times rounds that copied, and copied tokens that were right.
         self.copied_rounds = self.copied_tokens = 0
 
@@ -158,7 +166,8 @@ class Control:
             return StepPlan(limits, 0)
         decision = self.policy.decide(len(options))
         if not decision.draft:
-            return StepPlan(limits, 0)
+            free = self.policy.choice != "off" and self.forced is None and not decision.look
+            return StepPlan(limits, 0, copies=free and self._since_plain < _PLAIN_EVERY)
         if decision.whole or self.forced is not None:
             # An operator's budget holds in steps that would verify everything to learn, too.
             return StepPlan(limits, most, whole=self.forced is None)
@@ -166,6 +175,10 @@ class Control:
         caps = np.array([known[option.workload] for option in options])
         limits = np.minimum(limits, caps)
         return StepPlan(limits, int(limits.max()))
+
+    def copy_only(self, depth: int) -> None:
+        """The running step drafts nothing, but requests of it copy up to ``depth`` tokens of their own text."""
+        self.plan, self.undrafted = self.plan._replace(depth=depth), True
 
     def _profile(self, limits: Int64) -> StepPlan:
         """Every second step is plain, so that both kinds meet the same machine."""
@@ -202,6 +215,8 @@ class Control:
             return Budgeted(values, admission_order(values), 0)
         self._confidence = confidence
         allowed = np.arange(self.gamma) < plan.limits[:, None]
+        if self.undrafted:
+            allowed &= self.copied[:, None]
         check(confidence)  # before a correction hides what is wrong with them
         corrected = self.reliability.corrected(confidence, self.sampled)
         values = survival(np.where(self.copied[:, None], confidence, corrected))
@@ -210,6 +225,8 @@ class Control:
         order, most = admission_order(values), int(allowed.sum())
         if not self.adaptive:
             return Budgeted(values, order, most)
+        if self.undrafted:
+            return self._copy_budget(values, order)
         curve = self.cost.curve(requests, self._context, self._sampling)
         if self.lagged and self._history is None:
             self._history = History(slots=pool, gamma=self.gamma)
@@ -232,15 +249,39 @@ class Control:
             self._learn_gain(values, order, paying)
         return Budgeted(values, order, budget)
 
+    def _copy_budget(self, values: Float64, order: Int64) -> Budgeted:
+        """The budget of a step with copies alone; with none that pays it is a plain step."""
+        found = self._copies_alone(values, order)
+        if not found.tokens:
+            self.plan, self.undrafted = self.plan._replace(depth=0), False
+            self.copied[:] = False
+        admitted = values.T.reshape(-1)[order[: found.tokens]]
+        self._budget = found.tokens
+        self.expected = len(values) + float(admitted.sum())
+        return Budgeted(values, order, found.tokens)
+
+    def _copies_alone(self, values: Float64, order: Int64) -> CopyBudget:
+        requests, load = len(values), (self._context, self._sampling)
+        if not self.cost.comparable:
+            return CopyBudget(0, 0.0)
+        gains = values.T.reshape(-1)[order]
+        gains = gains[gains > _ADMISSIBLE]
+        plain = self.cost.plain_seconds(requests, *load)
+        return copy_budget(gains, requests, plain, self.cost.curve(requests, *load))
+
     def _learn_gain(self, values: Float64, order: Int64, paying: int) -> None:
         """What drafting brings at the budget that pays, against not drafting."""
         if not self.cost.comparable:
             return
         requests, load = len(values), (self._context, self._sampling)
         tokens = requests + float(values.T.reshape(-1)[order[:paying]].sum())
-        length = self.cost.round_seconds(requests, paying, *load)
-        length /= self.cost.plain_seconds(requests, *load)
-        self.policy.learn(requests, tokens / requests / length, length)
+        seconds = self.cost.round_seconds(requests, paying, *load)
+        plain = self.cost.plain_seconds(requests, *load)
+        rate = requests / plain
+        if self.copied.any():  # without drafting they could still copy
+            copies = np.where(self.copied[:, None], values, 0.0)
+            rate = max(rate, self._copies_alone(copies, admission_order(copies)).rate)
+        self.policy.learn(requests, tokens / seconds / rate, seconds / plain)
 
     def _learn_depth(self, order: Int64, paying: int) -> None:
         if self.plan.depth < self.gamma or self.plan.profile:
@@ -282,6 +323,7 @@ class Control:
             seconds: from its beginning to its end.
             now: seconds of a monotonic clock.
         """
+        self._since_plain = 0 if not self.plan.draft else self._since_plain + 1
         if self.plan.profile:
             if self._profile_began is None:
                 self._profile_began = now - seconds

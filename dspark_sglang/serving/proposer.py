@@ -85,11 +85,11 @@ class Proposer(DraftBlockProposer):
         depth = self._control.plan.depth
         rows = self._sampled_rows(batch, sampling_info)
         if not depth:
-            return self._nothing(draft_input, bs, rows)
+            return self._without_draft(batch.reqs, draft_input, rows)
         ids = self.draft_block_ids_view(bs=bs, device=batch.seq_lens.device)
         copies = self._copies(batch.reqs, depth)
         if copies is not None and self._seat.ranks.count == 1 and copies.suffice(bs):
-            return self._copied(draft_input, copies, rows)
+            return self._copied(draft_input, bs, copies, rows)
         if self._seat.drafts:
             embed = target_model.get_input_embeddings() if self.sample_from_anchor else None
             forward = self._run_forward(
@@ -164,9 +164,22 @@ class Proposer(DraftBlockProposer):
         self._telemetry.ran["draft:copied-requests"] += len(copies.rows)
         return copies.replace(tokens, confidence)
 
-    def _copied(self, draft_input: Any, copies: Copies, rows: SampledRows | None) -> DraftProposal:
+    def _without_draft(
+        self, requests: Sequence[Any], draft_input: Any, rows: SampledRows | None
+    ) -> DraftProposal:
+        """A step whose plan does not draft: copies where there are any."""
+        if self._control.plan.copies and self._seat.ranks.count == 1:
+            copies = self._copies(requests, self.gamma)
+            if copies is not None and len(copies.rows):
+                self._control.copy_only(self.gamma)
+                return self._copied(draft_input, len(requests), copies, rows)
+        return self._nothing(draft_input, len(requests), rows)
+
+    def _copied(
+        self, draft_input: Any, bs: int, copies: Copies, rows: SampledRows | None
+    ) -> DraftProposal:
         """A proposal of copies alone: the draft forward is skipped."""
-        given = self._nothing(draft_input, len(copies.rows), rows)
+        given = self._nothing(draft_input, bs, rows)
         depth = copies.tokens.shape[1]
         confidence = given.confidence.clone()
         tokens, confidence[:, :depth] = self._replaced(
@@ -175,7 +188,7 @@ class Proposer(DraftBlockProposer):
         tokens = torch.nn.functional.pad(tokens, (0, self.gamma - depth))
         self._control.logits, self._control.undrafted = given.confidence_raw, True
         self._telemetry.ran["draft:copies-alone"] += 1
-        block = self._ops.nothing(rows, len(tokens))
+        block = self._ops.nothing(rows, bs, depth)
         return self._proposal(
             given.draft_block_ids, tokens, block, rows, (confidence, given.confidence_raw)
         )

@@ -372,9 +372,11 @@ class Verifier(TargetVerifyExecutor):
         slots = injector.ids_for(verify_window.kv_loc_plan)
         positions = verify_window.positions_2d.reshape(-1)
         hidden, places = logits_output.hidden_states, positions[self._packed]
-        if not self._control.plan.draft:
+        if not self._control.plan.draft or self._control.undrafted:
             # Nothing reads it before the next draft; many steps at once cost little more than one.
-            self._pending.append((hidden, slots[self._packed], places))
+            self._pending.append(
+                (hidden[accepted], slots[self._packed][accepted], places[accepted])
+            )
             if len(self._pending) >= _PENDING_STEPS:
                 self.flush()
             return

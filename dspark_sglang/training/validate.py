@@ -85,7 +85,8 @@ def score_blocks(
     spread = torch.zeros((2, *valid.shape))
     spread[:, valid.cpu()] = made
     confidence = drafter.confidence_logits(hidden, packed.previous).float().cpu()
-    return Scores(*spread.view(2, -1, gamma), confidence.view(-1, gamma))
+    match, ratio = spread.view(2, -1, gamma)
+    return Scores(match, ratio, confidence.view(-1, gamma))
 
 
 def score_sequence(

@@ -47,8 +47,8 @@ class Ops(Protocol):
             vocabulary: int64 token of each base logit; None: every token in order.
         """
 
-    def nothing(self, rows: SampledRows | None, requests: int) -> DraftBlock:
-        """A block of one token that no request sends to verification: for steps that do not draft.
+    def nothing(self, rows: SampledRows | None, requests: int, depth: int = 1) -> DraftBlock:
+        """A block of ``depth`` tokens that no sampled request sends to verification: for steps that do not draft.
 
         Args:
             rows: the requests that sample, of ``requests``.

@@ -106,12 +106,12 @@ class ShardedOps:
         )
         return self._vocabulary.ranks.run(drafting, "draft")
 
-    def nothing(self, rows: SampledRows | None, requests: int) -> DraftBlock:
+    def nothing(self, rows: SampledRows | None, requests: int, depth: int = 1) -> DraftBlock:
         """See :meth:`dspark_sglang.serving.ops.Ops.nothing`."""
         if self.name == "triton":
-            return self._inner.nothing(rows, requests)
+            return self._inner.nothing(rows, requests, depth)
         sampled = None if rows is None or rows.seeds is not None else len(rows.index)
-        return undrafted(requests, laws=sampled, device=self.markov.w1.device)
+        return undrafted(requests, laws=sampled, device=self.markov.w1.device, depth=depth)
 
     def confidence(
         self, features: torch.Tensor, previous: torch.Tensor

@@ -94,10 +94,10 @@ class TorchOps(Calibrated):
             self._gathered = vocabulary, self.markov.w2[vocabulary]
         return self._gathered[1]
 
-    def nothing(self, rows: SampledRows | None, requests: int) -> DraftBlock:
+    def nothing(self, rows: SampledRows | None, requests: int, depth: int = 1) -> DraftBlock:
         """See :meth:`dspark_sglang.serving.ops.Ops.nothing`."""
         sampled = None if rows is None or rows.seeds is not None else len(rows.index)
-        return undrafted(requests, laws=sampled, device=self.markov.w1.device)
+        return undrafted(requests, laws=sampled, device=self.markov.w1.device, depth=depth)
 
     def confidence(
         self, features: torch.Tensor, previous: torch.Tensor

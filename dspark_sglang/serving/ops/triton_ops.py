@@ -117,10 +117,10 @@ class TritonOps(Calibrated):
             self._following = successor_table(self._head, size, vocabulary)
         return self._following
 
-    def nothing(self, rows: SampledRows | None, requests: int) -> DraftBlock:
+    def nothing(self, rows: SampledRows | None, requests: int, depth: int = 1) -> DraftBlock:
         """See :meth:`dspark_sglang.serving.ops.Ops.nothing`."""
         sampled = None if rows is None or rows.seeds is not None else requests
-        return undrafted(requests, laws=sampled, device=self._head.w1.device)
+        return undrafted(requests, laws=sampled, device=self._head.w1.device, depth=depth)
 
     def _sampling(self, rows: SampledRows, positions: torch.Tensor) -> Sampling:
         batch = self._given(rows, len(positions))

@@ -188,6 +188,9 @@ def card_artifact(evaluation: Evaluation, hardware: str) -> dict[str, object]:
         if rows[0].engine == "standalone"
         else "rounds counted by a server (`dspark eval --engine server`)"
     )
+    if any(row.engine == ALONE for row in evaluation.lengths):
+        how += "; greedy requests copy from their own text as in serving (DSPARK_LOOKUP), "
+        how += f"without that {evaluation.accept_length_greedy_drafted:.2f}"
     return {
         "kind": "eval",
         "schema_version": evaluation.schema_version,

@@ -110,6 +110,9 @@ class Control:
         self.copied = np.zeros(0, dtype=bool)
         #: Whether the running step has only copies: it has no draft forward.
         self.undrafted = False
+        self._copied_depth = 0
+        #: ``[R]`` most drafted tokens that each request of the running step allows.
+        self._limits = np.zeros(0, dtype=np.int64)
         #: How many requests of the running step sample.
         self._sampling = 0
         self._profile_step = 0
@@ -152,7 +155,8 @@ class Control:
         self._sampling = int(self.sampled.sum())
         self.copied, self.undrafted = np.zeros(len(options), dtype=bool), False
         self._confidence, self.expected, self._budget = None, float(len(options)), 0
-        limits = np.array([_limit(o, self.gamma) for o in options], dtype=np.int64)
+        self._limits = limits = np.array([_limit(o, self.gamma) for o in options], dtype=np.int64)
+        self._copied_depth = 0
         self.plan = self._decide(options, limits)
         return self.plan
 
@@ -175,6 +179,15 @@ class Control:
         caps = np.array([known[option.workload] for option in options])
         limits = np.minimum(limits, caps)
         return StepPlan(limits, int(limits.max()))
+
+    @property
+    def width(self) -> int:
+        """Drafted or copied tokens of a request that may be verified in the running step."""
+        return max(self.plan.depth, self._copied_depth)
+
+    def copy(self, rows: Int64, depth: int) -> None:
+        """Requests of the running step copy up to ``depth`` tokens, however many are drafted."""
+        self.copied[rows], self._copied_depth = True, depth
 
     def copy_only(self, depth: int) -> None:
         """The running step drafts nothing, but requests of it copy up to ``depth`` tokens of their own text."""
@@ -214,7 +227,10 @@ class Control:
             values = np.zeros((requests, self.gamma))
             return Budgeted(values, admission_order(values), 0)
         self._confidence = confidence
-        allowed = np.arange(self.gamma) < plan.limits[:, None]
+        # What limits the depth of drafts is no reason to copy less.
+        copied = np.minimum(self._limits, self._copied_depth)
+        limits = np.where(self.copied, copied, plan.limits)
+        allowed = np.arange(self.gamma) < limits[:, None]
         if self.undrafted:
             allowed &= self.copied[:, None]
         check(confidence)  # before a correction hides what is wrong with them
@@ -254,7 +270,7 @@ class Control:
         found = self._copies_alone(values, order)
         if not found.tokens:
             self.plan, self.undrafted = self.plan._replace(depth=0), False
-            self.copied[:] = False
+            self.copied[:], self._copied_depth = False, 0
         admitted = values.T.reshape(-1)[order[: found.tokens]]
         self._budget = found.tokens
         self.expected = len(values) + float(admitted.sum())
@@ -288,8 +304,13 @@ class Control:
             return
         wanted = lengths(order, paying, requests=len(self._requests))
         for workload in {option.workload for option in self._requests}:
-            own = [i for i, option in enumerate(self._requests) if option.workload == workload]
-            self.depths.learn(workload, wanted[own])
+            own = [
+                row
+                for row, option in enumerate(self._requests)
+                if option.workload == workload and not self.copied[row]
+            ]
+            if own:
+                self.depths.learn(workload, wanted[own])
 
     # -- after the step ----------------------------------------------------------------------
 

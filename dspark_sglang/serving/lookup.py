@@ -43,7 +43,7 @@ class Copies(NamedTuple):
         """Those that are expected to get more tokens right than the draft.
 
         Args:
-            confidence: ``[R, depth]`` of the drafted tokens.
+            confidence: ``[R, gamma]`` of the drafted tokens, 0 beyond their depth.
         """
         drafted = confidence[self.rows].cumprod(axis=1).sum(axis=1)
         keep = self.expected > drafted
@@ -52,10 +52,11 @@ class Copies(NamedTuple):
     def replace(
         self, tokens: torch.Tensor, confidence: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Drafted ``[R, depth]`` tokens and confidences with these in their requests' places."""
+        """Drafted ``[R, gamma]`` tokens and confidences with these in their requests' places."""
+        missing = (0, 0), (0, tokens.shape[1] - self.tokens.shape[1])
         rows = torch.from_numpy(self.rows).to(tokens.device)
-        copied = torch.from_numpy(self.tokens).to(tokens.device)
-        chances = torch.from_numpy(self.chances).to(confidence)
+        copied = torch.from_numpy(np.pad(self.tokens, missing)).to(tokens.device)
+        chances = torch.from_numpy(np.pad(self.chances, missing)).to(confidence)
         return tokens.index_copy(0, rows, copied), confidence.index_copy(0, rows, chances)
 
 

@@ -87,7 +87,7 @@ class Proposer(DraftBlockProposer):
         if not depth:
             return self._without_draft(batch.reqs, draft_input, rows)
         ids = self.draft_block_ids_view(bs=bs, device=batch.seq_lens.device)
-        copies = self._copies(batch.reqs, depth)
+        copies = self._copies(batch.reqs, max(depth, self._reach))
         if copies is not None and self._seat.ranks.count == 1 and copies.suffice(bs):
             return self._copied(draft_input, bs, copies, rows)
         if self._seat.drafts:
@@ -112,13 +112,13 @@ class Proposer(DraftBlockProposer):
             confidence, raw = self._ops.confidence(hidden, block.previous)
             self._control.logits = raw
         tokens, missing = block.tokens, self.gamma - depth
-        if copies is not None and len(copies.rows):
-            copies = copies.better(confidence.cpu().numpy())
-            tokens, confidence = self._replaced(copies, tokens, confidence)
         if missing:  # never verified: the plan admits no more than it drafts
             tokens, confidence, raw = (
                 torch.nn.functional.pad(part, (0, missing)) for part in (tokens, confidence, raw)
             )
+        if copies is not None and len(copies.rows):
+            copies = copies.better(confidence.cpu().numpy())
+            tokens, confidence = self._replaced(copies, tokens, confidence)
         tokens = self._agreed(tokens, confidence, batch.req_pool_indices)
         return self._proposal(ids, tokens, block, rows, (confidence, raw))
 
@@ -149,6 +149,11 @@ class Proposer(DraftBlockProposer):
             self._planner.agree(packed[: len(planned)], len(tokens))
         return packed[len(planned) :].view(tokens.shape)
 
+    @property
+    def _reach(self) -> int:
+        """Tokens that a copy may have whatever is drafted; 0: no more than are drafted, as our kernels and ranks expect."""
+        return self.gamma if self._ops.name == "torch" and self._seat.ranks.count == 1 else 0
+
     def _copies(self, requests: Sequence[Any], depth: int) -> Copies | None:
         """What requests of this step can copy from their own text."""
         if self._lookup is None or self._control.plan.profile:
@@ -160,7 +165,7 @@ class Proposer(DraftBlockProposer):
         self, copies: Copies, tokens: torch.Tensor, confidence: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Drafted ``[R, depth]`` tokens and confidences with copies in their requests' places."""
-        self._control.copied[copies.rows] = True
+        self._control.copy(copies.rows, copies.tokens.shape[1])
         self._telemetry.ran["draft:copied-requests"] += len(copies.rows)
         return copies.replace(tokens, confidence)
 
@@ -180,15 +185,12 @@ class Proposer(DraftBlockProposer):
     ) -> DraftProposal:
         """A proposal of copies alone: the draft forward is skipped."""
         given = self._nothing(draft_input, bs, rows)
-        depth = copies.tokens.shape[1]
-        confidence = given.confidence.clone()
-        tokens, confidence[:, :depth] = self._replaced(
-            copies, given.draft_block.draft_tokens[:, :depth], confidence[:, :depth]
+        tokens, confidence = self._replaced(
+            copies, given.draft_block.draft_tokens, given.confidence
         )
-        tokens = torch.nn.functional.pad(tokens, (0, self.gamma - depth))
         self._control.logits, self._control.undrafted = given.confidence_raw, True
         self._telemetry.ran["draft:copies-alone"] += 1
-        block = self._ops.nothing(rows, bs, depth)
+        block = self._ops.nothing(rows, bs, self.gamma)
         return self._proposal(
             given.draft_block_ids, tokens, block, rows, (confidence, given.confidence_raw)
         )

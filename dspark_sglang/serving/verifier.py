@@ -295,7 +295,7 @@ class Verifier(TargetVerifyExecutor):
         lens = self._drafted_lens(layout, bs, target_logits.device)
         first = self._first_rows(lens)
         # Beyond the depth drafted there are no laws, and nothing was verified.
-        drafted = draft_block.draft_tokens[:, : max(1, self._control.plan.depth)]
+        drafted = draft_block.draft_tokens[:, : max(1, self._control.width)]
         with self._telemetry.timed("accept"):
             outcome = self._ops.accept(
                 Verified(

@@ -366,6 +366,39 @@ def test_a_block_of_load_ends_when_the_server_has_come_to_rest(server: Server) -
     assert before["rounds"] + before["plain_rounds"] == after["rounds"] + after["plain_rounds"]
 
 
+REPEATING = "The seven dwarfs are Doc, Grumpy, Happy, Sleepy, Bashful, Sneezy and Dopey. " * 3
+
+
+@pytest.mark.parametrize("choice", [1, -1, 0])
+def test_text_that_repeats_is_copied_and_stays_what_it_is(server: Server, choice: int) -> None:
+    def told() -> list[int]:
+        body = {
+            "text": REPEATING, "sampling_params": {"max_new_tokens": 64, "temperature": 0.0},
+        }  # fmt: skip
+        answer = httpx.post(f"{server.url}/generate", json=body, timeout=300.0).json()
+        tokens: list[int] = answer["output_ids"]
+        return tokens
+
+    assert update(server, {"dspark_speculation": 0})
+    before = record(server)
+    plain = told()
+    between = record(server)
+    assert between["copied_rounds"] == before["copied_rounds"] and between["lookup"] is True
+    assert update(server, {"dspark_speculation": choice})
+    assert told() == plain
+    after = record(server)
+    rounds = after["copied_rounds"] - between["copied_rounds"]
+    tokens = after["copied_tokens"] - between["copied_tokens"]
+    assert (rounds > 3 and tokens > 2 * rounds) if choice else rounds == 0
+
+
+def test_a_sampled_request_copies_nothing(server: Server) -> None:
+    before = record(server)["copied_rounds"]
+    body = {"text": REPEATING, "sampling_params": {"max_new_tokens": 32, "temperature": 1.0}}
+    assert httpx.post(f"{server.url}/generate", json=body, timeout=300.0).status_code == 200
+    assert record(server)["copied_rounds"] == before
+
+
 def test_a_server_that_is_held_between_steps_goes_on_as_if_nothing_was(server: Server) -> None:
     body = {
         "text": "Tell me a long story.", "stream": True,

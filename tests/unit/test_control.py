@@ -213,8 +213,9 @@ def test_confidences_that_are_none_are_explained(bad: float) -> None:
         StepPlan(np.array([2]), 0),
         StepPlan(np.array([], dtype=np.int64), 3, whole=True),
         StepPlan(np.array([1, 1]), 4, whole=True, profile=True),
+        StepPlan(np.array([4]), 0, copies=True),
     ],
-    ids=["auto", "plain", "nobody", "profile"],
+    ids=["auto", "plain", "nobody", "profile", "copies"],
 )
 def test_ranks_unpack_the_plan_that_was_packed(plan: StepPlan) -> None:
     found = StepPlan.unpacked(plan.packed("cpu"))

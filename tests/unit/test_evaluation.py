@@ -41,6 +41,7 @@ from dspark_sglang.evaluation.report import Domain, calibration, lengths
 from dspark_sglang.provenance import provenance
 from dspark_sglang.training import config as configs
 from dspark_sglang.training.distributed import World
+from dspark_sglang.training.sequences import TokenSequence
 from dspark_sglang.training.states import Target
 from dspark_sglang.training.trainer import Trainer
 from dspark_sglang.training.walk import Walk, nothing
@@ -219,6 +220,9 @@ def test_the_command_prints_what_it_measured(pair: Any, tmp_path: Path) -> None:
     assert 1 <= found[0]["accept_length_greedy"] <= GAMMA + 1
     assert len(found[0]["per_position"]) == GAMMA
     assert found[0]["ece_after"] is None
+    rows = {(row["engine"], row["temperature"]): row["accept_length"] for row in found[0]["lengths"]}
+    assert list(rows) == [("standalone", 0.0), ("standalone", 1.0), ("drafter alone", 0.0)]
+    assert rows[("drafter alone", 0.0)] == found[0]["accept_length_greedy_drafted"]
     assert json.loads((tmp_path / "out/evaluation.json").read_text())["gamma"] == GAMMA
     assert (tmp_path / "out/reliability.png").stat().st_size > 5000
 
@@ -254,7 +258,7 @@ def test_what_the_shortlist_loses_is_written(pair: Any, tmp_path: Path) -> None:
     prompts, found = tmp_path / "prompts.txt", tmp_path / "shortlist.json"
     prompts.write_text("w1 w2 w3\nw7 w8\nw20 w21\n")
     flags = ["eval", "--artifact", str(drafter), "--target", str(target), "--prompts", str(prompts)]
-    flags += ["--max-tokens", "24", "--dtype", "float32", "--json"]
+    flags += ["--max-tokens", "24", "--dtype", "float32", "--json", "--no-lookup"]
     losing = [*flags, "--shortlist", "2", "--shortlist-loss", str(found)]
     short = json.loads(CliRunner().invoke(app, losing).stdout)
     whole = json.loads(CliRunner().invoke(app, [*flags, "--shortlist", "0"]).stdout)
@@ -286,12 +290,31 @@ def test_a_shortlist_that_cannot_be_is_refused(flags: list[str], match: str) -> 
     assert match in str(done.exception)
 
 
+@pytest.mark.parametrize("sure", [False, True], ids=["unsure drafter", "sure drafter"])
+def test_greedy_answers_copy_what_their_text_repeats(sure: bool) -> None:
+    text = [1, 2, 3, 4, 5, 6, 7, 8, 5, 6, 7, 8, 5, 6, 7, 9]
+    sequence = TokenSequence(np.array(text), np.array([False] * 4 + [True] * 12), 3)
+    shape = (len(sequence.anchors()), GAMMA)
+    logits = np.full(shape, 9.0 if sure else -9.0)
+    answer = standalone.Answer(3, "chat", np.zeros(shape), np.zeros(shape), logits, sequence.remaining())
+    (found,) = standalone.with_copies([answer], [sequence], None)
+    if sure:  # wrong, but more is expected of it than of copies
+        assert not found.match.any()
+        return
+    at = {int(anchor): row for row, anchor in enumerate(sequence.anchors())}
+    assert not found.match[at[8]].any()  # 8, 5 was not seen before
+    assert found.match[at[9]].tolist() == [1.0] * GAMMA  # 5, 6: 7, 8, 5 as before
+    assert found.match[at[13]].tolist() == [1.0, 0.0, 0.0]  # 5, 6: 7, 8, 5, but 7, 9 and the end
+    assert standalone.with_copies([answer], [sequence], [1.0] * GAMMA)[0].match.any()
+
+
 @pytest.mark.parametrize("greedy", [True, False], ids=["greedy", "sampled"])
 def test_expected_rounds_are_the_mean_of_drawn_ones(greedy: bool) -> None:
     rng = np.random.default_rng(0)
     remaining = np.array([7, 6, 5, 4, 3, 2, 1, 3, 2, 1])
     chance = rng.random((10, GAMMA)) * (np.arange(GAMMA) < remaining[:, None])
-    answer = standalone.Answer(0, "chat", (chance > 0.3).astype(float), chance, remaining)
+    match, logits = (chance > 0.3).astype(float), np.zeros_like(chance)
+    answer = standalone.Answer(0, "chat", match, chance, logits, remaining)
     expected = shortlists.expected_rounds(answer, greedy=greedy)
     draws = 1 if greedy else 4000
     walks = [standalone.replay([answer], greedy=greedy, seed=i)[0] for i in range(draws)]
@@ -301,7 +324,7 @@ def test_expected_rounds_are_the_mean_of_drawn_ones(greedy: bool) -> None:
 
 
 def test_candidates_are_those_of_serving_unless_told() -> None:
-    serving, told = (Settings(16, "float32", 0, size, [], None) for size in (None, 300))
+    serving, told = (Settings(16, "float32", 0, size, [], None, True) for size in (None, 300))
 
     def found(settings: Settings, tokens: int, *, own: bool = False) -> list[int]:
         return [settings.candidates(t, tokens, draft_vocabulary=own) for t in (0.0, 1.0)]
@@ -315,7 +338,7 @@ def test_candidates_are_those_of_serving_unless_told() -> None:
 
 
 def test_a_loss_is_of_what_the_kernels_draft_from() -> None:
-    losing = Settings(16, "float32", 0, None, [], Path("loss.json"))
+    losing = Settings(16, "float32", 0, None, [], Path("loss.json"), False)
     assert losing.following == FOLLOWING
     assert [losing.candidates(t, 50_000, draft_vocabulary=True) for t in (0.0, 1.0)] == [
         SHORTLIST,
@@ -327,7 +350,8 @@ def test_a_loss_is_of_what_the_kernels_draft_from() -> None:
 def test_loss_compares_the_same_answers() -> None:
     def answer(matches: list[float]) -> standalone.Answer:
         match = np.array(matches)[:, None]
-        return standalone.Answer(0, "chat", match, match, np.arange(len(match), 0, -1))
+        left = np.arange(len(match), 0, -1)
+        return standalone.Answer(0, "chat", match, match, np.zeros_like(match), left)
 
     whole = [answer([1, 0, 1, 0]), answer([0, 0])]
     short = [answer([1, 0, 0, 0]), answer([0, 0])]

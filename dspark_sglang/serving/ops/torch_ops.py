@@ -149,7 +149,9 @@ class TorchOps(Calibrated):
         """Verification of the sampled requests, over their own logits rows."""
         if len(given.logits) == len(given.lens):
             return self._plain(given, rows)
-        lens, gamma = given.lens[rows.index], given.drafted.shape[1]
+        assert given.laws is not None
+        # Greedy requests may have copied more tokens than were drafted.
+        lens, gamma = given.lens[rows.index], given.laws.shape[1]
         row, owner, start = rows_of(lens, given.first[rows.index])
 
         def spread(values: torch.Tensor | None) -> torch.Tensor | None:
@@ -163,8 +165,8 @@ class TorchOps(Calibrated):
             min_p=spread(rows.min_p),
         )
         uniforms = self._uniforms(len(lens), gamma + 1)
-        assert given.laws is not None
-        round_ = Round(weights, given.drafted[rows.index], given.laws, lens, start, given.support)
+        drafted = given.drafted[rows.index, :gamma]
+        round_ = Round(weights, drafted, given.laws, lens, start, given.support)
         return _METHODS[self._verification](round_, uniforms)
 
     def _plain(self, given: Verified, rows: SampledRows) -> Accepted:

@@ -1,0 +1,184 @@
+"""Copied drafts in service: whose text is followed, which copies replace a draft, what is learned of them."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scheduled_world import GAMMA, request
+from test_control import budgeted, measured
+
+from dspark_sglang.core.policy import PROBE_ROUNDS, DraftPolicy
+from dspark_sglang.core.schedule import lengths
+from dspark_sglang.serving.control import Control
+from dspark_sglang.serving.lookup import Copies, Lookup
+
+
+def follows(prompt: list[int], answer: list[int]) -> Any:
+    return SimpleNamespace(origin_input_ids=prompt, output_ids=answer)
+
+
+def copies(rows: list[int], chance: list[float], depth: int = 3) -> Copies:
+    tokens = np.arange(len(rows) * depth).reshape(-1, depth) + 100
+    return Copies(np.array(rows), tokens, np.repeat(np.array(chance)[:, None], depth, axis=1))
+
+
+def test_greedy_requests_that_repeat_are_found() -> None:
+    batch = [follows([1, 2, 3, 1], [2]), follows([4, 5, 6], [7]), follows([8, 9, 8], [9])]
+    found = Lookup().find(batch, np.array([False, False, True]), 2)
+    assert found.rows.tolist() == [0]
+    assert found.tokens.tolist() == [[3, 1]]
+    assert found.chances.shape == (1, 2)
+    nobody = Lookup().find(batch, np.array([True, True, True]), 2)
+    assert nobody.tokens.shape == nobody.chances.shape == (0, 2)
+    assert not nobody.suffice(3)
+
+
+def test_a_request_is_followed_over_its_steps() -> None:
+    lookup, one = Lookup(), follows([1, 2, 3, 4], [9])
+    greedy = np.zeros(1, dtype=bool)
+    assert len(lookup.find([one], greedy, 4).rows) == 0
+    one.output_ids += [2, 3]
+    assert lookup.find([one], greedy, 2).tokens.tolist() == [[4, 9]]
+    before = lookup.rates.rate(2)
+    one.output_ids += [4]  # as it was copied
+    assert lookup.find([one], greedy, 2).tokens.tolist() == [[9, 2]]
+    assert lookup.rates.rate(2) > before
+
+
+def test_a_copy_replaces_a_draft_that_is_expected_to_be_shorter() -> None:
+    found = copies([0, 2], [0.6, 0.6])
+    confidence = np.array([[0.9, 0.9, 0.9], [0.1, 0.1, 0.1], [0.5, 0.5, 0.5]])
+    better = found.better(confidence)
+    assert better.rows.tolist() == [2]
+    tokens, chances = better.replace(
+        torch.zeros((3, 3), dtype=torch.int64), torch.from_numpy(confidence).float()
+    )
+    assert tokens.tolist() == [[0, 0, 0], [0, 0, 0], [103, 104, 105]]
+    assert chances[:2].numpy() == pytest.approx(confidence[:2])
+    assert chances[2].numpy() == pytest.approx([0.6] * 3)
+
+
+@pytest.mark.parametrize(
+    ("rows", "chance", "enough"),
+    [([0, 1], [0.95, 0.95], True), ([0, 1], [0.95, 0.5], False), ([1], [0.99], False)],
+)
+def test_the_draft_is_skipped_where_all_copy_surely(
+    rows: list[int], chance: list[float], enough: bool
+) -> None:
+    assert copies(rows, chance).suffice(2) is enough
+
+
+# --- scheduling ---------------------------------------------------------------------------------------
+
+
+def losing(**known: Any) -> Control:
+    """Has learned that drafting 4 requests does not pay."""
+    control = measured(**known)
+    for _ in range(PROBE_ROUNDS + 1):
+        control.policy.learn(4, 0.5)
+    assert not control.policy.drafting(4)
+    return control
+
+
+def copying(control: Control, rows: list[int], chance: float, *, count: int = 4) -> np.ndarray:
+    """A step of greedy requests in which some copy; tokens verified of each."""
+    plan = control.begin([request(sampled=False)] * count, 0)
+    confidence = np.zeros((count, GAMMA))
+    if plan.copies:
+        control.copy_only(GAMMA)
+        control.copied[rows] = True
+        confidence[rows] = chance
+    found = budgeted(control, confidence)
+    lens = lengths(found.order, found.budget, requests=count)
+    control.accepted(lens, lens)
+    control.finished(0.012, 1.0)
+    return lens
+
+
+def test_copies_are_verified_where_drafting_does_not_pay() -> None:
+    control = losing(token=0.0002)
+    observed = control.cost.observations
+    assert copying(control, [1, 3], 0.9).tolist() == [0, GAMMA, 0, GAMMA]
+    assert control.plan.draft and control.undrafted
+    assert (control.copied_rounds, control.copied_tokens) == (2, 2 * GAMMA)
+    assert control.committed_tokens == 4 + 2 * GAMMA
+    assert control.expected == pytest.approx(4 + 2 * (0.9 * (1 - 0.9**GAMMA) / 0.1))
+    # Its time is neither a round's nor a plain step's, and it says nothing of the drafter.
+    assert control.cost.observations == observed
+    assert len(control.reliability.blocks.lens) == 0 and control.policy.gain(4) == pytest.approx(0.5, rel=0.2)
+
+
+def test_copies_that_do_not_pay_leave_a_plain_step() -> None:
+    control = losing(token=0.05)
+    observed, plain = control.cost.observations, control.plain_steps
+    assert not copying(control, [0], 0.5).any()
+    assert not control.plan.draft and not control.undrafted and not control.copied.any()
+    assert control.cost.observations == observed + 1 and control.plain_steps == plain + 1
+
+
+def test_a_plain_step_is_timed_now_and_then() -> None:
+    control = losing(token=0.0002)
+    verified = [copying(control, [0], 0.95).any() for _ in range(100)]
+    assert 2 <= verified.count(False) <= 100 // 20
+    assert control.plan.copies
+
+
+@pytest.mark.parametrize("choice", ["off", "forced"])
+def test_an_operator_who_wants_no_speculation_gets_no_copies(choice: str) -> None:
+    control = losing(token=0.0002)
+    if choice == "off":
+        control.choose("off")
+    else:
+        control.forced = 0.0
+    for _ in range(40):
+        assert not control.begin([request(sampled=False)] * 4, 0).copies
+
+
+def test_who_wants_no_speculation_copies_nothing() -> None:
+    control = losing(token=0.0002)
+    control.begin([request(sampled=False, max_draft_tokens=limit) for limit in (0, 2, None, None)], 0)
+    control.copy_only(GAMMA)
+    control.copied[[0, 1]] = True
+    found = budgeted(control, np.full((4, GAMMA), 0.99))
+    assert lengths(found.order, found.budget, requests=4).tolist() == [0, 2, 0, 0]
+
+
+def test_drafting_has_to_beat_what_copies_alone_would_bring() -> None:
+    gains = []
+    for alone in (False, True):
+        control = measured(token=0.0002)
+        control.begin([request(sampled=False)] * 4, 0)
+        control.copied[:] = alone
+        budgeted(control, np.full((4, GAMMA), 0.9))
+        gains.append(control.policy.gain(4))
+    assert gains[0] > 1.2 and gains[1] < 1.0
+
+
+def test_a_copied_block_is_not_held_against_the_confidences() -> None:
+    control = measured(token=0.00001)
+    control.choose("on")
+    for _ in range(50):
+        control.begin([request(sampled=False)] * 2, 0)
+        control.copied[0] = True
+        found = budgeted(control, np.full((2, GAMMA), 0.9))
+        lens = lengths(found.order, found.budget, requests=2)
+        control.accepted(lens, np.array([0, int(lens[1])]))
+        control.finished(0.012, 1.0)
+    assert len(control.reliability.blocks.lens) == 50
+    seen = np.array(control.reliability.table()["seen"]).sum()
+    kept = np.array(control.reliability.table()["kept"]).sum()
+    assert kept == pytest.approx(seen)  # the request that copied was never right
+
+
+def test_plain_steps_that_are_looked_at_are_marked() -> None:
+    policy = DraftPolicy()
+    seen = [policy.decide(8) for _ in range(60)]
+    assert any(decision.look for decision in seen)
+    assert all(decision.look != decision.draft for decision in seen)
+    for _ in range(PROBE_ROUNDS + 1):
+        policy.learn(8, 0.5)
+    assert not any(policy.decide(8).look for _ in range(200))

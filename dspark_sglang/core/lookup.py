@@ -24,7 +24,7 @@ Float64 = npt.NDArray[np.float64]
 #: Tokens that have to agree, and up to where more of them count as more.
 LEAST, LONGEST = 2, 16
 #: Tokens looked through: up to twice as many are kept.
-WINDOW = 16384
+WINDOW = 8192
 #: Weight of a token one token of its kind older: about the last 500 count.
 _MEMORY = 0.998
 #: Tokens that the rate before any was seen is worth.

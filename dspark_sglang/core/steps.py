@@ -1,8 +1,9 @@
 """What a step costs, learned from the steps a server runs.
 
 A *round* drafts and verifies; a *plain* step does neither. Each kind has its own model: an affine
-law of the requests, those of them that sample, the drafted tokens verified and the cached context,
-and over it a small grid of what that law misses (kernels whose time rises in stairs). A factor
+law of the requests, those of them that sample, the drafted tokens verified, the cached context and the
+rows beyond some numbers of them (a few rows cost what one does, many cost each their share), and
+over it a small grid of what that law misses (kernels whose time rises in stairs). A factor
 common to both follows the machine: a neighbour that slows it down slows both kinds alike, and what
 decides is their ratio.
 """
@@ -25,6 +26,10 @@ Float64 = npt.NDArray[np.float64]
 #: Rows of the grid: requests in powers of two, from 1 to 2**(n-1).
 _DOUBLINGS = 12
 _KTOKENS = 1024.0
+#: Rows of the target's forward from which each costs more than before.
+_KNEES = (8.0, 64.0)
+#: Coefficients of the law, and of the one before it knew of knees.
+_TERMS, _TERMS_BEFORE = 7, 5
 #: Largest believed ratio of a measured to a predicted step, either way.
 _OUTLIER = 3.0
 #: Steps after a change of kind from which the kind's own cost is learned, not the machine's.
@@ -32,6 +37,8 @@ _AFTER_SWITCH = 3
 #: How much of a later step is believed to be the kind's own cost, and the mean error below which
 #: the machine's speed counts as followed.
 _TRUST, _SETTLED = 0.3, 0.06
+#: Steps at a point of the grid that the affine law is worth there, and the least weight of a new one.
+_DOUBT, _PACE = 6.0, 0.04
 _ERRORS_KEPT = 512
 #: Limits of what is taken for a cost model: seconds, and logarithms of ratios.
 _LARGEST = {"theta": 1e6, "moments": 1e30, "products": 1e30, "grid": 0.7, "seen": 1e12}
@@ -55,13 +62,13 @@ class Step(NamedTuple):
 
 
 class _Kind:
-    """One kind of step: ``theta . (1, R, S, D, C / 1024) * exp(grid(R, D / R))``."""
+    """One kind of step: ``theta . (1, R, S, D, C / 1024, (R + D - 8)+, (R + D - 64)+) * exp(grid(R, D / R))``."""
 
     def __init__(self, gamma: int) -> None:
         self.gamma = gamma
-        self.theta = np.zeros(5)
-        self.moments = np.zeros((5, 5))
-        self.products = np.zeros(5)
+        self.theta = np.zeros(_TERMS)
+        self.moments = np.zeros((_TERMS, _TERMS))
+        self.products = np.zeros(_TERMS)
         self.grid = np.zeros((_DOUBLINGS, gamma + 1))
         self.seen = np.zeros((_DOUBLINGS, gamma + 1))
         self.observations = 0
@@ -73,7 +80,8 @@ class _Kind:
     @staticmethod
     def _features(step: Step) -> Float64:
         context = step.context / _KTOKENS
-        return np.array([1.0, step.requests, step.sampled, step.drafted, context])
+        beyond = [max(0.0, step.requests + step.drafted - knee) for knee in _KNEES]
+        return np.array([1.0, step.requests, step.sampled, step.drafted, context, *beyond])
 
     def _nodes(self, step: Step) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], Float64]:
         """Rows, columns and weights of the four grid points around a step."""
@@ -107,8 +115,9 @@ class _Kind:
         if fit or self.observations <= 64 or self.observations % 16 == 0:
             self._fit(step, seconds)
         rows, columns, weights = self._nodes(step)
-        new = self.seen[rows, columns] < 1.0
-        pace = np.where(new, 0.5, 0.3 * trust)
+        # A step says little about what the law misses: most of it is chance, and what decides how much to verify
+        # are differences between neighbours.
+        pace = trust * np.maximum(_PACE, 1.0 / (_DOUBT + self.seen[rows, columns]))
         self.seen[rows, columns] += weights
         error = math.log(seconds / self.predict(step))
         self.grid[rows, columns] = np.clip(
@@ -116,10 +125,10 @@ class _Kind:
         )
 
     def _fit(self, step: Step, seconds: float) -> None:
-        # A weak prior decides what steps have not varied yet: 64 requests or drafted tokens, 256
-        # sampled requests or 64 x 1024 cached tokens double an empty step.
+        # A weak prior decides what steps have not varied yet: 64 requests, 128 drafted tokens and as many rows
+        # beyond the first knee, 256 sampled requests or 64 x 1024 cached tokens double an empty step.
         base = seconds / (1.0 + (step.requests + step.drafted) / 64.0)
-        prior = base / np.array([1.0, 64.0, 256.0, 64.0, 64.0])
+        prior = base / np.array([1.0, 64.0, 256.0, 128.0, 64.0, 128.0, 512.0])
         weight = 0.05 * np.diag(1.0 / np.maximum(prior, 1e-12) ** 2)
         factor = np.linalg.cholesky(self.moments + weight)
         target = np.linalg.solve(factor, self.products + weight @ prior)
@@ -140,6 +149,8 @@ class _Kind:
             raise KeyError(*(state.keys() ^ self.state().keys()))
         for name, most in _LARGEST.items():
             values, shape = np.array(state[name], dtype=np.float64), getattr(self, name).shape
+            if values.shape == (_TERMS_BEFORE,) * len(shape):
+                values = np.pad(values, (0, _TERMS - _TERMS_BEFORE))
             if values.shape != shape or not (np.abs(values) <= most).all():
                 raise ConfigError(
                     f"The cost model's {name} has shape {values.shape} or numbers beyond {most:g}.",

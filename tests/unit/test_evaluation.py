@@ -220,7 +220,9 @@ def test_the_command_prints_what_it_measured(pair: Any, tmp_path: Path) -> None:
     assert 1 <= found[0]["accept_length_greedy"] <= GAMMA + 1
     assert len(found[0]["per_position"]) == GAMMA
     assert found[0]["ece_after"] is None
-    rows = {(row["engine"], row["temperature"]): row["accept_length"] for row in found[0]["lengths"]}
+    rows = {
+        (row["engine"], row["temperature"]): row["accept_length"] for row in found[0]["lengths"]
+    }
     assert list(rows) == [("standalone", 0.0), ("standalone", 1.0), ("drafter alone", 0.0)]
     assert rows[("drafter alone", 0.0)] == found[0]["accept_length_greedy_drafted"]
     assert json.loads((tmp_path / "out/evaluation.json").read_text())["gamma"] == GAMMA
@@ -296,7 +298,9 @@ def test_greedy_answers_copy_what_their_text_repeats(sure: bool) -> None:
     sequence = TokenSequence(np.array(text), np.array([False] * 4 + [True] * 12), 3)
     shape = (len(sequence.anchors()), GAMMA)
     logits = np.full(shape, 9.0 if sure else -9.0)
-    answer = standalone.Answer(3, "chat", np.zeros(shape), np.zeros(shape), logits, sequence.remaining())
+    answer = standalone.Answer(
+        3, "chat", np.zeros(shape), np.zeros(shape), logits, sequence.remaining()
+    )
     (found,) = standalone.with_copies([answer], [sequence], None)
     if sure:  # wrong, but more is expected of it than of copies
         assert not found.match.any()

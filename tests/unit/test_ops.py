@@ -115,3 +115,30 @@ def test_a_step_without_drafted_tokens_draws_as_plain_decoding_does() -> None:
     assert ((drawn > 0) == (law > 0)).all()
     spread = (law * (1 - law) / len(index)).sqrt()
     assert ((drawn - law).abs() <= 5 * spread).all()
+
+
+def test_greedy_requests_may_verify_more_than_was_drafted_for_sampled_ones() -> None:
+    size = 7
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(7, size, generator=generator)  # 4 rows of a copy, 3 of a draft
+    logits[range(3), [1, 2, 3]] += 50.0
+    sampled = SampledRows(
+        index=torch.tensor([1]), temperatures=torch.ones(1), top_k=None, top_p=None, min_p=None
+    )
+    wide = Verified(
+        logits=logits,
+        drafted=torch.tensor([[1, 2, 3, 0], [4, 5, 0, 0]]),
+        rows=sampled,
+        laws=torch.softmax(torch.randn(1, 2, size, generator=generator), -1),
+        support=None,
+        lse=None,
+        lens=torch.tensor([3, 2]),
+        first=torch.tensor([0, 4]),
+        anchors=torch.zeros(2, dtype=torch.int64),
+    )
+    found = operations(size).accept(wide)
+    assert found.count[0] == 3 and found.token[0] == logits[3].argmax()
+    narrow = operations(size).accept(
+        wide._replace(drafted=wide.drafted[:, :2], lens=torch.tensor([2, 2]))
+    )
+    assert found.count[1] == narrow.count[1] and found.token[1] == narrow.token[1]

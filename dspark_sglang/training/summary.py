@@ -24,6 +24,7 @@ _FROM_EVALUATION = (
     "per_position",
     "ece_before",
     "ece_after",
+    "accept_length_greedy_drafted",
 )
 
 

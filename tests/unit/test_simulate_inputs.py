@@ -61,7 +61,8 @@ def test_greedy_text_meets_the_same_confidences() -> None:
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_the_laws_of_an_evaluation_have_its_accepted_lengths(temperature: float) -> None:
     known = json.loads(EVALUATION.read_text())
-    (entry,) = [e for e in known["lengths"] if e["temperature"] == temperature]
+    # The first is as served; others are another engine's, or the drafter's alone.
+    entry = next(e for e in known["lengths"] if e["temperature"] == temperature)
     mix = acceptance.from_evaluation(EVALUATION, temperature=temperature)
     assert mix.names == sorted(entry["by_domain"])
     mean = float(np.mean(list(entry["by_domain"].values())))

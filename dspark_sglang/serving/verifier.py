@@ -374,9 +374,10 @@ class Verifier(TargetVerifyExecutor):
         hidden, places = logits_output.hidden_states, positions[self._packed]
         if not self._control.plan.draft or self._control.undrafted:
             # Nothing reads it before the next draft; many steps at once cost little more than one.
-            self._pending.append(
-                (hidden[accepted], slots[self._packed][accepted], places[accepted])
-            )
+            kept = (hidden, slots[self._packed], places)
+            if self._control.undrafted:  # a plain step keeps every row
+                kept = (hidden[accepted], kept[1][accepted], places[accepted])
+            self._pending.append(kept)
             if len(self._pending) >= _PENDING_STEPS:
                 self.flush()
             return

@@ -88,7 +88,9 @@ class Proposer(DraftBlockProposer):
             return self._without_draft(batch.reqs, draft_input, rows)
         ids = self.draft_block_ids_view(bs=bs, device=batch.seq_lens.device)
         copies = self._copies(batch.reqs, max(depth, self._reach))
-        if copies is not None and self._seat.ranks.count == 1 and copies.suffice(bs):
+        # An operator's budget is a share of what is drafted, so something is.
+        alone = self._seat.ranks.count == 1 and self._control.forced is None
+        if copies is not None and alone and copies.suffice(bs):
             return self._copied(draft_input, bs, copies, rows)
         if self._seat.drafts:
             embed = target_model.get_input_embeddings() if self.sample_from_anchor else None

@@ -392,6 +392,19 @@ def test_text_that_repeats_is_copied_and_stays_what_it_is(server: Server, choice
     assert (rounds > 3 and tokens > 2 * rounds) if choice else rounds == 0
 
 
+def test_an_operators_budget_holds_for_copies_too(server: Server) -> None:
+    assert update(server, {"dspark_speculation": 1, "dspark_budget": 0.4})
+    before = record(server)
+    body = {"text": REPEATING, "sampling_params": {"max_new_tokens": 64, "temperature": 0.0}}
+    assert httpx.post(f"{server.url}/generate", json=body, timeout=300.0).status_code == 200
+    after = record(server)
+    assert after["copied_rounds"] > before["copied_rounds"]
+    rounds = after["rounds"] - before["rounds"]
+    assert after["verified_tokens"] - before["verified_tokens"] <= rounds * int(
+        0.4 * after["gamma"]
+    )
+
+
 def test_a_sampled_request_copies_nothing(server: Server) -> None:
     before = record(server)["copied_rounds"]
     body = {"text": REPEATING, "sampling_params": {"max_new_tokens": 32, "temperature": 1.0}}

@@ -226,6 +226,22 @@ class Server:
         record = self.info()["internal_states"][0].get("dspark_info_record")
         return record if isinstance(record, dict) and record.get("active") else None
 
+    def update(self, **values: float) -> None:
+        """Change how the running server schedules (``serving/commands.py`` lists the names).
+
+        Raises:
+            ServerError: it refused.
+        """
+        answer = httpx.post(
+            f"{self.url}/set_internal_state", json={"server_args": values}, timeout=60.0
+        )
+        if answer.status_code != 200 or not all(answer.json()):
+            raise ServerError(
+                f"The server refused {values}: {answer.text[:200]}.",
+                expected="a server of this plugin that schedules",
+                fix=f"The reason is in {self.log}.",
+            )
+
     def record(self) -> dict[str, Any]:
         """The same for a result file, empty without it: where files lie says nothing to a reader."""
         found = self.dspark() or {}

@@ -83,7 +83,7 @@ def run(
         out=work,
         cost=cost,
     ) as server:
-        measure.command(server, dspark_speculation=1 if given.speculation == "on" else -1)
+        server.update(dspark_speculation=1 if given.speculation == "on" else -1)
         pace = measure.Pace(server)
         for number in range(blocks):
             for users in predicted:

@@ -80,23 +80,6 @@ def serving(
         yield server
 
 
-def command(server: Server, **values: float) -> None:
-    """Change how a running server schedules.
-
-    Raises:
-        ServerError: it refused.
-    """
-    answer = httpx.post(
-        f"{server.url}/set_internal_state", json={"server_args": values}, timeout=60.0
-    )
-    if answer.status_code != 200 or not all(answer.json()):
-        raise ServerError(
-            f"The server refused {values}: {answer.text[:200]}.",
-            expected="a server of this plugin that schedules",
-            fix=f"The reason is in {server.log}.",
-        )
-
-
 def observe(
     server: Server, prompts: Sequence[Prompt], load: Load
 ) -> tuple[Observed, Delivered, dict[str, Any]]:
@@ -195,12 +178,12 @@ def fit(
         given: the command line, for provenance.
     """
     prompts = list(load_prompts())
-    command(server, dspark_speculation=1, dspark_budget=1.0)
+    server.update(dspark_speculation=1, dspark_budget=1.0)
     tell(f"acceptance, {_LEARN_USERS} requests")
     learn = plan.load(_LEARN_USERS, 99)
     _, learned, state = observe(server, prompts, _longer(learn, 2.0))
     table = state["dspark_info_record"]["reliability"]
-    command(server, dspark_speculation=1 if speculation == "on" else -1, dspark_budget=-1)
+    server.update(dspark_speculation=1 if speculation == "on" else -1, dspark_budget=-1)
     answers, asked, seen = list(learned.answer_tokens), list(learned.prompt_tokens), []
     pace, slower = Pace(server), []
     for number in range(plan.blocks):
@@ -212,7 +195,7 @@ def fit(
             slower.append(math.log(slowdown / pace.last))
             answers += delivered.answer_tokens
             asked += delivered.prompt_tokens
-    command(server, dspark_cost=2)
+    server.update(dspark_cost=2)
     path = Path(str((server.dspark() or {}).get("cost_source", "")))
     cost = read_artifact(path, CostArtifact, "the server's step cost", f"See {server.log}.")
     # The cost is that of a machine on which a plain token takes as long as it did between these blocks.

@@ -39,9 +39,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tiny]:
             started.append(server.start())
         for server in started:
             server.wait_ready()
-        always = {"server_args": {"dspark_speculation": 1}}
-        answer = httpx.post(f"{started[1].url}/set_internal_state", json=always, timeout=60.0)
-        assert answer.json() == [True]
+        started[1].update(dspark_speculation=1)
         yield Tiny(*started)
     finally:
         for server in started:

@@ -144,25 +144,27 @@ def test_logprobs_are_those_of_one_rank(pair: Pair) -> None:
 
 
 def test_rows_of_logits_stay_sharded_unless_something_reads_them(pair: Pair) -> None:
-    httpx.post(
-        f"{pair.ranks.url}/set_internal_state",
-        json={"server_args": {"dspark_clear_info_records": 1}},
-        timeout=60.0,
-    ).raise_for_status()
-    tokens(pair.ranks, PROMPTS[0])
-    first = pair.ranks.dspark()
-    assert first is not None
-    steps = first["steps"]
-    assert first["ran"]["logits:sharded"] == first["ran"]["accept:sharded-greedy"] == steps > 0
-    assert "logits:gathered" not in first["ran"]
-    assert first["placement"] in ("replicate", "single")
-    assert first["accept_length"] > 1.3
-    count, size = first["collectives"], first["collective_bytes"]
-    assert count["accept"] == count["outcome"] == steps
-    assert count["draft"] == 3 * count["block"], "one exchange a drafted position"
-    assert sum(size.values()) / steps < 4096
-    tokens(pair.ranks, PROMPTS[0], frequency_penalty=0.6)
-    assert ran(pair.ranks)["logits:gathered"] > 0
+    # Whether drafting pays depends on how busy the machine is; what a round exchanges does not.
+    pair.ranks.update(dspark_speculation=1, dspark_budget=1)
+    try:
+        pair.ranks.update(dspark_clear_info_records=1)
+        tokens(pair.ranks, PROMPTS[0])
+        first = pair.ranks.dspark()
+        assert first is not None
+        steps = first["steps"]
+        greedy = first["ran"]["accept:sharded-greedy"]
+        assert first["ran"]["logits:sharded"] == greedy == steps > 0
+        assert "logits:gathered" not in first["ran"]
+        assert first["placement"] in ("replicate", "single")
+        assert first["accept_length"] > 1.3
+        count, size = first["collectives"], first["collective_bytes"]
+        assert count["accept"] == count["outcome"] == steps
+        assert count["draft"] == 3 * count["block"], "one exchange a drafted position"
+        assert sum(size.values()) / steps < 4096
+        tokens(pair.ranks, PROMPTS[0], frequency_penalty=0.6)
+        assert ran(pair.ranks)["logits:gathered"] > 0
+    finally:
+        pair.ranks.update(dspark_speculation=-1, dspark_budget=-1)
 
 
 @pytest.mark.slow
@@ -229,6 +231,7 @@ def test_other_placements_have_the_same_text(
     try:
         for server in servers:
             server.wait_ready()
+        servers[1].update(dspark_speculation=1)  # every round shows what the placement exchanges
         for sampling in ({}, {"frequency_penalty": 0.6}):
             for prompt in PROMPTS:
                 found = [tokens(server, prompt, **sampling) for server in servers]

@@ -84,6 +84,9 @@ def test_greedy_text_is_plain_decodings_under_concurrency(servers: Pair) -> None
 
 
 def test_several_tokens_are_committed_a_round(servers: Pair) -> None:
+    servers.dspark.update(dspark_speculation=1, dspark_budget=1)
+    chat(servers.dspark, PROMPTS[0])
+    servers.dspark.update(dspark_speculation=-1, dspark_budget=-1)
     record = servers.dspark.dspark()
     assert record is not None
     assert record["accept_length"] > 1.2

@@ -25,8 +25,10 @@ _FIRST_LOOK, _PLAIN_EVERY, _WHOLE_EVERY = 12, 256, 96
 #: Logarithm of the gain from which looks are no more frequent than that: near break-even they cost
 #: little and decide much.
 _CLEAR = 0.2
-#: Weight of the newest gain.
-_RATE = 0.08
+#: Weight of the newest gain, and of one that a probe finds.
+_RATE, _PROBE_RATE = 0.04, 0.3
+#: Largest gain that is believed, and blocks seen before a choice is changed: one block says little.
+_MOST, _BLOCKS = 32.0, 16
 
 
 class Decision(NamedTuple):
@@ -39,13 +41,23 @@ class Decision(NamedTuple):
     look: bool = False
 
 
+class Learned(NamedTuple):
+    """What drafting has brought."""
+
+    #: Throughput with it over without.
+    gain: float
+    #: A round's seconds over a plain step's.
+    length: float
+
+
 class _State:
     """Of one range of running requests."""
 
     def __init__(self) -> None:
         self.drafting = True
-        #: Mean ``log(throughput drafting / throughput not)``.
-        self.gain = 0.0
+        #: Mean throughput drafting over throughput not. The mean of logarithms would be lower: at one
+        #: request a round's tokens vary so much that drafting would seem to bring 5% less than it does.
+        self.gain = 1.0
         self.rounds = 0
         #: Steps since drafting was last looked at the other way, and of that look still to come.
         self.since = 0
@@ -81,7 +93,12 @@ class DraftPolicy:
 
     def gain(self, requests: int) -> float:
         """Expected throughput with drafting over without, as learned."""
-        return math.exp(self._state(requests).gain)
+        return self._state(requests).gain
+
+    def learned(self, requests: int) -> Learned | None:
+        """What rounds of that many requests brought; None before there were any."""
+        state = self._state(requests)
+        return Learned(state.gain, state.length) if state.rounds else None
 
     def decide(self, requests: int) -> Decision:
         """What the next step of that many requests does."""
@@ -107,12 +124,12 @@ class DraftPolicy:
     @staticmethod
     def _patience(state: _State) -> float:
         """Rounds until the next look at plain steps, at most."""
-        return max(_NEAREST, _PLAIN_EVERY * min(1.0, abs(state.gain) / _CLEAR))
+        return max(_NEAREST, _PLAIN_EVERY * min(1.0, abs(math.log(state.gain)) / _CLEAR))
 
     @staticmethod
     def _pause(state: _State) -> float:
         """Plain steps until the next probe."""
-        loss = max(HYSTERESIS, 1.0 - math.exp(state.gain))
+        loss = max(HYSTERESIS, 1.0 - state.gain)
         bill = PROBE_ROUNDS * state.length * loss
         # Far apart at most where that keeps to a bill of a few times what is meant.
         return max(
@@ -130,12 +147,16 @@ class DraftPolicy:
             return
         state = self._state(requests)
         state.rounds += 1
-        rate = max(_RATE, 1.0 / state.rounds) if state.drafting else max(0.3, 1.0 / state.rounds)
-        state.gain += rate * (math.log(gain) - state.gain)
+        rate = (
+            max(_RATE, 1.0 / state.rounds)
+            if state.drafting
+            else max(_PROBE_RATE, 1.0 / state.rounds)
+        )
+        state.gain += rate * (min(gain, _MOST) - state.gain)
         state.length += rate * (length - state.length)
-        if state.rounds < PROBE_ROUNDS:
+        if state.rounds < max(PROBE_ROUNDS, _BLOCKS // requests):
             return
-        wanted = state.gain > (-HYSTERESIS if state.drafting else HYSTERESIS)
+        wanted = state.gain > 1.0 + (-HYSTERESIS if state.drafting else HYSTERESIS)
         if wanted != state.drafting:
             state.drafting = wanted
             state.since = state.probing = 0

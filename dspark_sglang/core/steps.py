@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from scipy.optimize import nnls  # type: ignore[import-untyped]
+from scipy.optimize import isotonic_regression, nnls  # type: ignore[import-untyped]
 
 from dspark_sglang.core.cost import TableCost
 from dspark_sglang.errors import ConfigError
@@ -39,6 +39,10 @@ _AFTER_SWITCH = 3
 _TRUST, _SETTLED = 0.3, 0.06
 #: Steps at a point of the grid that the affine law is worth there, and the least weight of a new one.
 _DOUBT, _PACE = 6.0, 0.04
+#: Largest error (logarithm of a ratio) that is learned from one step: more is a stall.
+_SURPRISE = 0.15
+#: Steps of a kind before which nothing is known well enough to call one a stall.
+_YOUNG = 64
 _ERRORS_KEPT = 512
 #: Limits of what is taken for a cost model: seconds, and logarithms of ratios.
 _LARGEST = {"theta": 1e6, "moments": 1e30, "products": 1e30, "grid": 0.7, "seen": 1e12}
@@ -100,26 +104,50 @@ class _Kind:
         log = float(known @ self.grid[rows, columns] / total) if total > 1e-9 else 0.0
         return max(1e-9, float(self._features(step) @ self.theta)) * math.exp(log)
 
-    def learn(self, step: Step, seconds: float, *, trust: float, fit: bool = False) -> None:
-        """Take in a step that would have lasted ``seconds`` on a machine of ordinary speed.
+    @property
+    def young(self) -> bool:
+        return self.observations < _YOUNG
+
+    def learn(self, step: Step, wrong: float, *, trust: float) -> None:
+        """Take in a step that would have lasted ``exp(wrong)`` of what is predicted on a machine of ordinary speed.
 
         Args:
             trust: how much of it is believed, in 0..1.
-            fit: fit the affine law at once.
         """
-        features = self._features(step) / seconds  # errors count relative to the step
+        predicted = self.predict(step)
+        if self.young:
+            self._weigh(step, predicted * math.exp(wrong), 1.0, trust)
+        else:
+            # To first order the fit's errors are logarithms, too: where those are 0 on average, it stays as it is.
+            # Relative to the step, errors would draw it to the fast ones, for ever.
+            self._weigh(step, predicted, 1.0 + wrong, trust)
+        if self.young or self.observations % 16 == 0:
+            self._fit(step, predicted * math.exp(wrong))
+        self._correct(step, predicted * math.exp(wrong), trust)
+
+    def begin(self, step: Step, seconds: float) -> None:
+        """Take in the first step of its kind."""
+        self._weigh(step, seconds, 1.0, 1.0)
+        self._fit(step, seconds)
+        self._correct(step, seconds, 1.0)
+
+    def _weigh(self, step: Step, scale: float, value: float, trust: float) -> None:
+        """Add a step of ``scale * value`` seconds to what the law is fitted to, its error relative to ``scale``."""
+        features = self._features(step) / scale
         forget = 1.0 - 0.002 * trust
         self.moments = forget * self.moments + trust * np.outer(features, features)
-        self.products = forget * self.products + trust * features
+        self.products = forget * self.products + trust * value * features
         self.observations += 1
-        if fit or self.observations <= 64 or self.observations % 16 == 0:
-            self._fit(step, seconds)
+
+    def _correct(self, step: Step, seconds: float, trust: float) -> None:
+        """Note in the grid what the law misses."""
         rows, columns, weights = self._nodes(step)
         # A step says little about what the law misses: most of it is chance, and what decides how much to verify
         # are differences between neighbours.
         pace = trust * np.maximum(_PACE, 1.0 / (_DOUBT + self.seen[rows, columns]))
         self.seen[rows, columns] += weights
         error = math.log(seconds / self.predict(step))
+        error = min(max(error, -_SURPRISE), _SURPRISE)
         self.grid[rows, columns] = np.clip(
             self.grid[rows, columns] + pace * weights * error, -0.7, 0.7
         )
@@ -217,7 +245,7 @@ class CostModel:
         self._since_switch = 0 if switched else self._since_switch + 1
         self._last = step.round
         if not kind.known:
-            kind.learn(step, seconds / self.slowdown, trust=1.0, fit=True)
+            kind.begin(step, seconds / self.slowdown)
             return
         expected = kind.predict(step) * self.slowdown
         limit = math.log(_OUTLIER)
@@ -226,14 +254,16 @@ class CostModel:
         wrong = min(max(wrong, -limit), limit)
         own = self._since_switch < _AFTER_SWITCH
         settled = abs(self._drift) < _SETTLED
+        if settled and not kind.young:
+            wrong = min(max(wrong, -_SURPRISE), _SURPRISE)
         # Right after a change of kind an error is the kind's own. Later it is the machine's, and
         # what stays once that has been followed is how this step differs from others of its kind.
-        if not own:
+        if own:
+            kind.learn(step, wrong, trust=1.0)
+        else:
             self._drift += 0.15 * (wrong - self._drift)
             self._slower += 0.1 * wrong
-            wrong *= 0.9
-        believed = kind.predict(step) * math.exp(wrong)
-        kind.learn(step, believed, trust=1.0 if own else _TRUST if settled else 0.0)
+            kind.learn(step, 0.9 * wrong, trust=_TRUST if settled else 0.0)
         self._age += 1
         if self._age >= _CURVE_AGE:
             self._age = 0
@@ -269,7 +299,8 @@ class CostModel:
                 ]
             else:  # nothing is known: 64 tokens double a round
                 seconds = [1.0 + count / 64.0 for count in tokens]
-            table = TableCost(tokens, np.maximum.accumulate(seconds))
+            # Chance is shared among neighbours: one slow point must not raise all above it.
+            table = TableCost(tokens, isotonic_regression(seconds).x)
             self._curves[key] = table.smoothed() if self.gamma > 1 else table
         return self._curves[key]
 

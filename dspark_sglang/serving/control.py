@@ -277,27 +277,57 @@ class Control:
         return Budgeted(values, order, found.tokens)
 
     def _copies_alone(self, values: Float64, order: Int64) -> CopyBudget:
-        requests, load = len(values), (self._context, self._sampling)
+        gains = values.T.reshape(-1)[order]
+        return self._copies_budget(gains[gains > _ADMISSIBLE])
+
+    def _copies_budget(self, gains: Float64) -> CopyBudget:
+        requests, load = len(self._requests), (self._context, self._sampling)
         if not self.cost.comparable:
             return CopyBudget(0, 0.0)
-        gains = values.T.reshape(-1)[order]
-        gains = gains[gains > _ADMISSIBLE]
         plain = self.cost.plain_seconds(requests, *load)
         return copy_budget(gains, requests, plain, self.cost.curve(requests, *load))
 
+    def skips_draft(self, rows: Int64, chances: Float64) -> bool | None:
+        """Whether copies alone are expected to bring more tokens a second than a draft beside them.
+
+        Args:
+            rows: ``[n]`` requests of the running step that can copy.
+            chances: ``[n, depth]`` of each copied token, given those before it.
+
+        Returns:
+            None where too little is known to tell.
+        """
+        requests = len(self._requests)
+        known = self.policy.learned(requests)
+        if not self.cost.comparable or known is None:
+            return None
+        if self.plan.whole:
+            return False
+        within = np.arange(chances.shape[1]) < self._limits[rows][:, None]
+        survives = np.where(within, chances.cumprod(axis=1), 0.0)
+        alone = self._copies_budget(-np.sort(-survives[within])).rate
+        # A request that copies keeps the better of both; the others what drafts usually bring.
+        drafted = max(0.0, known.gain * known.length - 1.0)
+        best = np.maximum(survives.sum(axis=1), drafted).sum() + (requests - len(rows)) * drafted
+        plain = self.cost.plain_seconds(requests, self._context, self._sampling)
+        return alone >= (requests + float(best)) / (known.length * plain)
+
     def _learn_gain(self, values: Float64, order: Int64, paying: int) -> None:
-        """What drafting brings at the budget that pays, against not drafting."""
-        if not self.cost.comparable:
+        """What drafting brings at the budget that pays, against not drafting.
+
+        Copies are no merit of drafting: the requests that draft stand for all.
+        """
+        own = ~self.copied
+        if not self.cost.comparable or not own.any():
             return
         requests, load = len(values), (self._context, self._sampling)
-        tokens = requests + float(values.T.reshape(-1)[order[:paying]].sum())
-        seconds = self.cost.round_seconds(requests, paying, *load)
+        admitted = order[:paying]
+        admitted = admitted[own[admitted % requests]]
+        share = requests / int(own.sum())
+        tokens = requests + share * float(values.T.reshape(-1)[admitted].sum())
+        seconds = self.cost.round_seconds(requests, round(share * len(admitted)), *load)
         plain = self.cost.plain_seconds(requests, *load)
-        rate = requests / plain
-        if self.copied.any():  # without drafting they could still copy
-            copies = np.where(self.copied[:, None], values, 0.0)
-            rate = max(rate, self._copies_alone(copies, admission_order(copies)).rate)
-        self.policy.learn(requests, tokens / seconds / rate, seconds / plain)
+        self.policy.learn(requests, tokens / seconds / (requests / plain), seconds / plain)
 
     def _learn_depth(self, order: Int64, paying: int) -> None:
         if self.plan.depth < self.gamma or self.plan.profile:

@@ -90,7 +90,7 @@ class Proposer(DraftBlockProposer):
         copies = self._copies(batch.reqs, max(depth, self._reach))
         # An operator's budget is a share of what is drafted, so something is.
         alone = self._seat.ranks.count == 1 and self._control.forced is None
-        if copies is not None and alone and copies.suffice(bs):
+        if copies is not None and len(copies.rows) and alone and self._suffice(copies, bs):
             return self._copied(draft_input, bs, copies, rows)
         if self._seat.drafts:
             embed = target_model.get_input_embeddings() if self.sample_from_anchor else None
@@ -162,6 +162,11 @@ class Proposer(DraftBlockProposer):
             return None
         with self._telemetry.timed("lookup"):
             return self._lookup.find(requests, self._control.sampled, depth)
+
+    def _suffice(self, copies: Copies, requests: int) -> bool:
+        """Whether the draft forward can be skipped beside these."""
+        known = self._control.skips_draft(copies.rows, copies.chances)
+        return copies.suffice(requests) if known is None else known
 
     def _replaced(
         self, copies: Copies, tokens: torch.Tensor, confidence: torch.Tensor

@@ -176,16 +176,46 @@ def test_copies_do_not_make_drafts_deeper() -> None:
     assert control.depths.caps() == {"": 1}
 
 
-def test_drafting_has_to_beat_what_copies_alone_would_bring() -> None:
+def test_copies_are_no_merit_of_drafting() -> None:
     gains = []
-    for alone in (False, True):
+    for copied in ([], [0], [0, 1, 2, 3]):
         control = measured(token=0.0002)
         control.begin([request(sampled=False)] * 4, 0)
-        if alone:
-            control.copy(np.arange(4), GAMMA)
-        budgeted(control, np.full((4, GAMMA), 0.9))
+        confidence = np.full((4, GAMMA), 0.9)
+        if copied:
+            control.copy(np.array(copied), GAMMA)
+            confidence[copied] = 0.5
+        budgeted(control, confidence)
         gains.append(control.policy.gain(4))
-    assert gains[0] > 1.2 and gains[1] < 1.0
+    assert gains[0] > 1.2
+    assert gains[1] == pytest.approx(gains[0], rel=0.02)
+    assert gains[2] == 1.0, "nobody drafted, so nothing was learned"
+
+
+@pytest.mark.parametrize(
+    ("rows", "chance", "skips"),
+    [
+        ([0, 1, 2, 3], 0.95, True),
+        ([0, 1, 2, 3], 0.3, False),
+        ([0], 0.95, False),  # three would lose their drafts
+        ([0, 1, 2], 0.99, True),
+    ],
+)
+def test_the_draft_is_skipped_where_copies_alone_bring_more(
+    rows: list[int], chance: float, skips: bool
+) -> None:
+    control = measured(token=0.0002)
+    chances = np.full((len(rows), GAMMA), chance)
+    control.begin([request(sampled=False)] * 4, 0)
+    assert control.skips_draft(np.array(rows), chances) is None, "no round was seen"
+    for _ in range(50):
+        control.policy.learn(4, 1.5, 1.5)
+    control.begin([request(sampled=False)] * 4, 0)
+    assert control.skips_draft(np.array(rows), chances) is skips
+    control.plan = control.plan._replace(whole=True)
+    assert control.skips_draft(np.array(rows), chances) is False
+    control.begin([request(sampled=False, max_draft_tokens=0)] * 4, 0)
+    assert control.skips_draft(np.array(rows), chances) is False, "they may not copy"
 
 
 def test_a_copied_block_is_not_held_against_the_confidences() -> None:

@@ -59,6 +59,7 @@ def resolve(original: Callable[[Any], None], server_args: Any) -> None:
     except DSparkError as error:
         stop(error)
     _check_at_start(server_args, view)
+    _admit_at_once(server_args, view)
     if view.device.startswith("cpu"):
         if not getattr(current_platform, "dspark_cpu", False):
             stop(
@@ -102,6 +103,19 @@ def _check_at_start(server_args: Any, view: Any) -> None:
         module.register()
         names += [module.NAME] if module.NAME not in names else []
     declare_resolution(server_args, _RESOLVER, warmups=",".join(names))
+
+
+def _admit_at_once(server_args: Any, view: Any) -> None:
+    """Let a waiting request in as soon as one has ended.
+
+    For drafters with a prefill of their own SGLang holds requests back until up to four may begin together. Ours
+    reads what the target's prefill computed; holding back would leave up to three of the running requests' places
+    empty. A value of the operator's own is kept.
+    """
+    from sglang.srt.arg_groups.overrides import declare_resolution
+
+    if view.min_free_slots_delay is None and view.pp_size == 1:
+        declare_resolution(server_args, _RESOLVER, min_free_slots_delay=1)
 
 
 def _refuse_ignored_options(view: Any) -> None:

@@ -336,3 +336,11 @@ def test_our_confidence_is_sglangs(with_markov: bool) -> None:
     head = ConfidenceHead.from_module(module, torch.ones(4))
     found = head.logits(hidden, previous, MarkovHead.from_module(markov))
     torch.testing.assert_close(found, wanted)
+
+
+def test_requests_are_held_back_for_our_kind_of_drafter_unless_told_not_to() -> None:
+    """Why ``arguments`` sets the delay to 1."""
+    from sglang.srt.managers.min_free_slots_delayer import resolve_min_free_slots
+
+    assert resolve_min_free_slots(None, 16, is_dflash_family=True) == 3
+    assert resolve_min_free_slots(1, 16, is_dflash_family=True) is None

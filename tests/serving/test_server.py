@@ -83,6 +83,11 @@ def test_greedy_text_is_plain_decodings_under_concurrency(servers: Pair) -> None
     assert not different
 
 
+def test_requests_are_let_in_as_places_get_free(servers: Pair) -> None:
+    assert servers.plain.info()["min_free_slots_delay"] is None
+    assert servers.dspark.info()["min_free_slots_delay"] == 1
+
+
 def test_several_tokens_are_committed_a_round(servers: Pair) -> None:
     servers.dspark.update(dspark_speculation=1, dspark_budget=1)
     chat(servers.dspark, PROMPTS[0])

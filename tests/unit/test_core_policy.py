@@ -54,6 +54,24 @@ def test_drafting_that_gains_is_kept() -> None:
     assert policy.switches == 0
 
 
+def test_the_gain_is_a_mean_of_throughputs_not_of_their_logarithms() -> None:
+    policy = DraftPolicy()
+    for number in range(400):
+        policy.decide(1)
+        policy.learn(1, 0.5 if number % 2 else 1.7)  # their logarithms' mean says a loss of 8%
+    assert policy.drafting(1)
+    assert policy.gain(1) == pytest.approx(1.1, rel=0.03)
+
+
+def test_a_few_blocks_decide_nothing() -> None:
+    policy = DraftPolicy()
+    for _ in range(15):
+        policy.learn(1, 0.7)
+    assert policy.drafting(1)
+    policy.learn(1, 0.7)
+    assert not policy.drafting(1)
+
+
 def test_drafting_that_loses_is_stopped_at_once() -> None:
     policy = DraftPolicy()
     run = serve(policy, [0.7] * 200)

@@ -104,6 +104,48 @@ def test_an_affine_machine_is_learned_closely(drafts: bool) -> None:
     assert np.quantile(wrong, 0.95) < 0.1
 
 
+def busy(rng: np.random.Generator) -> float:
+    """Logarithm of how much longer a step takes on a machine that others use: now and then one stalls."""
+    stall = rng.uniform(0.2, 0.9) if rng.random() < 0.04 else 0.0
+    return float(rng.normal(0.0, 0.05) + stall)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_stalls_do_not_make_the_law_drift(seed: int) -> None:
+    """Rounds over plain steps after hours; the law and the machine's speed must not run apart."""
+    rng, model = np.random.default_rng(seed), CostModel(gamma=GAMMA)
+    for number in range(12_000):
+        requests = 1 if rng.random() < 0.3 else 2
+        plain = (number // 3) % 85 == 0
+        drafted = 0 if plain else int(rng.integers(0, GAMMA * requests + 1))
+        step = Step(requests, drafted, 100 * requests, not plain)
+        model.observe(step, affine(step) * math.exp(busy(rng)))
+    assert 0.85 < model.slowdown < 1.2
+    for requests in (1, 2):
+        full, context = GAMMA * requests, 100 * requests
+        found = model.round_seconds(requests, full, context) / model.plain_seconds(
+            requests, context
+        )
+        wanted = affine(Step(requests, full, context, True)) / affine(
+            Step(requests, 0, context, False)
+        )
+        assert found == pytest.approx(wanted, rel=0.05)
+
+
+def test_one_slow_depth_at_the_start_leaves_the_budgets_of_the_others() -> None:
+    """What is measured before the server listens: few steps of each depth, one of them stalled."""
+    model = CostModel(gamma=GAMMA)
+    for number in range(24):
+        depth = (5, 0, 4, 1, 3, 2)[number % 6]
+        for step in (Step(1, depth, 40, True), Step(1, 0, 40, False)):
+            stalled = step.round and number == 10  # of depth 3
+            model.observe(step, affine(step) * (2.5 if stalled else 1.0))
+    seconds = model.curve(1, 40).seconds(np.arange(1, GAMMA + 2))
+    true = np.array([affine(Step(1, depth, 40, True)) for depth in range(GAMMA + 1)])
+    assert np.diff(seconds).max() < 3.0 * np.diff(true).max()
+    assert seconds == pytest.approx(true, rel=0.12)
+
+
 def test_the_reported_error_is_that_of_predictions_made_before(learned: CostModel) -> None:
     # The median of |exp(N(0, 0.05)) - 1| is 3.4%: less would be hindsight.
     assert learned.error is not None and 0.025 < learned.error < 0.07

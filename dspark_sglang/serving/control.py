@@ -295,8 +295,10 @@ class Control:
             chances: ``[n, depth]`` of each copied token, given those before it.
 
         Returns:
-            None where too little is known to tell.
+            None where too little is known to tell; never where drafting is the operator's choice.
         """
+        if self.policy.choice == "on":
+            return False
         requests = len(self._requests)
         known = self.policy.learned(requests)
         if not self.cost.comparable or known is None:

@@ -216,6 +216,9 @@ def test_the_draft_is_skipped_where_copies_alone_bring_more(
     assert control.skips_draft(np.array(rows), chances) is False
     control.begin([request(sampled=False, max_draft_tokens=0)] * 4, 0)
     assert control.skips_draft(np.array(rows), chances) is False, "they may not copy"
+    control.choose("on")
+    control.begin([request(sampled=False)] * 4, 0)
+    assert control.skips_draft(np.array(rows), chances) is False, "an operator wants drafts"
 
 
 def test_a_copied_block_is_not_held_against_the_confidences() -> None:

@@ -147,11 +147,7 @@ class DraftPolicy:
             return
         state = self._state(requests)
         state.rounds += 1
-        rate = (
-            max(_RATE, 1.0 / state.rounds)
-            if state.drafting
-            else max(_PROBE_RATE, 1.0 / state.rounds)
-        )
+        rate = max(_RATE if state.drafting else _PROBE_RATE, 1.0 / state.rounds)
         state.gain += rate * (min(gain, _MOST) - state.gain)
         state.length += rate * (length - state.length)
         if state.rounds < max(PROBE_ROUNDS, _BLOCKS // requests):

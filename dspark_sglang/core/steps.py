@@ -108,22 +108,23 @@ class _Kind:
     def young(self) -> bool:
         return self.observations < _YOUNG
 
-    def learn(self, step: Step, wrong: float, *, trust: float) -> None:
-        """Take in a step that would have lasted ``exp(wrong)`` of what is predicted on a machine of ordinary speed.
+    def learn(self, step: Step, predicted: float, wrong: float, *, trust: float) -> None:
+        """Take in a step that would have lasted ``predicted * exp(wrong)`` on a machine of ordinary speed.
 
         Args:
+            predicted: what :meth:`predict` said of it.
             trust: how much of it is believed, in 0..1.
         """
-        predicted = self.predict(step)
-        if self.young:
-            self._weigh(step, predicted * math.exp(wrong), 1.0, trust)
+        seconds, young = predicted * math.exp(wrong), self.young
+        if young:
+            self._weigh(step, seconds, 1.0, trust)
         else:
             # To first order the fit's errors are logarithms, too: where those are 0 on average, it stays as it is.
             # Relative to the step, errors would draw it to the fast ones, for ever.
             self._weigh(step, predicted, 1.0 + wrong, trust)
-        if self.young or self.observations % 16 == 0:
-            self._fit(step, predicted * math.exp(wrong))
-        self._correct(step, predicted * math.exp(wrong), trust)
+        if young or self.observations % 16 == 0:
+            self._fit(step, seconds)
+        self._correct(step, seconds, trust)
 
     def begin(self, step: Step, seconds: float) -> None:
         """Take in the first step of its kind."""
@@ -247,9 +248,9 @@ class CostModel:
         if not kind.known:
             kind.begin(step, seconds / self.slowdown)
             return
-        expected = kind.predict(step) * self.slowdown
+        predicted = kind.predict(step)
         limit = math.log(_OUTLIER)
-        wrong = math.log(seconds / expected)
+        wrong = math.log(seconds / (predicted * self.slowdown))
         self._errors.append(abs(math.expm1(min(wrong, 10.0))))
         wrong = min(max(wrong, -limit), limit)
         own = self._since_switch < _AFTER_SWITCH
@@ -259,11 +260,11 @@ class CostModel:
         # Right after a change of kind an error is the kind's own. Later it is the machine's, and
         # what stays once that has been followed is how this step differs from others of its kind.
         if own:
-            kind.learn(step, wrong, trust=1.0)
+            kind.learn(step, predicted, wrong, trust=1.0)
         else:
             self._drift += 0.15 * (wrong - self._drift)
             self._slower += 0.1 * wrong
-            kind.learn(step, 0.9 * wrong, trust=_TRUST if settled else 0.0)
+            kind.learn(step, predicted, 0.9 * wrong, trust=_TRUST if settled else 0.0)
         self._age += 1
         if self._age >= _CURVE_AGE:
             self._age = 0

@@ -267,7 +267,8 @@ class Control:
 
     def _copy_budget(self, values: Float64, order: Int64) -> Budgeted:
         """The budget of a step with copies alone; with none that pays it is a plain step."""
-        found = self._copies_alone(values, order)
+        gains = values.T.reshape(-1)[order]
+        found = self._copies_alone(gains[gains > _ADMISSIBLE])
         if not found.tokens:
             self.plan, self.undrafted = self.plan._replace(depth=0), False
             self.copied[:], self._copied_depth = False, 0
@@ -276,11 +277,7 @@ class Control:
         self.expected = len(values) + float(admitted.sum())
         return Budgeted(values, order, found.tokens)
 
-    def _copies_alone(self, values: Float64, order: Int64) -> CopyBudget:
-        gains = values.T.reshape(-1)[order]
-        return self._copies_budget(gains[gains > _ADMISSIBLE])
-
-    def _copies_budget(self, gains: Float64) -> CopyBudget:
+    def _copies_alone(self, gains: Float64) -> CopyBudget:
         requests, load = len(self._requests), (self._context, self._sampling)
         if not self.cost.comparable:
             return CopyBudget(0, 0.0)
@@ -307,7 +304,7 @@ class Control:
             return False
         within = np.arange(chances.shape[1]) < self._limits[rows][:, None]
         survives = np.where(within, chances.cumprod(axis=1), 0.0)
-        alone = self._copies_budget(-np.sort(-survives[within])).rate
+        alone = self._copies_alone(-np.sort(-survives[within])).rate
         # A request that copies keeps the better of both; the others what drafts usually bring.
         drafted = max(0.0, known.gain * known.length - 1.0)
         best = np.maximum(survives.sum(axis=1), drafted).sum() + (requests - len(rows)) * drafted

@@ -133,12 +133,12 @@ def test_stalls_do_not_make_the_law_drift(seed: int) -> None:
 
 
 def test_one_slow_depth_at_the_start_leaves_the_budgets_of_the_others() -> None:
-    """What is measured before the server listens: few steps of each depth, one of them stalled."""
+    """What is measured before the server listens: four steps of each depth, two of one depth stalled."""
     model = CostModel(gamma=GAMMA)
     for number in range(24):
         depth = (5, 0, 4, 1, 3, 2)[number % 6]
         for step in (Step(1, depth, 40, True), Step(1, 0, 40, False)):
-            stalled = step.round and number == 10  # of depth 3
+            stalled = step.round and number in (4, 10)  # of depth 3
             model.observe(step, affine(step) * (2.5 if stalled else 1.0))
     seconds = model.curve(1, 40).seconds(np.arange(1, GAMMA + 2))
     true = np.array([affine(Step(1, depth, 40, True)) for depth in range(GAMMA + 1)])

@@ -15,7 +15,7 @@ Choice = Literal["auto", "on", "off"]
 
 #: Gains within this of 0 change nothing: around it either choice is right.
 HYSTERESIS = 0.02
-#: Rounds of a probe, and the share of time that probing may cost.
+#: Rounds of a probe at most, and the share of time that probing may cost.
 PROBE_ROUNDS, OVERHEAD = 3, 0.005
 #: Fewest and most plain steps between probes: a changed workload must be noticed.
 _NEAREST, _FARTHEST, _EXTREME = 24, 160, 960
@@ -64,6 +64,8 @@ class _State:
         self.probing = 0
         #: How long a round lasts in plain steps.
         self.length = 1.5
+        #: Plain steps that a round of a probe loses.
+        self.lost = 0.2
         #: Rounds until the next look at plain steps.
         self.wait = _FIRST_LOOK
 
@@ -115,8 +117,8 @@ class DraftPolicy:
                 state.wait = min(2 * state.wait, _PLAIN_EVERY)
                 return Decision(False, look=True)
             return Decision(True, whole=state.since % _WHOLE_EVERY == _WHOLE_EVERY // 2)
-        if state.since >= self._pause(state):
-            state.since, state.probing = 0, PROBE_ROUNDS - 1
+        if state.since >= self._pause(state, requests):
+            state.since, state.probing = 0, _probe(requests) - 1
             # In full: what the last workload taught about depth and confidence may be over.
             return Decision(True, whole=True)
         return Decision(False)
@@ -127,29 +129,34 @@ class DraftPolicy:
         return max(_NEAREST, _PLAIN_EVERY * min(1.0, abs(math.log(state.gain)) / _CLEAR))
 
     @staticmethod
-    def _pause(state: _State) -> float:
+    def _pause(state: _State, requests: int) -> float:
         """Plain steps until the next probe."""
-        loss = max(HYSTERESIS, 1.0 - state.gain)
-        bill = PROBE_ROUNDS * state.length * loss
+        bill = _probe(requests) * max(HYSTERESIS, state.lost)
         # Far apart at most where that keeps to a bill of a few times what is meant.
         return max(
             _NEAREST, min(bill / OVERHEAD, max(_FARTHEST, bill / (3.0 * OVERHEAD)), _EXTREME)
         )
 
-    def learn(self, requests: int, gain: float, length: float = 1.5) -> None:
+    def learn(
+        self, requests: int, gain: float, length: float = 1.5, lost: float | None = None
+    ) -> None:
         """Take in the gain of a round: throughput with drafting over without, as predicted.
 
         Args:
             gain: positive and finite; anything else is ignored.
             length: seconds of the round over those of a plain step.
+            lost: plain steps that it lasted beyond those that would have brought as many tokens,
+                with all that it verified to learn; None: as many as follow from the others.
         """
-        if not (0.0 < gain < math.inf and 0.0 < length < math.inf):
+        lost = length * (1.0 - gain) if lost is None else lost
+        if not (0.0 < gain < math.inf and 0.0 < length < math.inf and math.isfinite(lost)):
             return
         state = self._state(requests)
         state.rounds += 1
         rate = max(_RATE if state.drafting else _PROBE_RATE, 1.0 / state.rounds)
         state.gain += rate * (min(gain, _MOST) - state.gain)
         state.length += rate * (length - state.length)
+        state.lost += rate * (lost - state.lost)
         if state.rounds < max(PROBE_ROUNDS, _BLOCKS // requests):
             return
         wanted = state.gain > 1.0 + (-HYSTERESIS if state.drafting else HYSTERESIS)
@@ -158,3 +165,8 @@ class DraftPolicy:
             state.since = state.probing = 0
             state.wait = _FIRST_LOOK
             self.switches += 1
+
+
+def _probe(requests: int) -> int:
+    """Rounds of a probe: many requests show in one what few do in several."""
+    return max(1, min(PROBE_ROUNDS, math.ceil(_BLOCKS / requests)))

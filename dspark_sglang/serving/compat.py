@@ -35,6 +35,7 @@ HOOKS = {
     "commands": "sglang.srt.managers.scheduler_components.internal_state."
     "SchedulerInternalStateController._update_handlers",
     "finish": "sglang.srt.managers.schedule_batch.Req.update_finish_state",
+    "prepare": "sglang.srt.speculative.dflash_info_v2.DFlashDraftInputV2.prepare_for_decode",
     "arguments": "sglang.srt.arg_groups.speculative_hook._handle_dspark",
     # The worker's own name for it.
     "placement": "sglang.srt.speculative.dspark_components.dspark_worker_v2."
@@ -60,6 +61,7 @@ CPU_HOOKS = {
 
 ALGORITHM_SYMBOLS = (
     Symbol(HOOKS["finish"], ("new_accepted_len",)),
+    Symbol(HOOKS["prepare"], _split("batch")),
     Symbol(HOOKS["commands"], ()),
     Symbol(
         "sglang.srt.managers.scheduler_components.internal_state._UpdateHandler",
@@ -103,7 +105,21 @@ ALGORITHM_SYMBOLS = (
         _split("memory_pool_config req_to_token_pool token_to_kv_pool_allocator"),
     ),
     Symbol(f"{_DSPARK}.dspark_worker_v2.DSparkWorkerV2.init_cuda_graphs", ()),
-    Symbol(f"{_DSPARK}.dspark_kv_inject.TargetHiddenKvInjector.inject_prefill"),
+    Symbol(
+        f"{_DSPARK}.dspark_kv_inject.TargetHiddenKvInjector.inject_prefill",
+        _split("placement target_hidden token_indices target_hidden_is_projected"),
+    ),
+    Symbol(f"{_DSPARK}.dspark_draft.make_next_draft_input", _split("bonus_tokens new_seq_lens")),
+    Symbol(
+        "sglang.srt.managers.tp_worker.TpModelWorker.forward_batch_generation",
+        _split(
+            "batch forward_batch pp_proxy_tensors is_verify skip_attn_backend_init "
+            "capture_hidden_mode return_kv_loc_plan"
+        ),
+    ),
+    Symbol("sglang.srt.model_executor.forward_batch_info.CaptureHiddenMode"),
+    Symbol("sglang.srt.runtime_context.get_memory"),
+    Symbol("sglang.srt.runtime_context.get_disagg"),
     Symbol("sglang.srt.environ.envs.SGLANG_DSPARK_EMBED_IN_GRAPH"),
     Symbol("sglang.srt.arg_groups.overrides.resolving_view", _split("server_args")),
     Symbol("sglang.srt.arg_groups.overrides.declare_resolution"),
@@ -244,6 +260,8 @@ CPU_SYMBOLS = (
         _split("algorithm backend"),
     ),
     Symbol(f"{_PLATFORM}.get_dispatch_key_name", ()),
+    Symbol(f"{_PLATFORM}.get_torch_profiler_activity_str", ()),
+    Symbol(f"{_PLATFORM}.get_torch_profiler_activity", ()),
     Symbol(f"{_PLATFORM}.get_kv_pool_cls", ("kind",)),
     Symbol(f"{_PLATFORM}.get_speculative_cache_locs_fn", ()),
     Symbol(f"{_PLATFORM}.apply_server_args_defaults", ("server_args",)),

@@ -34,6 +34,8 @@ Int64 = npt.NDArray[np.int64]
 
 #: Survival of a token that may be admitted is at least this: one that may not has 0.
 _ADMISSIBLE = 1e-300
+#: Requests of a step whose blocks are verified whole to learn: more would cost more than they teach.
+_WHOLE_REQUESTS = 4
 #: While nothing is drafted, steps with copies before one without: it is timed.
 _PLAIN_EVERY = 24
 #: Sources of the step cost besides files: nothing is timed; it is being measured before the server
@@ -115,6 +117,8 @@ class Control:
         self._limits = np.zeros(0, dtype=np.int64)
         #: How many requests of the running step sample.
         self._sampling = 0
+        #: First of the requests whose blocks are verified whole next.
+        self._whole_turn = 0
         self._profile_step = 0
         self._profile_began: float | None = None
         #: Wall seconds of the measurement at start-up, so far.
@@ -253,17 +257,31 @@ class Control:
             paying = global_budget(earlier, curve, buckets)
         paying = min(paying, most)
         self._learn_depth(order, paying)
-        budget = paying
-        if plan.whole:
+        budget, found, paid = paying, values, order[:paying]
+        if plan.profile:
             budget = most
+        elif plan.whole:
+            values = self._some_whole(values, paid)
+            order, budget = admission_order(values), int((values > 0.0).sum())
         elif self.forced is not None:
             budget = min(int(self.forced * values.size), most)
         self._budget = budget
         admitted = values.T.reshape(-1)[order[:budget]]
         self.expected = requests + float(admitted.sum())
         if not plan.profile:
-            self._learn_gain(values, order, paying)
+            self._learn_gain(found, paid, budget)
         return Budgeted(values, order, budget)
+
+    def _some_whole(self, values: Float64, paying: Int64) -> Float64:
+        """Survival ``[R, gamma]`` of what pays and of the whole blocks of a few requests in turn, 0 elsewhere."""
+        requests = len(values)
+        turn = self._whole_turn + np.arange(min(_WHOLE_REQUESTS, requests))
+        self._whole_turn += _WHOLE_REQUESTS
+        chosen = np.zeros(values.shape, dtype=bool)
+        chosen[turn % requests] = True
+        position, row = np.divmod(paying, requests)
+        chosen[row, position] = True
+        return np.where(chosen, values, 0.0)
 
     def _copy_budget(self, values: Float64, order: Int64) -> Budgeted:
         """The budget of a step with copies alone; with none that pays it is a plain step."""
@@ -311,22 +329,28 @@ class Control:
         plain = self.cost.plain_seconds(requests, self._context, self._sampling)
         return alone >= (requests + float(best)) / (known.length * plain)
 
-    def _learn_gain(self, values: Float64, order: Int64, paying: int) -> None:
+    def _learn_gain(self, values: Float64, paying: Int64, budget: int) -> None:
         """What drafting brings at the budget that pays, against not drafting.
 
         Copies are no merit of drafting: the requests that draft stand for all.
+
+        Args:
+            values: ``[R, gamma]`` survival.
+            paying: tokens whose verification pays, position by position.
+            budget: tokens that are verified.
         """
         own = ~self.copied
         if not self.cost.comparable or not own.any():
             return
         requests, load = len(values), (self._context, self._sampling)
-        admitted = order[:paying]
-        admitted = admitted[own[admitted % requests]]
+        admitted = paying[own[paying % requests]]
         share = requests / int(own.sum())
         tokens = requests + share * float(values.T.reshape(-1)[admitted].sum())
         seconds = self.cost.round_seconds(requests, round(share * len(admitted)), *load)
         plain = self.cost.plain_seconds(requests, *load)
-        self.policy.learn(requests, tokens / seconds / (requests / plain), seconds / plain)
+        gain = tokens / seconds / (requests / plain)
+        whole = self.cost.round_seconds(requests, budget, *load)
+        self.policy.learn(requests, gain, seconds / plain, whole / plain - self.expected / requests)
 
     def _learn_depth(self, order: Int64, paying: int) -> None:
         if self.plan.depth < self.gamma or self.plan.profile:

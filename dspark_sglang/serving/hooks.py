@@ -96,6 +96,14 @@ def _algorithm_hooks() -> list[tuple[str, str, Callable[..., Any], str]]:
 
         requests.finish(original, req, new_accepted_len)
 
+    def prepare(original: Callable[..., None], draft_input: Any, batch: Any) -> None:
+        if not batch.spec_algorithm.is_dspark():
+            original(draft_input, batch)
+            return
+        from dspark_sglang.serving import slots
+
+        slots.prepare(original, draft_input, batch)
+
     def update_handlers(original: Callable[[Any], Any], controller: Any) -> Any:
         from dspark_sglang.serving import commands
 
@@ -103,6 +111,7 @@ def _algorithm_hooks() -> list[tuple[str, str, Callable[..., Any], str]]:
 
     return [
         ("commands", compat.HOOKS["commands"], update_handlers, "AROUND"),
+        ("prepare", compat.HOOKS["prepare"], prepare, "AROUND"),
         ("finish", compat.HOOKS["finish"], finish, "AROUND"),
         ("arguments", compat.HOOKS["arguments"], handle_arguments, "AROUND"),
         ("worker", compat.HOOKS["worker"], create_worker, "AROUND"),

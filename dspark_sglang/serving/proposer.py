@@ -60,6 +60,14 @@ class Proposer(DraftBlockProposer):
         #: Requests of the last step, and those of them that sample.
         self._requests: list[Any] = []
         self._rows: SampledRows | None = None
+        #: What the running step can copy although it does not draft.
+        self._found: Copies | None = None
+
+    def looked_up(self, requests: Sequence[Any]) -> bool:
+        """Whether the running step, whose plan does not draft, can copy; called once before it."""
+        allowed = self._control.plan.copies and self._seat.ranks.count == 1
+        self._found = self._copies(requests, self.gamma) if allowed else None
+        return self._found is not None and len(self._found.rows) > 0
 
     def _sampled_rows(self, batch: Any, sampling_info: Any) -> SampledRows | None:
         """Which requests sample and how; read again only when the batch changes."""
@@ -85,7 +93,7 @@ class Proposer(DraftBlockProposer):
         depth = self._control.plan.depth
         rows = self._sampled_rows(batch, sampling_info)
         if not depth:
-            return self._without_draft(batch.reqs, draft_input, rows)
+            return self._without_draft(draft_input, bs, rows)
         ids = self.draft_block_ids_view(bs=bs, device=batch.seq_lens.device)
         copies = self._copies(batch.reqs, max(depth, self._reach))
         # An operator's budget is a share of what is drafted, so something is.
@@ -176,16 +184,12 @@ class Proposer(DraftBlockProposer):
         self._telemetry.ran["draft:copied-requests"] += len(copies.rows)
         return copies.replace(tokens, confidence)
 
-    def _without_draft(
-        self, requests: Sequence[Any], draft_input: Any, rows: SampledRows | None
-    ) -> DraftProposal:
+    def _without_draft(self, draft_input: Any, bs: int, rows: SampledRows | None) -> DraftProposal:
         """A step whose plan does not draft: copies where there are any."""
-        if self._control.plan.copies and self._seat.ranks.count == 1:
-            copies = self._copies(requests, self.gamma)
-            if copies is not None and len(copies.rows):
-                self._control.copy_only(self.gamma)
-                return self._copied(draft_input, len(requests), copies, rows)
-        return self._nothing(draft_input, len(requests), rows)
+        if self._found is None or not len(self._found.rows):
+            return self._nothing(draft_input, bs, rows)
+        self._control.copy_only(self.gamma)
+        return self._copied(draft_input, bs, self._found, rows)
 
     def _copied(
         self, draft_input: Any, bs: int, copies: Copies, rows: SampledRows | None

@@ -20,6 +20,7 @@ from sglang.srt.speculative.dspark_components.dspark_verify import (
 
 from dspark_sglang.core.accept import stop_at
 from dspark_sglang.core.penalties import Penalties
+from dspark_sglang.serving.context import Lagging, States
 from dspark_sglang.serving.control import Control
 from dspark_sglang.serving.ops import Ops, Verified
 from dspark_sglang.serving.planner import Planner
@@ -30,8 +31,6 @@ from dspark_sglang.serving.telemetry import Telemetry
 if TYPE_CHECKING:
     from dspark_sglang.serving.ops.kv_writer import KvWriter
 
-#: Plain steps whose states are kept until they are committed together.
-_PENDING_STEPS = 32
 _KEPT = "_dspark_penalties"
 _STOPS = "_dspark_stops"
 
@@ -97,8 +96,8 @@ class Verifier(TargetVerifyExecutor):
         self._telemetry = telemetry
         #: Positions of the packed rows in the window of the running step; None: strided rows.
         self._packed: torch.Tensor | None = None
-        #: Hidden states, slots and positions that plain steps have not committed yet.
-        self._pending: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        #: Target states that steps without a draft have not committed yet.
+        self.lagging = Lagging(self._write)
         #: Whether plain decoding would adjust the running step's logits.
         self._adjusting = False
         #: Stop tokens of the running step's requests.
@@ -230,6 +229,10 @@ class Verifier(TargetVerifyExecutor):
             or any(request_penalties(request).active for request in batch.reqs)
         )
 
+    def untouched(self, batch: Any, info: Any) -> bool:
+        """Whether a step's logits are sampled as they are, and nothing else reads them."""
+        return not self._needs_strided(batch, info) and not self._adjusts(batch, info)
+
     def _spread(self, output: Any, layout: Any) -> None:
         for name in ("next_token_logits", "hidden_states"):
             strided = ScatterCompactToStrided.execute(
@@ -350,11 +353,10 @@ class Verifier(TargetVerifyExecutor):
         if not self._seat.drafts:
             return  # the draft's KV is another rank's
         injector = self.kv_injector
-        pool = injector.draft_model_runner.token_to_kv_pool
-        plain = not hasattr(pool, "set_swa_key_buffer_radix_fused_norm_rope")
-        if self._packed is None or not plain or injector.swa_ring_size is not None:
+        if self._packed is None or not self._writes:
             if self._packed is not None:
                 hidden_strided = self._strided_hidden(hidden_strided, layout)
+            self.lagging.flush()  # of slots that may be these
             super().commit_hidden(
                 batch=batch,
                 layout=layout,
@@ -371,55 +373,41 @@ class Verifier(TargetVerifyExecutor):
         accepted = self._packed - row * width < commit_lens[row]
         slots = injector.ids_for(verify_window.kv_loc_plan)
         positions = verify_window.positions_2d.reshape(-1)
-        hidden, places = logits_output.hidden_states, positions[self._packed]
-        if not self._control.plan.draft or self._control.undrafted:
-            # Nothing reads it before the next draft; many steps at once cost little more than one.
-            kept = (hidden, slots[self._packed], places)
-            if self._control.undrafted:  # a plain step keeps every row
-                kept = (hidden[accepted], kept[1][accepted], places[accepted])
-            self._pending.append(kept)
-            if len(self._pending) >= _PENDING_STEPS:
-                self.flush()
+        packed = self._packed
+        states = States(logits_output.hidden_states, slots[packed], positions[packed])
+        if self._control.plan.draft and not self._control.undrafted:
+            self._write(states, accepted)
             return
-        self._write(hidden, slots[self._packed], places, accepted)
-        self._telemetry.ran["commit:torch" if self._kv_writer is None else "commit:triton"] += 1
+        # Nothing reads it before the next draft; many steps at once cost little more than one.
+        if self._control.undrafted:  # a plain step keeps every row
+            states = States(*(part[accepted] for part in states))
+        self.lagging.keep(states)
+
+    @functools.cached_property
+    def _writes(self) -> bool:
+        """Whether the draft's KV pool is written here; SGLang writes pools that are rings or fuse norms."""
+        injector = self.kv_injector
+        pool = injector.draft_model_runner.token_to_kv_pool
+        fused = hasattr(pool, "set_swa_key_buffer_radix_fused_norm_rope")
+        return not fused and injector.swa_ring_size is None
 
     @property
-    def pending(self) -> bool:
-        """Whether plain steps left something to commit."""
-        return bool(self._pending)
+    def lags(self) -> bool:
+        """Whether states may be left in :attr:`lagging`: the draft's KV is here, and written here."""
+        return self._seat.drafts and self._writes
 
-    def flush(self) -> None:
-        """Commit what plain steps left: before the draft's KV is read, or a slot changes hands."""
-        if not self._pending:
-            return
-        hidden, slots, places = (torch.cat(parts) for parts in zip(*self._pending, strict=True))
-        self._pending.clear()
-        self._write(hidden, slots, places, None)
-        self._telemetry.ran["commit:plain-steps"] += 1
-
-    def _write(
-        self,
-        hidden: torch.Tensor,
-        slots: torch.Tensor,
-        places: torch.Tensor,
-        accepted: torch.Tensor | None,
-    ) -> None:
-        """Write the draft's KV of target states.
-
-        Args:
-            hidden: ``[N, d]`` states.
-            slots, places: ``[N]`` int64 slots of the draft's pool and positions.
-            accepted: ``[N]`` bool rows to write; None: all.
-        """
+    def _write(self, states: States, chosen: torch.Tensor | None) -> None:
+        """Write the draft's KV of target states: of all, or of a ``[N]`` bool mask."""
+        hidden, slots, places = states
+        self._telemetry.ran["commit:torch" if self._kv_writer is None else "commit:triton"] += 1
         with self._telemetry.timed("commit"):
             if self._kv_writer is not None:
-                if accepted is not None:
-                    slots = torch.where(accepted, slots, -1)
+                if chosen is not None:
+                    slots = torch.where(chosen, slots, -1)
                 self._kv_writer.write(hidden, places, slots)
                 return
-            if accepted is not None:
-                keep = accepted.nonzero().view(-1)
+            if chosen is not None:
+                keep = chosen.nonzero().view(-1)
                 hidden, slots, places = hidden[keep], slots[keep], places[keep]
             self.kv_injector.inject_target_hidden(
                 target_hidden=hidden, cache_loc=slots, positions=places

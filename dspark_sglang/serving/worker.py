@@ -37,11 +37,13 @@ from dspark_sglang.errors import ArtifactError, CompatibilityError, ConfigError
 from dspark_sglang.serving import cost_store, placement, requests, sts_refit
 from dspark_sglang.serving.commands import Commands
 from dspark_sglang.serving.compat import installed_version
+from dspark_sglang.serving.context import keep_prefills, may_lag
 from dspark_sglang.serving.control import COST_UNKEPT, COST_UNMEASURED, Control, StepPlan
 from dspark_sglang.serving.lookup import Lookup
 from dspark_sglang.serving.metrics import Metrics
 from dspark_sglang.serving.ops import Ops, choose
 from dspark_sglang.serving.ops.sharded_ops import ShardedOps
+from dspark_sglang.serving.plain import PlainDecoder
 from dspark_sglang.serving.planner import Planner
 from dspark_sglang.serving.proposer import Proposer
 from dspark_sglang.serving.ranks import Ranks, keep_shards
@@ -111,8 +113,6 @@ class DSparkWorker(DSparkWorkerV2):
         if not self._hosts_draft:
             return
         self._settings = settings = read_settings()
-        #: Requests of the last step.
-        self._running: list[str] = []
         self.telemetry = Telemetry(gamma=self.gamma)
         # Under overlap the host only launches a round and cannot time it: verify everything.
         times_rounds = bool(get_schedule().disable_overlap_schedule)
@@ -290,25 +290,32 @@ class DSparkWorker(DSparkWorkerV2):
         )
         verifier.bind(**shared, seat=self._seat, planner=planner)
         self._proposer, self._verify_planner, self._verify_executor = proposer, planner, verifier
+        self._plain = PlainDecoder(
+            self, verifier=verifier, control=self.control, telemetry=self.telemetry
+        )
         self._observers = StepObservers(self.telemetry, self.control)
 
     def alloc_memory_pool(self, *args: Any, **kwargs: Any) -> None:
         if self._hosts_draft:
             with self._draft_context():  # as many KV heads as this rank's draft has
                 super().alloc_memory_pool(*args, **kwargs)
+            self._lags = self.control.adaptive and self._verify_executor.lags and may_lag()
+            if self._lags:
+                keep_prefills(self._kv_injector, self._verify_executor.lagging)
 
     def init_cuda_graphs(self) -> None:
         if self._hosts_draft and self._seat.drafts:
             super().init_cuda_graphs()
 
     def forward_batch_generation(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        if self._hosts_draft and not batch.forward_mode.is_decode():
-            self._draft_up_to_date()  # what follows may write to slots given back since
-        return super().forward_batch_generation(batch, *args, **kwargs)
+        result = super().forward_batch_generation(batch, *args, **kwargs)
+        if self._hosts_draft and (self._verify_executor.lagging.full or not self._lags):
+            self._draft_up_to_date()
+        return result
 
-    def _forward_decode(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+    def _forward_decode(self, batch: Any, on_publish: Any, *args: Any, **kwargs: Any) -> Any:
         if not batch.reqs or batch.forward_mode.is_idle():
-            return super()._forward_decode(batch, *args, **kwargs)
+            return super()._forward_decode(batch, on_publish, *args, **kwargs)
         start = time.perf_counter()
         known = batch.seq_lens_cpu
         plan = self.control.begin(batch.reqs, 0 if known is None else int(known.sum()))
@@ -316,11 +323,13 @@ class DSparkWorker(DSparkWorkerV2):
             # Ranks learn from their own clocks; all must run the same forwards.
             packed = self._seat.ranks.broadcast(plan.packed(self.device), "plan")
             self.control.plan = StepPlan.unpacked(packed)
-        running = [request.rid for request in batch.reqs]
-        if self.control.plan.draft or running != self._running:
+        if self.control.plan.draft:
             self._draft_up_to_date()
-        self._running = running
-        result = super()._forward_decode(batch, *args, **kwargs)
+        plain = not self.control.plan.draft and not self._proposer.looked_up(batch.reqs)
+        if plain and self._plain.takes(batch):
+            result = self._plain.decode(batch, on_publish)
+        else:
+            result = super()._forward_decode(batch, on_publish, *args, **kwargs)
         now = time.perf_counter()
         self.telemetry.seconds["step"] += now - start
         self.telemetry.seconds["round" if self.control.plan.draft else "plain"] += now - start
@@ -331,9 +340,9 @@ class DSparkWorker(DSparkWorkerV2):
 
     def _draft_up_to_date(self) -> None:
         """Commit what plain steps left for the draft, under the draft's own placement."""
-        if self._verify_executor.pending:
+        if self._verify_executor.lagging:
             with self._draft_context():
-                self._verify_executor.flush()
+                self._verify_executor.lagging.flush()
 
     def _known_cost(self, settings: Settings) -> None:
         """Take over a step cost that was measured before, where there is one.
@@ -364,6 +373,7 @@ class DSparkWorker(DSparkWorkerV2):
             heads=self._seat.heads,
             gamma=self.gamma,
             sglang=installed_version(),
+            plugin=__version__,
         )
         if settings.cost != COST_AUTO:
             path = Path(settings.cost)

@@ -158,6 +158,24 @@ def test_an_operators_budget_holds_in_steps_that_would_verify_everything(share: 
     assert whole > 1  # the same server without that budget
 
 
+def test_a_few_requests_in_turn_show_what_whole_blocks_bring() -> None:
+    control, shown = measured(token=0.01), np.zeros(12, dtype=np.int64)
+    for _ in range(2000):
+        plan = control.begin([request()] * 12, 0)
+        confidence = np.full((12, GAMMA), 0.3)
+        confidence[7, 0] = 0.999  # this one pays
+        found = budgeted(control, confidence)
+        lens = lengths(found.order, found.budget, requests=12)
+        if plan.whole:
+            assert (lens == GAMMA).sum() == 4 and lens[7] >= 1
+            assert np.delete(lens, 7)[np.delete(lens, 7) != GAMMA].sum() == 0
+            assert control.expected == pytest.approx(12 + found.survival.sum())
+            shown += lens == GAMMA
+        control.accepted(lens, np.minimum(lens, np.arange(12) == 7))
+        control.finished(0.02, 1.0)
+    assert shown.min() >= 1 and shown.max() - shown.min() <= 1  # none is left out
+
+
 @pytest.mark.parametrize("source", ["off", "online", "/cache/cost/x.json"])
 def test_a_measurement_is_not_taken_from_a_client(source: str) -> None:
     control = measured()

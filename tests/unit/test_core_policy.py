@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable
 from itertools import pairwise
@@ -91,6 +92,29 @@ def test_probes_cost_little(gain: float, longer: float) -> None:
 @pytest.mark.parametrize(("gain", "longer"), [(0.5, 3.0), (0.4, 6.0)])
 def test_probes_of_long_rounds_cost_little_too(gain: float, longer: float) -> None:
     assert serve(DraftPolicy(), [gain] * 20_000, round_seconds=longer).efficiency > 0.98
+
+
+def probes(policy: DraftPolicy, requests: int, lost: float) -> list[int]:
+    """Rounds of each probe of a server that does not draft, and plain steps between them."""
+    drafted = []
+    for _ in range(4000):
+        drafted.append(policy.decide(requests).draft)
+        if drafted[-1]:
+            policy.learn(requests, 0.8, 1.5, lost)
+    runs = [sum(1 for _ in run) for _, run in itertools.groupby(drafted[200:])]
+    return sorted(runs[1:-1])
+
+
+@pytest.mark.parametrize(("requests", "rounds"), [(1, 3), (4, 3), (8, 2), (16, 1), (64, 1)])
+def test_many_requests_are_looked_at_in_fewer_rounds(requests: int, rounds: int) -> None:
+    found = probes(DraftPolicy(), requests, 0.5)
+    assert found[: len(found) // 2] == [rounds] * (len(found) // 2)
+
+
+def test_the_more_a_probe_loses_the_rarer_it_is() -> None:
+    waits = [probes(DraftPolicy(), 16, lost)[-1] for lost in (-0.5, 0.3, 0.7, 3.0, 30.0)]
+    assert waits == sorted(waits)
+    assert waits[0] < 30 and waits[1] == 59 and waits[3] == 199 and waits[4] == 959
 
 
 @pytest.mark.parametrize("gain", [1.05, 1.4])

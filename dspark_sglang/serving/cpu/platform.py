@@ -139,6 +139,12 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
         # SGLang compiles a few sampling helpers; inductor would need a C++ compiler at run time.
         return "eager"
 
+    def get_torch_profiler_activity_str(self) -> str:
+        return "CPU"
+
+    def get_torch_profiler_activity(self) -> torch.profiler.ProfilerActivity:
+        return torch.profiler.ProfilerActivity.CPU
+
     def get_kv_pool_cls(self, *, kind: str) -> type | None:
         return _kv_pool_cls() if kind == "mha" else None
 

@@ -1,0 +1,106 @@
+"""The draft's context: target states that steps without a draft leave behind, written before one reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from sglang.srt.runtime_context import get_disagg, get_memory
+
+#: Rows kept until they are written together: enough that weights are not read for a few rows.
+_MOST_ROWS = 512
+
+
+class States(NamedTuple):
+    """Target states of ``N`` tokens and where the draft's KV of them goes."""
+
+    #: ``[N, layers read * d]``.
+    hidden: torch.Tensor
+    #: ``[N]`` int64 slots of the draft's pool.
+    slots: torch.Tensor
+    #: ``[N]`` int64 absolute positions.
+    places: torch.Tensor
+
+
+def may_lag() -> bool:
+    """Whether nothing but the draft reads its KV: copies to other machines or tiers are made after each step."""
+    return get_disagg().disaggregation_mode == "null" and not get_memory().enable_hierarchical_cache
+
+
+def latest(slots: torch.Tensor) -> torch.Tensor:
+    """``[N]`` bool: the last row of each slot, without a wait for the device.
+
+    Args:
+        slots: ``[N]`` in the order of writing.
+    """
+    ordered, index = torch.sort(slots, stable=True)
+    last = torch.ones_like(ordered, dtype=torch.bool)
+    last[:-1] = ordered[1:] != ordered[:-1]
+    return torch.empty_like(last).scatter_(0, index, last)
+
+
+class Lagging:
+    """States that are not in the draft's KV yet."""
+
+    def __init__(self, write: Callable[[States, torch.Tensor | None], None]) -> None:
+        """Args:
+        write: puts states into the draft's KV, all or those of a ``[N]`` bool mask.
+        """
+        self._write = write
+        self._kept: list[States] = []
+        self._rows = 0
+
+    def __bool__(self) -> bool:
+        return bool(self._kept)
+
+    @property
+    def full(self) -> bool:
+        """Whether so much is kept that it should be written."""
+        return self._rows >= _MOST_ROWS
+
+    def keep(self, states: States) -> None:
+        """Take in states of slots that may have been another request's, kept before."""
+        self._kept.append(states)
+        self._rows += len(states.slots)
+
+    def flush(self) -> None:
+        """Write what is kept, of each slot the newest."""
+        if not self._kept:
+            return
+        parts, self._kept, self._rows = self._kept, [], 0
+        together = States(*(torch.cat(part) for part in zip(*parts, strict=True)))
+        self._write(together, latest(together.slots) if len(parts) > 1 else None)
+
+
+def keep_prefills(injector: Any, lagging: Lagging) -> None:
+    """Let prefills leave their states to ``lagging``.
+
+    Args:
+        injector: SGLang's ``TargetHiddenKvInjector``.
+    """
+    inject = injector.inject_prefill
+
+    def keep(
+        placement: Any,
+        *,
+        target_hidden: torch.Tensor,
+        token_indices: torch.Tensor | None,
+        target_hidden_is_projected: bool,
+    ) -> None:
+        if target_hidden_is_projected:
+            lagging.flush()
+            inject(
+                placement,
+                target_hidden=target_hidden,
+                token_indices=token_indices,
+                target_hidden_is_projected=True,
+            )
+            return
+        if token_indices is not None:
+            placement = placement.select(token_indices)
+        places = placement.positions.to(torch.int64)
+        slots = placement.cache_loc.to(torch.int64)
+        lagging.keep(States(target_hidden[: len(places)], slots, places))
+
+    injector.inject_prefill = keep

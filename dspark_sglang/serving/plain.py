@@ -1,0 +1,102 @@
+"""Steps that verify nothing: the target's own decoding, its states kept for the draft."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+import torch
+from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode
+from sglang.srt.runtime_context import get_parallel
+from sglang.srt.speculative.dspark_components.dspark_draft import make_next_draft_input
+
+from dspark_sglang.serving.context import States
+from dspark_sglang.serving.control import Control
+from dspark_sglang.serving.telemetry import Telemetry
+from dspark_sglang.serving.verifier import Verifier
+
+
+class PlainDecoder:
+    """Runs a step as a server without speculation would: SGLang's decode forward and sampler.
+
+    A verification of anchors alone computes the same, and costs more. Where SGLang captures graphs
+    it captures verification only, so there that stays the way.
+    """
+
+    def __init__(
+        self, worker: Any, *, verifier: Verifier, control: Control, telemetry: Telemetry
+    ) -> None:
+        """Args:
+        worker: SGLang's, whose target decodes.
+        verifier: keeps the target's states.
+        control, telemetry: count the steps.
+        """
+        self._worker = worker
+        self._verifier = verifier
+        self._control = control
+        self._telemetry = telemetry
+
+    @functools.cached_property
+    def _served(self) -> bool:
+        """Whether this server's steps may decode; known once its graphs are captured."""
+        worker, runner = self._worker, self._worker.model_runner
+        return bool(
+            self._control.adaptive
+            and runner.decode_cuda_graph_runner is None
+            and get_parallel().tp_size == 1
+            and not get_parallel().attn_dp_enabled
+            and not worker._need_mamba_verify_commit
+            and not runner.ngram_embedding_manager.enabled
+            and self._verifier.lags
+        )
+
+    def takes(self, batch: Any) -> bool:
+        """Whether a step of ``batch`` that verifies nothing can be decoded.
+
+        Requests whose logits are adjusted, masked by a grammar or returned need verification's
+        way: SGLang keeps no state of penalties for speculative batches, and expects its rows.
+        """
+        return self._served and self._verifier.untouched(batch, batch.sampling_info)
+
+    def decode(self, batch: Any, on_publish: Any) -> Any:
+        """Decode one token of each of ``R`` requests.
+
+        Args:
+            batch: SGLang's ``ScheduleBatch``; its scheduler restores what is changed here.
+            on_publish: told the new lengths, or None.
+
+        Returns:
+            SGLang's ``GenerationBatchResult`` of a speculative step.
+        """
+        worker, requests = self._worker, len(batch.reqs)
+        places = batch.seq_lens
+        table = batch.req_to_token_pool.req_to_token
+        batch.input_ids = batch.spec_info.bonus_tokens.view(-1)
+        # Allocated already: speculative batches are given the slots of whole blocks.
+        batch.out_cache_loc = table[batch.req_pool_indices, places].to(torch.int64)
+        batch.spec_info = None
+        batch.seq_lens = lens = places + 1
+        batch.seq_lens_cpu = batch.seq_lens_cpu + 1
+        batch.seq_lens_sum = None
+        result = worker.target_worker.forward_batch_generation(
+            batch, capture_hidden_mode=CaptureHiddenMode.FULL, return_kv_loc_plan=True
+        )
+        output = result.logits_output
+        if on_publish is not None:
+            on_publish(lens)
+        slots = worker._kv_injector.ids_for(result.kv_loc_plan)
+        self._verifier.lagging.keep(States(output.hidden_states, slots, places))
+        output.hidden_states = None
+        tokens = result.next_token_ids.to(torch.int64)
+        result.next_token_ids = tokens
+        result.accept_lens = result.cap_lens = torch.ones_like(tokens, dtype=torch.int32)
+        result.next_draft_input = make_next_draft_input(bonus_tokens=tokens, new_seq_lens=lens)
+        result.speculative_num_draft_tokens = int(worker.verify_num_draft_tokens)
+        result.speculative_output_stride = 1
+        result.new_seq_lens = lens
+        none = np.zeros(requests, dtype=np.int64)
+        self._telemetry.observe_round(none, none, 0)
+        self._telemetry.ran["step:decode"] += 1
+        self._control.accepted(none, none)
+        return result

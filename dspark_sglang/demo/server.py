@@ -152,10 +152,14 @@ class Server:
             )
         try:
             ready = httpx.get(f"{self.url}/ready", timeout=2.0).status_code == 200
+            # Ready comes before SGLang's own last steps, which a pause would defeat.
+            if not ready or _STARTED not in self.log.read_bytes():
+                return False
+            # A part of SGLang's warm-up, which is skipped: every server is to run as it would in service.
+            httpx.post(f"{self.url}/freeze_gc", timeout=30.0)
         except httpx.HTTPError:
             return False
-        # Ready comes before SGLang has frozen its garbage collector, which a pause would defeat.
-        return ready and _STARTED in self.log.read_bytes()
+        return True
 
     def wait_ready(self, seconds: float = START_SECONDS) -> None:
         """Wait until the server takes requests.

@@ -65,7 +65,9 @@ class CopyBudget(NamedTuple):
     rate: float
 
 
-def copy_budget(gains: Float64, requests: int, plain_s: float, round_: StepCost) -> CopyBudget:
+def copy_budget(
+    gains: Float64, requests: int, plain_s: float, round_: StepCost, factor: float = 1.0
+) -> CopyBudget:
     """The budget of most tokens a second: a plain step, and what verifying more adds to a round.
 
     Requests are greedy: nothing has to be decided token by token.
@@ -74,11 +76,14 @@ def copy_budget(gains: Float64, requests: int, plain_s: float, round_: StepCost)
         gains: ``[n]`` survival of the copied tokens, descending.
         plain_s: seconds of a plain step.
         round_: seconds of a round, of which only the differences count.
+        factor: seconds of a step that verifies copies over that sum; one of none is a plain step.
     """
     tokens = np.arange(requests, requests + len(gains) + 1)
     seconds = round_.seconds(tokens)
     expected = requests + np.concatenate([[0.0], np.cumsum(gains)])
-    rates = expected / (plain_s + seconds - seconds[0])
+    lasts = factor * (plain_s + seconds - seconds[0])
+    lasts[0] = plain_s
+    rates = expected / lasts
     best = int(rates.argmax())
     return CopyBudget(best, float(rates[best]))
 

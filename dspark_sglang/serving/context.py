@@ -61,6 +61,9 @@ class Lagging:
 
     def keep(self, states: States) -> None:
         """Take in states of slots that may have been another request's, kept before."""
+        if states.hidden.is_cuda:
+            # The next graph replay writes its states to the same place.
+            states = states._replace(hidden=states.hidden.clone())
         self._kept.append(states)
         self._rows += len(states.slots)
 

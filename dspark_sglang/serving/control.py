@@ -36,6 +36,8 @@ Int64 = npt.NDArray[np.int64]
 _ADMISSIBLE = 1e-300
 #: Requests of a step whose blocks are verified whole to learn: more would cost more than they teach.
 _WHOLE_REQUESTS = 4
+#: Weight of the newest step with copies alone, and the most it may last over those before.
+_COPY_RATE, _STALLED = 0.05, 1.3
 #: While nothing is drafted, steps with copies before one without: it is timed.
 _PLAIN_EVERY = 24
 #: Sources of the step cost besides files: nothing is timed; it is being measured before the server
@@ -113,6 +115,9 @@ class Control:
         #: Whether the running step has only copies: it has no draft forward.
         self.undrafted = False
         self._copied_depth = 0
+        #: Seconds of a step with copies alone over those of a plain step and of what verifying more
+        #: adds to a round: a verification costs more than decoding.
+        self._dearer = 1.1
         #: ``[R]`` most drafted tokens that each request of the running step allows.
         self._limits = np.zeros(0, dtype=np.int64)
         #: How many requests of the running step sample.
@@ -300,7 +305,7 @@ class Control:
         if not self.cost.comparable:
             return CopyBudget(0, 0.0)
         plain = self.cost.plain_seconds(requests, *load)
-        return copy_budget(gains, requests, plain, self.cost.curve(requests, *load))
+        return copy_budget(gains, requests, plain, self.cost.curve(requests, *load), self._dearer)
 
     def skips_draft(self, rows: Int64, chances: Float64) -> bool | None:
         """Whether copies alone are expected to bring more tokens a second than a draft beside them.
@@ -403,10 +408,20 @@ class Control:
                 self._profile_began = now - seconds
             self.profile_seconds = now - self._profile_began
         # Without its draft forward a round is faster than the rounds whose cost is learned.
+        if self.undrafted and self.cost.comparable:
+            self._learn_copies(seconds)
         if self.adaptive and self._requests and not self.undrafted:
             count = len(self._requests)
             step = Step(count, self._budget, self._context, self.plan.draft, self._sampling)
             self.cost.observe(step, seconds)
+
+    def _learn_copies(self, seconds: float) -> None:
+        requests, load = len(self._requests), (self._context, self._sampling)
+        curve = self.cost.curve(requests, *load)
+        none, some = curve.seconds(np.array([requests, requests + self._budget]))
+        dearer = seconds / (self.cost.plain_seconds(requests, *load) + some - none)
+        if 0.0 < dearer < np.inf:  # one step teaches little, a stalled one no more
+            self._dearer += _COPY_RATE * (min(dearer, _STALLED * self._dearer) - self._dearer)
 
     # -- for people --------------------------------------------------------------------------
 

@@ -63,7 +63,7 @@ class Proposer(DraftBlockProposer):
         #: What the running step can copy although it does not draft.
         self._found: Copies | None = None
 
-    def looked_up(self, requests: Sequence[Any]) -> bool:
+    def can_copy(self, requests: Sequence[Any]) -> bool:
         """Whether the running step, whose plan does not draft, can copy; called once before it."""
         allowed = self._control.plan.copies and self._seat.ranks.count == 1
         self._found = self._copies(requests, self.gamma) if allowed else None

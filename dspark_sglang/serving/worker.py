@@ -325,7 +325,7 @@ class DSparkWorker(DSparkWorkerV2):
             self.control.plan = StepPlan.unpacked(packed)
         if self.control.plan.draft:
             self._draft_up_to_date()
-        plain = not self.control.plan.draft and not self._proposer.looked_up(batch.reqs)
+        plain = not self.control.plan.draft and not self._proposer.can_copy(batch.reqs)
         if plain and self._plain.takes(batch):
             result = self._plain.decode(batch, on_publish)
         else:

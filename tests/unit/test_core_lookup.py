@@ -144,12 +144,17 @@ def test_following_costs_little() -> None:
     st.lists(st.floats(1e-3, 1.0), max_size=12).map(lambda v: sorted(v, reverse=True)),
     st.integers(1, 9),
     st.floats(0.0, 0.02),
+    st.floats(0.8, 1.5),
 )
-def test_the_budget_is_the_best_one(gains: list[float], requests: int, each: float) -> None:
+def test_the_budget_is_the_best_one(
+    gains: list[float], requests: int, each: float, factor: float
+) -> None:
     cost = TableCost([1, 100], [0.05, 0.05 + 99 * each])
-    found = copy_budget(np.array(gains), requests, 0.03, cost)
+    found = copy_budget(np.array(gains), requests, 0.03, cost, factor)
     sums = [0.0, *itertools.accumulate(gains)]
-    rates = [(requests + total) / (0.03 + n * each) for n, total in enumerate(sums)]
+    # One that verifies nothing is a plain step, which is no verification.
+    lasts = [(0.03 + n * each) * (factor if n else 1.0) for n in range(len(sums))]
+    rates = [(requests + total) / last for total, last in zip(sums, lasts, strict=True)]
     assert found.rate == pytest.approx(max(rates))
     assert rates[found.tokens] == pytest.approx(max(rates))
 

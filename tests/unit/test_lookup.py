@@ -221,6 +221,27 @@ def test_the_draft_is_skipped_where_copies_alone_bring_more(
     assert control.skips_draft(np.array(rows), chances) is False, "an operator wants drafts"
 
 
+@pytest.mark.parametrize(("longer", "copies"), [(1.0, True), (1.8, False)])
+def test_steps_with_copies_alone_are_taken_for_what_they_cost(longer: float, copies: bool) -> None:
+    control = measured(token=0.0002)
+    control.choose("off")
+    rows, sure = np.arange(4), np.full((4, GAMMA), 0.35)
+    found = []
+    for number in range(120):
+        control.begin([request(sampled=False)] * 4, 0)
+        control.copy(rows, GAMMA)
+        control.copy_only(GAMMA)
+        budget = budgeted(control, sure).budget
+        found.append(budget > 0)
+        seconds = 0.012 + 0.0002 * budget
+        # Now and then one stalls.
+        control.finished(
+            seconds * (longer if control.undrafted else 1.0) * (9 if number % 40 == 7 else 1), 1.0
+        )
+    assert found[0]
+    assert all(found) is copies and found[-1] is copies
+
+
 def test_a_copied_block_is_not_held_against_the_confidences() -> None:
     control = measured(token=0.00001)
     control.choose("on")

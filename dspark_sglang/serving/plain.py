@@ -25,7 +25,7 @@ class PlainDecoder:
     """
 
     def __init__(
-        self, worker: Any, *, verifier: Verifier, control: Control, telemetry: Telemetry
+        self, worker: Any, verifier: Verifier, control: Control, telemetry: Telemetry
     ) -> None:
         """Args:
         worker: SGLang's, whose target decodes.

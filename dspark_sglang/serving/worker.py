@@ -290,9 +290,7 @@ class DSparkWorker(DSparkWorkerV2):
         )
         verifier.bind(**shared, seat=self._seat, planner=planner)
         self._proposer, self._verify_planner, self._verify_executor = proposer, planner, verifier
-        self._plain = PlainDecoder(
-            self, verifier=verifier, control=self.control, telemetry=self.telemetry
-        )
+        self._plain = PlainDecoder(self, verifier, self.control, self.telemetry)
         self._observers = StepObservers(self.telemetry, self.control)
 
     def alloc_memory_pool(self, *args: Any, **kwargs: Any) -> None:
@@ -354,9 +352,7 @@ class DSparkWorker(DSparkWorkerV2):
         self.cost_path: Path | None = None
         self.cost_fingerprint: dict[str, str] = {}
         self.profile_s: float | None = None
-        if not self.control.adaptive:
-            return
-        if settings.cost == COST_ONLINE:
+        if not self.control.adaptive or settings.cost == COST_ONLINE:
             return
         runner, device = self.model_runner, torch.device(self.device)
         self.cost_fingerprint = cost_store.fingerprint(

@@ -1,4 +1,4 @@
-"""The draft's context: target states that steps without a draft leave behind, written before one reads them."""
+"""The draft's context: target states that prefills and steps without a draft leave, written before one reads them."""
 
 from __future__ import annotations
 
@@ -61,11 +61,11 @@ class Lagging:
 
     def keep(self, states: States) -> None:
         """Take in states of slots that may have been another request's, kept before."""
-        if states.hidden.is_cuda:
+        self._rows += len(states.slots)
+        if states.hidden.is_cuda and not self.full:  # full: written before the next forward
             # The next graph replay writes its states to the same place.
             states = states._replace(hidden=states.hidden.clone())
         self._kept.append(states)
-        self._rows += len(states.slots)
 
     def flush(self) -> None:
         """Write what is kept, of each slot the newest."""

@@ -354,8 +354,11 @@ class Control:
         seconds = self.cost.round_seconds(requests, round(share * len(admitted)), *load)
         plain = self.cost.plain_seconds(requests, *load)
         gain = tokens / seconds / (requests / plain)
-        whole = self.cost.round_seconds(requests, budget, *load)
-        self.policy.learn(requests, gain, seconds / plain, whole / plain - self.expected / requests)
+        lost = None
+        if self.plan.whole:  # it verifies more than pays
+            whole = self.cost.round_seconds(requests, budget, *load)
+            lost = whole / plain - self.expected / requests
+        self.policy.learn(requests, gain, seconds / plain, lost)
 
     def _learn_depth(self, order: Int64, paying: int) -> None:
         if self.plan.depth < self.gamma or self.plan.profile:

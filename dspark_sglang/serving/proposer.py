@@ -66,8 +66,9 @@ class Proposer(DraftBlockProposer):
     def can_copy(self, requests: Sequence[Any]) -> bool:
         """Whether the running step, whose plan does not draft, can copy; called once before it."""
         allowed = self._control.plan.copies and self._seat.ranks.count == 1
-        self._found = self._copies(requests, self.gamma) if allowed else None
-        return self._found is not None and len(self._found.rows) > 0
+        found = self._copies(requests, self.gamma) if allowed else None
+        self._found = found if found is not None and len(found.rows) else None
+        return self._found is not None
 
     def _sampled_rows(self, batch: Any, sampling_info: Any) -> SampledRows | None:
         """Which requests sample and how; read again only when the batch changes."""
@@ -186,7 +187,7 @@ class Proposer(DraftBlockProposer):
 
     def _without_draft(self, draft_input: Any, bs: int, rows: SampledRows | None) -> DraftProposal:
         """A step whose plan does not draft: copies where there are any."""
-        if self._found is None or not len(self._found.rows):
+        if self._found is None:
             return self._nothing(draft_input, bs, rows)
         self._control.copy_only(self.gamma)
         return self._copied(draft_input, bs, self._found, rows)

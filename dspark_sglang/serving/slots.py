@@ -21,11 +21,14 @@ def prepare(original: Callable[[Any, Any], None], draft_input: Any, batch: Any) 
         draft_input: of the batch; is told how many slots its requests have.
         batch: SGLang's ``ScheduleBatch``; is told the lengths of its requests.
     """
+    if not get_schedule().disable_overlap_schedule:
+        original(draft_input, batch)
+        return
     requests, block = batch.reqs, int(get_spec().speculative_num_draft_tokens)
     committed = [request.kv.kv_committed_len for request in requests]
     allocated = [request.kv.kv_allocated_len for request in requests]
     lasts = all(have >= used + block for have, used in zip(allocated, committed, strict=True))
-    if not requests or not lasts or not get_schedule().disable_overlap_schedule:
+    if not requests or not lasts:
         original(draft_input, batch)
         return
     batch.maybe_evict_swa()

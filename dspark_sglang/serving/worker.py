@@ -337,7 +337,7 @@ class DSparkWorker(DSparkWorkerV2):
         return result
 
     def _draft_up_to_date(self) -> None:
-        """Commit what plain steps left for the draft, under the draft's own placement."""
+        """Commit what prefills and plain steps left for the draft, under the draft's own placement."""
         if self._verify_executor.lagging:
             with self._draft_context():
                 self._verify_executor.lagging.flush()

@@ -267,8 +267,8 @@ def tie_gap(server: Server, prompt: Prompt, other: str, *, max_tokens: int) -> f
         "logprobs": True,
         "top_logprobs": 2,
     }
-    answer: dict[str, Any] = httpx.post(
-        f"{server.url}/v1/chat/completions", json=body, timeout=600.0
+    answer: dict[str, Any] = server.http.post(
+        "/v1/chat/completions", json=body, timeout=600.0
     ).json()
     shared = ""
     for token in answer["choices"][0]["logprobs"]["content"]:

@@ -18,7 +18,6 @@ from dspark_sglang.demo.server import Server
 
 K = TypeVar("K")
 V = TypeVar("V")
-_TIMEOUT_S = 60.0
 
 
 class RunningClock:
@@ -70,7 +69,7 @@ def release(server: Server) -> None:
 
 def _post(server: Server, path: str, body: dict[str, str]) -> None:
     try:
-        httpx.post(server.url + path, json=body, timeout=_TIMEOUT_S).raise_for_status()
+        server.http.post(path, json=body).raise_for_status()
     except httpx.HTTPError as error:
         raise server.gone(error) from error
 

@@ -98,7 +98,7 @@ def generate(server: Server, prompt: tuple[int, ...], max_tokens: int) -> tuple[
     sampling = {"temperature": 0.0, "max_new_tokens": max_tokens, "ignore_eos": True}
     body = {"input_ids": list(prompt), "sampling_params": sampling}
     try:
-        answer = httpx.post(f"{server.url}/generate", json=body, timeout=_TIMEOUT)
+        answer = server.http.post("/generate", json=body, timeout=_TIMEOUT)
         answer.raise_for_status()
     except httpx.HTTPError as error:
         raise server.gone(error) from error

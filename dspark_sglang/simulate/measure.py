@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import httpx
 import msgspec
 import numpy as np
 
@@ -142,7 +141,7 @@ class Pace:
         }
         body = {"text": "Once upon a time", "sampling_params": parameters}
         began = time.perf_counter()
-        answer = httpx.post(f"{self._server.url}/generate", json=body, timeout=120.0)
+        answer = self._server.http.post("/generate", json=body, timeout=120.0)
         if answer.status_code != 200:
             raise ServerError(
                 f"The plain request between blocks failed: {answer.text[:200]}.",

@@ -2,16 +2,18 @@
 
 A *round* drafts and verifies; a *plain* step does neither. Each kind has its own model: an affine
 law of the requests, those of them that sample, the drafted tokens verified, the cached context and the
-rows beyond some numbers of them (a few rows cost what one does, many cost each their share), and
-over it a small grid of what that law misses (kernels whose time rises in stairs). A factor
-common to both follows the machine: a neighbour that slows it down slows both kinds alike, and what
-decides is their ratio.
+rows beyond some numbers of them (a few rows cost what one does, many cost each their share), over it
+a small grid of what that law misses (kernels whose time rises in stairs), and a level for each
+number of requests, soon learned: in service, clients and other processes take their part of the
+machine. A factor common to both kinds follows the machine: a neighbour that slows it down slows both
+alike, and what decides is their ratio.
 """
 
 from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,13 +41,25 @@ _AFTER_SWITCH = 3
 _TRUST, _SETTLED = 0.3, 0.06
 #: Steps at a point of the grid that the affine law is worth there, and the least weight of a new one.
 _DOUBT, _PACE = 6.0, 0.04
-#: Largest error (logarithm of a ratio) that is learned from one step: more is a stall.
-_SURPRISE = 0.15
+#: Steps of a number of requests that what was known before them is worth to its level, and the least weight of a new one.
+_LEVEL_DOUBT, _LEVEL_PACE = 1.5, 0.02
+#: Largest error (logarithm of a ratio) that is learned from one step: a slower one is a stall. What no step is by
+#: chance is much faster than usual.
+_SURPRISE, _FASTER = 0.15, 0.4
+#: Fits to a measurement in a row, and the error from which a step weighs less in the next one.
+_FITS, _LATE = 6, 0.03
 #: Steps of a kind before which nothing is known well enough to call one a stall.
 _YOUNG = 64
 _ERRORS_KEPT = 512
 #: Limits of what is taken for a cost model: seconds, and logarithms of ratios.
-_LARGEST = {"theta": 1e6, "moments": 1e30, "products": 1e30, "grid": 0.7, "seen": 1e12}
+_LARGEST = {
+    "theta": 1e6,
+    "moments": 1e30,
+    "products": 1e30,
+    "grid": 0.7,
+    "level": 0.7,
+    "seen": 1e12,
+}
 _LARGEST_SLOWDOWN = 7.0
 #: Steps after which curves are made anew.
 _CURVE_AGE = 16
@@ -66,7 +80,10 @@ class Step(NamedTuple):
 
 
 class _Kind:
-    """One kind of step: ``theta . (1, R, S, D, C / 1024, (R + D - 8)+, (R + D - 64)+) * exp(grid(R, D / R))``."""
+    """One kind of step.
+
+    ``theta . (1, R, S, D, C / 1024, (R + D - 8)+, (R + D - 64)+) * exp(level(R) + grid(R, D / R))``.
+    """
 
     def __init__(self, gamma: int) -> None:
         self.gamma = gamma
@@ -75,6 +92,9 @@ class _Kind:
         self.products = np.zeros(_TERMS)
         self.grid = np.zeros((_DOUBLINGS, gamma + 1))
         self.seen = np.zeros((_DOUBLINGS, gamma + 1))
+        self.level = np.zeros(_DOUBLINGS)
+        #: Steps of each level since the server started.
+        self.served = np.zeros(_DOUBLINGS)
         self.observations = 0
 
     @property
@@ -96,23 +116,33 @@ class _Kind:
         weights = np.array([(1 - a) * (1 - b), (1 - a) * b, a * (1 - b), a * b])
         return np.array([r, r, r + 1, r + 1]), np.array([c, c + 1, c, c + 1]), weights
 
+    def near(self, step: Step) -> tuple[npt.NDArray[np.int64], Float64]:
+        """The two levels around a step and their weights."""
+        rows, _, weights = self._nodes(step)
+        return rows[[0, 2]], weights[[0, 2]] + weights[[1, 3]]
+
     def predict(self, step: Step) -> float:
         rows, columns, weights = self._nodes(step)
         known = weights * (self.seen[rows, columns] > 0)
         total = known.sum()
         # Points nobody has seen take the value of those beside them.
         log = float(known @ self.grid[rows, columns] / total) if total > 1e-9 else 0.0
-        return max(1e-9, float(self._features(step) @ self.theta)) * math.exp(log)
+        log += float(weights @ self.level[rows])
+        return self._law(step) * math.exp(log)
+
+    def _law(self, step: Step) -> float:
+        return max(1e-9, float(self._features(step) @ self.theta))
 
     @property
     def young(self) -> bool:
         return self.observations < _YOUNG
 
-    def learn(self, step: Step, predicted: float, wrong: float, *, trust: float) -> None:
+    def learn(self, step: Step, predicted: float, wrong: float, *, own: bool, trust: float) -> None:
         """Take in a step that would have lasted ``predicted * exp(wrong)`` on a machine of ordinary speed.
 
         Args:
             predicted: what :meth:`predict` said of it.
+            own: the machine's speed has been the same just before, in a step of the other kind.
             trust: how much of it is believed, in 0..1.
         """
         seconds, young = predicted * math.exp(wrong), self.young
@@ -124,13 +154,13 @@ class _Kind:
             self._weigh(step, predicted, 1.0 + wrong, trust)
         if young or self.observations % 16 == 0:
             self._fit(step, seconds)
-        self._correct(step, seconds, trust)
+        self._correct(step, seconds, trust, own=own)
 
     def begin(self, step: Step, seconds: float) -> None:
         """Take in the first step of its kind."""
         self._weigh(step, seconds, 1.0, 1.0)
         self._fit(step, seconds)
-        self._correct(step, seconds, 1.0)
+        self._correct(step, seconds, 1.0, own=False)
 
     def _weigh(self, step: Step, scale: float, value: float, trust: float) -> None:
         """Add a step of ``scale * value`` seconds to what the law is fitted to, its error relative to ``scale``."""
@@ -140,15 +170,22 @@ class _Kind:
         self.products = forget * self.products + trust * value * features
         self.observations += 1
 
-    def _correct(self, step: Step, seconds: float, trust: float) -> None:
-        """Note in the grid what the law misses."""
+    def _correct(self, step: Step, seconds: float, trust: float, *, own: bool) -> None:
+        """Note in the grid, and where an error is the kind's own in the levels, what the law misses."""
         rows, columns, weights = self._nodes(step)
+        error = math.log(seconds / self.predict(step))
+        error = min(max(error, -_FASTER), _SURPRISE)
+        if own:
+            near, share = self.near(step)
+            pace = np.maximum(_LEVEL_PACE, 1.0 / (_LEVEL_DOUBT + self.served[near]))
+            self.served[near] += share
+            moved = pace * share / float(share @ share) * error
+            self.level[near] = np.clip(self.level[near] + moved, -0.7, 0.7)
+            error -= float(share @ moved)
         # A step says little about what the law misses: most of it is chance, and what decides how much to verify
         # are differences between neighbours.
         pace = trust * np.maximum(_PACE, 1.0 / (_DOUBT + self.seen[rows, columns]))
         self.seen[rows, columns] += weights
-        error = math.log(seconds / self.predict(step))
-        error = min(max(error, -_SURPRISE), _SURPRISE)
         self.grid[rows, columns] = np.clip(
             self.grid[rows, columns] + pace * weights * error, -0.7, 0.7
         )
@@ -163,6 +200,23 @@ class _Kind:
         target = np.linalg.solve(factor, self.products + weight @ prior)
         self.theta, _ = nnls(factor.T, target)
 
+    def refit(self, steps: list[tuple[Step, float]]) -> None:
+        """Learn from these steps and their seconds alone, all of them at once, those that stalled hardly."""
+        weights = np.ones(len(steps))
+        for _ in range(_FITS):
+            self.moments[:], self.products[:] = 0.0, 0.0
+            for (step, seconds), weight in zip(steps, weights, strict=True):
+                self._weigh(step, seconds, 1.0, weight)
+            self._fit(*steps[-1])
+            late = np.array([math.log(seconds / self._law(step)) for step, seconds in steps])
+            weights = np.minimum(1.0, _LATE / np.maximum(late, _LATE))
+        self.observations = len(steps)
+        for part in (self.grid, self.seen, self.level, self.served):
+            part[:] = 0.0
+        for (step, seconds), weight in zip(steps, weights, strict=True):
+            self._correct(step, seconds, weight, own=False)
+        self.served[:] = 0.0
+
     def state(self) -> dict[str, Any]:
         return {
             "theta": self.theta.tolist(),
@@ -170,10 +224,12 @@ class _Kind:
             "products": self.products.tolist(),
             "grid": self.grid.tolist(),
             "seen": self.seen.tolist(),
+            "level": self.level.tolist(),
             "observations": self.observations,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
+        state = {"level": [0.0] * _DOUBLINGS, **state}  # as written before there were levels
         if state.keys() != self.state().keys():
             raise KeyError(*(state.keys() ^ self.state().keys()))
         for name, most in _LARGEST.items():
@@ -256,19 +312,43 @@ class CostModel:
         own = self._since_switch < _AFTER_SWITCH
         settled = abs(self._drift) < _SETTLED
         if settled and not kind.young:
-            wrong = min(max(wrong, -_SURPRISE), _SURPRISE)
+            wrong = min(max(wrong, -_FASTER), _SURPRISE)
         # Right after a change of kind an error is the kind's own. Later it is the machine's, and
         # what stays once that has been followed is how this step differs from others of its kind.
         if own:
-            kind.learn(step, predicted, wrong, trust=1.0)
+            kind.learn(step, predicted, wrong, own=True, trust=1.0)
+            self._balance(step)
         else:
             self._drift += 0.15 * (wrong - self._drift)
             self._slower += 0.1 * wrong
-            kind.learn(step, predicted, 0.9 * wrong, trust=_TRUST if settled else 0.0)
+            kind.learn(step, predicted, 0.9 * wrong, own=False, trust=_TRUST if settled else 0.0)
         self._age += 1
         if self._age >= _CURVE_AGE:
             self._age = 0
             self._curves.clear()
+
+    def _balance(self, step: Step) -> None:
+        """Leave to the machine's speed what the levels have in common: nothing else would keep them from running apart."""
+        near, share = self._round.near(step)
+        levels = self._round.level[near] + self._plain.level[near]
+        common = 0.5 * float(share @ levels)
+        self._slower += common
+        for kind in (self._round, self._plain):
+            kind.level[near] -= common * share / float(share @ share)
+
+    def refit(self, steps: Sequence[tuple[Step, float]]) -> None:
+        """Learn from a measurement alone: its steps and their seconds, of which some are of each kind.
+
+        All at once tells better than one after the other which of them stalled.
+        """
+        for kind in (self._round, self._plain):
+            own = [
+                (step, seconds) for step, seconds in steps if step.round == (kind is self._round)
+            ]
+            if own:
+                kind.refit(own)
+        self._slower = self._drift = 0.0
+        self._curves.clear()
 
     def plain_seconds(self, requests: int, context: int, sampled: int = 0) -> float:
         """Seconds of a step without drafting; infinite while none has been seen."""

@@ -126,6 +126,8 @@ class Control:
         self._whole_turn = 0
         self._profile_step = 0
         self._profile_began: float | None = None
+        #: Steps of the measurement at start-up, so far, with their seconds.
+        self._profiled: list[tuple[Step, float]] = []
         #: Wall seconds of the measurement at start-up, so far.
         self.profile_seconds = 0.0
         #: Confidence logits of the running step, from the proposer.
@@ -417,6 +419,19 @@ class Control:
             count = len(self._requests)
             step = Step(count, self._budget, self._context, self.plan.draft, self._sampling)
             self.cost.observe(step, seconds)
+            if self.plan.profile:
+                self._profiled.append((step, seconds))
+
+    def measured(self) -> float:
+        """The measurement at start-up is over: learn from all of its steps at once.
+
+        Returns:
+            Wall seconds that it took; 0 where there was none.
+        """
+        if self._profiled:
+            self.cost.refit(self._profiled)
+        self._profiled = []
+        return self.profile_seconds
 
     def _learn_copies(self, seconds: float) -> None:
         requests, load = len(self._requests), (self._context, self._sampling)

@@ -64,7 +64,7 @@ async def _answer(manager: Any, rid: str, load: Load, rng: random.Random, vocabu
             "ignore_eos": True,
             "custom_params": {KEY: {"profile": True}},
         },
-        stream=False,
+        stream=True,  # as in service, where other processes take their part of the machine, too
     )
     async for _ in manager.generate_request(request, None):
         pass

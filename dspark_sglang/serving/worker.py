@@ -314,7 +314,6 @@ class DSparkWorker(DSparkWorkerV2):
     def _forward_decode(self, batch: Any, on_publish: Any, *args: Any, **kwargs: Any) -> Any:
         if not batch.reqs or batch.forward_mode.is_idle():
             return super()._forward_decode(batch, on_publish, *args, **kwargs)
-        start = time.perf_counter()
         known = batch.seq_lens_cpu
         plan = self.control.begin(batch.reqs, 0 if known is None else int(known.sum()))
         if self._ranks > 1 and self.control.adaptive:
@@ -322,7 +321,8 @@ class DSparkWorker(DSparkWorkerV2):
             packed = self._seat.ranks.broadcast(plan.packed(self.device), "plan")
             self.control.plan = StepPlan.unpacked(packed)
         if self.control.plan.draft:
-            self._draft_up_to_date()
+            self._draft_up_to_date()  # the bill of plain steps, not of this round
+        start = time.perf_counter()
         plain = not self.control.plan.draft and not self._proposer.can_copy(batch.reqs)
         if plain and self._plain.takes(batch):
             result = self._plain.decode(batch, on_publish)
@@ -442,7 +442,7 @@ class DSparkWorker(DSparkWorkerV2):
         return lambda: setattr(self.control, "cost_source", str(path))
 
     def _end_measurement(self, path: Path) -> None:
-        self.profile_s = self.control.profile_seconds or self.profile_s
+        self.profile_s = self.control.measured() or self.profile_s
         try:
             self._save_cost(path)
         except ConfigError as error:

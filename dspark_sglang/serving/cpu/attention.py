@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.radix_attention import AttentionType
@@ -18,8 +19,10 @@ from torch.nn.functional import scaled_dot_product_attention
 
 _BIDIRECTIONAL = (AttentionType.ENCODER_ONLY, AttentionType.DECODER_BIDIRECTIONAL)
 
-#: Requests in a batch from which on keys are padded to twice their number at most, not four times.
-_FINE = 32
+#: What a call and a key cost, in pairs of a query row and a key: keys are gathered from the cache for each call.
+_CALL, _KEY = 16384.0, 16.0
+#: Query rows below which padding to the longest costs hardly anything.
+_SHORT = 16
 
 
 class Group(NamedTuple):
@@ -76,20 +79,23 @@ class Group(NamedTuple):
 def group_requests(
     q_lens: Sequence[int], kv_lens: Sequence[int], slots: Sequence[torch.Tensor]
 ) -> list[Group]:
-    """Partition a ragged batch so that padding at most doubles queries and quadruples keys.
+    """Partition a ragged batch so that calls and padding together cost least.
 
-    Keys at most double from ``_FINE`` requests on, where a group more costs less than the padding.
+    Requests with many query rows only meet those with up to twice as many.
 
     Args:
         q_lens: query rows of each request.
         kv_lens: cached positions of each request, its own rows included.
         slots: ``[kv]`` KV slots of each request.
     """
-    coarse = 1 if len(q_lens) >= _FINE else 2
-    buckets: dict[tuple[int, int], list[int]] = {}
-    for request, (q, kv) in enumerate(zip(q_lens, kv_lens, strict=True)):
-        key = (q.bit_length(), (max(kv, 64) - 1).bit_length() // coarse)
-        buckets.setdefault(key, []).append(request)
+    similar: dict[int, list[int]] = {}
+    for request, q in enumerate(q_lens):
+        similar.setdefault((max(q, _SHORT) - 1).bit_length(), []).append(request)
+    found = [
+        members
+        for requests in similar.values()
+        for members in _split(sorted(requests, key=lambda i: kv_lens[i]), q_lens, kv_lens)
+    ]
     starts = [0]
     for q in q_lens:
         starts.append(starts[-1] + q)
@@ -100,10 +106,30 @@ def group_requests(
             [kv_lens[i] for i in members],
             [starts[i] for i in members],
             [slots[i] for i in members],
-            whole=len(buckets) == 1,
+            whole=len(found) == 1,
         )
-        for members in buckets.values()
+        for members in found
     ]
+
+
+def _split(
+    ordered: Sequence[int], q_lens: Sequence[int], kv_lens: Sequence[int]
+) -> list[list[int]]:
+    """Cut requests, shortest cache first, into runs whose padded attention costs least."""
+    count, q = len(ordered), max(q_lens[i] for i in ordered)
+    each = (_KEY + q) * np.array([kv_lens[i] for i in ordered], dtype=np.float64)
+    cost, begins = np.zeros(count + 1), np.zeros(count + 1, dtype=np.int64)
+    for end in range(1, count + 1):
+        # All requests since a beginning, padded to the last one.
+        options = cost[:end] + _CALL + each[end - 1] * np.arange(end, 0, -1)
+        begins[end] = options.argmin()
+        cost[end] = options[begins[end]]
+    runs, end = [], count
+    while end:
+        # In the order of the batch, as a whole batch has to be.
+        runs.append(sorted(ordered[begins[end] : end]))
+        end = int(begins[end])
+    return runs
 
 
 def _make_group(

@@ -22,6 +22,7 @@ from dspark_sglang.core.accept import stop_at
 from dspark_sglang.core.penalties import Penalties
 from dspark_sglang.serving.context import Lagging, States
 from dspark_sglang.serving.control import Control
+from dspark_sglang.serving.cpu.packing import pad_index
 from dspark_sglang.serving.ops import Ops, Verified
 from dspark_sglang.serving.planner import Planner
 from dspark_sglang.serving.proposer import OurDraftBlock
@@ -406,9 +407,10 @@ class Verifier(TargetVerifyExecutor):
                     slots = torch.where(chosen, slots, -1)
                 self._kv_writer.write(hidden, places, slots)
                 return
-            if chosen is not None:
-                keep = chosen.nonzero().view(-1)
-                hidden, slots, places = hidden[keep], slots[keep], places[keep]
+            if chosen is not None or hidden.device.type == "cpu":
+                rows = torch.arange(len(slots)) if chosen is None else chosen.nonzero().view(-1)
+                rows = pad_index(rows) if hidden.device.type == "cpu" else rows
+                hidden, slots, places = hidden[rows], slots[rows], places[rows]
             self.kv_injector.inject_target_hidden(
                 target_hidden=hidden, cache_loc=slots, positions=places
             )

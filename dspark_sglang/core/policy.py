@@ -19,8 +19,8 @@ HYSTERESIS = 0.02
 PROBE_ROUNDS, OVERHEAD = 3, 0.005
 #: Fewest and most plain steps between probes: a changed workload must be noticed.
 _NEAREST, _FARTHEST, _EXTREME = 24, 160, 960
-#: Rounds before the first look at what plain steps cost and, each time twice as many, between later
-#: ones at most; rounds between blocks that are verified whole.
+#: Steps before the first look at the other way and, each time twice as many, between later ones at most (rounds: no
+#: more than the second); rounds between blocks that are verified whole.
 _FIRST_LOOK, _PLAIN_EVERY, _WHOLE_EVERY = 12, 256, 96
 #: Logarithm of the gain from which looks are no more frequent than that: near break-even they cost
 #: little and decide much.
@@ -66,7 +66,7 @@ class _State:
         self.length = 1.5
         #: Plain steps that a round of a probe loses.
         self.lost = 0.2
-        #: Rounds until the next look at plain steps.
+        #: Steps until the next look at the other way, at most.
         self.wait = _FIRST_LOOK
 
 
@@ -117,8 +117,9 @@ class DraftPolicy:
                 state.wait = min(2 * state.wait, _PLAIN_EVERY)
                 return Decision(False, look=True)
             return Decision(True, whole=state.since % _WHOLE_EVERY == _WHOLE_EVERY // 2)
-        if state.since >= self._pause(state, requests):
+        if state.since >= min(state.wait, self._pause(state, requests)):
             state.since, state.probing = 0, _probe(requests) - 1
+            state.wait = min(2 * state.wait, _EXTREME)
             # In full: what the last workload taught about depth and confidence may be over.
             return Decision(True, whole=True)
         return Decision(False)
@@ -163,7 +164,8 @@ class DraftPolicy:
         if wanted != state.drafting:
             state.drafting = wanted
             state.since = state.probing = 0
-            state.wait = _FIRST_LOOK
+            # What few rounds have decided is looked at again soon.
+            state.wait = _FIRST_LOOK if wanted else max(_FIRST_LOOK, 2 * state.rounds)
             self.switches += 1
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -18,7 +19,12 @@ from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.speculative.ragged_verify import RaggedVerifyLayout
 
-from dspark_sglang.serving.cpu.attention import CpuAttentionBackend, group_requests
+from dspark_sglang.serving.cpu.attention import (
+    _CALL,
+    _KEY,
+    CpuAttentionBackend,
+    group_requests,
+)
 from dspark_sglang.serving.cpu.platform import _kv_pool_cls
 
 # --- a paged cache and a batch ------------------------------------------------------------------
@@ -316,10 +322,34 @@ def test_padding_is_bounded_and_every_row_is_in_one_group(requests: list[tuple[i
     slots = [torch.arange(kv) for kv in kv_lens]
     rows: list[int] = []
     for group in group_requests(q_lens, kv_lens, slots):
-        assert group.q < 2 * int(group.q_lens.min())
-        factor = 2 if len(requests) >= 32 else 4
-        assert group.kv <= factor * max(int(group.kv_lens.min()), 64)
+        assert group.q <= max(16, 2 * int(group.q_lens.min()))
+        # More than one call more would cost.
+        padding = group.kv * group.batch - int(group.kv_lens.sum())
+        assert padding * _KEY <= group.batch * _CALL
         taken = torch.arange(sum(q_lens)) if group.rows is None else group.rows
         assert len(taken) == group.batch * group.q
         rows += (taken if group.real is None else taken[group.real]).tolist()
     assert sorted(rows) == list(range(sum(q_lens)))
+
+
+def padded_cost(runs: list[list[int]], q: int) -> float:
+    """What attention over caches of these lengths costs, each run padded to its longest."""
+    return sum(_CALL + (_KEY + q) * len(run) * max(run) for run in runs)
+
+
+@given(
+    kv_lens=st.lists(st.integers(1, 4000), min_size=1, max_size=8),
+    q=st.integers(1, 8),
+)
+def test_no_other_cut_of_the_sorted_batch_costs_less(kv_lens: list[int], q: int) -> None:
+    slots = [torch.arange(kv) for kv in kv_lens]
+    found = group_requests([q] * len(kv_lens), kv_lens, slots)
+    cost = padded_cost([group.kv_lens.tolist() for group in found], q)
+    ordered = sorted(kv_lens)
+    for cuts in itertools.product((False, True), repeat=len(ordered) - 1):
+        runs = [[ordered[0]]]
+        for length, cut in zip(ordered[1:], cuts, strict=True):
+            if cut:
+                runs.append([])
+            runs[-1].append(length)
+        assert cost <= padded_cost(runs, q) * (1 + 1e-9)

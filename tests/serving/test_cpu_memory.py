@@ -14,7 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sglang.srt.layers.linear import ReplicatedLinear
 
-from dspark_sglang.serving.cpu.packing import PackedLinearMethod, pack, pack_model, packed_linear
+from dspark_sglang.serving.cpu.packing import (
+    PackedLinearMethod,
+    pack,
+    pack_model,
+    packed_linear,
+    pad_index,
+    padded_rows,
+)
 from dspark_sglang.serving.cpu.platform import assign_slots, cache_slots
 
 # --- slots ----------------------------------------------------------------------------------------
@@ -73,13 +80,31 @@ def close(found: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: Any)
 
 @types
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
-@pytest.mark.parametrize("rows", range(1, 10))
+@pytest.mark.parametrize("rows", [*range(1, 10), 16, 17, 100, 300, 1100])
 def test_packed_linear_is_linear(rows: int, bias: bool, dtype: torch.dtype) -> None:
     weight, x = torch.randn(96, 48).to(dtype), torch.randn(rows, 48).to(dtype)
     added = torch.randn(96).to(dtype) if bias else None
     found = packed_linear(x, pack(weight), added)
     assert found.shape == (rows, 96)
     close(found, x, weight, None if added is None else added.double())
+
+
+def test_rows_are_padded_to_few_numbers_and_not_far() -> None:
+    numbers = range(4097)
+    found = [padded_rows(n) for n in numbers]
+    assert found[:17] == list(range(17)) and len(set(found)) < 70
+    assert all(
+        n <= padded <= max(n + 15, n * 1.3) for n, padded in zip(numbers, found, strict=True)
+    )
+    assert all(padded_rows(padded) == padded for padded in set(found))
+
+
+@pytest.mark.parametrize("rows", [0, 1, 16, 17, 40])
+def test_an_index_is_padded_with_its_last_row(rows: int) -> None:
+    index = torch.arange(rows) * 3
+    found = pad_index(index)
+    assert len(found) == padded_rows(rows) and found[:rows].tolist() == index.tolist()
+    assert set(found[rows:].tolist()) <= {3 * (rows - 1)}
 
 
 @types

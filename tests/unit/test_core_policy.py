@@ -77,8 +77,49 @@ def test_drafting_that_loses_is_stopped_at_once() -> None:
     policy = DraftPolicy()
     run = serve(policy, [0.7] * 200)
     assert run.drafted[:PROBE_ROUNDS] == [True] * PROBE_ROUNDS
-    assert not any(run.drafted[PROBE_ROUNDS : PROBE_ROUNDS + 20])
+    assert not any(run.drafted[PROBE_ROUNDS : PROBE_ROUNDS + 10])
     assert not policy.drafting(8) and policy.switches == 1
+
+
+def waits(policy: DraftPolicy, requests: int, gain: float, steps: int) -> list[int]:
+    """Plain steps before each probe of a load where drafting brings ``gain``."""
+    found, plain = [], 0
+    for _ in range(steps):
+        if policy.decide(requests).draft:
+            policy.learn(requests, gain)
+            found += [plain] if plain else []
+            plain = 0
+        else:
+            plain += 1
+    return found
+
+
+def test_what_few_rounds_have_decided_is_looked_at_again_soon_and_then_rarely() -> None:
+    policy = DraftPolicy()
+    for _ in range(PROBE_ROUNDS):
+        policy.learn(8, 0.9)
+    assert not policy.drafting(8)
+    found = waits(policy, 8, 0.9, 2000)
+    assert found[:3] == sorted(found[:3]) and found[0] <= 12 and found[1] <= 24
+    assert min(found[4:]) >= 50
+
+
+def test_a_load_not_seen_before_does_not_stay_with_what_another_taught() -> None:
+    policy = DraftPolicy()
+    for _ in range(200):
+        policy.learn(4, 0.9)
+    assert not policy.drafting(8)
+    assert waits(policy, 8, 1.3, 60)[0] <= 12
+    assert policy.drafting(8) and not policy.drafting(4)
+
+
+def test_much_evidence_is_not_looked_at_again_soon() -> None:
+    policy = DraftPolicy()
+    for _ in range(200):
+        policy.learn(8, 1.1)
+    for _ in range(200):
+        policy.learn(8, 0.9)
+    assert not policy.drafting(8) and waits(policy, 8, 0.9, 400)[0] >= 24
 
 
 @pytest.mark.parametrize(("gain", "longer"), [(0.97, 1.5), (0.9, 1.5), (0.8, 2.0), (0.6, 2.0)])

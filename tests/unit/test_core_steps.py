@@ -146,6 +146,49 @@ def test_one_slow_depth_at_the_start_leaves_the_budgets_of_the_others() -> None:
     assert seconds == pytest.approx(true, rel=0.12)
 
 
+def test_a_measurement_is_fitted_all_at_once_without_its_stalls() -> None:
+    """One step in seven stalls, among them the first of every load, as when caches are cold."""
+    rng, model = np.random.default_rng(0), CostModel(gamma=GAMMA)
+    steps = []
+    for requests in (32, 8, 2, 16, 4, 1) * 2:
+        for number in range(20):
+            is_round = number % 2 == 0
+            drafted = requests * (5, 0, 4, 1, 3, 2)[number // 2 % 6] if is_round else 0
+            step = Step(requests, drafted, 40 * requests, is_round)
+            stall = 1.8 if number == 0 or rng.random() < 0.1 else 1.0
+            steps.append((step, affine(step) * stall * math.exp(0.01 * rng.standard_normal())))
+    for step, seconds in steps:
+        model.observe(step, seconds)
+    model.refit(steps)
+    assert model.observations == len(steps) and model.slowdown == 1.0
+    for step, _ in steps:
+        assert predict(model, step) == pytest.approx(affine(step), rel=0.05)
+
+
+def test_rounds_of_a_load_are_told_apart_from_plain_steps_within_a_few_probes() -> None:
+    """In service plain steps of one load last a third longer than was measured, and rounds no more than before."""
+    steps = [
+        (step, affine(step))
+        for requests in (1, 2, 4, 8, 16) * 6
+        for drafted in (0, requests, 3 * requests, 5 * requests)
+        for step in (Step(requests, drafted, 800, True), Step(requests, 0, 800, False))
+    ]
+    model = CostModel(gamma=GAMMA)
+    model.refit(steps)
+    plain, probe = Step(16, 0, 800, False), Step(16, 48, 800, True)
+
+    def ratio() -> float:
+        return predict(model, probe) / predict(model, plain)
+
+    measured = affine(probe) / affine(plain)
+    assert ratio() == pytest.approx(measured, rel=0.05)
+    for _ in range(4):
+        for _ in range(40):
+            model.observe(plain, 1.33 * affine(plain))
+        model.observe(probe, affine(probe))
+    assert ratio() == pytest.approx(measured / 1.33, rel=0.08)
+
+
 def test_the_reported_error_is_that_of_predictions_made_before(learned: CostModel) -> None:
     # The median of |exp(N(0, 0.05)) - 1| is 3.4%: less would be hindsight.
     assert learned.error is not None and 0.025 < learned.error < 0.07

@@ -78,8 +78,8 @@ def test_the_draft_is_skipped_where_all_copy_surely(
 def losing(**known: Any) -> Control:
     """Has learned that drafting 4 requests does not pay."""
     control = measured(**known)
-    for _ in range(PROBE_ROUNDS + 1):
-        control.policy.learn(4, 0.5)
+    for gain in [1.3] * 60 + [0.5] * 100:
+        control.policy.learn(4, gain)
     assert not control.policy.drafting(4)
     return control
 

@@ -73,20 +73,21 @@ def _names(text: str, name: str, known: tuple[T, ...]) -> list[T]:
 def _start(
     stack: ExitStack, console: Console, servers: dict[ModeName, Server]
 ) -> dict[ModeName, str]:
-    """Start all and pause them.
+    """Start one after the other and pause them: ours times its steps while it starts.
 
     Returns:
         Why a mode did not start. Ours and no speculation must.
     """
-    for server in servers.values():
-        stack.enter_context(server)
+    failed: dict[ModeName, ServerError] = {}
     with console.status("") as status:
-        doing = f"starting {len(servers)} servers"
-        failed = pause_when_up(
-            servers,
-            tell=lambda took: status.update(f"{doing} ({took:.0f} s, usually 60)"),
-            may_fail=_MAY_FAIL,
-        )
+        for number, (name, server) in enumerate(servers.items(), 1):
+            stack.enter_context(server)
+            doing = f"starting server {number} of {len(servers)}, {name}"
+            failed |= pause_when_up(
+                {name: server},
+                tell=lambda took, doing=doing: status.update(f"{doing} ({took:.0f} s, usually 30)"),
+                may_fail=_MAY_FAIL,
+            )
     for name, error in failed.items():
         console.print(f"[yellow]![/] {name} does not run: {error}")
     return {name: servers[name].reason() for name in failed}

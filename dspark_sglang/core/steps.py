@@ -45,7 +45,7 @@ _DOUBT, _PACE = 6.0, 0.04
 _LEVEL_DOUBT, _LEVEL_PACE = 1.5, 0.02
 #: Largest error (logarithm of a ratio) that is learned from one step: a slower one is a stall. What no step is by
 #: chance is much faster than usual.
-_SURPRISE, _FASTER = 0.15, 0.4
+_SURPRISE, _FASTER = 0.15, 0.7
 #: Fits to a measurement in a row, and the error from which a step weighs less in the next one.
 _FITS, _LATE = 6, 0.03
 #: Steps of a kind before which nothing is known well enough to call one a stall.
@@ -57,7 +57,7 @@ _LARGEST = {
     "moments": 1e30,
     "products": 1e30,
     "grid": 0.7,
-    "level": 0.7,
+    "level": 1.5,
     "seen": 1e12,
 }
 _LARGEST_SLOWDOWN = 7.0
@@ -180,7 +180,7 @@ class _Kind:
             pace = np.maximum(_LEVEL_PACE, 1.0 / (_LEVEL_DOUBT + self.served[near]))
             self.served[near] += share
             moved = pace * share / float(share @ share) * error
-            self.level[near] = np.clip(self.level[near] + moved, -0.7, 0.7)
+            self.level[near] = np.clip(self.level[near] + moved, -1.5, 1.5)
             error -= float(share @ moved)
         # A step says little about what the law misses: most of it is chance, and what decides how much to verify
         # are differences between neighbours.

@@ -6,6 +6,7 @@ operator can change while the server runs. Only the host side of scheduling is h
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ import numpy.typing as npt
 import torch
 
 from dspark_sglang.config import COST_ONLINE
-from dspark_sglang.core.depth import DepthCaps
+from dspark_sglang.core.depth import DepthCaps, far_apart
 from dspark_sglang.core.lookup import CopyBudget, copy_budget
 from dspark_sglang.core.policy import Choice, DraftPolicy
 from dspark_sglang.core.reliability import Reliability
@@ -29,6 +30,8 @@ from dspark_sglang.core.steps import CostModel, Step
 from dspark_sglang.core.survival import check, survival
 from dspark_sglang.serving.options import RequestOptions, read_options
 
+logger = logging.getLogger(__name__)
+
 Float64 = npt.NDArray[np.float64]
 Int64 = npt.NDArray[np.int64]
 
@@ -40,6 +43,8 @@ _WHOLE_REQUESTS = 4
 _COPY_RATE, _STALLED = 0.05, 1.3
 #: While nothing is drafted, steps with copies before one without: it is timed.
 _PLAIN_EVERY = 24
+#: Steps of a start-up measurement below which it says nothing.
+_FEWEST = 48
 #: Sources of the step cost besides files: nothing is timed; it is being measured before the server
 #: listens.
 COST_OFF, COST_UNMEASURED, COST_UNKEPT = "off", "unmeasured", "measured, not kept"
@@ -210,7 +215,7 @@ class Control:
         self._profile_step += 1
         if plain:
             return StepPlan(limits, 0, profile=True)
-        depths = _spread(self.gamma)
+        depths = far_apart(self.gamma)
         own = np.minimum(limits, depths[turn % len(depths)])
         return StepPlan(own, self.gamma, whole=True, profile=True)
 
@@ -423,14 +428,22 @@ class Control:
                 self._profiled.append((step, seconds))
 
     def measured(self) -> float:
-        """The measurement at start-up is over: learn from all of its steps at once.
+        """The measurement at start-up is over: learn from all of its steps at once, or from none of a few.
 
         Returns:
             Wall seconds that it took; 0 where there was none.
         """
-        if self._profiled:
-            self.cost.refit(self._profiled)
-        self._profiled = []
+        steps, self._profiled = self._profiled, []
+        if len(steps) < _FEWEST:
+            logger.warning(
+                "dspark: only %d steps ran in the %.0f s meant for measuring their cost. It is learned while serving. "
+                "Did something else use the machine?",
+                len(steps),
+                self.profile_seconds,
+            )
+            self.cost.forget()
+        else:
+            self.cost.refit(steps)
         return self.profile_seconds
 
     def _learn_copies(self, seconds: float) -> None:
@@ -482,13 +495,3 @@ class Control:
 
 def _limit(options: RequestOptions, gamma: int) -> int:
     return gamma if options.max_draft_tokens is None else min(options.max_draft_tokens, gamma)
-
-
-def _spread(gamma: int) -> list[int]:
-    """Depths 0 to gamma, far ones next to each other."""
-    order: list[int] = []
-    low, high = 0, gamma
-    while low <= high:
-        order += [high, low] if low < high else [low]
-        low, high = low + 1, high - 1
-    return order

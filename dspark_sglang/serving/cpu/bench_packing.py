@@ -1,4 +1,4 @@
-"""``python -m dspark_sglang.serving.cpu.bench_packing``: plain against packed projections.
+"""``python -m dspark_sglang.serving.cpu.bench_packing``: plain against packed projections, and padded rows.
 
 Times all projections of a model shape once per repetition, so that weights come from memory as they
 do in a decode step and not from a cache that holds one of them.
@@ -40,6 +40,7 @@ def main() -> None:
         size = sum(weight.nbytes for weight in weights) / 1e6
         print(f"{torch.get_num_threads()} threads, {size:.0f} MB, {dtype}")
         compare(weights)
+        changing(weights)
 
 
 def compare(weights: list[torch.Tensor]) -> None:
@@ -57,6 +58,29 @@ def compare(weights: list[torch.Tensor]) -> None:
                 packed_linear(inputs[weight.shape[1]], layout, None)
 
         print(f"{rows:3d} rows: plain {best_ms(plain):6.2f} ms, packed {best_ms(ours):6.2f} ms")
+
+
+def changing(weights: list[torch.Tensor]) -> None:
+    """Print the mean time of forwards of which hardly two have as many rows, as they come and padded."""
+    packed = [pack(weight) for weight in weights]
+    counts = torch.randperm(284, generator=torch.Generator().manual_seed(0)) + 17
+    inputs = {width: torch.randn(300, width).to(weights[0].dtype) for width, _ in SHAPES}
+
+    def mean_ms(multiply: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> float:
+        lasted = 0.0
+        for _ in range(2):  # once around to meet all of them
+            start = time.perf_counter()
+            for rows in counts.tolist():
+                for weight, layout in zip(weights, packed, strict=True):
+                    multiply(inputs[weight.shape[1]][:rows], layout)
+            lasted = time.perf_counter() - start
+        return 1e3 * lasted / len(counts)
+
+    as_they_come = mean_ms(
+        lambda x, layout: torch.ops.mkldnn._linear_pointwise(x, layout, None, "none", [], "")
+    )
+    padded = mean_ms(lambda x, layout: packed_linear(x, layout, None))
+    print(f"17 to 300 rows in turn: as they come {as_they_come:6.2f} ms, padded {padded:6.2f} ms")
 
 
 if __name__ == "__main__":

@@ -82,12 +82,8 @@ def _start(
     with console.status("") as status:
         for number, (name, server) in enumerate(servers.items(), 1):
             stack.enter_context(server)
-            doing = f"starting server {number} of {len(servers)}, {name}"
-            failed |= pause_when_up(
-                {name: server},
-                tell=lambda took, doing=doing: status.update(f"{doing} ({took:.0f} s, usually 30)"),
-                may_fail=_MAY_FAIL,
-            )
+            status.update(f"starting server {number} of {len(servers)}, {name} (usually 30 s)")
+            failed |= pause_when_up({name: server}, tell=lambda took: None, may_fail=_MAY_FAIL)
     for name, error in failed.items():
         console.print(f"[yellow]![/] {name} does not run: {error}")
     return {name: servers[name].reason() for name in failed}

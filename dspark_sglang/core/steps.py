@@ -215,7 +215,6 @@ class _Kind:
             part[:] = 0.0
         for (step, seconds), weight in zip(steps, weights, strict=True):
             self._correct(step, seconds, weight, own=False)
-        self.served[:] = 0.0
 
     def state(self) -> dict[str, Any]:
         return {

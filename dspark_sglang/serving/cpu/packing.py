@@ -5,9 +5,9 @@ at every call. A weight reordered into oneDNN's own blocked layout runs 1.5 to 2
 counts of decoding, and a forward of six rows costs what a forward of one row does: verification becomes
 almost free. The packed copy stays beside the original, which loading and tied embeddings read.
 
-oneDNN compiles a kernel for every number of rows it meets (1 to 12 ms and about 1 MB each) and keeps 1,024
-of them. Prefills and ragged verification meet a new number at almost every step, so rows are padded to a
-few numbers.
+oneDNN compiles a kernel for every number of rows it meets (about 1 MB each) and keeps 1,024 of them.
+Prefills and ragged verification meet a new number at almost every step, so rows are padded to a few
+numbers.
 """
 
 from __future__ import annotations

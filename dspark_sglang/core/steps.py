@@ -43,8 +43,10 @@ _TRUST, _SETTLED = 0.3, 0.06
 _DOUBT, _PACE = 6.0, 0.04
 #: Steps of a number of requests that what was known before them is worth to its level, and the least weight of a new one.
 _LEVEL_DOUBT, _LEVEL_PACE = 1.5, 0.02
-#: Largest error (logarithm of a ratio) that is learned from one step: a slower one is a stall. What no step is by
-#: chance is much faster than usual.
+#: Largest level either way.
+_FARTHEST_LEVEL = 1.5
+#: Largest errors (logarithms of a ratio) that are learned from one step, slower and faster: a slower one is a stall, but
+#: no step is much faster than usual by chance.
 _SURPRISE, _FASTER = 0.15, 0.7
 #: Fits to a measurement in a row, and the error from which a step weighs less in the next one.
 _FITS, _LATE = 6, 0.03
@@ -57,7 +59,7 @@ _LARGEST = {
     "moments": 1e30,
     "products": 1e30,
     "grid": 0.7,
-    "level": 1.5,
+    "level": _FARTHEST_LEVEL,
     "seen": 1e12,
 }
 _LARGEST_SLOWDOWN = 7.0
@@ -180,7 +182,7 @@ class _Kind:
             pace = np.maximum(_LEVEL_PACE, 1.0 / (_LEVEL_DOUBT + self.served[near]))
             self.served[near] += share
             moved = pace * share / float(share @ share) * error
-            self.level[near] = np.clip(self.level[near] + moved, -1.5, 1.5)
+            self.level[near] = np.clip(self.level[near] + moved, -_FARTHEST_LEVEL, _FARTHEST_LEVEL)
             error -= float(share @ moved)
         # A step says little about what the law misses: most of it is chance, and what decides how much to verify
         # are differences between neighbours.

@@ -407,9 +407,10 @@ class Verifier(TargetVerifyExecutor):
                     slots = torch.where(chosen, slots, -1)
                 self._kv_writer.write(hidden, places, slots)
                 return
-            if chosen is not None or hidden.device.type == "cpu":
+            on_cpu = hidden.device.type == "cpu"
+            if chosen is not None or on_cpu:
                 rows = torch.arange(len(slots)) if chosen is None else chosen.nonzero().view(-1)
-                rows = pad_index(rows) if hidden.device.type == "cpu" else rows
+                rows = pad_index(rows) if on_cpu else rows
                 hidden, slots, places = hidden[rows], slots[rows], places[rows]
             self.kv_injector.inject_target_hidden(
                 target_hidden=hidden, cache_loc=slots, positions=places

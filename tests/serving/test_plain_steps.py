@@ -137,10 +137,8 @@ def test_the_draft_reads_what_steps_without_it_left(servers: Pair) -> None:
         assert after_plain == after_prefill
         kept.append(one)
         fresh.append(other)
-    # What is copied beside drafts is learned on between the two, which moves a few. A context that is not the draft's
-    # own halves all of them.
-    assert sum(one == other for one, other in zip(kept, fresh, strict=True)) >= 3
-    assert sum(kept) > 0.93 * sum(fresh)
+    pairs = list(zip(kept, fresh, strict=True))
+    assert sum(one == other for one, other in pairs) >= 5, pairs
 
 
 def test_a_server_on_a_cpu_can_be_profiled(servers: Pair, tmp_path: Path) -> None:

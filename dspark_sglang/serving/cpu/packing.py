@@ -30,11 +30,8 @@ logger = logging.getLogger(__name__)
 _PLANNED_ROWS = 8
 #: Packed copies may take this share of free memory; above it the plain layout stays.
 _MEMORY_SHARE = 0.25
-
-
-#: Most rows that are padded to multiples of so many.
-_EXACT, _STEPS = 16, ((256, 16), (1024, 64))
-_COARSE = 256
+#: Rows up to which nothing is padded; most rows that are padded to multiples of so many; multiples beyond those.
+_EXACT, _STEPS, _COARSE = 16, ((256, 16), (1024, 64)), 256
 
 
 def padded_rows(rows: int) -> int:

@@ -236,7 +236,7 @@ class Control:
             confidence: ``[R, gamma]`` calibrated.
             slots: ``[R]`` rows of the request pool and their generations.
             pool: rows of that pool.
-            buckets: tokens of the captured graphs, for budgets from older confidences.
+            buckets: numbers of rows that forwards run with; None: any.
         """
         plan, requests = self.plan, len(confidence)
         if not plan.draft:
@@ -263,7 +263,7 @@ class Control:
         if self.lagged and self._history is None:
             self._history = History(slots=pool, gamma=self.gamma)
         if self._history is None:
-            paying = early_stop_budget(values, order, curve)
+            paying = early_stop_budget(values, order, curve, buckets)
         else:
             earlier = self._history.advance(slots, generations, values)
             paying = global_budget(earlier, curve, buckets)

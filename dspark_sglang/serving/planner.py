@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from sglang.srt.speculative.dspark_components.dspark_planner import (
     DSparkVerifyPlanner,
@@ -13,6 +14,7 @@ from sglang.srt.speculative.dspark_components.dspark_planner import (
 
 from dspark_sglang.core.schedule import admission_order
 from dspark_sglang.serving.control import Budgeted, Control
+from dspark_sglang.serving.cpu.packing import is_packed, row_counts
 from dspark_sglang.serving.ops import Ops
 from dspark_sglang.serving.telemetry import Telemetry
 
@@ -39,6 +41,7 @@ class Planner(DSparkVerifyPlanner):
         self._budgeted: Budgeted | None = None
         #: Whether that is the running step's, decided before SGLang asks for it.
         self._decided = False
+        self._packed = is_packed(self.model_runner.model)
         self._is_verify_all = not control.adaptive
         if not control.adaptive:
             # Without it SGLang plans no budget, and no rank waits for another's.
@@ -71,14 +74,20 @@ class Planner(DSparkVerifyPlanner):
         with self._telemetry.timed("plan"):
             slots = req_pool_indices.cpu().long()
             values = confidence.cpu().numpy()
-            captured = ragged_capture_num_tokens(model_runner=self.model_runner)
             self._budgeted = self._control.budget(
                 values,
                 slots=slots.numpy(),
                 generations=pool.req_generation[slots].numpy(),
                 pool=int(pool.req_to_token.shape[0]),
-                buckets=None if captured is None else np.asarray(captured, dtype=np.int64),
+                buckets=self._buckets(values.size + len(values)),
             )
+
+    def _buckets(self, most: int) -> npt.NDArray[np.int64] | None:
+        """Ascending numbers of rows that verify forwards of up to ``most`` run with; None: any."""
+        captured = ragged_capture_num_tokens(model_runner=self.model_runner)
+        if captured is not None:
+            return np.asarray(captured, dtype=np.int64)
+        return row_counts(most) if self._packed else None
 
     def packed(self) -> torch.Tensor:
         """``[1 + R * gamma]`` int64: what was decided, for ranks that time their own rounds."""

@@ -16,11 +16,13 @@ from sglang.srt.layers.linear import ReplicatedLinear
 
 from dspark_sglang.serving.cpu.packing import (
     PackedLinearMethod,
+    is_packed,
     pack,
     pack_model,
     packed_linear,
     pad_index,
     padded_rows,
+    row_counts,
 )
 from dspark_sglang.serving.cpu.platform import assign_slots, cache_slots
 
@@ -97,6 +99,8 @@ def test_rows_are_padded_to_few_numbers_and_not_far() -> None:
         n <= padded <= max(n + 15, n * 1.3) for n, padded in zip(numbers, found, strict=True)
     )
     assert all(padded_rows(padded) == padded for padded in set(found))
+    assert row_counts(4096).tolist() == sorted(set(found[1:]))
+    assert row_counts(20).tolist() == [*range(1, 17), 32]
 
 
 @pytest.mark.parametrize("rows", [0, 1, 16, 17, 40])
@@ -135,7 +139,8 @@ def test_a_model_is_packed_where_it_can_be(dtype: torch.dtype) -> None:
         }
     )
     model["plain"].weight.data.normal_()
-    assert pack_model(model) == 1
+    assert not is_packed(model)
+    assert pack_model(model) == 1 and is_packed(model)
     assert isinstance(model["plain"].quant_method, PackedLinearMethod)
     x = torch.randn(3, 48).to(dtype)
     close(model["plain"](x)[0], x, model["plain"].weight, None)

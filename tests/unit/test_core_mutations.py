@@ -167,8 +167,8 @@ MUTATIONS = {
     ),
     "the walk looks past the first fall": Mutation(
         f"{SCHEDULE}.budget",
-        "return first if falls[first] else len(order)",
-        "return int(np.argmax(theta))",
+        "stop = first if falls[first] else len(order)",
+        "stop = int(np.argmax(theta))",
         ("early_stop_budget",),
         test_core_schedule,
         test_core_schedule.test_early_stop_preserves_the_target_law,

@@ -184,21 +184,38 @@ def test_global_budget_is_the_argmax(case: tuple[np.ndarray, list[int]]) -> None
     assert global_budget(values, TableCost(table)) == exhaustive(values, table)
 
 
+@given(case=priced(), ends=st.sets(st.integers(1, 26), max_size=6))
+def test_early_stop_fills_the_bucket_it_stops_in(
+    case: tuple[np.ndarray, list[int]], ends: set[int]
+) -> None:
+    values, table = case
+    order, buckets = admission_order(values), np.array(sorted(ends), dtype=np.int64)
+    stops = len(values) + algorithm_1(values, table)
+    filled = min((end for end in ends if end >= stops), default=stops)
+    budget = early_stop_budget(values, order, TableCost(table), buckets)
+    assert budget == min(filled - len(values), values.size)
+
+
 @given(
     confidence=hnp.arrays(np.float64, (3, 4), elements=st.floats(0.0, 1.0)),
     request=st.integers(0, 2),
     position=st.integers(0, 3),
     later=hnp.arrays(np.float64, 4, elements=st.floats(0.0, 1.0)),
+    buckets=st.sampled_from([None, np.array([4, 8, 12]), np.array([5, 15])]),
 )
 def test_early_stop_never_looks_ahead(
-    confidence: np.ndarray, request: int, position: int, later: np.ndarray
+    confidence: np.ndarray,
+    request: int,
+    position: int,
+    later: np.ndarray,
+    buckets: np.ndarray | None,
 ) -> None:
     """Confidences after a token (they depend on its value) cannot change its own admission."""
 
     def sent(values: np.ndarray) -> int:
         order = admission_order(values)
         cost = TableCost([1.0 + 0.2 * tokens for tokens in range(16)])
-        budget = early_stop_budget(values, order, cost)
+        budget = early_stop_budget(values, order, cost, buckets)
         return int(lengths(order, budget, requests=3)[request])
 
     changed = confidence.copy()

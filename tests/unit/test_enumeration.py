@@ -226,6 +226,12 @@ def early_stop(cost: TableCost) -> Budget:
     return lambda values, order: early_stop_budget(values, order, cost)
 
 
+def filling(cost: TableCost, *buckets: int) -> Budget:
+    """Algorithm 1, its last bucket filled."""
+    ends = np.array(buckets)
+    return lambda values, order: early_stop_budget(values, order, cost, ends)
+
+
 def fixed(tokens: int) -> Budget:
     """What the asynchronous form comes to: a budget that nothing of this step has touched."""
     return lambda values, order: tokens
@@ -286,6 +292,27 @@ def test_synchronous_rounds_are_plain_decoding(
     models, rng = pair(seed, size, gamma)
     budget = early_stop(random_cost(rng, 2 * gamma + 2))
     assert worst(models, METHODS[method], budget) < 1e-12
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("buckets", [(4,), (3, 5), (2, 4, 6)])
+def test_filled_buckets_are_plain_decoding(method: str, buckets: tuple[int, ...]) -> None:
+    models, rng = pair(8, 2, 2)
+    budget = filling(random_cost(rng, 6), *buckets)
+    assert worst(models, METHODS[method], budget) < 1e-12
+
+
+def test_giving_up_a_bucket_that_hardly_began_is_caught() -> None:
+    def rounded_down(values: Float64, order: npt.NDArray[np.int64]) -> int:
+        tokens = 2 + early_stop_budget(values, order, cost)
+        return (tokens if tokens == 6 else tokens // 3 * 3 if tokens > 3 else 2) - 2
+
+    gaps = []
+    for seed in range(12):
+        models, rng = pair(seed, 2, 2)
+        cost = random_cost(rng, 6)
+        gaps.append(worst(models, accept_sampled, rounded_down))
+    assert max(gaps) > 0.01
 
 
 @pytest.mark.parametrize(("size", "gamma"), SHAPES)

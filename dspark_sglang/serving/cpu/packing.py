@@ -12,9 +12,12 @@ numbers.
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import psutil
 import torch
 from sglang.srt.layers.linear import LinearBase
@@ -40,6 +43,12 @@ def padded_rows(rows: int) -> int:
         return rows
     step = next((step for most, step in _STEPS if rows <= most), _COARSE)
     return -(-rows // step) * step
+
+
+@functools.cache
+def row_counts(most: int) -> npt.NDArray[np.int64]:
+    """The numbers that :func:`padded_rows` gives for 1 to ``most`` rows, ascending."""
+    return np.unique([padded_rows(rows) for rows in range(1, most + 1)])
 
 
 def pad_index(rows: torch.Tensor) -> torch.Tensor:
@@ -126,3 +135,8 @@ def pack_model(model: torch.nn.Module) -> int:
         packed.process_weights_after_loading(module)
         module.quant_method = packed
     return len(chosen)
+
+
+def is_packed(model: torch.nn.Module) -> bool:
+    """Whether projections of ``model`` are packed: its forwards run with padded rows."""
+    return any(isinstance(getattr(m, "quant_method", None), _Packed) for m in model.modules())

@@ -184,7 +184,7 @@ def test_global_budget_is_the_argmax(case: tuple[np.ndarray, list[int]]) -> None
     assert global_budget(values, TableCost(table)) == exhaustive(values, table)
 
 
-@given(case=priced(), ends=st.sets(st.integers(1, 26), max_size=6))
+@given(case=priced(), ends=st.sets(st.integers(1, 26), min_size=1, max_size=6))
 def test_early_stop_fills_the_bucket_it_stops_in(
     case: tuple[np.ndarray, list[int]], ends: set[int]
 ) -> None:

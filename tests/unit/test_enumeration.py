@@ -303,16 +303,14 @@ def test_filled_buckets_are_plain_decoding(method: str, buckets: tuple[int, ...]
 
 
 def test_giving_up_a_bucket_that_hardly_began_is_caught() -> None:
-    def rounded_down(values: Float64, order: npt.NDArray[np.int64]) -> int:
-        tokens = 2 + early_stop_budget(values, order, cost)
-        return (tokens if tokens == 6 else tokens // 3 * 3 if tokens > 3 else 2) - 2
+    cost = TableCost(np.array([1.0, 1.0, 1.0, 1.15, 1.3, 1.45, 1.6]))
 
-    gaps = []
-    for seed in range(12):
-        models, rng = pair(seed, 2, 2)
-        cost = random_cost(rng, 6)
-        gaps.append(worst(models, accept_sampled, rounded_down))
+    def all_or_nothing(values: Float64, order: npt.NDArray[np.int64]) -> int:
+        return 4 if early_stop_budget(values, order, cost) >= 3 else 0
+
+    gaps = [worst(pair(seed, 2, 2)[0], accept_sampled, all_or_nothing) for seed in range(12)]
     assert max(gaps) > 0.01
+    assert worst(pair(0, 2, 2)[0], accept_sampled, filling(cost, 6)) < 1e-12
 
 
 @pytest.mark.parametrize(("size", "gamma"), SHAPES)

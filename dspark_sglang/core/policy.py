@@ -1,7 +1,8 @@
 """Whether to draft at all: never slower than no speculation, with a small bill for finding out.
 
-Drafting pays where ``τ / T_round > R / T_plain``. Both sides depend on the load, so the decision is kept
-for each power of two of running requests. Who drafts learns the gain at every step and, now and
+Drafting pays where ``τ / T_round > R / T_plain``. Both sides depend on the load, and greedy requests
+accept far more than sampled ones, so the decision is kept for each power of two of running requests,
+apart where most of them sample. Who drafts learns the gain at every step and, now and
 then, what plain steps cost; who does not tries a few rounds at intervals that keep their cost
 within a bound.
 """
@@ -51,7 +52,7 @@ class Learned(NamedTuple):
 
 
 class _State:
-    """Of one range of running requests."""
+    """Of one range of running requests, greedy or sampled ones."""
 
     def __init__(self) -> None:
         self.drafting = True
@@ -76,37 +77,42 @@ class DraftPolicy:
     def __init__(self) -> None:
         #: ``on`` and ``off`` overrule what is learned.
         self.choice: Choice = "auto"
-        self._states: dict[int, _State] = {}
+        #: By bits of the number of requests, and whether most of them sample.
+        self._states: dict[tuple[int, bool], _State] = {}
         self.switches = 0
 
-    def _state(self, requests: int) -> _State:
-        key = requests.bit_length()
+    def _state(self, requests: int, sampled: bool) -> _State:
+        key = requests.bit_length(), sampled
         if key not in self._states:
+            near = min(
+                self._states, key=lambda k: (k[1] != sampled, abs(k[0] - key[0])), default=None
+            )
             state = self._states[key] = _State()
-            near = min((k for k in self._states if k != key), key=lambda k: abs(k - key), default=0)
-            if near:
+            if near is not None:
                 # What was learned beside it, to be confirmed quickly.
                 state.drafting, state.gain = self._states[near].drafting, self._states[near].gain
         return self._states[key]
 
-    def drafting(self, requests: int) -> bool:
+    def drafting(self, requests: int, sampled: bool = False) -> bool:
         """Whether steps of that many requests usually draft."""
-        return self.choice == "on" or (self.choice == "auto" and self._state(requests).drafting)
+        return self.choice == "on" or (
+            self.choice == "auto" and self._state(requests, sampled).drafting
+        )
 
-    def gain(self, requests: int) -> float:
+    def gain(self, requests: int, sampled: bool = False) -> float:
         """Expected throughput with drafting over without, as learned."""
-        return self._state(requests).gain
+        return self._state(requests, sampled).gain
 
-    def learned(self, requests: int) -> Learned | None:
+    def learned(self, requests: int, sampled: bool = False) -> Learned | None:
         """What rounds of that many requests brought; None before there were any."""
-        state = self._state(requests)
+        state = self._state(requests, sampled)
         return Learned(state.gain, state.length) if state.rounds else None
 
-    def decide(self, requests: int) -> Decision:
+    def decide(self, requests: int, sampled: bool = False) -> Decision:
         """What the next step of that many requests does."""
         if self.choice != "auto":
             return Decision(self.choice == "on")
-        state = self._state(requests)
+        state = self._state(requests, sampled)
         state.since += 1
         if state.probing:
             state.probing -= 1
@@ -139,7 +145,12 @@ class DraftPolicy:
         )
 
     def learn(
-        self, requests: int, gain: float, length: float = 1.5, lost: float | None = None
+        self,
+        requests: int,
+        gain: float,
+        length: float = 1.5,
+        lost: float | None = None,
+        sampled: bool = False,
     ) -> None:
         """Take in the gain of a round: throughput with drafting over without, as predicted.
 
@@ -148,11 +159,12 @@ class DraftPolicy:
             length: seconds of the round over those of a plain step.
             lost: plain steps that it lasted beyond those that would have brought as many tokens,
                 with all that it verified to learn; None: as many as follow from the others.
+            sampled: most of the requests sample.
         """
         lost = length * (1.0 - gain) if lost is None else lost
         if not (0.0 < gain < math.inf and 0.0 < length < math.inf and math.isfinite(lost)):
             return
-        state = self._state(requests)
+        state = self._state(requests, sampled)
         state.rounds += 1
         rate = max(_RATE if state.drafting else _PROBE_RATE, 1.0 / state.rounds)
         state.gain += rate * (min(gain, _MOST) - state.gain)

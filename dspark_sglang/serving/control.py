@@ -125,8 +125,8 @@ class Control:
         self._dearer = 1.1
         #: ``[R]`` most drafted tokens that each request of the running step allows.
         self._limits = np.zeros(0, dtype=np.int64)
-        #: How many requests of the running step sample.
-        self._sampling = 0
+        #: How many requests of the running step sample, and whether most do.
+        self._sampling, self._samples = 0, False
         #: First of the requests whose blocks are verified whole next.
         self._whole_turn = 0
         self._profile_step = 0
@@ -169,6 +169,7 @@ class Control:
         self._requests, self._context = options, context
         self.sampled = np.array([r.sampling_params.top_k > 1 for r in requests], dtype=bool)
         self._sampling = int(self.sampled.sum())
+        self._samples = 2 * self._sampling > len(options)
         self.copied, self.undrafted = np.zeros(len(options), dtype=bool), False
         self._confidence, self.expected, self._budget = None, float(len(options)), 0
         self._limits = limits = np.array([_limit(o, self.gamma) for o in options], dtype=np.int64)
@@ -184,7 +185,7 @@ class Control:
             return self._profile(limits)
         if not most or self.forced == 0.0:
             return StepPlan(limits, 0)
-        decision = self.policy.decide(len(options))
+        decision = self.policy.decide(len(options), self._samples)
         if not decision.draft:
             free = self.policy.choice != "off" and self.forced is None and not decision.look
             return StepPlan(limits, 0, copies=free and self._since_plain < _PLAIN_EVERY)
@@ -327,7 +328,7 @@ class Control:
         if self.policy.choice == "on":
             return False
         requests = len(self._requests)
-        known = self.policy.learned(requests)
+        known = self.policy.learned(requests, self._samples)
         if not self.cost.comparable or known is None:
             return None
         if self.plan.whole:
@@ -365,7 +366,7 @@ class Control:
         if self.plan.whole:  # it verifies more than pays
             whole = self.cost.round_seconds(requests, budget, *load)
             lost = whole / plain - self.expected / requests
-        self.policy.learn(requests, gain, seconds / plain, lost)
+        self.policy.learn(requests, gain, seconds / plain, lost, self._samples)
 
     def _learn_depth(self, order: Int64, paying: int) -> None:
         if self.plan.depth < self.gamma or self.plan.profile:
@@ -467,8 +468,8 @@ class Control:
         return {
             "cost_source": self.cost_source,
             "speculation": self.policy.choice,
-            "drafting": self.policy.drafting(requests) if self.adaptive else True,
-            "gain": round(self.policy.gain(requests), 4),
+            "drafting": self.policy.drafting(requests, self._samples) if self.adaptive else True,
+            "gain": round(self.policy.gain(requests, self._samples), 4),
             "switches": self.policy.switches,
             "plain_steps": self.plain_steps,
             "copied_rounds": self.copied_rounds,

@@ -249,6 +249,19 @@ def test_a_new_load_starts_from_the_nearest_known_one() -> None:
     assert policy.drafting(32)
 
 
+def test_sampled_requests_do_not_inherit_for_long_what_greedy_ones_gained() -> None:
+    policy = DraftPolicy()
+    for _ in range(300):
+        policy.learn(8, 1.6)
+    assert policy.drafting(8, sampled=True)  # from the nearest load, until there is one of its own
+    for _ in range(PROBE_ROUNDS):
+        policy.learn(8, 0.9, sampled=True)
+    assert not policy.drafting(8, sampled=True) and policy.drafting(8)
+    assert policy.gain(8) == pytest.approx(1.6)
+    # Other sampled requests are nearer than as many greedy ones.
+    assert not policy.drafting(2, sampled=True)
+
+
 @pytest.mark.parametrize("gain", [math.nan, math.inf, -math.inf, 0.0, -2.0], ids=str)
 def test_gains_that_cannot_be_are_ignored(gain: float) -> None:
     policy, same = DraftPolicy(), DraftPolicy()
@@ -269,8 +282,9 @@ def test_any_gains_give_decisions_and_bounded_waits(gains: list[float]) -> None:
     assert any(policy.decide(8).draft for _ in range(LONGEST_WAIT + PROBE_ROUNDS))
 
 
-def test_memory_is_one_state_for_each_power_of_two() -> None:
+def test_memory_is_two_states_for_each_power_of_two() -> None:
     policy = DraftPolicy()
     for requests in range(1, 1025):
         policy.decide(requests)
-    assert len(policy._states) == 11
+        policy.decide(requests, sampled=True)
+    assert len(policy._states) == 22

@@ -35,8 +35,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     #: ``auto``: replace SGLang's DSPARK when it is asked for. ``off``: leave the builtin.
     plugin: Plugin = "auto"
-    #: ``adaptive``: verify what pays, by the step times this server measures. ``lagged``: how much
-    #: is decided from confidences two steps old, as overlap scheduling needs it.
+    #: ``adaptive``: verify what pays, by the step times this server measures. ``lagged``: the same, but how
+    #: much is decided from confidences two steps old, as it always is under overlap scheduling.
     #: ``all``: always verify the whole drafted block.
     schedule: Schedule = "adaptive"
     #: Step cost. ``auto``: measured at start-up, once for each pair of models and machine (kept in the
@@ -68,6 +68,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     seed: int = -1
     #: Torch threads of the CPU platform. 0: the cores this process may run on.
     cpu_threads: int = 0
+    #: Overlap scheduling on the CPU platform, in the order of an accelerator: slower there, for tests.
+    cpu_overlap: bool = False
     #: Run on an SGLang release other than the pinned one after the contract check passes.
     allow_other_sglang: bool = False
     #: Where downloaded and converted models are kept. Empty: the user's cache directory.

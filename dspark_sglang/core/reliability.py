@@ -147,9 +147,14 @@ class Reliability:
         confidences themselves.
         """
         kind, column = sampled.astype(np.int64)[:, None], np.arange(self.gamma)
+        shift = self.shift()[kind, column, _bin(confidence)]
+        found: Float64 = np.clip(confidence + shift, 0.0, 1.0)
+        return found
+
+    def shift(self) -> Float64:
+        """What a confidence is moved by, ``[2, gamma, BINS]``: greedy and sampled requests, position, bin."""
         seen, predicted, kept = np.where(self.alarms[..., None], self._fast, self._slow[:3])
-        shift = (kept - predicted) / (seen + _TRUST)
-        found: Float64 = np.clip(confidence + shift[kind, column, _bin(confidence)], 0.0, 1.0)
+        found: Float64 = (kept - predicted) / (seen + _TRUST)
         return found
 
     def table(self) -> dict[str, list[list[list[float]]]]:

@@ -62,9 +62,10 @@ class Commands:
         if key != _CANARY and not self._worker.control.adaptive:
             raise ConfigError(
                 f"{key} was set, but this server verifies everything it drafts.",
-                expected="a server with DSPARK_SCHEDULE=adaptive and no overlap scheduling",
+                expected="a server with DSPARK_SCHEDULE=adaptive, and with attention data parallelism no overlap",
                 fix="Start it that way.",
             )
+        self._worker.catch_up()
         return self._known[key](value)
 
     def _speculation(self, value: float) -> Apply:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import numpy as np
 import torch
 from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode
 from sglang.srt.runtime_context import get_parallel
@@ -69,7 +68,7 @@ class PlainDecoder:
         Returns:
             SGLang's ``GenerationBatchResult`` of a speculative step.
         """
-        worker, requests = self._worker, len(batch.reqs)
+        worker = self._worker
         places = batch.seq_lens
         table = batch.req_to_token_pool.req_to_token
         batch.input_ids = batch.spec_info.bonus_tokens.view(-1)
@@ -95,8 +94,6 @@ class PlainDecoder:
         result.speculative_num_draft_tokens = int(worker.verify_num_draft_tokens)
         result.speculative_output_stride = 1
         result.new_seq_lens = lens
-        none = np.zeros(requests, dtype=np.int64)
-        self._telemetry.observe_round(none, none, 0)
         self._telemetry.ran["step:decode"] += 1
-        self._control.accepted(none, none)
+        self._verifier.verified_nothing(len(batch.reqs))
         return result

@@ -13,9 +13,11 @@ from sglang.srt.speculative.dspark_components.dspark_planner import (
 )
 
 from dspark_sglang.core.schedule import admission_order
+from dspark_sglang.serving.ahead import Ahead
 from dspark_sglang.serving.control import Budgeted, Control
 from dspark_sglang.serving.cpu.packing import is_packed, row_counts
-from dspark_sglang.serving.ops import Ops
+from dspark_sglang.serving.ops import Admitted, Ops
+from dspark_sglang.serving.running import Running
 from dspark_sglang.serving.telemetry import Telemetry
 
 
@@ -24,16 +26,19 @@ class Planner(DSparkVerifyPlanner):
 
     _budget_planner: Any
 
-    def bind(self, *, control: Control, ops: Ops, telemetry: Telemetry) -> None:
+    def bind(
+        self, *, control: Control, ops: Ops, telemetry: Telemetry, ahead: Ahead | None
+    ) -> None:
         """Attach the scheduler; called once after construction.
 
         Args:
             control: decides budgets; where it does not adapt, everything drafted is verified and
                 nothing is planned.
             ops: admits the budget.
+            ahead: decides budgets before the step drafts; None: they are decided once it has.
         """
         self._control = control
-        self._form = "lagged" if control.lagged else "early-stop"
+        self._ahead = ahead
         self._ops = ops
         self._telemetry = telemetry
         #: Cells of the window that the running step verifies; None: all of them.
@@ -46,6 +51,33 @@ class Planner(DSparkVerifyPlanner):
         if not control.adaptive:
             # Without it SGLang plans no budget, and no rank waits for another's.
             self._budget_planner = None
+
+    def confidence_budget_prepare(self) -> None:
+        """Nothing: SGLang would plan a budget of its own before each step."""
+
+    def resolve_verify_token_budget(self, **step: Any) -> int | None:
+        """The budget of this step: decided before, or now."""
+        if self._ahead is None:
+            budget: int | None = super().resolve_verify_token_budget(**step)
+            return budget
+        return self._control.running.budget
+
+    def decide_ahead(self, batch: Any) -> None:
+        """Decide on the budget of a step before it drafts.
+
+        Args:
+            batch: SGLang's ``ScheduleBatch``.
+        """
+        assert self._ahead is not None
+        pool = self.model_runner.req_to_token_pool  # made after this planner
+        with self._telemetry.timed("plan"):
+            slots = batch.req_pool_indices_cpu.long()
+            self._ahead.decide(
+                slots.numpy(),
+                pool.req_generation[slots].numpy(),
+                pool=int(pool.req_to_token.shape[0]),
+                buckets=self._buckets(len(slots) * (self.gamma + 1)),
+            )
 
     def compute_budget_sync(
         self,
@@ -113,11 +145,25 @@ class Planner(DSparkVerifyPlanner):
         budget: int | None,
     ) -> torch.Tensor | None:
         self.rows = None
-        if confidence is None or budget is None or self._budgeted is None:
+        if confidence is None or budget is None:
             return None
-        given = self._budgeted
-        found = self._ops.admit(given.survival, given.order, budget, torch.device(device))
+        device, running = torch.device(device), self._control.running
+        if self._ahead is not None:
+            form, found = "ahead", self._admitted_ahead(running, device)
+        elif self._budgeted is None:
+            return None
+        else:
+            form, given = "early-stop", self._budgeted
+            found = self._ops.admit(given.survival, given.order, given.budget, device)
         self.rows = found.rows
         verify_lens: torch.Tensor = (found.lens + 1).to(torch.int32)
-        self._telemetry.ran[f"schedule:{self._form if self._control.plan.draft else 'plain'}"] += 1
+        self._telemetry.ran[f"schedule:{form if running.plan.draft else 'plain'}"] += 1
         return verify_lens
+
+    def _admitted_ahead(self, running: Running, device: torch.device) -> Admitted:
+        assert self._ahead is not None
+        if self._ahead.survival is not None:
+            return self._ops.admit_there(self._ahead.survival, running.budget)
+        requests = len(running.requests)  # nothing was drafted: anchors alone
+        rows = torch.arange(requests, device=device) * (self.gamma + 1)
+        return Admitted(torch.zeros(requests, dtype=torch.int32, device=device), rows)

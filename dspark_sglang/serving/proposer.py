@@ -13,6 +13,7 @@ from sglang.srt.speculative.dspark_components.dspark_draft import (
 )
 
 from dspark_sglang.core.draft import DraftBlock
+from dspark_sglang.serving.ahead import Ahead
 from dspark_sglang.serving.control import Control
 from dspark_sglang.serving.lookup import Copies, Lookup
 from dspark_sglang.serving.ops import Ops, SampledRows
@@ -43,6 +44,7 @@ class Proposer(DraftBlockProposer):
         control: Control,
         planner: Planner,
         lookup: Lookup | None,
+        ahead: Ahead | None,
     ) -> None:
         """Attach what our part needs; called once after construction.
 
@@ -50,7 +52,9 @@ class Proposer(DraftBlockProposer):
             seat: where the drafter lives.
             lookup: finds what greedy requests can copy; None: nothing is copied.
             planner: decides how much is verified; with ranks, as soon as the block is drafted.
+            ahead: decided that before, and decides which tokens; None: the planner does.
         """
+        self._ahead = ahead
         self._control = control
         self._lookup = lookup
         self._planner = planner
@@ -65,7 +69,7 @@ class Proposer(DraftBlockProposer):
 
     def can_copy(self, requests: Sequence[Any]) -> bool:
         """Whether the running step, whose plan does not draft, can copy; called once before it."""
-        allowed = self._control.plan.copies and self._seat.ranks.count == 1
+        allowed = self._control.running.plan.copies and self._seat.ranks.count == 1
         found = self._copies(requests, self.gamma) if allowed else None
         self._found = found if found is not None and len(found.rows) else None
         return self._found is not None
@@ -91,7 +95,7 @@ class Proposer(DraftBlockProposer):
         sampling_info: Any,
         anchor_prepared: bool = False,
     ) -> DraftProposal:
-        depth = self._control.plan.depth
+        depth = self._control.running.plan.depth
         rows = self._sampled_rows(batch, sampling_info)
         if not depth:
             return self._without_draft(draft_input, bs, rows)
@@ -121,7 +125,7 @@ class Proposer(DraftBlockProposer):
         with self._telemetry.timed("draft_head"):
             block = self._block(hidden, ids[:, 0], verify_window.positions_2d[:, 0], rows)
             confidence, raw = self._ops.confidence(hidden, block.previous)
-            self._control.logits = raw
+            self._control.running.logits = raw
         tokens, missing = block.tokens, self.gamma - depth
         if missing:  # never verified: the plan admits no more than it drafts
             tokens, confidence, raw = (
@@ -130,7 +134,10 @@ class Proposer(DraftBlockProposer):
         if copies is not None and len(copies.rows):
             copies = copies.better(confidence.cpu().numpy())
             tokens, confidence = self._replaced(copies, tokens, confidence)
-        tokens = self._agreed(tokens, confidence, batch.req_pool_indices)
+        if self._ahead is None:
+            tokens = self._agreed(tokens, confidence, batch.req_pool_indices)
+        else:
+            tokens = self._agreed_ahead(self._ahead, tokens, confidence, raw)
         return self._proposal(ids, tokens, block, rows, (confidence, raw))
 
     def _block(
@@ -160,6 +167,18 @@ class Proposer(DraftBlockProposer):
             self._planner.agree(packed[: len(planned)], len(tokens))
         return packed[len(planned) :].view(tokens.shape)
 
+    def _agreed_ahead(
+        self, ahead: Ahead, tokens: torch.Tensor, confidence: torch.Tensor, raw: torch.Tensor
+    ) -> torch.Tensor:
+        """The same where the budget is known: rank 0's survivals are what every rank admits by."""
+        survival = ahead.survive(confidence, raw)
+        if self._seat.ranks.count == 1:
+            return tokens
+        packed = torch.cat([survival.view(torch.int64).flatten(), tokens.flatten()])
+        packed = self._seat.ranks.broadcast(packed, "block").view(2, *tokens.shape)
+        ahead.survival = packed[0].view(torch.float64)
+        return packed[1]
+
     @property
     def _reach(self) -> int:
         """Tokens that a copy may have whatever is drafted; 0: no more than are drafted, as our kernels and ranks expect."""
@@ -167,14 +186,14 @@ class Proposer(DraftBlockProposer):
 
     def _copies(self, requests: Sequence[Any], depth: int) -> Copies | None:
         """What requests of this step can copy from their own text."""
-        if self._lookup is None or self._control.plan.profile:
+        if self._lookup is None or self._control.running.plan.profile:
             return None
         with self._telemetry.timed("lookup"):
-            return self._lookup.find(requests, self._control.sampled, depth)
+            return self._lookup.find(requests, self._control.running.sampled, depth)
 
     def _suffice(self, copies: Copies, requests: int) -> bool:
         """Whether the draft forward can be skipped beside these."""
-        known = self._control.skips_draft(copies.rows, copies.chances)
+        known = self._control.copying.skip_draft(self._control.running, copies.rows, copies.chances)
         return copies.suffice(requests) if known is None else known
 
     def _replaced(
@@ -200,7 +219,7 @@ class Proposer(DraftBlockProposer):
         tokens, confidence = self._replaced(
             copies, given.draft_block.draft_tokens, given.confidence
         )
-        self._control.logits, self._control.undrafted = given.confidence_raw, True
+        self._control.running.logits, self._control.running.undrafted = given.confidence_raw, True
         self._telemetry.ran["draft:copies-alone"] += 1
         block = self._ops.nothing(rows, bs, self.gamma)
         return self._proposal(

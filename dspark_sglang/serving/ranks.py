@@ -40,6 +40,14 @@ class Ranks:
         received: torch.Tensor = self._group.broadcast(values, src=0)
         return received
 
+    def broadcast_host(self, values: torch.Tensor, what: str) -> torch.Tensor:
+        """Rank 0's ``values``, which are on the host, on every rank: no rank waits for its device."""
+        if self.count > 1:
+            self._telemetry.exchanged(what, values.numel() * values.element_size())
+            source, group = self._group.ranks[0], self._group.cpu_group
+            torch.distributed.broadcast(values, src=source, group=group)
+        return values
+
     def reduce(self, values: torch.Tensor, what: str) -> torch.Tensor:
         """The sum of every rank's ``values``."""
         self._telemetry.exchanged(what, values.numel() * values.element_size())

@@ -86,6 +86,11 @@ class Telemetry:
             lens, counts = found.numpy()
             self.observe_round(lens, counts, drafted)
 
+    def took(self, seconds: float, drafted: bool) -> None:
+        """Count the seconds of a step."""
+        self.seconds["step"] += seconds
+        self.seconds["round" if drafted else "plain"] += seconds
+
     def exchanged(self, what: str, size: int) -> None:
         """Count a collective of ``size`` bytes."""
         self.collectives[what] += 1

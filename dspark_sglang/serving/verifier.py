@@ -6,6 +6,7 @@ import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from sglang.kernels.ops.speculative.dspark.dspark_verify_window import (
     RaggedVerifyWindow,
@@ -20,6 +21,7 @@ from sglang.srt.speculative.dspark_components.dspark_verify import (
 
 from dspark_sglang.core.accept import stop_at
 from dspark_sglang.core.penalties import Penalties
+from dspark_sglang.serving.ahead import Ahead
 from dspark_sglang.serving.context import Lagging, States
 from dspark_sglang.serving.control import Control
 from dspark_sglang.serving.cpu.packing import pad_index
@@ -80,7 +82,14 @@ class Verifier(TargetVerifyExecutor):
     """Overrides packing, acceptance and commit; the target forward stays SGLang's."""
 
     def bind(
-        self, *, planner: Planner, ops: Ops, telemetry: Telemetry, control: Control, seat: Seat
+        self,
+        *,
+        planner: Planner,
+        ops: Ops,
+        telemetry: Telemetry,
+        control: Control,
+        seat: Seat,
+        ahead: Ahead | None,
     ) -> None:
         """Attach what our part needs; called once after construction.
 
@@ -89,7 +98,9 @@ class Verifier(TargetVerifyExecutor):
             planner: knows which rows a step verifies.
             ops: decide what is accepted.
             seat: which part of the vocabulary this rank has.
+            ahead: learns from what is accepted once it has arrived; None: the control does at once.
         """
+        self._ahead = ahead
         self._seat = seat
         self._planner = planner
         self._control = control
@@ -299,7 +310,7 @@ class Verifier(TargetVerifyExecutor):
         lens = self._drafted_lens(layout, bs, target_logits.device)
         first = self._first_rows(lens)
         # Beyond the depth drafted there are no laws, and nothing was verified.
-        drafted = draft_block.draft_tokens[:, : max(1, self._control.width)]
+        drafted = draft_block.draft_tokens[:, : max(1, self._control.running.width)]
         with self._telemetry.timed("accept"):
             outcome = self._ops.accept(
                 Verified(
@@ -319,9 +330,7 @@ class Verifier(TargetVerifyExecutor):
                 outcome = stop_at(outcome, drafted, self._stops)
         packed = torch.stack([outcome.count, outcome.token])
         count, token = self._seat.ranks.broadcast(packed, "outcome").unbind(0)
-        self._telemetry.observe_later(torch.stack([lens, count]), self._control.plan.depth)
-        if self._control.adaptive:
-            self._control.accepted(lens.cpu().numpy(), count.cpu().numpy())
+        self._learn(torch.stack([lens, count]))
         commit = (count + 1).to(torch.int32)
         out = torch.cat([draft_tokens, draft_tokens.new_zeros((bs, 1))], dim=1)
         return AcceptOuts(
@@ -332,6 +341,25 @@ class Verifier(TargetVerifyExecutor):
             new_seq_lens=prefix_lens + commit.to(prefix_lens.dtype),
             out_tokens=out.scatter_(1, count[:, None], token[:, None]),
         )
+
+    def _learn(self, round_: torch.Tensor) -> None:
+        """Take in ``[2, R]`` drafted tokens verified and kept of each request."""
+        plan = self._control.running.plan
+        if not plan.draft and self._control.adaptive:
+            self.verified_nothing(round_.shape[1])
+        elif self._ahead is not None:
+            self._ahead.outcome(round_)
+        else:
+            self._telemetry.observe_later(round_, plan.depth)
+            if self._control.adaptive:
+                lens, counts = round_.cpu().numpy()
+                self._control.accepted(lens, counts)
+
+    def verified_nothing(self, requests: int) -> None:
+        """Count a step that drafted nothing: what it brought is known without asking the device."""
+        none = np.zeros(requests, dtype=np.int64)
+        self._telemetry.observe_round(none, none, 0)
+        self._control.accepted(none, none)
 
     def _drafted_lens(self, layout: Any, bs: int, device: Any) -> torch.Tensor:
         if layout is None:
@@ -376,11 +404,11 @@ class Verifier(TargetVerifyExecutor):
         positions = verify_window.positions_2d.reshape(-1)
         packed = self._packed
         states = States(logits_output.hidden_states, slots[packed], positions[packed])
-        if self._control.plan.draft and not self._control.undrafted:
+        if self._control.running.plan.draft and not self._control.running.undrafted:
             self._write(states, accepted)
             return
         # Nothing reads it before the next draft; many steps at once cost little more than one.
-        if self._control.undrafted:  # a plain step keeps every row
+        if self._control.running.undrafted:  # a plain step keeps every row
             states = States(*(part[accepted] for part in states))
         self.lagging.keep(states)
 

@@ -22,7 +22,6 @@ from sglang.srt.runtime_context import (
 from sglang.srt.speculative.dspark_components.dspark_worker_v2 import DSparkWorkerV2
 
 from dspark_sglang import __version__
-from dspark_sglang.artifacts import STS_FILE, read_sts
 from dspark_sglang.checkpoint import weights_digest
 from dspark_sglang.config import (
     COST_AUTO,
@@ -33,12 +32,14 @@ from dspark_sglang.config import (
 )
 from dspark_sglang.core.heads import ConfidenceHead, MarkovHead
 from dspark_sglang.core.steps import CostModel
-from dspark_sglang.errors import ArtifactError, CompatibilityError, ConfigError
+from dspark_sglang.errors import ArtifactError, ConfigError
 from dspark_sglang.serving import cost_store, placement, requests, sts_refit
+from dspark_sglang.serving.ahead import Ahead
 from dspark_sglang.serving.commands import Commands
 from dspark_sglang.serving.compat import installed_version
 from dspark_sglang.serving.context import keep_prefills, may_lag
-from dspark_sglang.serving.control import COST_UNKEPT, COST_UNMEASURED, Control, StepPlan
+from dspark_sglang.serving.control import COST_UNKEPT, COST_UNMEASURED, Control
+from dspark_sglang.serving.known_heads import require_known_heads
 from dspark_sglang.serving.lookup import Lookup
 from dspark_sglang.serving.metrics import Metrics
 from dspark_sglang.serving.ops import Ops, choose
@@ -47,7 +48,9 @@ from dspark_sglang.serving.plain import PlainDecoder
 from dspark_sglang.serving.planner import Planner
 from dspark_sglang.serving.proposer import Proposer
 from dspark_sglang.serving.ranks import Ranks, keep_shards
+from dspark_sglang.serving.running import StepPlan
 from dspark_sglang.serving.seat import seat
+from dspark_sglang.serving.sts_load import load_temperatures
 from dspark_sglang.serving.telemetry import StepObservers, Telemetry
 from dspark_sglang.serving.verifier import Verifier
 
@@ -55,32 +58,6 @@ logger = logging.getLogger(__name__)
 
 #: Drafting and acceptance draw from different streams than SGLang's sampler.
 _SEED_DOMAIN = 0x6A09E667F3BCC908
-_MARKOV_HEADS = ("VanillaMarkov", "GatedMarkovHead", "RNNHead")
-
-
-def load_temperatures(
-    settings: Settings, drafter: str, gamma: int, drafter_sha256: str | None
-) -> tuple[torch.Tensor, str]:
-    """STS temperatures for the running drafter and where they came from.
-
-    Args:
-        drafter: its directory or name.
-        gamma: tokens it drafts.
-        drafter_sha256: digest of its weights; None where they are not in a local directory.
-
-    Returns:
-        ``[gamma]`` float32 and the file's path, or ones and ``"none"``.
-
-    Raises:
-        ArtifactError: the file named by ``DSPARK_STS``, or the one beside the weights, is damaged
-            or belongs to another drafter.
-    """
-    directory = Path(drafter)
-    path = Path(settings.sts) if settings.sts else directory / STS_FILE
-    if not settings.sts and not path.is_file():
-        return torch.ones(gamma), "none"
-    artifact = read_sts(path, gamma=gamma, drafter_sha256=drafter_sha256)
-    return torch.tensor(artifact.temperatures), str(path)
 
 
 def _no_cost_file(expected: str) -> ConfigError:
@@ -114,15 +91,16 @@ class DSparkWorker(DSparkWorkerV2):
             return
         self._settings = settings = read_settings()
         self.telemetry = Telemetry(gamma=self.gamma)
-        # Under overlap the host only launches a round and cannot time it: verify everything.
-        times_rounds = bool(get_schedule().disable_overlap_schedule)
-        adaptive = times_rounds and settings.schedule != "all"
-        self._schedule = settings.schedule if adaptive else "all"
-        self.control = Control(
-            gamma=self.gamma, adaptive=adaptive, lagged=self._schedule == "lagged"
-        )
+        overlaps = not get_schedule().disable_overlap_schedule
+        # With attention data parallelism ranks have requests of their own, and overlap runs ahead of agreeing.
+        fixed = settings.schedule == "all" or (overlaps and get_parallel().attn_dp_enabled)
+        self._schedule = "all" if fixed else "lagged" if overlaps else settings.schedule
+        self.control = Control(gamma=self.gamma, adaptive=not fixed)
+        self._ahead: Ahead | None = None
+        if self._schedule == "lagged":
+            self._ahead = Ahead(self.control, self.telemetry, torch.device(self.device))
         self._remove_folded_parts()
-        self._require_known_heads()
+        require_known_heads(self.draft_model)
         drafter = str(get_spec().speculative_draft_model_path)
         self.drafter_sha256 = weights_digest(Path(drafter)) if Path(drafter).is_dir() else None
         given = get_spec().speculative_dspark_confidence_sts_path
@@ -178,23 +156,6 @@ class DSparkWorker(DSparkWorkerV2):
         """Size of the draft vocabulary; None for the whole vocabulary."""
         tokens = self._seat.tokens
         return None if tokens is None else len(tokens)
-
-    def _require_known_heads(self) -> None:
-        """Refuse drafters whose heads this plugin would read wrongly.
-
-        Raises:
-            CompatibilityError: a head of another kind, one sharded over ranks, or none.
-        """
-        head, confidence = self.draft_model.markov_head, self.draft_model.confidence_head
-        found = type(head).__name__
-        if found not in _MARKOV_HEADS or head.vocab_shard is not None or confidence is None:
-            raise CompatibilityError(
-                f"The drafter {type(self.draft_model).__name__} has a {found} "
-                f"{'sharded over ranks ' if getattr(head, 'vocab_shard', None) else ''}and "
-                f"{'a' if confidence is not None else 'no'} confidence head.",
-                expected=f"an unsharded {' or '.join(_MARKOV_HEADS)} and a confidence head",
-                fix="Serve it with SGLang's builtin: DSPARK_PLUGIN=off.",
-            )
 
     def _remove_folded_parts(self) -> None:
         """Take SGLang's graph-folded acceptance out, so that ours is what runs on CUDA too."""
@@ -274,11 +235,12 @@ class DSparkWorker(DSparkWorkerV2):
             "ops": self._ops,
             "telemetry": self.telemetry,
             "control": self.control,
+            "ahead": self._ahead,
         }
         planner.bind(**shared)
-        # Under overlap the host does not know the last tokens yet.
-        copies = self._settings.lookup == "auto" and get_schedule().disable_overlap_schedule
-        self._lookup = Lookup() if copies else None
+        # Under overlap a step begins before the host knows the last tokens.
+        knows = self._ahead is None and get_schedule().disable_overlap_schedule
+        self._lookup = Lookup() if knows and self._settings.lookup == "auto" else None
         proposer.bind(**shared, seat=self._seat, planner=planner, lookup=self._lookup)
         verifier = Verifier(
             target_worker=self.target_worker,
@@ -314,27 +276,41 @@ class DSparkWorker(DSparkWorkerV2):
     def _forward_decode(self, batch: Any, on_publish: Any, *args: Any, **kwargs: Any) -> Any:
         if not batch.reqs or batch.forward_mode.is_idle():
             return super()._forward_decode(batch, on_publish, *args, **kwargs)
-        known = batch.seq_lens_cpu
-        plan = self.control.begin(batch.reqs, 0 if known is None else int(known.sum()))
-        if self._ranks > 1 and self.control.adaptive:
-            # Ranks learn from their own clocks; all must run the same forwards.
-            packed = self._seat.ranks.broadcast(plan.packed(self.device), "plan")
-            self.control.plan = StepPlan.unpacked(packed)
-        if self.control.plan.draft:
+        self._decide(batch)
+        if self.control.running.plan.draft:
             self._draft_up_to_date()  # the bill of plain steps, not of this round
+        if self._ahead is not None:
+            self._ahead.begin()
         start = time.perf_counter()
-        plain = not self.control.plan.draft and not self._proposer.can_copy(batch.reqs)
+        plain = not self.control.running.plan.draft and not self._proposer.can_copy(batch.reqs)
         if plain and self._plain.takes(batch):
             result = self._plain.decode(batch, on_publish)
         else:
             result = super()._forward_decode(batch, on_publish, *args, **kwargs)
         now = time.perf_counter()
-        self.telemetry.seconds["step"] += now - start
-        self.telemetry.seconds["round" if self.control.plan.draft else "plain"] += now - start
-        self.control.finished(now - start, now)
+        if self._ahead is not None:
+            self._ahead.launched()
+        else:
+            self.telemetry.took(now - start, self.control.running.plan.draft)
+            self.control.finished(now - start, now)
         if self._metrics is not None:
             self._metrics.update(now, self.telemetry, self.control)
         return result
+
+    def _decide(self, batch: Any) -> None:
+        """Decide what the step of ``batch`` does; all ranks run the same forwards, whatever their clocks say."""
+        control, ahead = self.control, self._ahead
+        if ahead is not None:
+            ahead.settle()
+        known = batch.seq_lens_cpu
+        lens = [r.kv.kv_committed_len for r in batch.reqs] if known is None else known.tolist()
+        plan = control.begin(batch.reqs, sum(lens))
+        if ahead is not None:
+            self._verify_planner.decide_ahead(batch)
+            ahead.agree(self._seat.ranks)
+        elif self._ranks > 1 and control.adaptive:
+            packed = self._seat.ranks.broadcast(plan.packed(self.device), "plan")
+            control.running.plan = StepPlan.unpacked(packed)
 
     def _draft_up_to_date(self) -> None:
         """Commit what prefills and plain steps left for the draft, under the draft's own placement."""
@@ -368,6 +344,7 @@ class DSparkWorker(DSparkWorkerV2):
             placement=self._seat.placement,
             heads=self._seat.heads,
             gamma=self.gamma,
+            timed="by the host" if self._ahead is None else "by the device, ahead",
             sglang=installed_version(),
             plugin=__version__,
         )
@@ -381,6 +358,17 @@ class DSparkWorker(DSparkWorkerV2):
         self.profile_s = None if cached is None else cached.seconds
         found = COST_UNMEASURED if cached is None else str(self.cost_path)
         self.control.cost_source = found
+
+    def catch_up(self) -> None:
+        """Learn from every step there was, also from one that is still to end."""
+        if self._ahead is not None:
+            self._ahead.settle(running=0)
+
+    def clear_info_records(self) -> None:
+        """Start counting again; SGLang calls this."""
+        if self._hosts_draft:
+            self.catch_up()
+        super().clear_info_records()
 
     def plan_no_sts(self) -> Callable[[], None]:
         """What serves without calibration."""
@@ -470,6 +458,7 @@ class DSparkWorker(DSparkWorkerV2):
         """Our status, served by SGLang at ``/server_info``."""
         if not self._hosts_draft:
             return None
+        self.catch_up()
         return {
             "active": True,
             "version": __version__,

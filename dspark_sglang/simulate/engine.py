@@ -320,7 +320,7 @@ class Replica:
         if plan.draft:
             rows = self._blocks.rows(self.rng, self.requests.domain[self._number])
             confidence[:, : plan.depth] = self._blocks.confidence[rows, : plan.depth]
-            control.logits = _Stated(self._blocks.logits[rows, : plan.depth])
+            control.running.logits = _Stated(self._blocks.logits[rows, : plan.depth])
         given = control.budget(
             confidence,
             slots=self._slot,

@@ -10,7 +10,8 @@ import torch
 
 from dspark_sglang.config import COST_ONLINE
 from dspark_sglang.core.schedule import lengths
-from dspark_sglang.serving.control import COST_UNMEASURED, Budgeted, Control, StepPlan
+from dspark_sglang.serving.control import COST_UNMEASURED, Budgeted, Control
+from dspark_sglang.serving.running import StepPlan
 
 GAMMA = 5
 
@@ -66,7 +67,9 @@ class World:
             stated = self.acceptance if self.confidence is None else self.confidence
             confidence = np.full((count, control.gamma), stated)
         drafted = np.arange(control.gamma) < plan.depth
-        control.logits = torch.logit(torch.from_numpy(confidence[:, : plan.depth]), eps=1e-6)
+        control.running.logits = torch.logit(
+            torch.from_numpy(confidence[:, : plan.depth]), eps=1e-6
+        )
         given = control.budget(
             np.where(drafted, confidence, 0.0),
             slots=np.arange(count),

@@ -18,13 +18,14 @@ from test_core_schedule import DRAFT, SECOND, TARGET, TOKENS
 from dspark_sglang.core.schedule import lengths
 from dspark_sglang.core.steps import Step
 from dspark_sglang.errors import NumericsError
-from dspark_sglang.serving.control import COST_UNMEASURED, Budgeted, Control, StepPlan
+from dspark_sglang.serving.control import COST_UNMEASURED, Budgeted, Control
+from dspark_sglang.serving.running import StepPlan
 
 
 def budgeted(control: Control, confidence: np.ndarray) -> Budgeted:
     """The budget of the step that was begun."""
     count = len(confidence)
-    control.logits = torch.zeros((count, max(1, control.plan.depth)))
+    control.running.logits = torch.zeros((count, max(1, control.running.plan.depth)))
     return control.budget(
         confidence,
         slots=np.arange(count),
@@ -169,7 +170,7 @@ def test_a_few_requests_in_turn_show_what_whole_blocks_bring() -> None:
         if plan.whole:
             assert (lens == GAMMA).sum() == 4 and lens[7] >= 1
             assert np.delete(lens, 7)[np.delete(lens, 7) != GAMMA].sum() == 0
-            assert control.expected == pytest.approx(12 + found.survival.sum())
+            assert control.running.expected == pytest.approx(12 + found.survival.sum())
             shown += lens == GAMMA
         control.accepted(lens, np.minimum(lens, np.arange(12) == 7))
         control.finished(0.02, 1.0)
@@ -208,7 +209,7 @@ def test_extreme_confidences_and_batches(count: int, edge: float) -> None:
         assert found.budget == 0
     elif count == 1:
         assert found.budget == GAMMA
-    assert np.isfinite(control.expected)
+    assert np.isfinite(control.running.expected)
     assert 0.0 < control.policy.gain(count) < np.inf
 
 

@@ -103,10 +103,10 @@ def test_copies_are_verified_where_drafting_does_not_pay() -> None:
     control = losing(token=0.0002)
     observed = control.cost.observations
     assert copying(control, [1, 3], 0.9).tolist() == [0, GAMMA, 0, GAMMA]
-    assert control.plan.draft and control.undrafted
+    assert control.running.plan.draft and control.running.undrafted
     assert (control.copied_rounds, control.copied_tokens) == (2, 2 * GAMMA)
     assert control.committed_tokens == 4 + 2 * GAMMA
-    assert control.expected == pytest.approx(4 + 2 * (0.9 * (1 - 0.9**GAMMA) / 0.1))
+    assert control.running.expected == pytest.approx(4 + 2 * (0.9 * (1 - 0.9**GAMMA) / 0.1))
     # Its time is neither a round's nor a plain step's, and it says nothing of the drafter.
     assert control.cost.observations == observed
     assert len(control.reliability.blocks.lens) == 0 and control.policy.gain(4) == pytest.approx(
@@ -118,7 +118,11 @@ def test_copies_that_do_not_pay_leave_a_plain_step() -> None:
     control = losing(token=0.05)
     observed, plain = control.cost.observations, control.plain_steps
     assert not copying(control, [0], 0.5).any()
-    assert not control.plan.draft and not control.undrafted and not control.copied.any()
+    assert (
+        not control.running.plan.draft
+        and not control.running.undrafted
+        and not control.running.copied.any()
+    )
     assert control.cost.observations == observed + 1 and control.plain_steps == plain + 1
 
 
@@ -156,14 +160,14 @@ def test_what_is_copied_may_be_longer_than_what_is_drafted() -> None:
     for _ in range(40):  # a workload whose drafts are short
         control.depths.learn("", np.full(3, 2))
     control.begin([request(sampled=False, max_draft_tokens=limit) for limit in (None, 3, None)], 0)
-    assert control.plan.depth == control.width == 2
+    assert control.running.plan.depth == control.running.width == 2
     control.copy(np.array([0, 1]), GAMMA)
-    assert control.width == GAMMA
+    assert control.running.width == GAMMA
     confidence = np.full((3, GAMMA), 0.99)
     found = budgeted(control, confidence)
     assert lengths(found.order, found.budget, requests=3).tolist() == [GAMMA, 3, 2]
     control.begin([request(sampled=False)] * 3, 0)
-    assert control.width == 2
+    assert control.running.width == 2
 
 
 def test_copies_do_not_make_drafts_deeper() -> None:
@@ -207,18 +211,24 @@ def test_the_draft_is_skipped_where_copies_alone_bring_more(
     control = measured(token=0.0002)
     chances = np.full((len(rows), GAMMA), chance)
     control.begin([request(sampled=False)] * 4, 0)
-    assert control.skips_draft(np.array(rows), chances) is None, "no round was seen"
+    assert control.copying.skip_draft(control.running, np.array(rows), chances) is None, (
+        "no round was seen"
+    )
     for _ in range(50):
         control.policy.learn(4, 1.5, 1.5)
     control.begin([request(sampled=False)] * 4, 0)
-    assert control.skips_draft(np.array(rows), chances) is skips
-    control.plan = control.plan._replace(whole=True)
-    assert control.skips_draft(np.array(rows), chances) is False
+    assert control.copying.skip_draft(control.running, np.array(rows), chances) is skips
+    control.running.plan = control.running.plan._replace(whole=True)
+    assert control.copying.skip_draft(control.running, np.array(rows), chances) is False
     control.begin([request(sampled=False, max_draft_tokens=0)] * 4, 0)
-    assert control.skips_draft(np.array(rows), chances) is False, "they may not copy"
+    assert control.copying.skip_draft(control.running, np.array(rows), chances) is False, (
+        "they may not copy"
+    )
     control.choose("on")
     control.begin([request(sampled=False)] * 4, 0)
-    assert control.skips_draft(np.array(rows), chances) is False, "an operator wants drafts"
+    assert control.copying.skip_draft(control.running, np.array(rows), chances) is False, (
+        "an operator wants drafts"
+    )
 
 
 @pytest.mark.parametrize(("longer", "copies"), [(1.0, True), (1.8, False)])
@@ -236,7 +246,10 @@ def test_steps_with_copies_alone_are_taken_for_what_they_cost(longer: float, cop
         seconds = 0.012 + 0.0002 * budget
         # Now and then one stalls.
         control.finished(
-            seconds * (longer if control.undrafted else 1.0) * (9 if number % 40 == 7 else 1), 1.0
+            seconds
+            * (longer if control.running.undrafted else 1.0)
+            * (9 if number % 40 == 7 else 1),
+            1.0,
         )
     assert found[0]
     assert all(found) is copies and found[-1] is copies

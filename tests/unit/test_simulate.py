@@ -218,7 +218,7 @@ class Recorded:
         return found
 
     def accepted(self, lens: Any, counts: Any) -> None:
-        self.calls.append(["accepted", lens.copy(), counts.copy(), self._control.logits])
+        self.calls.append(["accepted", lens.copy(), counts.copy(), self._control.running.logits])
         self._control.accepted(lens, counts)
 
     def finished(self, seconds: float, now: float) -> None:

@@ -31,15 +31,20 @@ class History:
         self._step = 0
 
     def advance(self, slots: Int64, generations: Int64, survival: Float64) -> Float64:
-        """Take note of this step and give the survivals to budget it by.
+        """Take note of this step and give the survivals to budget it by: :meth:`recall`, then :meth:`note`."""
+        earlier = self.recall(slots, generations)
+        self.note(slots, generations, survival)
+        return earlier
+
+    def recall(self, slots: Int64, generations: Int64) -> Float64:
+        """The survivals to budget a step by.
 
         Args:
             slots: ``[R]`` slot of each request, all different.
             generations: ``[R]`` generation of each slot, at least 0.
-            survival: ``[R, gamma]`` of this step; kept for later ones and not read now.
 
         Returns:
-            ``[R, gamma]`` survivals known ``lag`` steps ago or before.
+            ``[R, gamma]`` survivals noted ``lag`` steps ago or before.
         """
         ring = self._step % len(self._values)
         known = self._generations[ring, slots] == generations
@@ -48,7 +53,11 @@ class History:
         if known.any():
             mean = earlier[known].mean(axis=0)
             self._mean += self._smoothing * (mean - self._mean)
+        return earlier
+
+    def note(self, slots: Int64, generations: Int64, survival: Float64) -> None:
+        """Keep the survivals ``[R, gamma]`` of a step for later ones."""
+        ring = self._step % len(self._values)
         self._values[ring, slots] = survival
         self._generations[ring, slots] = generations
         self._step += 1
-        return earlier

@@ -110,7 +110,8 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
         if server_args.attention_backend in (None, "intel_amx"):
             server_args.attention_backend = BACKEND
         # Overlap scheduling hides host work behind a device; here they are the same cores.
-        server_args.disable_overlap_schedule = True
+        if not read_settings().cpu_overlap:
+            server_args.disable_overlap_schedule = True
         # An idle scheduler polls; on an accelerator's host that is a spare core, here it is not.
         server_args.sleep_on_idle = True
 

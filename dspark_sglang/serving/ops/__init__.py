@@ -91,5 +91,13 @@ class Ops(Protocol):
             device: where the result is needed.
         """
 
+    def admit_there(self, survival: torch.Tensor, budget: int) -> Admitted:
+        """:meth:`admit` where the survivals are, without a wait for the device.
+
+        Args:
+            survival: ``[R, gamma]`` float64, non-increasing along each row.
+            budget: tokens over all requests, no more than have a survival above 0.
+        """
+
     def accept(self, given: Verified) -> Accepted:
         """Decide how much of each block is kept, and the token after it."""

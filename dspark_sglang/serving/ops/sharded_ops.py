@@ -149,6 +149,10 @@ class ShardedOps:
         """See :meth:`dspark_sglang.serving.ops.Ops.admit`."""
         return self._inner.admit(survival, order, budget, device)
 
+    def admit_there(self, survival: torch.Tensor, budget: int) -> Admitted:
+        """See :meth:`dspark_sglang.serving.ops.Ops.admit_there`."""
+        return self._inner.admit_there(survival, budget)
+
     def accept(self, given: Verified) -> Accepted:
         """See :meth:`dspark_sglang.serving.ops.Ops.accept`."""
         rows = given.rows

@@ -122,6 +122,19 @@ class TorchOps(Calibrated):
         rows = torch.from_numpy(np.flatnonzero(sent))
         return Admitted(torch.from_numpy(lens).to(device, torch.int32), rows.to(device))
 
+    def admit_there(self, survival: torch.Tensor, budget: int) -> Admitted:
+        """See :meth:`dspark_sglang.serving.ops.Ops.admit_there`."""
+        requests, gamma = survival.shape
+        # Positions first: ties go to the earlier one, then to the earlier request.
+        order = torch.sort(survival.T.reshape(-1), descending=True, stable=True).indices
+        lens = torch.zeros(requests, dtype=torch.int64, device=survival.device)
+        lens.scatter_add_(0, order[:budget] % requests, torch.ones_like(order[:budget]))
+        self._telemetry.ran["admit:torch"] += 1
+        sent = torch.arange(gamma + 1, device=survival.device) <= lens[:, None]
+        # As many as are sent, in their order: their number is known without asking the device.
+        rows = torch.sort(~sent.view(-1), stable=True).indices[: requests + budget]
+        return Admitted(lens.to(torch.int32), rows)
+
     def accept(self, given: Verified) -> Accepted:
         """See :meth:`dspark_sglang.serving.ops.Ops.accept`."""
         rows = given.rows

@@ -165,8 +165,13 @@ class TritonOps(Calibrated):
     ) -> Admitted:
         """See :meth:`dspark_sglang.serving.ops.Ops.admit`."""
         values = torch.from_numpy(np.ascontiguousarray(survival)).to(device)
-        most = max(0, min(budget, survival.size))
-        found = admit(values, self._supply.budget(most, device), backend="triton")
+        return self.admit_there(values, budget)
+
+    def admit_there(self, survival: torch.Tensor, budget: int) -> Admitted:
+        """See :meth:`dspark_sglang.serving.ops.Ops.admit_there`."""
+        most = max(0, min(budget, survival.numel()))
+        given = self._supply.budget(most, survival.device)
+        found = admit(survival.contiguous(), given, backend="triton")
         self._telemetry.ran["admit:triton"] += 1
         return Admitted(found.lens, found.rows[: len(survival) + most])
 

@@ -3,41 +3,24 @@
 from __future__ import annotations
 
 import concurrent.futures
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import httpx
 import pytest
 
 from dspark_sglang.cli.bench_placement import EVEN, PROMPTS, UNEVEN
-from dspark_sglang.demo.server import Server, free_port, serve_command
-from dspark_sglang.lossless import sampled
-from dspark_sglang.lossless.law import Law, Model
-from dspark_sglang.lossless.models import PROMPT, ensure_models
-from dspark_sglang.lossless.options import choose
+from dspark_sglang.demo.server import Server
+from dspark_sglang.lossless.models import ensure_models
 from dspark_sglang.profiling.placement import DEATH_SECONDS, kill_rank
+from tests.serving.tiny import Models, generate, ran, require_the_law, start, tokens
 
 pytestmark = pytest.mark.server
-ONE_THREAD = {"DSPARK_CPU_THREADS": "1", "OMP_NUM_THREADS": "1", "DSPARK_COST": "online"}
-TOKENS = 40
-#: A target and its drafter.
-Models = tuple[Path, Path]
 
 
 class Pair(NamedTuple):
     alone: Server
     ranks: Server
-
-
-def start(folder: Path, name: str, models: Models, ranks: int, **settings: str) -> Server:
-    target, drafter = models
-    port = free_port()
-    extra = ["--tp", str(ranks)]
-    command = serve_command(target, port, dtype="float32", drafter=drafter, extra=extra)
-    log = folder / f"{name}.log"
-    return Server(command, port=port, log=log, environment=ONE_THREAD | settings).start()
 
 
 @pytest.fixture(scope="module")
@@ -57,34 +40,6 @@ def pair(tmp_path_factory: pytest.TempPathFactory, models: Models) -> Iterator[P
     finally:
         for server in started:
             server.stop()
-
-
-def generate(server: Server, prompt: tuple[int, ...], **sampling: Any) -> dict[str, Any]:
-    logprob = sampling.pop("return_logprob", False)
-    body = {
-        "input_ids": list(prompt),
-        "return_logprob": logprob,
-        "sampling_params": {
-            "temperature": 0.0, "max_new_tokens": TOKENS, "ignore_eos": True, **sampling
-        },
-    }  # fmt: skip
-    answer = httpx.post(f"{server.url}/generate", json=body, timeout=300.0)
-    answer.raise_for_status()
-    found: dict[str, Any] = answer.json()
-    return found
-
-
-def tokens(server: Server, prompt: tuple[int, ...], **sampling: Any) -> list[int]:
-    found: list[int] = generate(server, prompt, **sampling)["output_ids"]
-    assert len(found) == sampling.get("max_new_tokens", TOKENS)
-    return found
-
-
-def ran(server: Server) -> dict[str, int]:
-    record = server.dspark()
-    assert record is not None
-    found: dict[str, int] = record["ran"]
-    return found
 
 
 @pytest.mark.parametrize(
@@ -113,22 +68,6 @@ def test_a_batch_of_greedy_and_sampling_requests(pair: Pair) -> None:
         found = [future.result() for future in running]
     assert [found[0], found[2]] == expected
     assert ran(pair.ranks)["accept:sharded-rejection"] > 0
-
-
-def require_the_law(server: Server, target: Path, options: str) -> None:
-    """Sampled outputs, all options mixed in every batch, against plain decoding's law."""
-    wanted = choose(options)
-    calls = [wanted[place % len(wanted)].request for place in range(63)]
-    counts: list[Counter[tuple[int, ...]]] = [Counter() for _ in wanted]
-    with httpx.Client(timeout=300.0) as client:
-        for _ in range(32):
-            for place, output in enumerate(sampled.generate(client, server, calls)):
-                counts[place % len(wanted)][output] += 1
-    model = Model(target, PROMPT)
-    for option, seen in zip(wanted, counts, strict=True):
-        verdict = sampled.judge("", Law(model, option.request), dict(seen))
-        assert verdict.freedom > 10
-        assert verdict.p_value > 1e-4, (option.name, verdict)
 
 
 def test_sampled_outputs_follow_plain_decodings_law(pair: Pair, models: Models) -> None:

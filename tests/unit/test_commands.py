@@ -29,12 +29,15 @@ class Worker:
         self.control = Control(gamma=GAMMA, adaptive=adaptive)
         self.cost_path, self.sts_path = folder / "cost.json", folder / "sts.json"
         self.temperatures = [1.0] * GAMMA
-        self.saved = 0
+        self.saved = self.caught_up = 0
         self.canary: bool | None = None
         self.commands = commands.Commands(self)
 
     def report_canary(self, passed: bool) -> None:
         self.canary = passed
+
+    def catch_up(self) -> None:
+        self.caught_up += 1
 
     def _set(self, temperatures: list[float]) -> Callable[[], None]:
         def apply() -> None:
@@ -104,6 +107,7 @@ def test_speculation_is_switched(worker: Worker, value: float, choice: str) -> N
     worker.control.choose("off" if choice == "on" else "on")
     assert update(worker, {"dspark_speculation": value})
     assert worker.control.policy.choice == choice
+    assert worker.caught_up, "what steps that still run have shown is learned before"
 
 
 @pytest.mark.parametrize(

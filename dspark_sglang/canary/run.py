@@ -188,7 +188,7 @@ class Canary:
             raise ServerError(
                 f"The answer without speculation took {plain.rounds} rounds for {len(plain.ids)} tokens.",
                 expected="one round a token under custom_params.dspark.max_draft_tokens 0",
-                fix="This server (SGLang's builtin, or overlap scheduling) cannot switch speculation off for a "
+                fix="This server (SGLang's builtin, or DSPARK_SCHEDULE=all) cannot switch speculation off for a "
                 "request: name a server of the same model without speculation by --baseline-url.",
             )
         return ours, plain

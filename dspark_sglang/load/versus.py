@@ -99,7 +99,7 @@ def switch(endpoint: Endpoint, state: Mapping[str, float]) -> None:
     if not all(each is True for each in taken):
         raise ServerError(
             f"{url} with {dict(state)} answered {answers}.",
-            expected="[true] from a server with this plugin and DSPARK_SCHEDULE=adaptive, without overlap scheduling",
+            expected="[true] from a server with this plugin and DSPARK_SCHEDULE other than all",
             fix="See the reason in its log, or compare two servers: dspark bench compare ours=URL other=URL.",
         )
 

@@ -213,8 +213,9 @@ class Ahead:
             self._telemetry.observe_round(lens, counts, step.plan.depth)
             with self._telemetry.timed("plan"):
                 values = self._control.arrived(step, lens, counts, launched.buckets)
-                assert self._history is not None
-                self._history.note(launched.slots, launched.generations, values)
+                if not step.plan.profile:  # its limits are no property of the requests
+                    assert self._history is not None
+                    self._history.note(launched.slots, launched.generations, values)
             self._refresh()
         seconds = launched.end.since(launched.start)
         self._telemetry.took(seconds, step.plan.draft)

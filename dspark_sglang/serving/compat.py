@@ -176,6 +176,11 @@ ALGORITHM_SYMBOLS = (
         f"{_DSPARK}.dspark_planner.DSparkVerifyPlanner._schedule_verify_lens",
         _split("req_pool_indices prefix_lens device confidence budget"),
     ),
+    Symbol(
+        f"{_DSPARK}.dspark_planner.DSparkVerifyPlanner.resolve_verify_token_budget",
+        _split("draft_input confidence prefix_lens req_pool_indices"),
+    ),
+    Symbol(f"{_DSPARK}.dspark_planner.DSparkVerifyPlanner.confidence_budget_prepare", ()),
     Symbol(f"{_DSPARK}.dspark_planner.ragged_capture_num_tokens", ("model_runner",)),
     Symbol("sglang.srt.mem_cache.memory_pool.ReqToTokenPool.__init__"),
     Symbol(

@@ -55,7 +55,7 @@ async def _compare(manager: Any) -> None:
         *(_answer(manager, prompt, drafts) for prompt in prompts for drafts in (True, False))
     )
     if any(rounds(plain) < _TOKENS - 1 for plain in answers[1::2]):
-        # Overlap scheduling verifies every draft, whatever a request asks for.
+        # DSPARK_SCHEDULE=all verifies every draft, whatever a request asks for.
         logger.warning("dspark: this server cannot switch drafting off for a request: not compared")
         return
     for number, prompt in enumerate(prompts):

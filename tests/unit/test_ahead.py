@@ -50,13 +50,20 @@ class Server:
     """
 
     def __init__(
-        self, control: Control, *, acceptance: float = 0.7, token: float = 0.0006, seed: int = 0
+        self,
+        control: Control,
+        *,
+        acceptance: float = 0.7,
+        token: float = 0.0006,
+        seed: int = 0,
+        device: torch.device = CPU,
     ) -> None:
-        self.control = control
+        self.control, self.device = control, device
         self.token, self.now = token, 0.0
         self.telemetry = Telemetry(gamma=GAMMA)
-        self.ahead = Ahead(control, self.telemetry, CPU)
-        self.ahead._moment = lambda: Moment(self.now)
+        self.ahead = Ahead(control, self.telemetry, device)
+        if device == CPU:
+            self.ahead._moment = lambda: Moment(self.now)
         self.rng = np.random.default_rng(seed)
         self.acceptance = acceptance
 
@@ -77,11 +84,12 @@ class Server:
             stated = torch.from_numpy(
                 np.where(np.arange(GAMMA) < plan.depth, confidence, 0.0)
             ).float()
+            stated = stated.to(self.device)
             values = ahead.survive(stated, torch.logit(stated, eps=1e-6))
-            lens = admitted(values, control.running.budget).lens.numpy().astype(np.int64)
+            lens = admitted(values, control.running.budget).lens.cpu().numpy().astype(np.int64)
             kept = self.rng.random((count, GAMMA)) < self.acceptance
             counts = np.minimum(kept.cumprod(axis=1).sum(axis=1), lens)
-            ahead.outcome(torch.from_numpy(np.stack([lens, counts])))
+            ahead.outcome(torch.from_numpy(np.stack([lens, counts])).to(self.device))
         else:
             control.accepted(lens, lens)
         self.now += 0.010 + 0.0005 * count
@@ -292,3 +300,19 @@ def test_a_confidence_that_is_none_is_reported() -> None:
     server.step([request()] * 2, broken)
     with pytest.raises(NumericsError, match="nan"):
         server.ahead.settle(running=0)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_steps_are_decided_as_on_a_host_and_timed_by_events() -> None:
+    sent = []
+    for device in (CPU, torch.device("cuda")):
+        control, rng = measured(), np.random.default_rng(4)
+        control.choose("on")
+        control.forced = 0.6
+        server = Server(control, device=device)
+        requests = [request(sampled=bool(row % 2)) for row in range(6)]
+        found = [server.step(requests, rng.uniform(0.2, 1.0, (6, GAMMA)))[2] for _ in range(40)]
+        server.ahead.settle(running=0)
+        assert server.telemetry.rounds == 240 and server.telemetry.seconds["round"] > 0.0
+        sent.append(np.stack(found))
+    assert (sent[0] == sent[1]).all()

@@ -258,7 +258,7 @@ def test_decisions_on_recorded_inputs_are_those_of_a_server(mode: Mode) -> None:
             assert (found.order == third.order).all() and (found.survival == third.survival).all()
             steps += 1
         elif what == "accepted":
-            fresh.logits = third
+            fresh.running.logits = third
             fresh.accepted(first, second)
         else:
             fresh.finished(first, second)

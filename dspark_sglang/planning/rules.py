@@ -273,7 +273,7 @@ RULES = (
         "added",
         "This plugin does not serve drafters with heads sharded over ranks, as DeepSeek-V4's: the "
         "command runs SGLang's builtin (DSPARK_PLUGIN=off).",
-        Citation("dspark_sglang/serving/known_heads.py", None, "DSPARK_PLUGIN=off"),
+        Citation("dspark_sglang/serving/served.py", None, "DSPARK_PLUGIN=off"),
     ),
     Rule(
         "ragged-backend",

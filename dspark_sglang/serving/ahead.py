@@ -19,7 +19,7 @@ import torch
 
 from dspark_sglang.core.schedule import History
 from dspark_sglang.core.sts import BINS
-from dspark_sglang.serving.control import ADMISSIBLE, Control
+from dspark_sglang.serving.control import ADMISSIBLE, Control, before_all
 from dspark_sglang.serving.ranks import Ranks
 from dspark_sglang.serving.running import Running, StepPlan
 from dspark_sglang.serving.telemetry import Telemetry
@@ -28,7 +28,7 @@ Int64 = npt.NDArray[np.int64]
 
 #: Steps that may run while another is decided.
 _RUNNING = 1
-#: Steps between copies of the correction of confidences to the device.
+#: Rounds between copies of the correction of confidences to the device.
 _REFRESH = 16
 
 
@@ -75,7 +75,6 @@ class _Launched(NamedTuple):
     step: Running
     slots: Int64
     generations: Int64
-    buckets: Int64 | None
     outcome: _Outcome | None
     start: Any
     end: Any
@@ -92,12 +91,12 @@ class Ahead:
         self._moment: Callable[[], Any] = _Device if device.type == "cuda" else _Host
         self._history: History | None = None
         self._launched: deque[_Launched] = deque()
-        self._settled = 0
-        #: ``[2, gamma, BINS]`` float32 correction of confidences on the device.
+        #: ``[2, gamma, BINS]`` float32 correction of confidences on the device, and rounds learned from since it was copied.
         self._shift = torch.zeros((2, control.gamma, BINS), device=device)
+        self._stale = 0
         self._position = torch.arange(control.gamma, device=device)
+        self._before_all = torch.from_numpy(before_all(control.gamma)).to(device)
         self._slots = self._generations = np.zeros(0, dtype=np.int64)
-        self._buckets: Int64 | None = None
         self._confidence: torch.Tensor | None = None
         self._outcome: _Outcome | None = None
         #: ``[R, gamma]`` float64 survival of the running step on the device, 0 where nothing may be verified.
@@ -115,8 +114,8 @@ class Ahead:
             buckets: numbers of rows that forwards run with; None: any.
         """
         if self._history is None:
-            self._history = History(slots=pool, gamma=self._control.gamma, lag=1)
-        self._slots, self._generations, self._buckets = slots, generations, buckets
+            self._history = History(slots=pool, gamma=self._control.gamma)
+        self._slots, self._generations = slots, generations
         self._confidence = self._outcome = self.survival = None
         self._control.ahead(self._history.recall(slots, generations), buckets)
 
@@ -157,6 +156,9 @@ class Ahead:
         known = np.stack([step.plan.limits, step.sampled, np.zeros_like(step.limits)])
         known[2, step.first] = 1
         limits, kind, first = torch.from_numpy(known).to(self._device, non_blocking=True)
+        if self._stale >= _REFRESH:
+            correction = torch.from_numpy(self._control.reliability.shift()).float()
+            self._shift, self._stale = correction.to(self._device, non_blocking=True), 0
         bins = (confidence * BINS).long().clamp_(0, BINS - 1)
         shift = self._shift[kind[:, None], self._position, bins]
         chances = (confidence.double() + shift).clamp_(0.0, 1.0)
@@ -165,9 +167,13 @@ class Ahead:
         for column in chances.unbind(1)[1:]:
             columns.append(columns[-1] * column)
         values = torch.stack(columns, dim=1).clamp_(min=ADMISSIBLE)
-        values = torch.where(first[:, None] > 0, 2.0 - self._position / len(self._position), values)
+        values = torch.where(first[:, None] > 0, self._before_all, values)
         self.survival = torch.where(self._position < limits[:, None], values, 0.0)
         return self.survival
+
+    def outdate(self) -> None:
+        """What is known of confidences has changed at once: the device gets it with the next round."""
+        self._stale = _REFRESH
 
     def outcome(self, round_: torch.Tensor) -> None:
         """Take in what the running step has brought.
@@ -187,7 +193,6 @@ class Ahead:
                 step=self._control.running,
                 slots=self._slots,
                 generations=self._generations,
-                buckets=self._buckets,
                 outcome=self._outcome,
                 start=self._start,
                 end=self._moment(),
@@ -212,20 +217,14 @@ class Ahead:
             step.confidence = confidence.double().numpy()
             self._telemetry.observe_round(lens, counts, step.plan.depth)
             with self._telemetry.timed("plan"):
-                values = self._control.arrived(step, lens, counts, launched.buckets)
+                values = self._control.arrived(step, lens, counts)
                 if not step.plan.profile:  # its limits are no property of the requests
                     assert self._history is not None
                     self._history.note(launched.slots, launched.generations, values)
-            self._refresh()
+            self._stale += 1
         seconds = launched.end.since(launched.start)
         self._telemetry.took(seconds, step.plan.draft)
         self._control.ended(step, seconds, launched.now)
-
-    def _refresh(self) -> None:
-        if self._settled % _REFRESH == 0:
-            shift = torch.from_numpy(self._control.reliability.shift()).float()
-            self._shift = shift.to(self._device, non_blocking=True)
-        self._settled += 1
 
 
 def _to_host(values: torch.Tensor) -> torch.Tensor:

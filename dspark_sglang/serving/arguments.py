@@ -124,6 +124,7 @@ def _refuse_ignored_options(view: Any) -> None:
 
     used = {
         "--speculative-dspark-sps-table-path": view.speculative_dspark_sps_table_path,
+        "--speculative-dspark-align-verify-tokens-to-graph-tier": view.speculative_dspark_align_verify_tokens_to_graph_tier,
         "--disaggregation-mode": view.disaggregation_mode != "null",
         "SGLANG_SIMULATE_ACC_LEN": envs.SGLANG_SIMULATE_ACC_LEN.get() > 0,
         "SGLANG_DSPARK_USE_GREEDY_DRAFT": envs.SGLANG_DSPARK_USE_GREEDY_DRAFT.get(),

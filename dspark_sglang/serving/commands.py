@@ -52,6 +52,10 @@ class Commands:
         """Every key."""
         return tuple(self._known)
 
+    def catch_up(self) -> None:
+        """Learn from steps that still run: what they show belongs to the time before a change."""
+        self._worker.catch_up()
+
     def prepare(self, key: str, value: float) -> Apply:
         """What applies a value.
 
@@ -65,7 +69,6 @@ class Commands:
                 expected="a server with DSPARK_SCHEDULE=adaptive, and with attention data parallelism no overlap",
                 fix="Start it that way.",
             )
-        self._worker.catch_up()
         return self._known[key](value)
 
     def _speculation(self, value: float) -> Apply:
@@ -134,6 +137,7 @@ def handlers(original: Callable[[Any], dict[str, Any]], controller: Any) -> dict
     def validate(key: str, value: Any) -> None:
         if value is None and key == _SGLANG_BUDGET:
             value = -1
+        commands.catch_up()
         try:
             prepared[key] = commands.prepare(key, float(value))
         except DSparkError as error:

@@ -62,6 +62,10 @@ class Lagging:
     def keep(self, states: States) -> None:
         """Take in states of slots that may have been another request's, kept before."""
         self._rows += len(states.slots)
+        if states.slots.is_cuda:
+            # Some are the scheduler's own, of another stream, and live until they are written.
+            for part in (states.slots, states.places):
+                part.record_stream(torch.cuda.current_stream())
         if states.hidden.is_cuda and not self.full:  # full: written before the next forward
             # The next graph replay writes its states to the same place.
             states = states._replace(hidden=states.hidden.clone())

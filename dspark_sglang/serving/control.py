@@ -20,7 +20,6 @@ from dspark_sglang.core.depth import DepthCaps, far_apart
 from dspark_sglang.core.policy import Choice, DraftPolicy
 from dspark_sglang.core.reliability import Reliability
 from dspark_sglang.core.schedule import (
-    History,
     admission_order,
     early_stop_budget,
     global_budget,
@@ -50,6 +49,11 @@ _FEWEST = 48
 COST_OFF, COST_UNMEASURED, COST_UNKEPT = "off", "unmeasured", "measured, not kept"
 
 
+def before_all(gamma: int) -> Float64:
+    """``[gamma]`` survivals of blocks that are verified whole, above every real one."""
+    return 2.0 - np.arange(gamma) / gamma
+
+
 class Budgeted(NamedTuple):
     """How much of a drafted step is verified."""
 
@@ -61,12 +65,10 @@ class Budgeted(NamedTuple):
 class Control:
     """Decides every step of one scheduler process."""
 
-    def __init__(self, *, gamma: int, adaptive: bool, lagged: bool = False) -> None:
+    def __init__(self, *, gamma: int, adaptive: bool) -> None:
         """Args:
         gamma: drafted tokens a request.
         adaptive: steps are timed and scheduled; otherwise everything is drafted and verified.
-        lagged: :meth:`budget` goes by confidences two steps old, as simulations of a server that decides
-            :meth:`ahead` need it.
         """
         self.gamma = gamma
         self.adaptive = adaptive
@@ -79,9 +81,6 @@ class Control:
         self.cost_source = COST_OFF if not adaptive else COST_ONLINE
         #: Share of the drafted tokens to verify whatever pays; None: what pays.
         self.forced: float | None = None
-        #: Whether budgets come from confidences two steps old.
-        self.lagged = lagged
-        self._history: History | None = None
         #: The step that is being made.
         self.running = Running(plan=StepPlan(np.zeros(0, dtype=np.int64), gamma))
         #: First of the requests whose blocks are verified whole next.
@@ -184,33 +183,37 @@ class Control:
         if not running.plan.draft:
             return
         budget = most = int(limits.sum())
-        if self.forced is not None:
-            budget = int(self.forced * earlier.size)
-        elif not running.plan.profile:
+        if not running.plan.profile:
             allowed = np.arange(self.gamma) < limits[:, None]
-            budget = global_budget(np.where(allowed, earlier, 0.0), self._curve(), buckets)
-            if running.plan.whole:
+            paying = global_budget(np.where(allowed, earlier, 0.0), self._curve(), buckets)
+            budget = running.paying = min(paying, most)
+            if self.forced is not None:
+                budget = int(self.forced * earlier.size)
+            elif running.plan.whole:
                 running.first = self._turn(len(limits))
                 budget += int(limits[running.first].sum())
         running.budget = min(budget, most)
 
+    def ranked(self, confidence: Float64) -> Budgeted:
+        """The running step's drafted tokens in the order in which a budget decided :meth:`ahead` admits them.
+
+        A server does this on the device.
+
+        Args:
+            confidence: ``[R, gamma]`` calibrated.
+        """
+        values = self._valued(confidence)
+        first = values[self.running.first]
+        values[self.running.first] = np.where(first > 0.0, before_all(self.gamma), 0.0)
+        return Budgeted(values, admission_order(values), self.running.budget)
+
     # -- between drafting and verifying ------------------------------------------------------
 
-    def budget(
-        self,
-        confidence: Float64,
-        *,
-        slots: Int64,
-        generations: Int64,
-        pool: int,
-        buckets: Int64 | None,
-    ) -> Budgeted:
+    def budget(self, confidence: Float64, buckets: Int64 | None) -> Budgeted:
         """How many drafted tokens to verify, and in which order they are admitted.
 
         Args:
             confidence: ``[R, gamma]`` calibrated.
-            slots: ``[R]`` rows of the request pool and their generations.
-            pool: rows of that pool.
             buckets: numbers of rows that forwards run with; None: any.
         """
         running, requests = self.running, len(confidence)
@@ -224,15 +227,7 @@ class Control:
             return Budgeted(values, order, most)
         if running.undrafted:
             return self._copy_budget(values, order)
-        curve = self._curve()
-        if self.lagged and self._history is None:
-            self._history = History(slots=pool, gamma=self.gamma)
-        if self._history is None:
-            paying = early_stop_budget(values, order, curve, buckets)
-        else:
-            earlier = self._history.advance(slots, generations, values)
-            paying = global_budget(earlier, curve, buckets)
-        paying = min(paying, most)
+        paying = min(early_stop_budget(values, order, self._curve(), buckets), most)
         self._learn_depth(order, paying)
         budget, found, paid = paying, values, order[:paying]
         if plan.profile:
@@ -361,13 +356,12 @@ class Control:
         self.expected_tokens += running.expected
         self.committed_tokens += int(counts.sum()) + len(counts)
 
-    def arrived(self, step: Running, lens: Int64, counts: Int64, buckets: Int64 | None) -> Float64:
+    def arrived(self, step: Running, lens: Int64, counts: Int64) -> Float64:
         """Learn from a step that was decided :meth:`ahead`, when others run already.
 
         Args:
             step: with its confidences and their logits.
             lens, counts: see :meth:`accepted`.
-            buckets: see :meth:`ahead`.
 
         Returns:
             ``[R, gamma]`` its survival, 0 where nothing could be verified.
@@ -382,10 +376,8 @@ class Control:
                 sent = np.arange(self.gamma) < lens[:, None]
                 step.expected = len(lens) + float(values[sent].sum())
                 order = admission_order(values)
-                paying = early_stop_budget(values, order, self._curve(), buckets)
-                paying = min(paying, int((values > 0.0).sum()))
-                self._learn_depth(order, paying)
-                self._learn_gain(values, order[:paying], step.budget)
+                self._learn_depth(order, step.paying)
+                self._learn_gain(values, order[: step.paying], step.budget)
             self.accepted(lens, counts)
         return values
 

@@ -76,7 +76,8 @@ class PlainDecoder:
         batch.out_cache_loc = table[batch.req_pool_indices, places].to(torch.int64)
         batch.spec_info = None
         batch.seq_lens = lens = places + 1
-        batch.seq_lens_cpu = batch.seq_lens_cpu + 1
+        if batch.seq_lens_cpu is not None:  # under overlap, where attention needs none
+            batch.seq_lens_cpu = batch.seq_lens_cpu + 1
         batch.seq_lens_sum = None
         result = worker.target_worker.forward_batch_generation(
             batch, capture_hidden_mode=CaptureHiddenMode.FULL, return_kv_loc_plan=True

@@ -43,6 +43,8 @@ class Planner(DSparkVerifyPlanner):
         self._telemetry = telemetry
         #: Cells of the window that the running step verifies; None: all of them.
         self.rows: torch.Tensor | None = None
+        #: ``[R]`` int32 drafted tokens of each request that it verifies; None: all.
+        self.lens: torch.Tensor | None = None
         self._budgeted: Budgeted | None = None
         #: Whether that is the running step's, decided before SGLang asks for it.
         self._decided = False
@@ -90,29 +92,21 @@ class Planner(DSparkVerifyPlanner):
         if not self._control.adaptive:
             return None
         if not self._decided:
-            self.decide(confidence, req_pool_indices)
+            self.decide(confidence)
         self._decided = False
         assert self._budgeted is not None
         return self._budgeted.budget
 
-    def decide(self, confidence: torch.Tensor, req_pool_indices: torch.Tensor) -> None:
+    def decide(self, confidence: torch.Tensor) -> None:
         """Decide on the budget of this step; without drafted tokens every rank finds the same.
 
         Args:
             confidence: ``[R, gamma]`` calibrated.
-            req_pool_indices: ``[R]`` rows of the request pool.
         """
-        pool = self.model_runner.req_to_token_pool  # made after this planner
         with self._telemetry.timed("plan"):
-            slots = req_pool_indices.cpu().long()
             values = confidence.cpu().numpy()
-            self._budgeted = self._control.budget(
-                values,
-                slots=slots.numpy(),
-                generations=pool.req_generation[slots].numpy(),
-                pool=int(pool.req_to_token.shape[0]),
-                buckets=self._buckets(values.size + len(values)),
-            )
+            buckets = self._buckets(values.size + len(values))
+            self._budgeted = self._control.budget(values, buckets)
 
     def _buckets(self, most: int) -> npt.NDArray[np.int64] | None:
         """Ascending numbers of rows that verify forwards of up to ``most`` run with; None: any."""
@@ -144,18 +138,16 @@ class Planner(DSparkVerifyPlanner):
         confidence: torch.Tensor | None,
         budget: int | None,
     ) -> torch.Tensor | None:
-        self.rows = None
-        if confidence is None or budget is None:
-            return None
+        self.rows = self.lens = None
         device, running = torch.device(device), self._control.running
         if self._ahead is not None:
             form, found = "ahead", self._admitted_ahead(running, device)
-        elif self._budgeted is None:
+        elif confidence is None or budget is None or self._budgeted is None:
             return None
         else:
             form, given = "early-stop", self._budgeted
             found = self._ops.admit(given.survival, given.order, given.budget, device)
-        self.rows = found.rows
+        self.rows, self.lens = found.rows, found.lens
         verify_lens: torch.Tensor = (found.lens + 1).to(torch.int32)
         self._telemetry.ran[f"schedule:{form if running.plan.draft else 'plain'}"] += 1
         return verify_lens

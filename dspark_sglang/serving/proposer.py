@@ -135,7 +135,7 @@ class Proposer(DraftBlockProposer):
             copies = copies.better(confidence.cpu().numpy())
             tokens, confidence = self._replaced(copies, tokens, confidence)
         if self._ahead is None:
-            tokens = self._agreed(tokens, confidence, batch.req_pool_indices)
+            tokens = self._agreed(tokens, confidence)
         else:
             tokens = self._agreed_ahead(self._ahead, tokens, confidence, raw)
         return self._proposal(ids, tokens, block, rows, (confidence, raw))
@@ -151,15 +151,13 @@ class Proposer(DraftBlockProposer):
         base = self._base_logits(hidden.flatten(0, 1)).view(*hidden.shape[:2], -1)
         return self._ops.draft(base, hidden, anchors, positions, rows, self._seat.tokens)
 
-    def _agreed(
-        self, tokens: torch.Tensor, confidence: torch.Tensor, pool: torch.Tensor
-    ) -> torch.Tensor:
+    def _agreed(self, tokens: torch.Tensor, confidence: torch.Tensor) -> torch.Tensor:
         """Rank 0's block on every rank, and how much of it is verified: one broadcast for both."""
         if self._seat.ranks.count == 1:
             return tokens
         planned = tokens.new_empty(0)
         if self._control.adaptive:
-            self._planner.decide(confidence, pool)
+            self._planner.decide(confidence)
             planned = self._planner.packed().to(tokens.device)
         packed = torch.cat([planned, tokens.flatten()])
         packed = self._seat.ranks.broadcast(packed, "block")
@@ -266,7 +264,8 @@ class Proposer(DraftBlockProposer):
                 support=block.support,
                 lse=block.lse,
             ),
-            confidence=calibrated,
+            # SGLang would carry them to the next steps' budgets of its own planner.
+            confidence=calibrated if self._ahead is None else None,
             confidence_raw=raw,
             folded=False,
             verify_ids=torch.cat([ids[:, :1], tokens], dim=1),

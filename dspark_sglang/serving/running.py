@@ -81,6 +81,8 @@ class Running:
     #: Drafted tokens to verify, and tokens expected of the step.
     budget: int = 0
     expected: float = 0.0
+    #: Drafted tokens whose verification pays, as decided ahead.
+    paying: int = 0
     #: ``[n]`` requests whose blocks are verified whole, whatever pays.
     first: Int64 = dataclasses.field(default_factory=_no_numbers)
 

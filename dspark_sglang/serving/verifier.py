@@ -112,8 +112,10 @@ class Verifier(TargetVerifyExecutor):
         self.lagging = Lagging(self._write)
         #: Whether plain decoding would adjust the running step's logits.
         self._adjusting = False
-        #: Stop tokens of the running step's requests.
+        #: Stop tokens of the running step's requests; those of the last requests, and whose they are.
         self._stops: torch.Tensor | None = None
+        self._known_stops: torch.Tensor | None = None
+        self._stopping: list[Any] = []
 
     def run_compact(
         self,
@@ -158,7 +160,7 @@ class Verifier(TargetVerifyExecutor):
         output.next_token_logits = output.next_token_logits[: len(index)]
         output.hidden_states = output.hidden_states[: len(index)]
         self._packed = index
-        self._stops = batch_stops(batch.reqs, device)
+        self._stops = self._batch_stops(batch, device)
         self._adjusting = self._adjusts(batch, sampling_info)
         self._gather(batch, output, sampling_info)
         if self._needs_strided(batch, sampling_info):
@@ -177,7 +179,7 @@ class Verifier(TargetVerifyExecutor):
     ) -> TargetVerifyResult:
         """SGLang's way for batches beyond its captured graphs: whole blocks, strided rows."""
         self._packed = None
-        self._stops = batch_stops(batch.reqs, verify_ids_2d.device)
+        self._stops = self._batch_stops(batch, verify_ids_2d.device)
         self._adjusting = self._adjusts(batch, sampling_info)
         result = super().run_non_compact(
             batch=batch,
@@ -190,6 +192,12 @@ class Verifier(TargetVerifyExecutor):
         logits = result.logits_output.next_token_logits
         self._adjust(batch, logits, verify_ids_2d[:, 1:], None, sampling_info)
         return result
+
+    def _batch_stops(self, batch: Any, device: Any) -> torch.Tensor | None:
+        """:func:`batch_stops`, made again only when the batch changes."""
+        if batch.reqs != self._stopping:
+            self._stopping, self._known_stops = list(batch.reqs), batch_stops(batch.reqs, device)
+        return self._known_stops
 
     @staticmethod
     def _pad(window: RaggedVerifyWindow, rows: int) -> RaggedVerifyWindow:
@@ -362,7 +370,10 @@ class Verifier(TargetVerifyExecutor):
         self._control.accepted(none, none)
 
     def _drafted_lens(self, layout: Any, bs: int, device: Any) -> torch.Tensor:
-        if layout is None:
+        if layout is None:  # more requests than graphs were captured for: whole blocks run
+            admitted = self._planner.lens
+            if admitted is not None:
+                return admitted.to(device=device, dtype=torch.int64)
             return torch.full((bs,), self.gamma, dtype=torch.int64, device=device)
         lens: torch.Tensor = layout.verify_lens[:bs].to(device=device, dtype=torch.int64) - 1
         return lens

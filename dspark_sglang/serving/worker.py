@@ -39,7 +39,6 @@ from dspark_sglang.serving.commands import Commands
 from dspark_sglang.serving.compat import installed_version
 from dspark_sglang.serving.context import keep_prefills, may_lag
 from dspark_sglang.serving.control import COST_UNKEPT, COST_UNMEASURED, Control
-from dspark_sglang.serving.known_heads import require_known_heads
 from dspark_sglang.serving.lookup import Lookup
 from dspark_sglang.serving.metrics import Metrics
 from dspark_sglang.serving.ops import Ops, choose
@@ -50,6 +49,7 @@ from dspark_sglang.serving.proposer import Proposer
 from dspark_sglang.serving.ranks import Ranks, keep_shards
 from dspark_sglang.serving.running import StepPlan
 from dspark_sglang.serving.seat import seat
+from dspark_sglang.serving.served import require_known_heads, whole_blocks
 from dspark_sglang.serving.sts_load import load_temperatures
 from dspark_sglang.serving.telemetry import StepObservers, Telemetry
 from dspark_sglang.serving.verifier import Verifier
@@ -92,8 +92,10 @@ class DSparkWorker(DSparkWorkerV2):
         self._settings = settings = read_settings()
         self.telemetry = Telemetry(gamma=self.gamma)
         overlaps = not get_schedule().disable_overlap_schedule
-        # With attention data parallelism ranks have requests of their own, and overlap runs ahead of agreeing.
-        fixed = settings.schedule == "all" or (overlaps and get_parallel().attn_dp_enabled)
+        reason = whole_blocks(str(self.device))
+        fixed = reason is not None or settings.schedule == "all"
+        if reason is not None:
+            logger.warning("dspark: every drafted token is verified: %s.", reason)
         self._schedule = "all" if fixed else "lagged" if overlaps else settings.schedule
         self.control = Control(gamma=self.gamma, adaptive=not fixed)
         self._ahead: Ahead | None = None
@@ -453,6 +455,8 @@ class DSparkWorker(DSparkWorkerV2):
         self._ops.set_temperatures(temperatures.float())
         self._sts_source = source
         self.control.reliability.forget()
+        if self._ahead is not None:
+            self._ahead.outdate()
 
     def dump_info_records(self) -> dict[str, Any] | None:
         """Our status, served by SGLang at ``/server_info``."""

@@ -25,6 +25,7 @@ from dspark_sglang.serving.control import Control
 from dspark_sglang.simulate.acceptance import Mixture
 from dspark_sglang.simulate.arrivals import Requests
 from dspark_sglang.simulate.costs import StepTimes
+from dspark_sglang.simulate.late import Late
 
 Float64 = npt.NDArray[np.float64]
 Int64 = npt.NDArray[np.int64]
@@ -165,12 +166,15 @@ class Replica:
         self._stubs = [_stub(setting.sampled, "") for _ in (blocks.names if blocks else ("",))]
         self._blocks = blocks
         self.control: Control | None = None
+        self._late: Late | None = None
         if setting.mode != "none":
             self.control = self._scheduler(cost)
+            if setting.mode == "lagged":
+                self._late = Late(self.control, slots=setting.slots)
 
     def _scheduler(self, cost: CostModel | None) -> Control:
         mode = self.setting.mode
-        control = Control(gamma=self.times.gamma, adaptive=mode != "fixed", lagged=mode == "lagged")
+        control = Control(gamma=self.times.gamma, adaptive=mode != "fixed")
         control.choose(self.setting.speculation)
         if cost is not None:
             control.cost.restore(cost.state())
@@ -315,32 +319,38 @@ class Replica:
     ) -> tuple[Int64, Int64, float, bool]:
         """One step as the worker runs it: tokens made ``[R]``, drafted tokens verified ``[R]``, seconds."""
         assert self._blocks is not None
+        late, buckets = self._late, self._buckets(count)
+        if late is not None:
+            late.settle()
         plan = control.begin(self._asked, context)
+        if late is not None:
+            late.decide(self._slot, self._generation[self._slot], buckets)
         confidence = np.zeros((count, control.gamma))
         if plan.draft:
             rows = self._blocks.rows(self.rng, self.requests.domain[self._number])
             confidence[:, : plan.depth] = self._blocks.confidence[rows, : plan.depth]
             control.running.logits = _Stated(self._blocks.logits[rows, : plan.depth])
-        given = control.budget(
-            confidence,
-            slots=self._slot,
-            generations=self._generation[self._slot],
-            pool=self.setting.slots,
-            buckets=self._buckets(count),
-        )
+        if late is not None and plan.draft:
+            given = control.ranked(confidence)
+        else:
+            given = control.budget(confidence, buckets)
         lens = lengths(given.order, given.budget, requests=count)
         counts = lens
         if plan.draft:
             kept = self.rng.random((count, control.gamma)) < self._blocks.chance[rows]
             counts = np.minimum(np.logical_and.accumulate(kept, axis=1).sum(axis=1), lens)
-        control.accepted(lens, counts)
+        if late is None:
+            control.accepted(lens, counts)
         sampled = self._sampled(count)
         if plan.draft:
             seconds = self.times.round(count, int(lens.sum()), context, sampled)
         else:
             seconds = self.times.plain(count, context, sampled)
         seconds = self._noisy(seconds)
-        control.finished(seconds, self.now + seconds)
+        if late is None:
+            control.finished(seconds, self.now + seconds)
+        else:
+            late.over(lens, counts, seconds, self.now + seconds)
         return counts + 1, lens, seconds, plan.draft
 
     def _buckets(self, count: int) -> Int64 | None:

@@ -15,14 +15,16 @@ from tests.serving.tiny import Models, generate, ran, require_the_law, start, to
 
 pytestmark = pytest.mark.server
 OVERLAP = {"DSPARK_CPU_OVERLAP": "1"}
-#: On one rank too: a server that decides ahead without overlap has nothing of its own but the order.
 KERNELS = {"DSPARK_KERNELS": "triton", "TRITON_INTERPRET": "1"}
 
 
 class Servers(NamedTuple):
     plain: Server
+    #: Its step cost is measured at start.
     overlap: Server
     ranks: Server
+    #: Decides ahead as well, in SGLang's plain loop.
+    lagged: Server
 
 
 @pytest.fixture(scope="module")
@@ -33,10 +35,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
 @pytest.fixture(scope="module")
 def servers(tmp_path_factory: pytest.TempPathFactory, models: Models) -> Iterator[Servers]:
     folder = tmp_path_factory.mktemp("overlap")
+    measured = {"DSPARK_COST": "auto", "DSPARK_CACHE_DIR": str(folder)}
     started = [
         start(folder, "plain", (models[0], None), 1),
-        start(folder, "overlap", models, 1, **OVERLAP),
+        start(folder, "overlap", models, 1, **OVERLAP, **measured),
         start(folder, "ranks", models, 2, **OVERLAP),
+        start(folder, "lagged", models, 1, DSPARK_SCHEDULE="lagged"),
     ]
     try:
         for server in started:
@@ -47,7 +51,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory, models: Models) -> Iterato
             server.stop()
 
 
-@pytest.fixture(params=["overlap", "ranks"])
+@pytest.fixture(params=["overlap", "ranks", "lagged"])
 def server(request: pytest.FixtureRequest, servers: Servers) -> Iterator[Server]:
     found: Server = getattr(servers, request.param)
     found.update(dspark_speculation=1, dspark_clear_info_records=1)
@@ -61,14 +65,21 @@ def record(server: Server) -> dict[str, Any]:
     return found
 
 
-def test_it_overlaps_and_schedules(server: Server) -> None:
-    assert server.info()["disable_overlap_schedule"] is False
+def test_it_schedules_ahead(servers: Servers, server: Server) -> None:
+    assert server.info()["disable_overlap_schedule"] is (server is servers.lagged)
     tokens(server, PROMPTS[0])
     found = record(server)
     assert found["schedule"] == "lagged" and found["lookup"] is False
     assert found["ran"]["schedule:ahead"] > 0
-    assert found["cost_source"] == "online" and found["observations"] > 0
+    assert found["observations"] > 0 and found["step_error"] is not None
     assert found["accept_length"] > 1.3
+
+
+def test_the_step_cost_was_measured_before_the_first_request(servers: Servers) -> None:
+    found = record(servers.overlap)
+    assert found["cost_source"].endswith(".json") and found["profile_s"] > 0.0
+    assert found["observations"] > 48
+    assert "step cost measured under" in servers.overlap.log.read_text(errors="replace")
 
 
 @pytest.mark.parametrize("sampling", [{}, {"logit_bias": {"40": 3.0, "150": -100.0}}], ids=str)
@@ -129,13 +140,15 @@ def test_sampled_outputs_follow_plain_decodings_law(
     require_the_law(server, models[0], options)
 
 
-def test_penalties_are_refused(server: Server) -> None:
-    answer = generate(server, PROMPTS[0], check=False, frequency_penalty=0.5)
+def test_penalties_are_refused_under_overlap_alone(servers: Servers) -> None:
+    answer = generate(servers.overlap, PROMPTS[0], check=False, frequency_penalty=0.5)
     assert "--disable-overlap-schedule" in str(answer)
+    wanted = tokens(servers.plain, PROMPTS[0], frequency_penalty=0.5)
+    assert tokens(servers.lagged, PROMPTS[0], frequency_penalty=0.5) == wanted
 
 
 def test_kernels_admit_on_the_device(servers: Servers, models: Models, tmp_path: Any) -> None:
-    """As on a GPU, but in Triton's interpreter: nothing of a step is decided on the host."""
+    """As on a GPU, but in Triton's interpreter: which tokens a budget admits is not decided on the host."""
     server = start(tmp_path, "kernels", models, 1, **OVERLAP, **KERNELS)
     try:
         server.wait_ready(300.0)

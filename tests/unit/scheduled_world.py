@@ -12,6 +12,7 @@ from dspark_sglang.config import COST_ONLINE
 from dspark_sglang.core.schedule import lengths
 from dspark_sglang.serving.control import COST_UNMEASURED, Budgeted, Control
 from dspark_sglang.serving.running import StepPlan
+from dspark_sglang.simulate.late import Late
 
 GAMMA = 5
 
@@ -47,6 +48,8 @@ class World:
     ) -> None:
         self.control, self.requests, self.acceptance = control, requests, acceptance
         self.confidence: float | None = None
+        #: Decides ahead and learns late; None: as a server without overlap.
+        self.late: Late | None = None
         #: Seconds of a round beyond a plain step, for each request and for each drafted token.
         self.draft, self.each, self.token = 0.004, 0.0002, 0.0006
         self.rng = np.random.default_rng(seed)
@@ -61,7 +64,9 @@ class World:
         return float(seconds * np.exp(self.noise * self.rng.standard_normal()))
 
     def step(self, confidence: np.ndarray | None = None) -> Taken:
-        control, count = self.control, len(self.requests)
+        control, count, late = self.control, len(self.requests), self.late
+        if late is not None:
+            late.settle()
         plan = control.begin(self.requests, 100 * count)
         if confidence is None:
             stated = self.acceptance if self.confidence is None else self.confidence
@@ -70,20 +75,24 @@ class World:
         control.running.logits = torch.logit(
             torch.from_numpy(confidence[:, : plan.depth]), eps=1e-6
         )
-        given = control.budget(
-            np.where(drafted, confidence, 0.0),
-            slots=np.arange(count),
-            generations=np.zeros(count, dtype=np.int64),
-            pool=128,
-            buckets=None,
-        )
+        confidence = np.where(drafted, confidence, 0.0)
+        if late is not None:
+            late.decide(np.arange(count), np.zeros(count, dtype=np.int64), None)
+        if late is not None and plan.draft:
+            given = control.ranked(confidence)
+        else:
+            given = control.budget(confidence, None)
         lens = lengths(given.order, given.budget, requests=count)
         kept = self.rng.random((count, control.gamma)) < self.acceptance
         counts = np.minimum(kept.cumprod(axis=1).sum(axis=1), lens)
-        control.accepted(lens, counts)
+        if late is None:
+            control.accepted(lens, counts)
         seconds = self.cost(int(lens.sum()), is_round=plan.draft)
         self.now += seconds
-        control.finished(seconds, self.now)
+        if late is None:
+            control.finished(seconds, self.now)
+        else:
+            late.over(lens, counts, seconds, self.now)
         chances = self.acceptance ** np.arange(1, control.gamma + 1)
         tokens = count + float((chances * (np.arange(control.gamma) < lens[:, None])).sum())
         return Taken(plan, given, lens, counts, tokens, seconds)
@@ -103,9 +112,10 @@ def world(
     requests: int, *, acceptance: float, seed: int = 0, lagged: bool = False, **options: Any
 ) -> World:
     """A measured server of requests that are all alike."""
-    control = Control(gamma=GAMMA, adaptive=True, lagged=lagged)
+    control = Control(gamma=GAMMA, adaptive=True)
     asked = [request(**options) for _ in range(requests)]
     made = World(control, asked, acceptance=acceptance, seed=seed)
+    made.late = Late(control, slots=requests) if lagged else None
     made.measure()
     return made
 

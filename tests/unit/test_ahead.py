@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,8 +22,21 @@ from dspark_sglang.serving.ops.rows import Admitted
 from dspark_sglang.serving.ops.torch_ops import TorchOps
 from dspark_sglang.serving.running import StepPlan
 from dspark_sglang.serving.telemetry import Telemetry
+from dspark_sglang.serving.verifier import Verifier
 
 CPU = torch.device("cpu")
+
+
+@contextlib.contextmanager
+def unwaited(device: torch.device) -> Iterator[None]:
+    """On a GPU, fail where the host waits for the device."""
+    if device.type == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        if device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
 
 
 def admitted(values: torch.Tensor, budget: int) -> Admitted:
@@ -85,11 +101,15 @@ class Server:
                 np.where(np.arange(GAMMA) < plan.depth, confidence, 0.0)
             ).float()
             stated = stated.to(self.device)
-            values = ahead.survive(stated, torch.logit(stated, eps=1e-6))
-            lens = admitted(values, control.running.budget).lens.cpu().numpy().astype(np.int64)
+            with unwaited(self.device):
+                values = ahead.survive(stated, torch.logit(stated, eps=1e-6))
+                given = admitted(values, control.running.budget)
+            lens = given.lens.cpu().numpy().astype(np.int64)
             kept = self.rng.random((count, GAMMA)) < self.acceptance
             counts = np.minimum(kept.cumprod(axis=1).sum(axis=1), lens)
-            ahead.outcome(torch.from_numpy(np.stack([lens, counts])).to(self.device))
+            round_ = torch.from_numpy(np.stack([lens, counts])).to(self.device)
+            with unwaited(self.device):
+                ahead.outcome(round_)
         else:
             control.accepted(lens, lens)
         self.now += 0.010 + 0.0005 * count
@@ -123,8 +143,7 @@ def test_the_device_ranks_by_corrected_confidences() -> None:
     for _ in range(200):  # stated 0.9, right in 0.4
         server.step(requests, np.full((4, GAMMA), 0.9))
     server.ahead.settle(running=0)
-    server.ahead._settled = 0
-    server.ahead._refresh()
+    server.ahead.outdate()
     server.control.begin(requests, 0)
     given = rng.choice([0.9, 0.88, 0.5, 0.2], (4, GAMMA))
     found = server.ahead.survive(torch.from_numpy(given).float(), torch.zeros(4, GAMMA)).numpy()
@@ -316,3 +335,13 @@ def test_on_a_gpu_steps_are_decided_as_on_a_host_and_timed_by_events() -> None:
         assert server.telemetry.rounds == 240 and server.telemetry.seconds["round"] > 0.0
         sent.append(np.stack(found))
     assert (sent[0] == sent[1]).all()
+
+
+def test_batches_beyond_captured_graphs_verify_what_was_admitted() -> None:
+    """SGLang then runs whole blocks, whatever was scheduled: more than was drafted must not count."""
+    verifier = Verifier.__new__(Verifier)
+    verifier.gamma = GAMMA
+    verifier._planner = SimpleNamespace(lens=torch.tensor([2, 0, 1], dtype=torch.int32))
+    assert verifier._drafted_lens(None, 3, CPU).tolist() == [2, 0, 1]
+    verifier._planner.lens = None  # everything is verified
+    assert verifier._drafted_lens(None, 3, CPU).tolist() == [GAMMA] * 3

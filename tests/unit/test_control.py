@@ -26,18 +26,12 @@ def budgeted(control: Control, confidence: np.ndarray) -> Budgeted:
     """The budget of the step that was begun."""
     count = len(confidence)
     control.running.logits = torch.zeros((count, max(1, control.running.plan.depth)))
-    return control.budget(
-        confidence,
-        slots=np.arange(count),
-        generations=np.zeros(count, dtype=np.int64),
-        pool=128,
-        buckets=None,
-    )
+    return control.budget(confidence, None)
 
 
-def measured(*, gamma: int = GAMMA, lagged: bool = False, token: float = 0.0006) -> Control:
+def measured(*, gamma: int = GAMMA, token: float = 0.0006) -> Control:
     """Knows both kinds of step of a machine; nothing else was learned."""
-    control = Control(gamma=gamma, adaptive=True, lagged=lagged)
+    control = Control(gamma=gamma, adaptive=True)
     for requests in (1, 2, 4, 8, 16, 32, 64):
         for depth in range(gamma + 1):
             drafted, plain = requests * depth, 0.010 + 0.0005 * requests
@@ -64,7 +58,7 @@ def prepared(branch: str) -> tuple[Control, list[Any]]:
     """A control of which the next steps take a branch, and requests."""
     if branch == "not adaptive":
         return Control(gamma=GAMMA, adaptive=False), limited()
-    control = measured(lagged=branch == "lagged", token=0.00001)
+    control = measured(token=0.00001)
     if branch == "unmeasured":
         control = Control(gamma=GAMMA, adaptive=True)
     if branch.startswith("forced"):
@@ -77,7 +71,7 @@ def prepared(branch: str) -> tuple[Control, list[Any]]:
 
 
 BRANCHES = [
-    "auto", "always", "forced 1", "forced 0.5", "forced 0.01", "profile", "lagged", "not adaptive",
+    "auto", "always", "forced 1", "forced 0.5", "forced 0.01", "profile", "not adaptive",
     "unmeasured",
 ]  # fmt: skip
 
@@ -102,7 +96,7 @@ def test_no_request_ever_verifies_more_than_it_allows(branch: str) -> None:
     # The limits are what held them back.
     # (A hundredth of 40 tokens is none.)
     assert seen.tolist() == (ALLOWED.tolist() if branch != "forced 0.01" else [0] * len(LIMITS))
-    if branch in ("auto", "lagged"):
+    if branch == "auto":
         assert 0 < whole < 10
 
 
@@ -353,23 +347,6 @@ def test_a_tokens_admission_never_depends_on_what_comes_after_it(
         found = budgeted(control, values)
         lens.append(int(lengths(found.order, found.budget, requests=3)[row]))
     assert min(lens[0], position + 1) == min(lens[1], position + 1)
-
-
-def test_lagged_budgets_read_nothing_of_the_last_two_steps() -> None:
-    budgets = []
-    for last in (0.05, 0.99):
-        control, rng = measured(lagged=True), np.random.default_rng(2)
-        control.choose("on")
-        for step in range(8):
-            confidence = (
-                rng.uniform(0.3, 0.95, (4, GAMMA)) if step < 6 else np.full((4, GAMMA), last)
-            )
-            control.begin([request()] * 4, 0)
-            found = budgeted(control, confidence)
-            lens = lengths(found.order, found.budget, requests=4)
-            control.accepted(lens, lens)
-        budgets.append(found.budget)
-    assert budgets[0] == budgets[1] > 0
 
 
 # --- numbers --------------------------------------------------------------------------------------------

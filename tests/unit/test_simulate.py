@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from itertools import pairwise
 from typing import Any
 
@@ -19,6 +20,7 @@ from dspark_sglang.simulate.acceptance import Law, Mixture, fitted
 from dspark_sglang.simulate.arrivals import Lengths, Requests, poisson, waiting
 from dspark_sglang.simulate.costs import Fixed, Measured, Overheads, StepTimes, learned
 from dspark_sglang.simulate.engine import Mode, Replica, Result, Setting
+from dspark_sglang.simulate.late import Late
 from dspark_sglang.simulate.replicas import Job, run, spread
 from dspark_sglang.simulate.summary import Sla, summarise
 
@@ -212,10 +214,28 @@ class Recorded:
         self.calls.append(["begin", len(requests), context, plan])
         return plan
 
-    def budget(self, confidence: Any, **given: Any) -> Any:
-        found = self._control.budget(confidence, **given)
-        self.calls.append(["budget", confidence.copy(), dict(given), found])
+    def budget(self, confidence: Any, buckets: Any) -> Any:
+        found = self._control.budget(confidence, buckets)
+        self.calls.append(["budget", confidence.copy(), buckets, found])
         return found
+
+    def ahead(self, earlier: Any, buckets: Any) -> None:
+        self._control.ahead(earlier, buckets)
+        self.calls.append(["ahead", earlier.copy(), buckets, self._control.running.budget])
+
+    def ranked(self, confidence: Any) -> Any:
+        found = self._control.ranked(confidence)
+        self.calls.append(["ranked", confidence.copy(), None, found])
+        return found
+
+    def arrived(self, step: Any, lens: Any, counts: Any) -> Any:
+        found = self._control.arrived(step, lens, counts)
+        self.calls.append(["arrived", lens.copy(), counts.copy(), (step.logits, found)])
+        return found
+
+    def ended(self, step: Any, seconds: float, now: float) -> None:
+        self._control.ended(step, seconds, now)
+        self.calls.append(["ended", seconds, now, None])
 
     def accepted(self, lens: Any, counts: Any) -> None:
         self.calls.append(["accepted", lens.copy(), counts.copy(), self._control.running.logits])
@@ -243,17 +263,28 @@ def test_decisions_on_recorded_inputs_are_those_of_a_server(mode: Mode) -> None:
     assert type(replica.control) is Control
     recorded = Recorded(replica.control)
     replica.control = recorded  # type: ignore[assignment]
+    if mode == "lagged":
+        replica._late = Late(recorded, slots=24)  # type: ignore[arg-type]
     replica.run()
-    fresh = Control(gamma=GAMMA, adaptive=mode != "fixed", lagged=mode == "lagged")
+    fresh = Control(gamma=GAMMA, adaptive=mode != "fixed")
     fresh.cost.restore(machine().state())
-    steps = 0
+    steps, out = 0, deque[Any]()
     for what, first, second, third in recorded.calls:
         if what == "begin":
             plan = fresh.begin([request() for _ in range(first)], second)
             assert plan.depth == third.depth and plan.whole == third.whole
             assert plan.limits.tolist() == third.limits.tolist()
-        elif what == "budget":
-            found = fresh.budget(first, **second)
+            out.append(fresh.running)
+        elif what == "ahead":
+            fresh.ahead(first, second)
+            assert fresh.running.budget == third
+        elif what == "arrived":
+            out[0].logits, values = third
+            assert (fresh.arrived(out[0], first, second) == values).all()
+        elif what == "ended":
+            fresh.ended(out.popleft(), first, second)
+        elif what in ("budget", "ranked"):
+            found = fresh.budget(first, second) if what == "budget" else fresh.ranked(first)
             assert found.budget == third.budget
             assert (found.order == third.order).all() and (found.survival == third.survival).all()
             steps += 1

@@ -1,8 +1,10 @@
-"""Which drafters this plugin reads."""
+"""Which drafters this plugin reads, and where it can only verify whole blocks."""
 
 from __future__ import annotations
 
 from typing import Any
+
+from sglang.srt.runtime_context import get_context, get_parallel, get_schedule
 
 from dspark_sglang.errors import CompatibilityError
 
@@ -25,3 +27,17 @@ def require_known_heads(draft_model: Any) -> None:
             expected=f"an unsharded {' or '.join(_MARKOV_HEADS)} and a confidence head",
             fix="Serve it with SGLang's builtin: DSPARK_PLUGIN=off.",
         )
+
+
+def whole_blocks(device: str) -> str | None:
+    """Why every drafted token has to be verified here; None where a step may verify some.
+
+    Args:
+        device: SGLang's device of the target.
+    """
+    if not get_schedule().disable_overlap_schedule and get_parallel().attn_dp_enabled:
+        return "with attention data parallelism and overlap scheduling ranks would have to agree on every step"
+    backend = get_context().resolved_server_args_dict().get("attention_backend")
+    if not device.startswith("cpu") and backend == "triton":
+        return "SGLang's Triton attention reads blocks of one length only"
+    return None

@@ -2,8 +2,8 @@
 
 Under overlap scheduling the host launches a step while the one before still runs. So how much is verified
 comes from confidences that have arrived (the paper's section 5.2: two steps old), which tokens those are is
-decided on the device, and what a step cost and brought is learned when it is over. Nothing here waits
-for a step that runs.
+decided on the device, and what a step cost and brought is learned when it is over. Nothing in a step waits
+for one that runs; a command or a question to the server does (``settle(running=0)``).
 """
 
 from __future__ import annotations

@@ -66,7 +66,7 @@ class Commands:
         if key != _CANARY and not self._worker.control.adaptive:
             raise ConfigError(
                 f"{key} was set, but this server verifies everything it drafts.",
-                expected="a server with DSPARK_SCHEDULE=adaptive, and with attention data parallelism no overlap",
+                expected="a server with DSPARK_SCHEDULE=adaptive (its log says where only whole blocks can be verified)",
                 fix="Start it that way.",
             )
         return self._known[key](value)

@@ -116,14 +116,13 @@ class Control:
         """
         options = [read_options(request) for request in requests]
         limits = np.array([_limit(o, self.gamma) for o in options], dtype=np.int64)
+        sampled = np.array([r.sampling_params.top_k > 1 for r in requests], dtype=bool)
         self.running = running = Running(
             plan=StepPlan(limits, 0),
             requests=options,
             context=context,
             limits=limits,
-            sampled=(
-                sampled := np.array([r.sampling_params.top_k > 1 for r in requests], dtype=bool)
-            ),
+            sampled=sampled,
             sampling=int(sampled.sum()),
             copied=np.zeros(len(options), dtype=bool),
             expected=float(len(options)),

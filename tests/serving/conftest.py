@@ -9,7 +9,9 @@ from typing import NamedTuple
 import pytest
 
 from dspark_sglang import targets
+from dspark_sglang.cli.bench_placement import UNEVEN
 from dspark_sglang.demo.server import Server, free_port, serve_command
+from dspark_sglang.lossless.models import ensure_models
 
 ROOT = Path(__file__).resolve().parents[2]
 DRAFTER = ROOT / "model_cards" / "smollm2-135m-instruct-dspark"
@@ -51,3 +53,9 @@ def servers(
     finally:
         for server in started:
             server.stop()
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A tiny target whose nine query heads only a whole drafter can serve on several ranks, and its drafter."""
+    return ensure_models(tmp_path_factory.mktemp("models"), 3, UNEVEN)

@@ -8,9 +8,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from dspark_sglang.cli.bench_placement import PROMPTS, UNEVEN
+from dspark_sglang.cli.bench_placement import PROMPTS
 from dspark_sglang.demo.server import Server
-from dspark_sglang.lossless.models import ensure_models
 from tests.serving.tiny import Models, generate, ran, require_the_law, start, tokens
 
 pytestmark = pytest.mark.server
@@ -25,11 +24,6 @@ class Servers(NamedTuple):
     ranks: Server
     #: Decides ahead as well, in SGLang's plain loop.
     lagged: Server
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
-    return ensure_models(tmp_path_factory.mktemp("models"), 3, UNEVEN)
 
 
 @pytest.fixture(scope="module")

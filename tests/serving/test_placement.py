@@ -24,11 +24,6 @@ class Pair(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
-    return ensure_models(tmp_path_factory.mktemp("models"), 3, UNEVEN)
-
-
-@pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory, models: Models) -> Iterator[Pair]:
     """Nine query heads over two ranks, which only a whole drafter can serve."""
     folder = tmp_path_factory.mktemp("placement")

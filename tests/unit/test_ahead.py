@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from scheduled_world import GAMMA, request
-from test_control import ALLOWED, LIMITS, limited, measured
+from test_control import ALLOWED, LIMITS, measured, prepared
 
 from dspark_sglang.core.schedule import admission_order, lengths
 from dspark_sglang.core.survival import survival
@@ -159,16 +159,7 @@ def test_the_device_ranks_by_corrected_confidences() -> None:
     "branch", ["auto", "always", "forced 1", "forced 0.5", "profile", "unmeasured"]
 )
 def test_no_request_ever_verifies_more_than_it_allows(branch: str) -> None:
-    control = measured(token=0.00001)
-    if branch == "unmeasured":
-        control = Control(gamma=GAMMA, adaptive=True)
-    if branch.startswith("forced"):
-        control.forced = float(branch.split()[1])
-    if branch == "always":
-        control.choose("on")
-    if branch == "profile":
-        control.cost_source = COST_UNMEASURED
-    requests = limited(profile=branch == "profile")
+    control, requests = prepared(branch)
     server, rng = Server(control, token=0.00001), np.random.default_rng(0)
     seen, whole = np.zeros(len(LIMITS), dtype=np.int64), 0
     for _ in range(300):

@@ -9,6 +9,7 @@ import typer
 
 from dspark_packaging.errors import PackageError
 from dspark_packaging.layout import CARD_FILE
+from dspark_sglang.artifacts import require_writable
 
 if TYPE_CHECKING:
     from dspark_packaging.verify import Verified
@@ -88,6 +89,7 @@ def package(
             expected="a SOURCE that `dspark package` made with them",
             fix="Package the drafter first, then bundle the package.",
         )
+    require_writable(out, folder=True)
     if split:
         _split(source, out, method)
     elif bundle is not None:
@@ -228,12 +230,16 @@ def verify(
     if not bundled and target is None:
         typer.echo("Load in SGLang: not tried, a drafter needs its target (--target DIR).")
         return
-    _load(directory if bundled else target or directory, None if bundled else directory)
+    _load(directory, None if bundled else target)
 
 
-def _load(model: Path, drafter: Path | None) -> None:
-    from dspark_packaging.smoke import obstacle, smoke_load
+def _load(directory: Path, target: Path | None) -> None:
+    """Load a bundle, or a drafter with its target, and compare with what was measured."""
+    from dspark_packaging.contents import open_package
+    from dspark_packaging.schemas import EVAL_FILE
+    from dspark_packaging.smoke import check_accepted, obstacle, smoke_load
 
+    model, drafter = (target, directory) if target else (directory, None)
     reason = obstacle(model, drafter)
     if reason is not None:
         typer.echo(f"Load in SGLang: does not fit here: {reason}.")
@@ -244,3 +250,9 @@ def _load(model: Path, drafter: Path | None) -> None:
         f"Load in SGLang: {done.tokens} tokens in {done.rounds} rounds, beginning "
         f"{done.text.strip()[:60]!r}."
     )
+    recorded = open_package(directory).records.eval
+    if recorded is None:
+        typer.echo(f"Accepted length: not compared (no {EVAL_FILE}).")
+    else:
+        check_accepted(done, recorded)
+        typer.echo(f"Accepted length: {done.tokens / done.rounds:.2f}, as {EVAL_FILE} lets expect.")

@@ -19,6 +19,7 @@ from dspark_packaging.layout import (
     DRAFT_FOLDER,
     INDEX_FILE,
     is_target_data,
+    package_files,
     require_apart,
     require_directory,
     visible_entries,
@@ -100,8 +101,7 @@ def _by_record(bundle: Path, record: BundleRecord) -> _Parts:
         inside = bundle / DRAFT_FOLDER
         jobs += [
             Job(path, f"{DRAFTER}/{path.relative_to(inside).as_posix()}")
-            for path in sorted(inside.rglob("*"))
-            if path.is_file()
+            for path in package_files(inside)
         ]
     for job in jobs:
         if not job.source.is_file():

@@ -31,6 +31,7 @@ from dspark_packaging.layout import (
     GENERATED,
     INDEX_FILE,
     is_target_data,
+    package_files,
     require_inside,
     visible_entries,
 )
@@ -151,9 +152,9 @@ def plan_folder(target: Path, drafter_dir: Path, drafter: Drafter, shards: Shard
     names = {name: CONFIG_FILE if name == CONFIG_FILE else here for name, here in files.items()}
     names |= {INDEX_FILE: INDEX_FILE} if INDEX_FILE in names else {}
     jobs = [Job(job.source, names.get(job.source.name, job.name)) for job in base.jobs]
-    inside = [path for path in sorted(drafter_dir.rglob("*")) if _published(path, drafter_dir)]
     jobs += [
-        Job(path, f"{DRAFT_FOLDER}/{path.relative_to(drafter_dir).as_posix()}") for path in inside
+        Job(path, f"{DRAFT_FOLDER}/{path.relative_to(drafter_dir).as_posix()}")
+        for path in package_files(drafter_dir)
     ]
     manifest = (drafter_dir / MANIFEST_FILE).read_bytes()
     record = msgspec.structs.replace(
@@ -165,12 +166,6 @@ def plan_folder(target: Path, drafter_dir: Path, drafter: Drafter, shards: Shard
         drafter_manifest_sha256=hashlib.sha256(manifest).hexdigest(),
     )
     return Plan(record=record, jobs=jobs, rewrites=[], written={})
-
-
-def _published(path: Path, folder: Path) -> bool:
-    """Files of a package, without what git and ``hf`` leave there."""
-    parts = path.relative_to(folder).parts
-    return path.is_file() and parts[0] not in (".git", ".cache", ".gitattributes")
 
 
 def plan_mtp(

@@ -13,11 +13,10 @@ import yaml
 from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml, parse_eval_result_entries
 
 from dspark_packaging.errors import PackageError
-from dspark_packaging.layout import EVAL_RESULTS
+from dspark_packaging.layout import EVAL_RESULTS, RESULTS_FILE
 from dspark_packaging.schemas import EVAL_FILE, EvalArtifact, read_eval_as_it_is
 from dspark_sglang.artifacts import write_bytes
 
-RESULTS_FILE = "accepted-length.yaml"
 _DATASET = "dspark-sglang/packaged-prompts"
 
 

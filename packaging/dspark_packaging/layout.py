@@ -30,7 +30,10 @@ PLOT_FILE = "calibration.png"
 TOKENIZER_FILE = "tokenizer.json"
 #: A drafter inside its target's folder, where SGLang looks for one (speculative_hook.py:622).
 DRAFT_FOLDER = "dspark"
-EVAL_RESULTS = ".eval_results"
+EVAL_RESULTS, RESULTS_FILE = ".eval_results", "accepted-length.yaml"
+#: What git and ``hf`` leave in a folder: no part of a package. By hand, ``hf upload`` sends of these only
+#: ``.gitattributes``, which every repository on the Hub has.
+LEFT = (".git", ".cache", ".gitattributes")
 #: Written by packaging; everything else is carried from the source.
 GENERATED = (CARD_FILE, MANIFEST_FILE, PLOT_FILE, SIGNATURE_FILE)
 REQUIRED = (CONFIG_FILE, PROVENANCE_FILE, CARD_FILE, LICENSE_FILE, MANIFEST_FILE)
@@ -76,6 +79,40 @@ def is_tokenizer(name: str) -> bool:
 def visible_entries(directory: Path) -> list[Path]:
     """What the folder holds, in name order, without the dot entries that git and ``hf`` leave."""
     return sorted(e for e in directory.iterdir() if not e.name.startswith("."))
+
+
+def package_files(directory: Path) -> list[Path]:
+    """Every file of a package: what is verified, and all that is sent.
+
+    Raises:
+        PackageError: another entry whose name begins with a dot, or a link out of the folder.
+    """
+    found: list[Path] = []
+    strange: list[str] = []
+    for entry in sorted(directory.iterdir()):
+        folder = entry.is_dir() and not entry.is_symlink()
+        if entry.name == EVAL_RESULTS and folder:
+            inside = sorted(entry.iterdir())
+            found += [path for path in inside if path.name == RESULTS_FILE]
+            strange += [f"{entry.name}/{p.name}" for p in inside if p.name != RESULTS_FILE]
+        elif entry.name == DRAFT_FOLDER and folder:
+            found += package_files(entry)
+        elif not entry.name.startswith("."):
+            found.append(entry)
+        elif entry.name not in LEFT:
+            strange.append(entry.name)
+        elif entry.is_file():
+            require_inside(entry, directory)
+    if strange:
+        raise PackageError(
+            f"{directory} holds {', '.join(strange)}, which no package has.",
+            expected=f"names without a dot in front, {EVAL_RESULTS}/{RESULTS_FILE}, and what git "
+            f"and `hf` leave ({', '.join(LEFT)})",
+            fix=f"Move {', '.join(strange)} out of the folder: `hf upload` would publish it.",
+        )
+    for path in found:
+        require_inside(path, path.parent)
+    return found
 
 
 def require_directory(directory: Path, what: str = "the folder of a DSpark drafter") -> None:
@@ -136,16 +173,16 @@ def check_names(directory: Path) -> None:
     Raises:
         PackageError: a pickle, a sub-folder, an unknown file, a link out of it, or a missing file.
     """
+    package_files(directory)
     for entry in visible_entries(directory):
         _refuse_pickle(entry)
         known = entry.name in (*REQUIRED, *OPTIONAL) or is_weight(entry.name)
-        if entry.is_dir() or not (known or is_tokenizer(entry.name)):
+        if not entry.is_file() or not (known or is_tokenizer(entry.name)):
             raise PackageError(
                 f"{entry} does not belong in a packaged drafter.",
                 expected="only " + ", ".join((*REQUIRED, *OPTIONAL, "model*.safetensors")),
                 fix=f"Move {entry.name} out of the folder.",
             )
-        require_inside(entry, directory)
     _check_required(directory, REQUIRED)
 
 
@@ -155,19 +192,19 @@ def check_bundle_names(directory: Path) -> None:
     Raises:
         PackageError: as :func:`check_names`.
     """
+    package_files(directory)
     for entry in visible_entries(directory):
         _refuse_pickle(entry)
         if entry.is_dir() and entry.name == DRAFT_FOLDER and not entry.is_symlink():
             continue
         name = entry.name.removeprefix(FROM_TARGET).removeprefix(FROM_DRAFTER)
         known = name.endswith(".safetensors") or name in (*OPTIONAL, *REQUIRED)
-        if entry.is_dir() or not (known or is_target_data(name)):
+        if not entry.is_file() or not (known or is_target_data(name)):
             raise PackageError(
                 f"{entry} does not belong in a bundle.",
                 expected="weights, configuration, tokenizer and records only (no code, no folders)",
                 fix=f"Move {entry.name} out of the folder.",
             )
-        require_inside(entry, directory)
     _check_required(directory, (CONFIG_FILE, CARD_FILE, MANIFEST_FILE, BUNDLE_FILE))
 
 

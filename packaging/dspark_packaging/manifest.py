@@ -14,11 +14,12 @@ import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import msgspec
 
 from dspark_packaging.errors import PackageError
+from dspark_packaging.finite import Scan, refuse_not_finite, scan_of
 from dspark_packaging.progress import Meter, Progress, silent
 from dspark_sglang.artifacts import write_json
 
@@ -38,7 +39,8 @@ IGNORED = (
 )
 #: Weights by whatever name: a server loads every one it finds.
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
-_CHUNK = 4 << 20
+#: Small enough to stay in a core's cache while it is hashed and looked at.
+_CHUNK = 1 << 20
 _REPACK = "Download the folder again, or package it again with `dspark package DIR DIR`."
 
 
@@ -53,6 +55,14 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """The content of ``checksums.json``."""
 
     files: dict[str, Entry]
+
+
+class Hashed(NamedTuple):
+    """What one pass over a file found."""
+
+    entry: Entry
+    #: Values that are not finite, by tensor; empty for files that hold no weights.
+    not_finite: dict[str, int]
 
 
 class Digests:
@@ -74,8 +84,8 @@ def listed_names(directory: Path) -> list[str]:
     )
 
 
-def file_entry(path: Path, meter: Meter | None = None) -> Entry:
-    """Digest and size of a file, read in pieces."""
+def file_entry(path: Path, meter: Meter | None = None, scan: Scan | None = None) -> Entry:
+    """Digest and size of a file, read in pieces; ``scan`` looks at the same pieces."""
     digest = hashlib.sha256()
     size = 0
     buffer = memoryview(bytearray(_CHUNK))
@@ -83,6 +93,8 @@ def file_entry(path: Path, meter: Meter | None = None) -> Entry:
         while count := stream.readinto(buffer):
             digest.update(buffer[:count])
             size += count
+            if scan is not None:
+                scan.feed(buffer[:count])
             if meter is not None:
                 meter(count)
     return Entry(sha256=digest.hexdigest(), size=size)
@@ -92,18 +104,18 @@ def file_entries(
     paths: Iterable[Path],
     *,
     progress: Progress = silent,
-    done: Callable[[str, Entry], None] | None = None,
-) -> dict[str, Entry]:
-    """Digests of several files, as many at a time as there are cores.
+    done: Callable[[str, Hashed], None] | None = None,
+) -> dict[str, Hashed]:
+    """Digests of several files, as many at a time as there are cores; weights are looked at too.
 
     Args:
         paths: files of different names.
         progress: shows how far it is.
-        done: told each file's entry as soon as it is known.
+        done: told each file's result as soon as it is known.
     """
     files = list(paths)
     total = sum(path.stat().st_size for path in files)
-    found: dict[str, Entry] = {}
+    found: dict[str, Hashed] = {}
     workers = len(os.sched_getaffinity(0))
     stopped = threading.Event()
     with progress("checksums", total) as meter, ThreadPoolExecutor(workers) as pool:
@@ -114,12 +126,16 @@ def file_entries(
                 raise InterruptedError("stopped")
             meter(nbytes)
 
+        def read(path: Path) -> tuple[str, Hashed]:
+            scan = scan_of(path)
+            entry = file_entry(path, count, scan)
+            return path.name, Hashed(entry, scan.found if scan else {})
+
         try:
-            entries = pool.map(lambda path: (path.name, file_entry(path, count)), files)
-            for name, entry in entries:
-                found[name] = entry
+            for name, hashed in pool.map(read, files):
+                found[name] = hashed
                 if done is not None:
-                    done(name, entry)
+                    done(name, hashed)
         except BaseException:
             stopped.set()
             pool.shutdown(cancel_futures=True, wait=False)
@@ -141,12 +157,17 @@ def write_manifest(
         digests: known ones; filled with those computed here.
         progress: shows how far it is.
         save: called whenever ``digests`` has grown.
+
+    Raises:
+        PackageError: weights that are not finite.
     """
     known = Digests({}) if digests is None else digests
     names = listed_names(directory)
 
-    def note(name: str, entry: Entry) -> None:
-        known.known[name] = entry
+    def note(name: str, hashed: Hashed) -> None:
+        # Before it is noted: a build that is continued does not read the file again.
+        refuse_not_finite(directory / name, hashed.not_finite)
+        known.known[name] = hashed.entry
         if save is not None:
             save()
 
@@ -241,17 +262,17 @@ def check_entry(
 
 
 def verify_manifest(directory: Path, *, progress: Progress = silent) -> Manifest:
-    """Check every listed file, and that no file is left out of the list.
+    """Check every listed file, that no file is left out of the list, and that weights are finite.
 
     Raises:
-        PackageError: a file is missing, changed or not listed.
+        PackageError: a file is missing, changed, not listed, or holds NaN or infinite weights.
     """
     manifest = read_manifest(directory)
     for name, entry in manifest.files.items():
         check_size(directory, name, entry)
     found = file_entries((directory / name for name in manifest.files), progress=progress)
     for name, entry in manifest.files.items():
-        check_entry(directory, name, entry, found[name])
+        check_entry(directory, name, entry, found[name].entry)
     unlisted = [name for name in listed_names(directory) if name not in manifest.files]
     if unlisted:
         raise PackageError(
@@ -259,6 +280,8 @@ def verify_manifest(directory: Path, *, progress: Progress = silent) -> Manifest
             expected="every file that a server loads in the list",
             fix=f"Run `dspark package {directory} {directory}` if the file belongs there.",
         )
+    for name, hashed in found.items():
+        refuse_not_finite(directory / name, hashed.not_finite)
     return manifest
 
 

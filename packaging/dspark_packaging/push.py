@@ -7,6 +7,7 @@ half-sent package cannot be taken for a whole one.
 
 from __future__ import annotations
 
+import glob
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,14 +20,12 @@ from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
 from dspark_packaging import hub_rules
 from dspark_packaging.errors import PackageError
-from dspark_packaging.layout import CARD_FILE
+from dspark_packaging.layout import CARD_FILE, package_files
 from dspark_packaging.manifest import MANIFEST_FILE, SIGNATURE_FILE, read_manifest
 
 #: Bytes of weights a commit.
 GROUP_BYTES = 50 * 10**9
 _LAST = (SIGNATURE_FILE, MANIFEST_FILE, CARD_FILE)
-#: What git and ``hf`` leave in a folder.
-_LEFT = (".git", ".cache", ".gitattributes")
 _SECRET = re.compile(r"hf_[A-Za-z0-9]{2,}|(?i:bearer)\s+\S+|(?<=://)[^/\s:@]+:[^/\s@]+@")
 _HIDDEN = "(token hidden)"
 
@@ -49,11 +48,14 @@ class Pushed(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def items(directory: Path) -> list[Item]:
-    """The files of a package, weights first, those that declare it whole last."""
+    """The files of a package, weights first, those that declare it whole last.
+
+    Raises:
+        PackageError: the folder holds what no package has.
+    """
     found = [
         Item(path.relative_to(directory).as_posix(), path.stat().st_size)
-        for path in sorted(directory.rglob("*"))
-        if path.is_file() and path.relative_to(directory).parts[0] not in _LEFT
+        for path in package_files(directory)
     ]
 
     def order(item: Item) -> tuple[int, str]:
@@ -175,7 +177,7 @@ def _push(
         api.upload_folder(
             repo_id=repo_id,
             folder_path=directory,
-            allow_patterns=[item.name for item in part],
+            allow_patterns=[glob.escape(item.name) for item in part],
             commit_message=note,
             revision=revision,
         )

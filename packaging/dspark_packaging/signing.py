@@ -11,11 +11,12 @@ from pathlib import Path
 from types import ModuleType
 
 from dspark_packaging.errors import PackageError
+from dspark_packaging.layout import LEFT
 from dspark_packaging.manifest import SIGNATURE_FILE
 
 _INSTALL = 'pip install "dspark-sglang[sign]"'
-#: The signature itself, and what git and ``hf`` leave. Relative to the folder, as the library wants.
-_IGNORED = (SIGNATURE_FILE, ".cache", ".gitattributes", ".git")
+#: Relative to the folder, as the library wants.
+_IGNORED = (SIGNATURE_FILE, *LEFT)
 
 
 def _library() -> tuple[ModuleType, ModuleType, ModuleType]:

@@ -13,6 +13,7 @@ import msgspec
 import psutil
 
 from dspark_packaging.errors import PackageError
+from dspark_packaging.schemas import EVAL_FILE, EvalArtifact
 from dspark_packaging.shards import read_shards
 from dspark_sglang.checkpoint import read_config
 from dspark_sglang.demo.server import Server, free_port, serve_command
@@ -21,16 +22,51 @@ from dspark_sglang.errors import ServerError
 #: What a server process needs beside two copies of the weights (packed for the CPU) and its KV.
 _WORKING_BYTES = 3 << 30
 _CUDA_ONLY = ("DeepseekV4", "DeepseekV3", "DeepseekV2")
-_PROMPT, _TOKENS = "The capital of France is", 24
+_PROMPTS = (
+    "The capital of France is",
+    "def fibonacci(n):",
+    "List the first ten prime numbers:",
+    "Once upon a time",
+)
+_TOKENS = 24
+#: Of the drafts that were accepted a round when it was measured, the share that these few tokens have to reach.
+_SHARE = 0.25
 
 
 class Loaded(msgspec.Struct, frozen=True, kw_only=True):
     """What the server did."""
 
+    #: After the first prompt.
     text: str
-    #: Rounds of drafting and verification, and tokens they committed.
+    #: Rounds of drafting and verification for all prompts, and tokens they committed.
     rounds: int
     tokens: int
+
+
+def check_accepted(loaded: Loaded, recorded: EvalArtifact) -> None:
+    """Refuse a drafter whose drafts are accepted far less than when it was measured.
+
+    A round commits one token without any draft, so what counts lies above one. A few texts say little about
+    the mean; a drafter that drafts noise has nearly nothing there.
+
+    Args:
+        loaded: what the server did, greedily.
+        recorded: ``eval.json``.
+
+    Raises:
+        PackageError: it is far below, with both figures.
+    """
+    row = min(recorded.accepted_length, key=lambda row: row.temperature)
+    low = row.ci95[0] if row.ci95 else row.overall
+    least = 1 + _SHARE * (low - 1)
+    if loaded.tokens / loaded.rounds < least:
+        raise PackageError(
+            f"It committed {loaded.tokens} tokens in {loaded.rounds} rounds, "
+            f"{loaded.tokens / loaded.rounds:.2f} a round.",
+            expected=f"at least {least:.2f}, for {row.overall:.2f} in {EVAL_FILE}",
+            fix="Its drafts are not those that were measured: compare weights, config.json and "
+            "target with the originals, or measure it again with `dspark eval --record`.",
+        )
 
 
 def obstacle(target: Path, drafter: Path | None) -> str | None:
@@ -53,7 +89,7 @@ def obstacle(target: Path, drafter: Path | None) -> str | None:
     return None
 
 
-def ask(url: str) -> Mapping[str, Any]:
+def ask(url: str, prompt: str = _PROMPTS[0]) -> Mapping[str, Any]:
     """Greedy text of a running server, with what it says about it.
 
     Raises:
@@ -63,7 +99,7 @@ def ask(url: str) -> Mapping[str, Any]:
     try:
         reply = httpx.post(
             f"{url}/generate",
-            json={"text": _PROMPT, "sampling_params": parameters},
+            json={"text": prompt, "sampling_params": parameters},
             timeout=300.0,
         ).raise_for_status()
         answer: Mapping[str, Any] = reply.json()
@@ -93,22 +129,25 @@ def smoke_load(target: Path, drafter: Path | None, *, dtype: str = "bfloat16") -
     if drafter is None:
         command += ["--speculative-algorithm", "DSPARK"]
     with tempfile.TemporaryDirectory() as scratch:
-        # Verified whole at every step, so that a round certainly runs.
-        environment = {"DSPARK_SCHEDULE": "all", "DSPARK_COST": "online"}
+        # Verified whole at every step, so that a round certainly runs; without copies from the text, which
+        # are accepted whatever the drafter does.
+        environment = {"DSPARK_SCHEDULE": "all", "DSPARK_COST": "online", "DSPARK_LOOKUP": "off"}
         with Server(
             command, port=port, log=Path(scratch) / "server.log", environment=environment
         ) as server:
             server.wait_ready()
-            answer = ask(server.url)
-            record = server.dspark()
-    if record is None or not record.get("rounds"):
+            # What ran while the server started is no answer to a prompt.
+            before = server.dspark() or {}
+            answers = [ask(server.url, prompt) for prompt in _PROMPTS]
+            after = server.dspark() or {}
+    rounds, tokens = (
+        int(after.get(name, 0)) - int(before.get(name, 0))
+        for name in ("rounds", "committed_tokens")
+    )
+    if rounds <= 0:
         raise PackageError(
             "The server generated without DSPARK.",
             expected="drafting and verification to run",
             fix="Check the installation with `dspark doctor`.",
         )
-    return Loaded(
-        text=str(answer["text"]),
-        rounds=int(record["rounds"]),
-        tokens=int(record["committed_tokens"]),
-    )
+    return Loaded(text=str(answers[0]["text"]), rounds=rounds, tokens=tokens)

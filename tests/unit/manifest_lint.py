@@ -36,6 +36,7 @@ from manifest_model import (
     matches,
     serves,
 )
+from manifest_network import router_faults, routes, unreachable
 from sglang_source import Arity
 
 from dspark_sglang.config import read_settings
@@ -440,3 +441,20 @@ def disruption(context: Context) -> Iterator[Fault]:
             yield f"{doc['kind']}/{doc['metadata']['name']}", "no pod may ever be evicted"
         elif isinstance(kept, int) and chosen and kept >= replicas:
             yield f"{doc['kind']}/{doc['metadata']['name']}", f"keeps all {replicas} replicas"
+
+
+@rule
+def reachable(context: Context) -> Iterator[Fault]:
+    """NetworkPolicies let every container reach what it needs, and be reached by who needs it."""
+    for need in unreachable(context):
+        yield need.work.where, need.message
+
+
+@rule
+def routers(context: Context) -> Iterator[Fault]:
+    """A router has the servers' key, and no worker outside the cluster can be registered."""
+    for work in context.workloads():
+        for container in filter(routes, work.pod["containers"]):
+            yield from (
+                (work.where, message) for message in router_faults(context, work, container)
+            )

@@ -164,5 +164,14 @@ def serves(container: Doc) -> bool:
 
 
 def matches(selector: Mapping[str, Any], labels: Mapping[str, str]) -> bool:
+    """Whether a label selector, with its expressions, selects these labels."""
     wanted = selector.get("matchLabels", {})
-    return all(labels.get(key) == value for key, value in wanted.items())
+    tests = {
+        "In": lambda e: labels.get(e["key"]) in e["values"],
+        "NotIn": lambda e: labels.get(e["key"]) not in e["values"],
+        "Exists": lambda e: e["key"] in labels,
+        "DoesNotExist": lambda e: e["key"] not in labels,
+    }
+    return all(labels.get(key) == value for key, value in wanted.items()) and all(
+        tests[e["operator"]](e) for e in selector.get("matchExpressions", [])
+    )

@@ -213,6 +213,19 @@ def test_readme_recipe_for_another_model(
     assert flags["--weight-version"] == ["2026-05-01"]
 
 
+def test_readme_recipe_for_the_api_server(
+    tmp_path: Path, check: Callable[[list[Doc]], list[Finding]]
+) -> None:
+    text = (DEPLOY / "README.md").read_text(encoding="utf-8")
+    (recipe,) = re.findall(r"```yaml\n# in the overlay's kustomization.yaml\n(.*?)```", text, re.S)
+    overlay = {"resources": ["../qwen3-8b-1xh100"]} | yaml.safe_load(recipe)
+    docs = _render(_copy_with_overlay(tmp_path, overlay))
+    assert check(docs) == []
+    (rule,) = _spec(docs, "NetworkPolicy", "router-api")["egress"]
+    assert rule["to"] == [{"ipBlock": {"cidr": "10.0.0.1/32"}}]
+    assert [port["port"] for port in rule["ports"]] == [443, 6443]
+
+
 # --- The linter itself ----------------------------------------------------------------------
 
 
@@ -254,6 +267,27 @@ def _drop(items: list[Doc], name: str) -> None:
     items[:] = [item for item in items if item["name"] != name]
 
 
+def _route(docs: list[Doc], change: Callable[[list[Doc]], Any]) -> None:
+    """Add the router, changed."""
+    text = (DEPLOY / "components/router/router.yaml").read_text(encoding="utf-8")
+    added = list(yaml.safe_load_all(text))
+    change(added)
+    docs.extend(added)
+
+
+def _keyless(docs: list[Doc]) -> None:
+    args = _server(docs)["args"]
+    at = args.index("--api-key")
+    del args[at : at + 2]
+
+
+def _way_out(docs: list[Doc], peers: list[Doc]) -> None:
+    """What the router's way to the API server is allowed to reach."""
+    (rule,) = _spec(docs, "NetworkPolicy", "router-api")["egress"]
+    rule["to"] = peers
+
+
+ANYWHERE: Doc = {"ipBlock": {"cidr": "0.0.0.0/0"}}
 APP = "app.kubernetes.io/name"
 MUTATIONS: dict[str, list[tuple[str, Callable[[list[Doc]], Any]]]] = {
     "selectors": [
@@ -381,6 +415,21 @@ MUTATIONS: dict[str, list[tuple[str, Callable[[list[Doc]], Any]]]] = {
         ("not a declared port", lambda d: _swap(d, "30000", "30001")),
         ("--enable-metrics is missing", lambda d: _swap(d, "--enable-metrics")),
         ("dspark-sglang/revision differ", lambda d: _find(d, "ConfigMap")["data"].update(MODEL_REVISION="r2")),
+    ],
+    "reachable": [
+        ("fetch-target cannot reach pypi.org at TCP 443", lambda d: d.remove(_find(d, "NetworkPolicy", "fetch"))),
+        ("cannot reach the name service at UDP 53", lambda d: _spec(d, "NetworkPolicy", "fetch")["egress"].pop(0)),
+        ("cannot reach pypi.org", lambda d: _spec(d, "NetworkPolicy", "fetch")["egress"][1]["ports"][0].update(port=80)),
+        ("reached by pods of a client's", lambda d: _spec(d, "NetworkPolicy", "sglang-smollm2")["ingress"][0]["from"].pop()),
+        ("router cannot reach the Kubernetes API", lambda d: _route(d, lambda r: r.remove(_find(r, "NetworkPolicy", "api")))),
+    ],
+    "routers": [
+        ("without --api-key", lambda d: _route(d, _keyless)),
+        ("without --api-key", lambda d: _route(d, lambda r: _server(r)["env"][0].update(value="k", valueFrom={}))),
+        ("finds no server", lambda d: _route(d, lambda r: _meta(r)["labels"].update({"app.kubernetes.io/instance": "x"}))),
+        ("any public address", lambda d: _route(d, lambda r: _way_out(r, [ANYWHERE]))),
+        ("any public address", lambda d: _route(d, lambda r: _way_out(r, []))),
+        ("any public address", lambda d: _route(d, lambda r: [r.remove(_find(r, "NetworkPolicy")) for _ in range(2)])),
     ],
     "disruption": [
         ("ever be evicted", lambda d: _spec(d, "PodDisruptionBudget").update(maxUnavailable=0)),

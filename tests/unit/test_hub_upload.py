@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -72,6 +73,22 @@ def test_upload_download_verify(hub: FakeHub, tmp_path: Path) -> None:
     # `hf download` leaves .cache/ there, which verification has to put up with.
     assert (copy / ".cache").is_dir()
     assert verify_artifact(copy).name == "smollm2-135m-instruct-dspark"
+
+
+def test_by_hand_only_gitattributes_is_sent_of_what_tools_leave(
+    hub: FakeHub, tmp_path: Path
+) -> None:
+    """The other half of what ``dspark verify`` lets lie in a folder never leaves it."""
+    package = tmp_path / "package"
+    shutil.copytree(ARTIFACT, package, ignore=shutil.ignore_patterns("*.safetensors"))
+    sent = files_of(package)
+    (package / ".gitattributes").write_text("*.safetensors filter=lfs\n")
+    for name in (".git/config", ".cache/huggingface/download/x.metadata"):
+        (package / name).parent.mkdir(parents=True)
+        (package / name).write_text("x\n")
+    upload = hf(hub, tmp_path / "home", "upload", REPO, str(package), ".")
+    assert upload.returncode == 0, upload.stderr
+    assert hub.repos[REPO].keys() == sent.keys() | {".gitattributes"}
 
 
 def test_second_upload_changes_nothing(hub: FakeHub, tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def known() -> set[str]:
     names = set(re.findall(r'"(sglang:[a-z0-9_]+)"', source.read_text(encoding="utf-8")))
     names |= {f"{name}_bucket" for name in names}
     names |= {f"dspark_{name}_total" for name in metrics._COUNTERS}
-    names |= {f"dspark_{name}" for name in metrics._GAUGES}
+    names |= {f"dspark_{name}" for name in metrics._GAUGES} | {"dspark_faults_total"}
     names |= set(re.findall(r'"(dspark_[a-z_]+)",', Path(metrics.__file__).read_text()))
     return names | {r["record"] for g in RULES["groups"] for r in g["rules"] if "record" in r}
 

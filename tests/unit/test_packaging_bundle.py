@@ -89,6 +89,14 @@ def test_folder_bundle_links_weights_and_splits_back(
     assert (tree(parts.target), tree(parts.drafter)) == before
 
 
+def test_a_drafter_in_both_places_is_refused(v4: tuple[Path, Path], tmp_path: Path) -> None:
+    """In the mtp layout nothing would look into ``dspark/``, and pushing would send it."""
+    build_bundle(*v4, tmp_path / "bundle")
+    (tmp_path / "bundle" / "dspark").mkdir()
+    with pytest.raises(PackageError, match="holds a folder dspark"):
+        verify_any(tmp_path / "bundle")
+
+
 def test_bundle_leaves_the_sources_alone(pair: tuple[Path, Path], tmp_path: Path) -> None:
     before = [tree(folder) for folder in pair]
     modes = [path.stat().st_mode for folder in pair for path in sorted(folder.rglob("*"))]

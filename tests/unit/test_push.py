@@ -10,6 +10,7 @@ import pytest
 
 from dspark_packaging.check.clients import TOKEN, dspark, run
 from dspark_packaging.check.hub import FakeHub, running_hub
+from dspark_packaging.check.samples import tree, write_package
 from dspark_packaging.errors import PackageError
 from dspark_packaging.push import Item, check_repo_id, commands, groups, items, scrub
 
@@ -69,6 +70,66 @@ def test_what_does_not_verify_is_not_sent(hub: FakeHub, packed: Path, tmp_path: 
     assert "dspark: error:" in done.stderr
     assert "Traceback" not in done.stderr
     assert hub.requests == []
+
+
+def plant(package: Path) -> None:
+    """What people have in such folders: a secret, a link to one elsewhere, weights by another name."""
+    outside = package.parent / "credentials"
+    outside.write_text("machine example.org password p\n")
+    (package / ".env").write_text("KEY=secret\n")
+    (package / ".netrc").symlink_to(outside)
+    (package / ".evil.bin").write_bytes(b"\x80")
+
+
+def leave(package: Path) -> None:
+    """What git and ``hf`` leave."""
+    (package / ".gitattributes").write_text("*.safetensors filter=lfs diff=lfs merge=lfs -text\n")
+    for name in (".git/config", ".cache/huggingface/download/config.json.metadata"):
+        (package / name).parent.mkdir(parents=True)
+        (package / name).write_text("x\n")
+
+
+def push_extra_files(root: Path) -> int:
+    """Files that reach the Hub and are not the package's: with entries planted, then with what tools leave."""
+    package = write_package(root / "package")
+    wanted = set(tree(package))
+    with running_hub() as hub:
+        plant(package)
+        run(dspark("push", str(package), REPO), hub, root / "home")
+        for name in (".env", ".netrc", ".evil.bin"):
+            (package / name).unlink()
+        leave(package)
+        run(dspark("push", str(package), "someone/other"), hub, root / "home")
+        extra = [name for files in hub.repos.values() for name in files.keys() - wanted]
+        missing = wanted - hub.repos["someone/other"].keys()
+    assert not missing, missing
+    return len(extra)
+
+
+def test_nothing_beyond_the_package_is_sent(tmp_path: Path) -> None:
+    assert push_extra_files(tmp_path) == 0
+
+
+def test_other_dot_entries_are_named_and_refused(
+    hub: FakeHub, packed: Path, tmp_path: Path
+) -> None:
+    plant(packed)
+    done = run(dspark("push", str(packed), REPO), hub, tmp_path / "home")
+    assert done.returncode == 2
+    assert "holds .env, .evil.bin, .netrc" in done.stderr
+    assert "Move .env, .evil.bin, .netrc out of the folder" in done.stderr
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize(
+    "name", ["vocab.txt", ".gitattributes", ".eval_results/accepted-length.yaml"]
+)
+def test_links_out_of_the_folder_are_refused(packed: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / "elsewhere").write_text("secret\n")
+    (packed / name).parent.mkdir(exist_ok=True)
+    (packed / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(PackageError, match="is a link to"):
+        items(packed)
 
 
 def test_an_unreachable_hub_is_one_line(hub: FakeHub, packed: Path, tmp_path: Path) -> None:

@@ -32,8 +32,15 @@ from dspark_packaging.check.samples import (
 from dspark_packaging.headers import LENGTH_BYTES, read_header
 from dspark_packaging.join import build_bundle
 from dspark_packaging.layout import CONFIG_FILE, INDEX_FILE, SINGLE_FILE
-from dspark_packaging.manifest import write_manifest
+from dspark_packaging.manifest import (
+    MANIFEST_FILE,
+    Manifest,
+    file_entry,
+    listed_names,
+    write_manifest,
+)
 from dspark_packaging.verify_bundle import verify_any
+from dspark_sglang.artifacts import write_json
 from dspark_sglang.checkpoint import weights_digest
 from dspark_sglang.errors import DSparkError
 
@@ -93,7 +100,9 @@ def run_case(case: Case, root: Path) -> Outcome:
 def _verify(world: World, *, relist: bool = True) -> Callable[[], object]:
     """Verify the package; its checksums made to match, so that the content is refused."""
     if relist:
-        write_manifest(world.package)
+        names = listed_names(world.package)
+        entries = {name: file_entry(world.package / name) for name in names}
+        write_json(world.package / MANIFEST_FILE, Manifest(files=entries))
     return lambda: verify_any(world.package)
 
 
@@ -227,6 +236,44 @@ def _wrong_dtype(world: World) -> Callable[[], object]:
     return _verify(world)
 
 
+def _not_a_number(world: World) -> Callable[[], object]:
+    _tensors(world, lambda t: t["fc.weight"].flat.__setitem__(slice(1, 4), np.nan))
+    return _verify(world)
+
+
+def _infinite(world: World) -> Callable[[], object]:
+    _tensors(world, lambda t: t["norm.weight"].__setitem__(0, -np.inf))
+    return lambda: build_artifact(world.package, world.root / "out")
+
+
+def _infinite_target(world: World) -> Callable[[], object]:
+    tensors = load_file(world.target / SHARD_1)
+    next(iter(tensors.values()))[0, 0] = np.inf
+    save_file(tensors, world.target / SHARD_1)
+    (world.package / "target.json").unlink()
+    build_artifact(world.package, world.package)
+    return _bundle(world)
+
+
+def _secret(world: World) -> Callable[[], object]:
+    (world.package / ".env").write_text("KEY=secret\n")
+    return _verify(world)
+
+
+def _linked_results(world: World) -> Callable[[], object]:
+    outside = world.root / "outside"
+    outside.mkdir()
+    (outside / "accepted-length.yaml").write_text("[]\n")
+    (world.package / ".eval_results").symlink_to(outside)
+    return _verify(world)
+
+
+def _results_and_more(world: World) -> Callable[[], object]:
+    (world.package / ".eval_results").mkdir()
+    (world.package / ".eval_results" / "notes.txt").write_text("not for others\n")
+    return _verify(world)
+
+
 def _wrong_revision(world: World) -> Callable[[], object]:
     value = json.loads((world.package / "provenance.json").read_text())
     value["target"]["revision"] = COMMIT
@@ -352,6 +399,12 @@ CASES = (
     Case("extra_key", _extra_key, "does not imply"),
     Case("wrong_shape", _wrong_shape, "norm.weight"),
     Case("wrong_dtype", _wrong_dtype, "stored as I16"),
+    Case("not_a_number", _not_a_number, "3 in fc.weight"),
+    Case("infinite", _infinite, "1 in norm.weight"),
+    Case("infinite_target", _infinite_target, "NaN or infinite values: 1 in model."),
+    Case("secret", _secret, "holds .env"),
+    Case("linked_results", _linked_results, "holds .eval_results"),
+    Case("results_and_more", _results_and_more, "holds .eval_results/notes.txt"),
     Case("wrong_revision", _wrong_revision, "is revision"),
     Case("wrong_gamma", _wrong_gamma, "gamma 5"),
     Case("foreign_records", _foreign_records, "drafter_sha256"),

@@ -207,7 +207,8 @@ def write_shards(
             if sparse:
                 stream.truncate(stream.tell() + end)
             else:
-                stream.write(rng.bytes(end))
+                # Half of the bits of an exponent stay clear, so that every value is finite.
+                stream.write((np.frombuffer(rng.bytes(end), np.uint8) & 0x3F).tobytes())
         mapped |= dict.fromkeys(tensors, file)
     total = {"metadata": {"total_size": 0}, "weight_map": mapped}
     (folder / INDEX_FILE).write_text(json.dumps(total, indent=2))

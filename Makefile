@@ -4,9 +4,10 @@ PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.dspark-installed
+SEED ?= 1
 SOURCES := dspark_sglang kernels packaging loadtests tests requirements
 
-.PHONY: help install demo test test-unit test-server lint format typecheck bench bench-kernels bench-load bench-load-full bench-faults bench-placement bench-selfcheck lossless simulate-fit simulate-check simulate-published report package-check deploy-check drill deploy-arguments deploy-rendered gpu lock wheel clean
+.PHONY: help install demo test test-unit test-server lint format typecheck bench bench-kernels bench-load bench-load-full bench-faults bench-placement bench-selfcheck lossless simulate-fit simulate-check simulate-published net never-ends report package-check deploy-check drill deploy-arguments deploy-rendered gpu lock wheel clean
 
 help:  ## Show what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -74,6 +75,14 @@ simulate-published: install  ## Re-derive the published V4 result (computed; abo
 
 lossless: install  ## Prove through the real server that the output law is plain decoding's
 	$(BIN)/dspark lossless
+
+net: install  ## Two thousand random requests to a plain server and to one with DSPARK, in both of SGLang's loops (half an hour)
+	mkdir -p runs/net
+	$(BIN)/python -m tests.net.run --requests 2000 --seed $(SEED) --out runs/net/plain.json
+	$(BIN)/python -m tests.net.run --requests 2000 --seed $(SEED) --overlap --out runs/net/overlap.json
+
+never-ends: net  ## The same, every case and every planted fault: docs/results/never-ends.json
+	$(BIN)/python -m tests.net.record --net runs/net/plain.json --net runs/net/overlap.json
 
 report: install  ## Measure, simulate, work out what it is worth: one page (about 20 minutes)
 	$(BIN)/dspark report

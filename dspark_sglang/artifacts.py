@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeVar
 
 import msgspec
 
-from dspark_sglang.errors import ArtifactError
+from dspark_sglang.errors import ArtifactError, ConfigError
 
 SCHEMA_VERSION = 1
 STS_FILE = "sts.json"
@@ -86,6 +86,33 @@ class CostArtifact(msgspec.Struct, frozen=True, kw_only=True, tag="cost", tag_fi
     #: Wall seconds the measurement at start-up took.
     seconds: float | None = None
     provenance: Provenance
+
+
+def require_writable(path: Path, *, folder: bool = False) -> None:
+    """Make the folder that ``path`` will be in, and see that it can be written.
+
+    Args:
+        folder: ``path`` is to be a folder, or is one.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    fix = "Name another place."
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be written: {error.filename or path.parent}: {error.strerror}.",
+            expected="a folder that can be made and written",
+            fix=fix,
+        ) from error
+    if path.exists() and path.is_dir() != folder:
+        kinds = ("a folder", "a file")
+        raise ConfigError(
+            f"{path} is {kinds[folder]}.", expected=f"{kinds[not folder]}, or none yet", fix=fix
+        )
 
 
 def write_json(path: Path, value: msgspec.Struct | dict[str, object]) -> None:

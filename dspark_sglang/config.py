@@ -140,6 +140,11 @@ def read_api_key(environ: Mapping[str, str] | None = None) -> str | None:
     return source.get("API_KEY") or None
 
 
+def authorization(key: str | None) -> dict[str, str]:
+    """Headers for a server with that key; none without one."""
+    return {"Authorization": f"Bearer {key}"} if key else {}
+
+
 def read_baseline_key(environ: Mapping[str, str] | None = None) -> str | None:
     """The key of the server a canary compares with: ``BASELINE_API_KEY``, or the same as ``API_KEY``."""
     source = os.environ if environ is None else environ

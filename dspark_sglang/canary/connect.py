@@ -39,7 +39,7 @@ def info(http: httpx.Client) -> dict[str, Any]:
         found: dict[str, Any] = answer.json()
     except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
         raise ServerError(
-            f"{http.base_url}server_info gave no usable answer: {error!r}.",
+            f"{str(http.base_url).rstrip('/')}/server_info gave no usable answer: {error!r}.",
             expected="a running SGLang server",
             fix="Check the address, and API_KEY where it has a key.",
         ) from error

@@ -11,7 +11,13 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from dspark_sglang.artifacts import SCHEMA_VERSION, STS_FILE, STSArtifact, write_json
+from dspark_sglang.artifacts import (
+    SCHEMA_VERSION,
+    STS_FILE,
+    STSArtifact,
+    require_writable,
+    write_json,
+)
 from dspark_sglang.checkpoint import weights_digest
 from dspark_sglang.errors import ConfigError
 
@@ -35,7 +41,8 @@ def calibrate(
 ) -> None:
     """Fit STS on half of the prompts and report calibration on the other half.
 
-    With --url to what a running server verified instead; --out then keeps the fit for the next start.
+    With --url to what a running server verified instead; --out then keeps the fit for the next start. The
+    server's key is read from API_KEY.
     """
     if url:
         from dspark_sglang.evaluation.refit import refit
@@ -48,6 +55,8 @@ def calibrate(
             expected="--target and --drafter, or --url of a running server",
             fix="Pass them.",
         )
+    destination = out or drafter / STS_FILE
+    require_writable(destination)
     from dspark_sglang.core.draft import cpu_shortlist
     from dspark_sglang.core.sts import fit_sts, survival_errors
     from dspark_sglang.evaluation import standalone
@@ -119,7 +128,6 @@ def calibrate(
             "prompts fitted, odd ones checked; labels min(1, p/q) of the drafted tokens",
         ),
     )
-    destination = out or drafter / STS_FILE
     write_json(destination, artifact)
     view = Table(title=f"Survival calibration on {int((~fitted).sum())} unseen blocks")
     for heading in ("position", "temperature", "ECE before", "ECE after", "acceptance"):

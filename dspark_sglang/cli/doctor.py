@@ -28,7 +28,10 @@ def doctor(
     ] = 30000,
     json: Annotated[bool, typer.Option("--json", help="Print findings as JSON.")] = False,
 ) -> None:
-    """Check the installation (and a server, and models); exit code 1 when something is wrong."""
+    """Check the installation (and a server, and models); exit code 1 when something is wrong.
+
+    The server's key is read from API_KEY.
+    """
     console = Console(stderr=json)
     with console.status("checking (importing SGLang takes about 10 s)"):
         findings = diagnosis.local()

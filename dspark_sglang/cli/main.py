@@ -1,105 +1,25 @@
-"""The ``dspark`` command."""
+"""The ``dspark`` command: from the first moment on, an error or an interrupt is one line."""
 
 from __future__ import annotations
 
 import errno
+import os
 import signal
 import sys
-from typing import Annotated
+from typing import Any
 
-import typer
-
-from dspark_sglang import __version__
-from dspark_sglang.cli import (
-    ablate,
-    bench_compare,
-    bench_kernels,
-    bench_load,
-    bench_placement,
-    bench_round,
-    calibrate,
-    canary,
-    demo,
-    doctor,
-    drill,
-    economics,
-    evaluate,
-    fetch_target,
-    gate,
-    generate_data,
-    lossless,
-    package,
-    package_check,
-    plan,
-    profile,
-    push,
-    report,
-    serve,
-    simulate,
-    train,
-)
-from dspark_sglang.cli.bench import app as bench_app
-from dspark_sglang.errors import DSparkError
-
-#: What a full, read-only or protected disk answers.
-_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
-app = typer.Typer(
-    name="dspark",
-    help="DSpark speculative decoding for SGLang: the kit around the plugin.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+#: What a full, read-only or protected disk answers, and a path that cannot be.
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM,
+         errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG)  # fmt: skip
 
 
-def _version(show: bool) -> None:
-    if show:
-        typer.echo(f"dspark-sglang {__version__}")
-        raise typer.Exit
+def __getattr__(name: str) -> Any:
+    """``app``, which takes seconds to import."""
+    if name != "app":
+        raise AttributeError(name)
+    from dspark_sglang.cli.app import app
 
-
-@app.callback()
-def root(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
-    ] = False,
-) -> None:
-    """DSpark speculative decoding for SGLang: the kit around the plugin."""
-
-
-app.command("doctor")(doctor.doctor)
-app.command("serve", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
-    serve.serve
-)
-app.command("gate")(gate.gate)
-app.command("canary")(canary.canary)
-app.command("drill")(drill.drill)
-app.command("demo")(demo.demo)
-bench_app.command("compare")(bench_compare.compare)
-bench_app.command("gate")(bench_compare.check)
-bench_app.command("frontier")(bench_compare.draw)
-app.add_typer(bench_app, name="bench")
-app.command("bench-round")(bench_round.bench_round)
-app.command("bench-kernels")(bench_kernels.bench_kernels)
-app.command("bench-load")(bench_load.bench_load)
-app.command("bench-placement")(bench_placement.bench_placement)
-app.command("fetch-target")(fetch_target.fetch_target)
-app.command("generate-data")(generate_data.generate_data)
-app.command("train")(train.train)
-app.command("ablate")(ablate.ablate)
-app.command("eval")(evaluate.evaluate)
-app.command("lossless")(lossless.lossless)
-app.command("calibrate")(calibrate.calibrate)
-app.command("plan")(plan.plan)
-app.command("economics")(economics.economics)
-app.command("report")(report.report)
-app.command("profile")(profile.profile)
-app.add_typer(simulate.app, name="simulate")
-app.command("package")(package.package)
-app.command("card")(package.card)
-app.command("verify")(package.verify)
-app.command("push")(push.push)
-app.command("package-check")(package_check.package_check)
+    return app
 
 
 def _terminate(number: int, frame: object) -> None:
@@ -107,24 +27,41 @@ def _terminate(number: int, frame: object) -> None:
     raise SystemExit(128 + number)
 
 
+def _interrupted(number: int, frame: object) -> None:
+    """End at once: nothing was started, and libraries that are being imported may lose an exception."""
+    os.write(2, b"dspark: interrupted\n")
+    os._exit(128 + number)
+
+
 def main() -> None:
     """Run the command line; an error a user can act on is one line and exit code 2."""
+    interrupt = signal.getsignal(signal.SIGINT)
+    if interrupt is signal.default_int_handler:  # not where a shell has made this process ignore it
+        signal.signal(signal.SIGINT, _interrupted)
     signal.signal(signal.SIGTERM, _terminate)
+    from dspark_sglang.cli.app import app
+    from dspark_sglang.errors import DSparkError
+
+    signal.signal(signal.SIGINT, interrupt)
     try:
         app()
     except DSparkError as error:
-        print(f"dspark: error: {error}", file=sys.stderr)
+        _say(str(error))
         raise SystemExit(2) from None
     except OSError as error:
         if error.errno not in _DISK:
             raise
-        where = error.filename or "A file"
-        print(f"dspark: error: {where} cannot be written: {error.strerror}. Free some space, or name another "
-              "place.", file=sys.stderr)  # fmt: skip
+        _say(
+            f"{error.filename or 'A file'} cannot be written: {error.strerror}. Free some space, or name another place."
+        )
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("dspark: interrupted", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def _say(error: str) -> None:
+    print("dspark: error:", " ".join(error.split()), file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ class Accepted:
 
     #: ``[R]`` int64 drafted tokens kept, at most ``lens``.
     count: torch.Tensor
-    #: ``[R]`` int64 the target's own token after them (correction or bonus).
+    #: ``[R]`` int64 the target's own token after them (correction or bonus), or
+    #: :data:`~.sampling.UNDECIDED` where the target's row there has no law.
     token: torch.Tensor
 
 
@@ -31,7 +32,8 @@ def accept_greedy(
     """Keep the longest prefix that equals the target's argmax.
 
     Args:
-        choice: ``[N]`` int64 argmax of every target row.
+        choice: ``[N]`` int64 argmax of every target row, or its seeded draw; no drafted token is
+            :data:`~.sampling.UNDECIDED`.
         drafted: ``[R, gamma]`` int64 drafted tokens.
         lens: ``[R]`` int64 drafted tokens sent to verification.
         first: ``[R]`` int64 row of each request's anchor.
@@ -118,6 +120,21 @@ class Round(NamedTuple):
         return target.clamp_(min=0.0)
 
 
+def judged(p: torch.Tensor, q: torch.Tensor, lens: torch.Tensor) -> torch.Tensor:
+    """``[R]`` int64 drafted tokens that can be judged: a block ends before the first that cannot.
+
+    Neither what the drafter drew from no law nor what stands behind a target row without one is kept. That
+    looks at nothing drafted later, so what is kept follows the target's law.
+
+    Args:
+        p, q: ``[R, gamma]`` chances of the drafted tokens, NaN where there is no law.
+        lens: ``[R]`` int64 drafted tokens that were sent.
+    """
+    position = torch.arange(p.shape[1], device=lens.device)
+    lawless = (p.isnan() | q.isnan()) & (position < lens[:, None])
+    return torch.where(lawless, position, lens[:, None]).amin(dim=1)
+
+
 def accept_sampled(round_: Round, uniforms: torch.Tensor) -> Accepted:
     """Rejection sampling: the committed tokens follow the target's law exactly.
 
@@ -128,8 +145,10 @@ def accept_sampled(round_: Round, uniforms: torch.Tensor) -> Accepted:
     Args:
         uniforms: ``[R, gamma + 1]`` in [0, 1): one per test, the last for the final token.
     """
-    lens, gamma = round_.lens, round_.drafted.shape[1]
+    gamma = round_.drafted.shape[1]
     p, q = round_.chances()
+    lens = judged(p, q, round_.lens)
+    round_ = round_._replace(lens=lens)
     sent = torch.arange(gamma, device=lens.device) < lens[:, None]
     kept = (uniforms[:, :gamma] * q < p) & sent
     count = kept.long().cumprod(dim=1).sum(dim=1)
@@ -149,8 +168,10 @@ def accept_block(round_: Round, uniforms: torch.Tensor) -> Accepted:
     Args:
         uniforms: ``[R, gamma + 1]`` in [0, 1): one per test, the last for the final token.
     """
-    lens, (requests, gamma) = round_.lens, round_.drafted.shape
+    requests, gamma = round_.drafted.shape
     p, q = round_.chances()
+    lens = judged(p, q, round_.lens)
+    round_ = round_._replace(lens=lens)
     rows, total = round_.target()
     survives = p.new_ones((requests, gamma + 1))
     for k in range(gamma):

@@ -60,7 +60,7 @@ class DraftBlock(NamedTuple):
 def undrafted(
     requests: int, *, laws: int | None, device: torch.device, depth: int = 1
 ) -> DraftBlock:
-    """A block of ``depth`` tokens from no law, for steps without drafting.
+    """A block of ``depth`` tokens, all of them token 0 for certain, for steps without drafting.
 
     Args:
         laws: requests that have a drafted law, 0 in a batch whose sampling ones have just left;
@@ -71,7 +71,7 @@ def undrafted(
     return DraftBlock(
         tokens=tokens,
         previous=tokens,
-        probs=None if laws is None else torch.zeros(shape, device=device),
+        probs=None if laws is None else torch.ones(shape, device=device),
         support=None if laws is None else torch.zeros(shape, dtype=torch.int64, device=device),
     )
 
@@ -148,7 +148,8 @@ def draft_block(
                 drawn = seeded_draw(law, keys, known)
             else:
                 assert uniforms is not None
-                drawn = sample(law, uniforms[:, step])
+                # A law that is NaN is the drafter's fault, and acceptance sees it: any token stands for it.
+                drawn = sample(law, uniforms[:, step]).clamp_(min=0)
                 laws.append(law)
             chosen = chosen.index_copy(0, sampled, drawn)
         if support is not None:

@@ -20,10 +20,10 @@ from dspark_sglang.core.cost import FlatCost, StepCost
 from dspark_sglang.core.draft import DraftBlock, draft_block
 from dspark_sglang.core.heads import ConfidenceHead, MarkovHead
 from dspark_sglang.core.penalties import Penalties
-from dspark_sglang.core.sampling import best, sample, target_weights
+from dspark_sglang.core.sampling import UNDECIDED, best, sample, target_weights
 from dspark_sglang.core.schedule import admission_order, early_stop_budget, lengths
 from dspark_sglang.core.survival import Float64, survival
-from dspark_sglang.errors import ConfigError
+from dspark_sglang.errors import ConfigError, NumericsError
 
 #: Numbers in [0, 1), float64, of a given shape.
 Uniforms = Callable[[tuple[int, ...]], torch.Tensor]
@@ -205,7 +205,7 @@ class Engine:
         token = best(rows)
         if request.temperature > 0:
             token = sample(_weights(rows, [request], [1]), self._uniforms((1,)))
-        request.output.append(int(token))
+        _extend(request, [int(token)])
 
     def _draft(self, running: Sequence[Request]) -> tuple[DraftBlock, Float64]:
         """A block for every request, and the survival of its tokens."""
@@ -329,8 +329,18 @@ def _weights(
 
 
 def _extend(request: Request, tokens: Sequence[int]) -> None:
-    """Append the committed tokens up to the end of the request."""
+    """Append the committed tokens up to the end of the request.
+
+    Raises:
+        NumericsError: it goes on and the next one could not be drawn.
+    """
     for token in tokens:
         if request.finished:
             return
+        if token == UNDECIDED:
+            raise NumericsError(
+                "A token law has no finite positive mass (NaN or infinite logits, or every token excluded).",
+                expected="finite logits with at least one allowed token",
+                fix="Check the model's weights and dtype, and the request's penalties.",
+            )
         request.output.append(token)

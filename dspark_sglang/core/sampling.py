@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 import torch
 
-from dspark_sglang.errors import NumericsError
+#: In place of a token: nothing could be drawn, for want of a law (NaN or infinite logits, every token excluded).
+UNDECIDED = -1
 
 
 def sample(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
@@ -20,59 +21,40 @@ def sample(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
         uniforms: ``[N]`` in [0, 1).
 
     Returns:
-        ``[N]`` int64 tokens.
-
-    Raises:
-        NumericsError: a row without finite positive mass (checked where it needs no device sync).
+        ``[N]`` int64 tokens, :data:`UNDECIDED` of rows without finite positive mass.
     """
     cumulative = weights.to(torch.float64).cumsum(-1)
     total = cumulative[:, -1:].contiguous()
-    if weights.device.type == "cpu" and not bool(((total > 0) & total.isfinite()).all()):
-        raise NumericsError(
-            "A token law has no finite positive mass (NaN or infinite logits, or every token "
-            "filtered out).",
-            expected="finite logits with at least one allowed token",
-            fix="Check the model's weights and dtype, and the request's grammar and logit_bias.",
-        )
     wanted = uniforms.to(torch.float64)[:, None] * total
     tokens = torch.searchsorted(cumulative, wanted, right=True)
     # u * total can round up to total; the last positive weight is then the right answer.
     last = torch.searchsorted(cumulative, total, right=False)
-    # On a device nothing was checked: keep even a broken row inside the vocabulary.
-    return torch.minimum(tokens, last).squeeze(1).clamp_(max=weights.shape[-1] - 1)
+    lawful = (total > 0) & (total < torch.inf)
+    return torch.where(lawful, torch.minimum(tokens, last), UNDECIDED).squeeze(1)
 
 
 def best(logits: torch.Tensor) -> torch.Tensor:
-    """The most probable token of each row, the first among equals.
+    """The most probable token of each row as plain decoding takes it, whatever the row holds.
+
+    That is the first among equals; NaN counts as largest; of a row that excludes every token it is token 0.
 
     Args:
         logits: ``[N, V]``.
 
     Returns:
         ``[N]`` int64.
-
-    Raises:
-        NumericsError: a row whose largest logit is not finite (checked where it needs no device
-            sync).
     """
-    # max() beats argmax() threefold on CPU and breaks ties the same way; NaN counts as largest.
-    values, tokens = logits.max(dim=-1)
-    require_finite(values)
-    return tokens
+    # max() beats argmax() threefold on CPU and breaks ties the same way.
+    return logits.max(dim=-1).indices
 
 
-def require_finite(largest: torch.Tensor) -> None:
-    """Check the largest logit of each row, where that needs no device sync.
+def probabilities(scaled: torch.Tensor) -> torch.Tensor:
+    """Softmax of ``[N, V]`` logits over their temperatures; overwrites them.
 
-    Raises:
-        NumericsError: one is not finite.
+    Infinity counts as the largest number: what an infinite ``logit_bias`` prefers has all of the probability.
+    A row without a law (NaN, or minus infinity throughout) is NaN throughout.
     """
-    if largest.device.type == "cpu" and not bool(largest.isfinite().all()):
-        raise NumericsError(
-            "The target's logits are NaN or infinite, or every token is excluded.",
-            expected="finite logits with at least one allowed token",
-            fix="Check the model's weights and dtype, and the request's grammar and logit_bias.",
-        )
+    return torch.softmax(scaled.clamp_(max=torch.finfo(scaled.dtype).max), dim=-1)
 
 
 class Filters(NamedTuple):
@@ -160,6 +142,6 @@ def target_weights(
     Returns:
         ``[N, V]`` float32 weights.
     """
-    probs = torch.softmax(logits / temperature[:, None], dim=-1)
+    probs = probabilities(logits / temperature[:, None])
     filters = Filters.of(probs, top_k, top_p, min_p)
     return probs if filters is None else filter_weights(probs, *filters)

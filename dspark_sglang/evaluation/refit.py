@@ -11,26 +11,38 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from dspark_sglang.artifacts import SCHEMA_VERSION, STSArtifact, write_json
+from dspark_sglang.artifacts import SCHEMA_VERSION, STSArtifact, require_writable, write_json
+from dspark_sglang.config import authorization, read_api_key
 from dspark_sglang.errors import ServerError
 from dspark_sglang.provenance import provenance
 
 _KINDS = ("greedy", "sampled")
 
 
-def _record(url: str) -> dict[str, Any]:
+def _record(http: httpx.Client) -> dict[str, Any]:
     try:
-        states = httpx.get(f"{url}/server_info", timeout=60.0).json()["internal_states"]
-        record: dict[str, Any] = states[0]["dspark_info_record"]
+        answer = http.get("/server_info")
+        answer.raise_for_status()
+        record: dict[str, Any] = answer.json()["internal_states"][0]["dspark_info_record"]
         if not record["active"]:
             raise KeyError("active")
     except (httpx.HTTPError, ValueError, KeyError, IndexError, TypeError) as error:
         raise ServerError(
-            f"{url}/server_info tells nothing of DSPARK: {error!r}.",
+            f"{str(http.base_url).rstrip('/')}/server_info tells nothing of DSPARK: {error!r}.",
             expected="a server that runs this plugin",
-            fix="Check the address; `dspark doctor` says what a machine runs.",
+            fix="Check the address, and API_KEY where the server has a key; `dspark doctor --url` says what it runs.",
         ) from error
     return record
+
+
+def _client(url: str) -> httpx.Client:
+    try:
+        headers = authorization(read_api_key())
+        return httpx.Client(base_url=url, headers=headers, timeout=60.0)
+    except httpx.InvalidURL as error:
+        raise ServerError(
+            f"{url} is no address: {error}.", expected="http://HOST:PORT", fix="Correct it."
+        ) from error
 
 
 def refit(url: str, out: Path | None) -> None:
@@ -38,18 +50,21 @@ def refit(url: str, out: Path | None) -> None:
 
     Raises:
         ServerError: it cannot be reached, or has verified too little since its last fit.
+        ConfigError: ``out`` cannot be written; nothing was changed then.
     """
+    if out is not None:
+        require_writable(out)
     console = Console()
-    before = _record(url)
-    body = {"server_args": {"dspark_sts": 2}}
-    answer = httpx.post(f"{url}/set_internal_state", json=body, timeout=60.0)
+    with _client(url) as http:
+        before = _record(http)
+        answer = http.post("/set_internal_state", json={"server_args": {"dspark_sts": 2}})
+        after = _record(http)
     if answer.status_code != 200 or not all(answer.json()):
         raise ServerError(
             "The server made no new fit.",
             expected="at least 256 verified blocks since the last one, and adaptive scheduling",
             fix="Wait for more requests; the reason is in the server's log.",
         )
-    after = _record(url)
     view = Table(title="STS temperatures")
     for heading in ("position", "before", "after"):
         view.add_column(heading, justify="right")

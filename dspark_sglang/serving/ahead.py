@@ -161,7 +161,8 @@ class Ahead:
             self._shift, self._stale = correction.to(self._device, non_blocking=True), 0
         bins = (confidence * BINS).long().clamp_(0, BINS - 1)
         shift = self._shift[kind[:, None], self._position, bins]
-        chances = (confidence.double() + shift).clamp_(0.0, 1.0)
+        # What is no confidence ranks last; the host finds out when it arrives.
+        chances = (confidence.double() + shift).nan_to_num_(nan=0.0).clamp_(0.0, 1.0)
         # One product after the other: a scan in another order could rise along a request.
         columns = [chances[:, 0]]
         for column in chances.unbind(1)[1:]:

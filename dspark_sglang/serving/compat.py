@@ -31,7 +31,23 @@ def _split(text: str) -> tuple[str, ...]:
     return tuple(text.split())
 
 
+_UPDATES = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
+#: Updates of weights that end with new ones in place.
+WEIGHT_HOOKS = {
+    "weights_disk": f"{_UPDATES}.update_weights_from_disk",
+    "weights_ipc": f"{_UPDATES}.update_weights_from_ipc",
+    "weights_end": f"{_UPDATES}.end_weight_update",
+}
+_CONTROL = "sglang.srt.managers.tokenizer_control_mixin.TokenizerControlMixin"
 HOOKS = {
+    **WEIGHT_HOOKS,
+    "request": "sglang.srt.managers.tokenizer_manager.TokenizerManager._create_tokenized_object",
+    "samples": "sglang.srt.managers.io_struct.GenerateReqInput._handle_parallel_sampling",
+    "release": f"{_UPDATES}.release_memory_occupation",
+    "resume": f"{_UPDATES}.resume_memory_occupation",
+    "ask_release": f"{_CONTROL}.release_memory_occupation",
+    "ask_resume": f"{_CONTROL}.resume_memory_occupation",
+    "weights_tensor": f"{_UPDATES}.update_weights_from_tensor",
     "commands": "sglang.srt.managers.scheduler_components.internal_state."
     "SchedulerInternalStateController._update_handlers",
     "finish": "sglang.srt.managers.schedule_batch.Req.update_finish_state",
@@ -48,18 +64,53 @@ HOOKS = {
 }
 CPU_HOOKS = {
     "slots": "sglang.srt.mem_cache.allocation.assign_req_to_token_pool_func",
+    "last_slots": "sglang.srt.mem_cache.allocation.get_last_loc",
     "draft_kv_bundle": "sglang.srt.models.dspark.DSparkDraftMixin._fused_kv_write_bundle",
     "draft_attention": "sglang.srt.models.dflash.DFlashAttention.__init__",
     "filtered_sampling": "sglang.srt.layers.sampler.top_k_top_p_min_p_sampling_from_probs_torch",
     "unfiltered_sampling": "sglang.srt.layers.sampler.sampling_from_probs_torch",
     "seeded_sampling": "sglang.srt.layers.sampler.multinomial_with_seed",
+    "softmax": "sglang.srt.layers.sampler.sampler_softmax",
     "threads": "sglang.srt.distributed.bootstrap._bind_threads_if_cpu",
+    "penalties": "sglang.srt.sampling.penaltylib.orchestrator.BatchedPenalizerOrchestrator.__init__",
     "batch_invariance": (
         "sglang.srt.model_executor.model_runner.ModelRunner.maybe_enable_batch_invariant_mode"
     ),
 }
 
+_WORKERS_UPDATES = "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater"
 ALGORITHM_SYMBOLS = (
+    *(Symbol(name, ("recv_req",)) for name in (*WEIGHT_HOOKS.values(), HOOKS["weights_tensor"])),
+    Symbol("sglang.srt.speculative.base_spec_worker.BaseSpecWorker.weight_update_runners", ()),
+    Symbol(f"{_WORKERS_UPDATES}.begin_weight_update", ()),
+    Symbol(f"{_WORKERS_UPDATES}.end_weight_update", ("run_post_load",)),
+    Symbol(f"{_WORKERS_UPDATES}.load_weights_from_distributed", ("named_tensors",)),
+    Symbol(f"{_WORKERS_UPDATES}.update_weights_from_tensor", _split("named_tensors load_format")),
+    Symbol("sglang.srt.managers.io_struct.UpdateWeightsFromTensorReqOutput"),
+    Symbol(
+        "sglang.srt.managers.schedule_batch.FINISH_ABORT", _split("message status_code err_type")
+    ),
+    Symbol(
+        HOOKS["request"],
+        _split("obj input_text input_ids input_embeds mm_inputs token_type_ids"),
+    ),
+    Symbol(HOOKS["samples"], ()),
+    Symbol("sglang.srt.sampling.sampling_params.TOP_K_ALL"),
+    Symbol("sglang.srt.managers.io_struct.msgpack_encode", ("obj",)),
+    Symbol("sglang.srt.managers.io_struct.msgpack_decode", ("data",)),
+    Symbol(HOOKS["release"], ("recv_req",)),
+    Symbol(HOOKS["resume"], ("recv_req",)),
+    *(
+        Symbol(f"{_UPDATES}.{name}")
+        for name in ("memory_saver_adapter", "offload_tags", "is_fully_idle", "scheduler")
+    ),
+    Symbol(HOOKS["ask_release"], _split("obj request")),
+    Symbol(HOOKS["ask_resume"], _split("obj request")),
+    Symbol("sglang.srt.managers.tokenizer_manager.TokenizerManager.auto_create_handle_loop"),
+    Symbol("sglang.srt.managers.io_struct.ReleaseMemoryOccupationReqOutput"),
+    Symbol("sglang.srt.managers.io_struct.ResumeMemoryOccupationReqOutput"),
+    Symbol("sglang.srt.constants.GPU_MEMORY_ALL_TYPES"),
+    Symbol("sglang.srt.runtime_context.get_model"),
     Symbol(HOOKS["finish"], ("new_accepted_len",)),
     Symbol(HOOKS["prepare"], _split("batch")),
     Symbol(HOOKS["commands"], ()),
@@ -240,9 +291,19 @@ ALGORITHM_SYMBOLS = (
 )
 
 CPU_SYMBOLS = (
+    Symbol(CPU_HOOKS["penalties"], _split("vocab_size batch penalizers")),
+    Symbol(CPU_HOOKS["softmax"], _split("logits temperatures")),
     Symbol(
         CPU_HOOKS["slots"],
         _split("req_pool_indices req_to_token start_offset end_offset out_cache_loc batch_size"),
+    ),
+    Symbol(
+        CPU_HOOKS["last_slots"],
+        _split("req_to_token req_pool_indices_tensor prefix_lens_tensor"),
+    ),
+    Symbol(
+        "sglang.srt.mem_cache.allocation.get_last_loc_torch",
+        _split("req_to_token req_pool_indices_tensor prefix_lens_tensor"),
     ),
     Symbol(CPU_HOOKS["draft_kv_bundle"], _split("pool")),
     Symbol(CPU_HOOKS["draft_attention"]),

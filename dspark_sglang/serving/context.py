@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from sglang.srt.runtime_context import get_disagg, get_memory
 
+from dspark_sglang.serving.faults import Faults
+
 #: Rows kept until they are written together: enough that weights are not read for a few rows.
 _MOST_ROWS = 512
 
@@ -78,6 +80,22 @@ class Lagging:
         parts, self._kept, self._rows = self._kept, [], 0
         together = States(*(torch.cat(part) for part in zip(*parts, strict=True)))
         self._write(together, latest(together.slots) if len(parts) > 1 else None)
+
+
+def contain_prefills(injector: Any, faults: Faults) -> None:
+    """Make what goes wrong while a prefill writes the draft's KV a fault of the drafter.
+
+    Args:
+        injector: SGLang's ``TargetHiddenKvInjector``.
+    """
+    inject = injector.inject_prefill
+
+    def guarded(*args: Any, **kwargs: Any) -> None:
+        if not faults.broken:
+            with faults.contained("writing the draft's KV"):
+                inject(*args, **kwargs)
+
+    injector.inject_prefill = guarded
 
 
 def keep_prefills(injector: Any, lagging: Lagging) -> None:

@@ -26,8 +26,9 @@ from dspark_sglang.core.schedule import (
     lengths,
 )
 from dspark_sglang.core.steps import CostModel, Step
-from dspark_sglang.core.survival import check, survival
+from dspark_sglang.core.survival import survival
 from dspark_sglang.serving.copying import Copying
+from dspark_sglang.serving.faults import Faults
 from dspark_sglang.serving.options import RequestOptions, read_options
 from dspark_sglang.serving.running import Running, StepPlan
 
@@ -77,6 +78,7 @@ class Control:
         self.reliability = Reliability(gamma=gamma)
         self.depths = DepthCaps(gamma=gamma)
         self.copying = Copying(self.cost, self.policy)
+        self.faults = Faults()
         #: Where the step cost comes from, in words of the settings or as a file.
         self.cost_source = COST_OFF if not adaptive else COST_ONLINE
         #: Share of the drafted tokens to verify whatever pays; None: what pays.
@@ -120,6 +122,7 @@ class Control:
         self.running = running = Running(
             plan=StepPlan(limits, 0),
             requests=options,
+            owners=tuple(requests),
             context=context,
             limits=limits,
             sampled=sampled,
@@ -133,6 +136,8 @@ class Control:
     def _decide(self, running: Running) -> StepPlan:
         options, limits = running.requests, running.limits
         most = int(limits.max(initial=0))
+        if self.faults.stopped:
+            return StepPlan(limits, 0)
         if not self.adaptive:
             return StepPlan(limits, self.gamma, whole=True)
         if self.measuring and any(option.profile for option in options):
@@ -245,14 +250,16 @@ class Control:
 
     def _valued(self, confidence: Float64) -> Float64:
         """Survival ``[R, gamma]`` of the running step, 0 where nothing may be verified."""
-        running, self.running.confidence = self.running, confidence
+        running, confidence = self.running, self.faults.screened(self.running, confidence)
+        running.confidence = confidence
         # What limits the depth of drafts is no reason to copy less.
         copied = np.minimum(running.limits, running.copied_depth)
         limits = np.where(running.copied, copied, running.plan.limits)
         allowed = np.arange(self.gamma) < limits[:, None]
         if running.undrafted:
             allowed &= running.copied[:, None]
-        check(confidence)  # before a correction hides what is wrong with them
+        if running.unsound.any():
+            allowed &= ~running.unsound[:, None]
         corrected = self.reliability.corrected(confidence, running.sampled)
         values = survival(np.where(running.copied[:, None], confidence, corrected))
         # One that may not be verified ranks behind all that may.
@@ -283,8 +290,7 @@ class Control:
         gains = values.T.reshape(-1)[order]
         found = self.copying.alone(self.running, gains[gains > ADMISSIBLE])
         if not found.tokens:
-            self.running.plan, self.running.undrafted = self.running.plan._replace(depth=0), False
-            self.running.copied[:], self.running.copied_depth = False, 0
+            self.running.abandon()
         admitted = values.T.reshape(-1)[order[: found.tokens]]
         self.running.budget = found.tokens
         self.running.expected = len(values) + float(admitted.sum())
@@ -349,6 +355,8 @@ class Control:
         logits[:, : raw.shape[1]] = raw
         # What was copied says nothing of the drafter's confidences.
         drafted = np.where(running.copied, 0, lens)
+        if running.unsound.any():
+            logits[running.unsound], drafted = 0.0, np.where(running.unsound, 0, drafted)
         self.reliability.observe(running.confidence, logits, drafted, counts, running.sampled)
         self.copied_rounds += int(running.copied.sum())
         self.copied_tokens += int(counts[running.copied].sum())
@@ -364,9 +372,6 @@ class Control:
 
         Returns:
             ``[R, gamma]`` its survival, 0 where nothing could be verified.
-
-        Raises:
-            NumericsError: one of its confidences is NaN or outside [0, 1].
         """
         assert step.confidence is not None
         with self._about(step):
@@ -444,8 +449,10 @@ class Control:
     # -- for people --------------------------------------------------------------------------
 
     def choose(self, choice: Choice) -> None:
-        """Draft always, never, or where it pays."""
+        """Draft always, never, or where it pays; the first and the last in spite of a fault of the drafter."""
         self.policy.choice = choice
+        if choice != "off":
+            self.faults.resume()
 
     def snapshot(self) -> dict[str, Any]:
         """JSON-ready numbers for ``/server_info`` and metrics."""
@@ -454,15 +461,16 @@ class Control:
         return {
             "cost_source": self.cost_source,
             "speculation": self.policy.choice,
-            "drafting": self.policy.drafting(requests, self.running.samples)
-            if self.adaptive
-            else True,
+            "drafting": self.faults.stopped is None
+            and (not self.adaptive or self.policy.drafting(requests, self.running.samples)),
             "gain": round(self.policy.gain(requests, self.running.samples), 4),
             "switches": self.policy.switches,
             "plain_steps": self.plain_steps,
             "copied_rounds": self.copied_rounds,
             "copied_tokens": self.copied_tokens,
             "forced_budget": self.forced,
+            "faults": dict(self.faults.counts),
+            "drafting_stopped": self.faults.stopped,
             "depth_caps": self.depths.caps(),
             "step_error": self.cost.error,
             "slowdown": round(self.cost.slowdown, 4),

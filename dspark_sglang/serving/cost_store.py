@@ -22,6 +22,15 @@ _WHAT = "a cost file of this plugin"
 _FIX = "Measure it again with `dspark profile`, or unset DSPARK_COST."
 
 
+def missing(expected: str) -> ConfigError:
+    """What to raise where a server has no cost file."""
+    return ConfigError(
+        "This server has no cost file.",
+        expected=expected,
+        fix="Start it that way, or use dspark_cost 0.",
+    )
+
+
 def device_name(device: torch.device, threads: int) -> str:
     """The device steps run on, as fingerprints name it."""
     if device.type == "cuda":

@@ -20,7 +20,7 @@ from dspark_sglang.checkpoint import (
     parse_drafter_config,
     read_config,
 )
-from dspark_sglang.config import read_settings
+from dspark_sglang.config import authorization, read_api_key, read_settings
 from dspark_sglang.errors import DSparkError
 from dspark_sglang.serving import compat, entry
 
@@ -169,9 +169,10 @@ def models(target: Path | None, drafter: Path) -> list[Finding]:
 
 
 def server(url: str) -> list[Finding]:
-    """Whether our algorithm is what a running server uses."""
+    """Whether our algorithm is what a running server uses; its key is read from ``API_KEY``."""
     try:
-        answer = httpx.get(f"{url.rstrip('/')}/server_info", timeout=30.0)
+        headers = authorization(read_api_key())
+        answer = httpx.get(f"{url.rstrip('/')}/server_info", headers=headers, timeout=30.0)
         answer.raise_for_status()
         info: dict[str, Any] = answer.json()
         state: dict[str, Any] = info["internal_states"][0]
@@ -180,7 +181,7 @@ def server(url: str) -> list[Finding]:
             Finding(
                 "problem",
                 f"{url}/server_info gave no usable answer: {error!r}",
-                "Start the server, or check the address and --api-key.",
+                "Start the server, or check the address; its key is read from API_KEY.",
             )
         ]
     return _judge(url, info, state)
@@ -210,7 +211,16 @@ def _judge(url: str, info: dict[str, Any], state: dict[str, Any]) -> list[Findin
     length = record.get("accept_length")
     said = "nothing generated yet" if length is None else f"accepted length {length:.2f}"
     ran = ", ".join(f"{name} ×{count}" for name, count in sorted(record["ran"].items()))
-    return [
+    findings = [
         Finding("ok", f"{url} runs dspark {record['version']}: gamma {record['gamma']}, {said}"),
         Finding("ok", f"what ran: {ran or 'nothing yet'}"),
     ]
+    if record.get("drafting_stopped"):
+        findings.append(
+            Finding(
+                "problem",
+                f"{url} drafts no more: {record['drafting_stopped']}",
+                'See its log. Drafting again: POST /set_internal_state {"server_args": {"dspark_speculation": -1}}.',
+            )
+        )
+    return findings

@@ -17,10 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 class DraftHead:
-    """A copy of some rows of the target's LM head.
-
-    The copy is made once: after an update of the target's weights at run time it is that of the
-    old ones, which costs acceptance and nothing else.
+    """A copy of some rows of the target's LM head, made again when that is updated.
 
     Args:
         head: ``[V, d]`` weight of the target's LM head.
@@ -32,10 +29,15 @@ class DraftHead:
         self, head: torch.Tensor, tokens: torch.Tensor, vocabulary: Vocabulary | None = None
     ) -> None:
         self.tokens = tokens.to(head.device)
-        if vocabulary is None:
+        self._vocabulary = vocabulary
+        self.renew(head)
+
+    def renew(self, head: torch.Tensor) -> None:
+        """Copy the rows again; every rank has to."""
+        if self._vocabulary is None:
             weight = head.detach()[self.tokens]
         else:
-            weight = vocabulary.rows(self.tokens)
+            weight = self._vocabulary.rows(self.tokens)
         self._dtype = weight.dtype
         self._packed = head.device.type == "cpu" and can_pack(weight)
         self._weight = pack(weight) if self._packed else weight

@@ -110,6 +110,8 @@ def _algorithm_hooks() -> list[tuple[str, str, Callable[..., Any], str]]:
         return commands.handlers(original, controller)
 
     return [
+        *_weight_hooks(),
+        *_http_hooks(),
         ("commands", compat.HOOKS["commands"], update_handlers, "AROUND"),
         ("prepare", compat.HOOKS["prepare"], prepare, "AROUND"),
         ("finish", compat.HOOKS["finish"], finish, "AROUND"),
@@ -119,6 +121,59 @@ def _algorithm_hooks() -> list[tuple[str, str, Callable[..., Any], str]]:
         ("placement", compat.HOOKS["placement"], place, "AROUND"),
         ("validation", compat.HOOKS["validation"], refuse_inexact, "AROUND"),
     ]
+
+
+def _weight_hooks() -> list[tuple[str, str, Callable[..., Any], str]]:
+    def changed(original: Callable[..., Any], manager: Any, recv_req: Any) -> Any:
+        from dspark_sglang.serving import weights
+
+        return weights.followed(original, manager, recv_req)
+
+    def loaded(original: Callable[..., Any], manager: Any, recv_req: Any) -> Any:
+        from dspark_sglang.serving import weights
+
+        return weights.contained(original, manager, recv_req)
+
+    return [
+        *((name, target, changed, "AROUND") for name, target in compat.WEIGHT_HOOKS.items()),
+        ("weights_tensor", compat.HOOKS["weights_tensor"], loaded, "AROUND"),
+    ]
+
+
+def _http_hooks() -> list[tuple[str, str, Callable[..., Any], str]]:
+    def make(
+        original: Callable[..., Any], manager: Any, obj: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        from dspark_sglang.serving import http_checks
+
+        return http_checks.made(original, manager, obj, *args, **kwargs)
+
+    def count(result: None, obj: Any) -> None:
+        from dspark_sglang.serving import http_checks
+
+        http_checks.check_samples(obj)
+
+    found: list[tuple[str, str, Callable[..., Any], str]] = [
+        ("request", compat.HOOKS["request"], make, "AROUND"),
+        ("samples", compat.HOOKS["samples"], count, "AFTER"),
+    ]
+    for name in ("release", "resume"):
+
+        def guard(
+            original: Callable[..., Any], updater: Any, recv_req: Any, *, name: str = name
+        ) -> Any:
+            from dspark_sglang.serving import occupation
+
+            return occupation.guard(original, updater, recv_req, release=name == "release")
+
+        async def ask(manager: Any, obj: Any, request: Any = None, *, name: str = name) -> None:
+            from dspark_sglang.serving import occupation
+
+            await occupation.ask(manager, obj, release=name == "release")
+
+        found.append((name, compat.HOOKS[name], guard, "AROUND"))
+        found.append((f"ask_{name}", compat.HOOKS[f"ask_{name}"], ask, "REPLACE"))
+    return found
 
 
 def _apply(hooks: list[tuple[str, str, Callable[..., Any], str]]) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from dspark_sglang import __version__
 from dspark_sglang.core.depth import WORKLOADS
 from dspark_sglang.serving.control import Control
+from dspark_sglang.serving.faults import KINDS
 from dspark_sglang.serving.telemetry import Telemetry
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ _GAUGES = {
     "served_calibration_error": "The same of what the scheduler used.",
     "drift_alarm": "1 while some position's confidences are off beyond the threshold.",
 }
+_KINDS = "; ".join(f"{kind}: {text}" for kind, text in KINDS.items())
 
 
 class Metrics:
@@ -71,6 +73,12 @@ class Metrics:
             name: Gauge(f"dspark_{name}", text, multiprocess_mode="mostrecent")
             for name, text in _GAUGES.items()
         }
+        self._faults = Counter(
+            "dspark_faults", f"What went wrong and was contained: {_KINDS}.", ["kind"]
+        )
+        for kind in KINDS:  # a series that begins with its first fault shows no increase
+            self._faults.labels(kind=kind)
+        self._faulty: dict[str, int] = {}
         self._depth = Gauge(
             "dspark_depth_cap",
             "Tokens drafted a request; 0: no request of the workload was seen lately.",
@@ -135,6 +143,9 @@ class Metrics:
         for name, found in values.items():
             if found is not None:
                 self._gauges[name].set(float(found))
+        for kind, count in known["faults"].items():
+            self._faults.labels(kind=kind).inc(count - self._faulty.get(kind, 0))
+        self._faulty = known["faults"]
         self._show_depths(known["depth_caps"])
 
     def _show_depths(self, caps: Mapping[str, int]) -> None:

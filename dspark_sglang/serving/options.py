@@ -43,3 +43,10 @@ def read_options(request: Any) -> RequestOptions:
             raise ValueError("workload is longer than 64 characters")
     setattr(request, _KEPT, found)
     return found
+
+
+def never_draft(request: Any) -> bool:
+    """Draft nothing for an SGLang request from now on; says whether that is news."""
+    known = read_options(request)
+    setattr(request, _KEPT, msgspec.structs.replace(known, max_draft_tokens=0))
+    return known.max_draft_tokens != 0

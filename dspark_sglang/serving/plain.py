@@ -12,6 +12,7 @@ from sglang.srt.speculative.dspark_components.dspark_draft import make_next_draf
 
 from dspark_sglang.serving.context import States
 from dspark_sglang.serving.control import Control
+from dspark_sglang.serving.requests import told_sampled
 from dspark_sglang.serving.telemetry import Telemetry
 from dspark_sglang.serving.verifier import Verifier
 
@@ -89,7 +90,7 @@ class PlainDecoder:
         self._verifier.lagging.keep(States(output.hidden_states, slots, places))
         output.hidden_states = None
         tokens = result.next_token_ids.to(torch.int64)
-        result.next_token_ids = tokens
+        result.next_token_ids = told_sampled(result, batch)
         result.accept_lens = result.cap_lens = torch.ones_like(tokens, dtype=torch.int32)
         result.next_draft_input = make_next_draft_input(bonus_tokens=tokens, new_seq_lens=lens)
         result.speculative_num_draft_tokens = int(worker.verify_num_draft_tokens)

@@ -95,10 +95,28 @@ class Proposer(DraftBlockProposer):
         sampling_info: Any,
         anchor_prepared: bool = False,
     ) -> DraftProposal:
-        depth = self._control.running.plan.depth
         rows = self._sampled_rows(batch, sampling_info)
-        if not depth:
-            return self._without_draft(draft_input, bs, rows)
+        if self._control.running.plan.draft:
+            with self._control.faults.contained("drafting"):
+                return self._drafted(
+                    batch, draft_input, verify_window, target_model, sampling_info, anchor_prepared
+                )
+            self._control.running.abandon()
+            self._found = None
+        return self._without_draft(draft_input, bs, rows)
+
+    def _drafted(
+        self,
+        batch: Any,
+        draft_input: Any,
+        verify_window: Any,
+        target_model: Any,
+        sampling_info: Any,
+        anchor_prepared: bool,
+    ) -> DraftProposal:
+        """A proposal of a step whose plan drafts."""
+        depth, bs = self._control.running.plan.depth, len(batch.seq_lens)
+        rows = self._sampled_rows(batch, sampling_info)
         ids = self.draft_block_ids_view(bs=bs, device=batch.seq_lens.device)
         copies = self._copies(batch.reqs, max(depth, self._reach))
         # An operator's budget is a share of what is drafted, so something is.
@@ -112,7 +130,7 @@ class Proposer(DraftBlockProposer):
                 draft_input=draft_input,
                 verify_window=verify_window,
                 bs=bs,
-                device=device,
+                device=batch.seq_lens.device,
                 embed_module=self._seat.embedding or embed or self.draft_model.embed_tokens,
                 sampling_info=sampling_info,
                 anchor_prepared=anchor_prepared,
@@ -229,7 +247,9 @@ class Proposer(DraftBlockProposer):
         ids = self.draft_block_ids_view(bs=bs, device=draft_input.bonus_tokens.device)
         ids[:, 0].copy_(draft_input.bonus_tokens.view(-1))
         none = torch.zeros((bs, self.gamma), device=ids.device)
-        return self._proposal(ids, none.long(), self._ops.nothing(rows, bs), rows, (none, none))
+        # Where whole blocks are verified, these tokens are too.
+        block = self._ops.nothing(rows, bs, 1 if self._control.adaptive else self.gamma)
+        return self._proposal(ids, none.long(), block, rows, (none, none))
 
     def _proposal(
         self,

@@ -1,15 +1,83 @@
-"""Requests: refused where they would not be served exactly, and finished where plain decoding ends."""
+"""Requests: what they ask of a step, refused where that would not be served exactly, finished where plain decoding ends."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from http import HTTPStatus
 from typing import Any
 
+import torch
 from sglang.srt.runtime_context import get_exec
 
+from dspark_sglang.core.penalties import Penalties
+from dspark_sglang.core.sampling import UNDECIDED
 from dspark_sglang.serving.control import Control
 from dspark_sglang.serving.options import KEY, read_options
-from dspark_sglang.serving.verifier import request_penalties
+
+_KEPT = "_dspark_penalties"
+_STOPS = "_dspark_stops"
+
+
+def stop_tokens(request: Any) -> tuple[int, ...]:
+    """Tokens that end an SGLang request unless it ignores them, read once and kept on it."""
+    known: tuple[int, ...] | None = getattr(request, _STOPS, None)
+    if known is None:
+        given, tokenizer = request.sampling_params, request.tokenizer
+        stops = set(given.stop_token_ids or ()) | set(request.eos_token_ids or ())
+        stops |= set(getattr(tokenizer, "additional_stop_token_ids", None) or ())
+        stops |= {getattr(tokenizer, "eos_token_id", None)}
+        known = tuple(sorted(token for token in stops if token is not None))
+        setattr(request, _STOPS, known)
+    return known
+
+
+def request_penalties(request: Any) -> Penalties:
+    """The penalties of an SGLang request, read once and kept on it."""
+    known: Penalties | None = getattr(request, _KEPT, None)
+    if known is not None:
+        return known
+    given = request.sampling_params
+    penalties = Penalties(
+        frequency=given.frequency_penalty,
+        presence=given.presence_penalty,
+        repetition=given.repetition_penalty,
+        min_new_tokens=given.min_new_tokens,
+        stop_tokens=stop_tokens(request),
+    )
+    setattr(request, _KEPT, penalties)
+    return penalties
+
+
+def batch_stops(requests: Sequence[Any], device: Any) -> torch.Tensor | None:
+    """``[R, S]`` int64 stop tokens of each request, padded with -1; None where nothing stops one."""
+    stops = [() if r.sampling_params.ignore_eos else stop_tokens(r) for r in requests]
+    width = max(map(len, stops), default=0)
+    if not width:
+        return None
+    padded = [(*own, *(-1,) * (width - len(own))) for own in stops]
+    return torch.tensor(padded, device=device)
+
+
+def told(token: torch.Tensor, requests: Sequence[Any]) -> torch.Tensor:
+    """``[R]`` integer tokens as the scheduler is told them: :data:`UNDECIDED` ends a request there.
+
+    A grammar's parser is told one that it may refuse, as in plain decoding: some parsers take no negative number.
+    """
+    parsed = [request.grammar is not None for request in requests]
+    if not any(parsed):
+        return token
+    return torch.where(torch.tensor(parsed, device=token.device), token.clamp(min=0), token)
+
+
+def told_sampled(result: Any, batch: Any) -> torch.Tensor:
+    """:func:`told` of what SGLang's own sampler drew, from logits that it has made probabilities of."""
+    info, token = batch.sampling_info, result.next_token_ids
+    if info is None or info.is_all_greedy:
+        return torch.as_tensor(token)
+    # Without a law a row is NaN throughout; the sampler's token of it means nothing.
+    lawless = result.logits_output.next_token_logits[:, 0].isnan() & (info.top_ks.view(-1) > 1)
+    return told(torch.where(lawless, UNDECIDED, token), batch.reqs)
+
 
 #: Decides the steps of this process, once its worker is built.
 _control: Control | None = None
@@ -63,6 +131,11 @@ def refusal(req: Any, enable_overlap: bool) -> str | None:
             f"custom_params.{KEY} cannot be used: {error}. Expected max_draft_tokens (0 or more) "
             "and workload (a short name)."
         )
+    if req.return_hidden_states:
+        return (
+            "return_hidden_states is set. Expected a request without it: DSPARK captures other states of the "
+            "target. Ask a server without speculation."
+        )
     if req.sampling_params.min_p > 0 and get_exec().kernel.sampling_backend != "pytorch":
         return (
             "min_p is not exact under DSPARK with this sampling backend. Expected a request "
@@ -80,6 +153,10 @@ def refusal(req: Any, enable_overlap: bool) -> str | None:
 def finish(original: Callable[..., None], req: Any, new_accepted_len: int = 1) -> None:
     """End a request at the first of its new tokens at which plain decoding would have.
 
+    - A token that could not be drawn ends it with an error of its own.
+    - Plain decoding looks whether a grammar is over before that takes the new token; a run of accepted tokens
+      has been taken by then.
+
     SGLang looks at a run of accepted tokens at once: there a stop string later in the run wins over
     one before it that comes later in the request's list. With stop strings, one token is looked
     at after the other.
@@ -89,6 +166,66 @@ def finish(original: Callable[..., None], req: Any, new_accepted_len: int = 1) -
         req: with the new tokens at the end of ``output_ids``.
         new_accepted_len: how many are new.
     """
+    if new_accepted_len and req.output_ids[-1] == UNDECIDED and not req.finished():
+        req.output_ids[-1] = 0
+        if new_accepted_len > 1:
+            whole = req.output_ids
+            req.output_ids = whole[:-1]
+            finish(original, req, new_accepted_len - 1)
+            req.output_ids = whole
+            if req.finished() and req.finished_len is None:
+                req.finished_len = len(whole) - 1
+        if not req.finished():
+            req.to_finish = req.to_finish or _undecided(req)
+            if _control is not None:
+                _control.faults.counts["request"] += 1
+            original(req, 1)
+        return
+    grammar = req.grammar
+    try:
+        if grammar is not None and _just_over(req):
+            req.grammar = None
+        _finish(original, req, new_accepted_len)
+    finally:
+        req.grammar = grammar
+
+
+def _undecided(req: Any) -> Any:
+    """Why a request ends at a token that has no law: the client's fault where its own options can exclude all tokens."""
+    from sglang.srt.managers.schedule_batch import FINISH_ABORT
+
+    given = req.sampling_params
+    own = (
+        given.logit_bias
+        or req.grammar
+        or req.custom_logit_processor
+        or request_penalties(req).active
+    )
+    message = (
+        "The next token cannot be drawn: its logits are NaN or infinite, or every token is excluded. Expected "
+        "finite logits with at least one allowed token. "
+    )
+    if own:
+        message += "Check the request's logit_bias, penalties, grammar and logit processor."
+        return FINISH_ABORT(message, HTTPStatus.BAD_REQUEST, "BadRequestError")
+    message += "Check the target's weights and dtype."
+    return FINISH_ABORT(message, HTTPStatus.INTERNAL_SERVER_ERROR, "InternalServerError")
+
+
+def _just_over(req: Any) -> bool:
+    """Whether the last token is the one that ended the request's grammar.
+
+    A grammar takes a stop token as its end only, so where the one before is such, it was over before.
+    """
+    if not req.output_ids or not req.grammar.is_terminated():
+        return False
+    stops = set(req.eos_token_ids or ()) | {getattr(req.tokenizer, "eos_token_id", None)}
+    return req.output_ids[-1] in stops and not (
+        len(req.output_ids) > 1 and req.output_ids[-2] in stops
+    )
+
+
+def _finish(original: Callable[..., None], req: Any, new_accepted_len: int) -> None:
     given = req.sampling_params
     watched = bool(given.stop_strs or given.stop_regex_strs)
     if new_accepted_len <= 1 or not watched or req.finished() or req.to_finish:

@@ -63,6 +63,8 @@ class Running:
 
     plan: StepPlan
     requests: Sequence[RequestOptions] = ()
+    #: SGLang's requests, in the same order.
+    owners: Sequence[Any] = ()
     #: Cached tokens of all of them.
     context: int = 0
     #: ``[R]`` most drafted tokens that each request allows.
@@ -78,6 +80,8 @@ class Running:
     #: ``[R, gamma]`` calibrated confidences, and the logits ``[R, depth]`` they come from.
     confidence: Float64 | None = None
     logits: Any = None
+    #: ``[R]`` requests whose confidences cannot be used; empty: none.
+    unsound: Bool = dataclasses.field(default_factory=_no_flags)
     #: Drafted tokens to verify, and tokens expected of the step.
     budget: int = 0
     expected: float = 0.0
@@ -85,6 +89,11 @@ class Running:
     paying: int = 0
     #: ``[n]`` requests whose blocks are verified whole, whatever pays.
     first: Int64 = dataclasses.field(default_factory=_no_numbers)
+
+    def abandon(self) -> None:
+        """Nothing is drafted or copied after all: only anchors are verified."""
+        self.plan, self.undrafted, self.budget = self.plan._replace(depth=0), False, 0
+        self.copied[:], self.copied_depth = False, 0
 
     @property
     def samples(self) -> bool:

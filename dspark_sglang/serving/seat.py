@@ -66,6 +66,15 @@ class Seat(msgspec.Struct, frozen=True):
             torch.empty(shape, dtype=self.dtype, device=ids.device), "states"
         )
 
+    def renew(self, model: Any) -> None:
+        """Copy again what was copied of the target's weights; every rank has to.
+
+        Args:
+            model: the draft model, with the target's LM head.
+        """
+        if self.head is not None:
+            self.head.renew(model.lm_head.weight)
+
     def forget(self, model: Any, injector: Any) -> None:
         """Free what this rank does not read: rows of W1 and W2, and layers where it does not draft.
 

@@ -20,7 +20,6 @@ from sglang.srt.speculative.dspark_components.dspark_verify import (
 )
 
 from dspark_sglang.core.accept import stop_at
-from dspark_sglang.core.penalties import Penalties
 from dspark_sglang.serving.ahead import Ahead
 from dspark_sglang.serving.context import Lagging, States
 from dspark_sglang.serving.control import Control
@@ -28,54 +27,12 @@ from dspark_sglang.serving.cpu.packing import pad_index
 from dspark_sglang.serving.ops import Ops, Verified
 from dspark_sglang.serving.planner import Planner
 from dspark_sglang.serving.proposer import OurDraftBlock
+from dspark_sglang.serving.requests import batch_stops, request_penalties, told
 from dspark_sglang.serving.seat import Seat
 from dspark_sglang.serving.telemetry import Telemetry
 
 if TYPE_CHECKING:
     from dspark_sglang.serving.ops.kv_writer import KvWriter
-
-_KEPT = "_dspark_penalties"
-_STOPS = "_dspark_stops"
-
-
-def stop_tokens(request: Any) -> tuple[int, ...]:
-    """Tokens that end an SGLang request unless it ignores them, read once and kept on it."""
-    known: tuple[int, ...] | None = getattr(request, _STOPS, None)
-    if known is None:
-        given, tokenizer = request.sampling_params, request.tokenizer
-        stops = set(given.stop_token_ids or ()) | set(request.eos_token_ids or ())
-        stops |= set(getattr(tokenizer, "additional_stop_token_ids", None) or ())
-        stops |= {getattr(tokenizer, "eos_token_id", None)}
-        known = tuple(sorted(token for token in stops if token is not None))
-        setattr(request, _STOPS, known)
-    return known
-
-
-def request_penalties(request: Any) -> Penalties:
-    """The penalties of an SGLang request, read once and kept on it."""
-    known: Penalties | None = getattr(request, _KEPT, None)
-    if known is not None:
-        return known
-    given = request.sampling_params
-    penalties = Penalties(
-        frequency=given.frequency_penalty,
-        presence=given.presence_penalty,
-        repetition=given.repetition_penalty,
-        min_new_tokens=given.min_new_tokens,
-        stop_tokens=stop_tokens(request),
-    )
-    setattr(request, _KEPT, penalties)
-    return penalties
-
-
-def batch_stops(requests: Sequence[Any], device: Any) -> torch.Tensor | None:
-    """``[R, S]`` int64 stop tokens of each request, padded with -1; None where nothing stops one."""
-    stops = [() if r.sampling_params.ignore_eos else stop_tokens(r) for r in requests]
-    width = max(map(len, stops), default=0)
-    if not width:
-        return None
-    padded = [(*own, *(-1,) * (width - len(own))) for own in stops]
-    return torch.tensor(padded, device=device)
 
 
 class Verifier(TargetVerifyExecutor):
@@ -112,6 +69,9 @@ class Verifier(TargetVerifyExecutor):
         self.lagging = Lagging(self._write)
         #: Whether plain decoding would adjust the running step's logits.
         self._adjusting = False
+        self._requests: Sequence[Any] = ()
+        #: ``[R, gamma + 1]`` int64 tokens of the last step as the scheduler is told them.
+        self.reported: torch.Tensor | None = None
         #: Stop tokens of the running step's requests; those of the last requests, and whose they are.
         self._stops: torch.Tensor | None = None
         self._known_stops: torch.Tensor | None = None
@@ -165,7 +125,7 @@ class Verifier(TargetVerifyExecutor):
         self._gather(batch, output, sampling_info)
         if self._needs_strided(batch, sampling_info):
             self._spread(output, layout)
-        self._adjust(batch, output.next_token_logits, draft_tokens, layout, sampling_info)
+        self._penalise(batch, output.next_token_logits, draft_tokens, layout)
         return result, output.hidden_states
 
     def run_non_compact(
@@ -190,7 +150,7 @@ class Verifier(TargetVerifyExecutor):
         )
         self._gather(batch, result.logits_output, sampling_info)
         logits = result.logits_output.next_token_logits
-        self._adjust(batch, logits, verify_ids_2d[:, 1:], None, sampling_info)
+        self._penalise(batch, logits, verify_ids_2d[:, 1:], None)
         return result
 
     def _batch_stops(self, batch: Any, device: Any) -> torch.Tensor | None:
@@ -273,31 +233,48 @@ class Verifier(TargetVerifyExecutor):
         first: torch.Tensor = rows.cumsum(0) - rows
         return first
 
-    def _adjust(
-        self, batch: Any, logits: torch.Tensor, drafted: torch.Tensor, layout: Any, info: Any
+    def _penalise(
+        self, batch: Any, logits: torch.Tensor, drafted: torch.Tensor, layout: Any
     ) -> None:
-        """What plain decoding adds to logits before it samples, at every row of the blocks."""
+        """What plain decoding does to logits before a grammar masks them, at every row of the blocks."""
+        self._requests = batch.reqs
         if not self._adjusting:
             return
+        self._telemetry.ran["adjust:exact"] += 1
         # Read from the requests: the batch's own penalty state may have been dropped on the way.
         penalties = [request_penalties(request) for request in batch.reqs]
-        bias = getattr(info, "logit_bias", None)
-        custom = getattr(info, "has_custom_logit_processor", False)
+        if not any(own.active for own in penalties):
+            return
         lens = self._drafted_lens(layout, len(batch.reqs), logits.device)
         starts, sizes = self._first_rows(lens).tolist(), (lens + 1).tolist()
         blocks = drafted.tolist()
         for index, request in enumerate(batch.reqs):
-            rows = logits[starts[index] : starts[index] + sizes[index]]
             if penalties[index].active:
+                rows = logits[starts[index] : starts[index] + sizes[index]]
                 drafts = blocks[index][: sizes[index] - 1]
                 penalties[index].apply(rows, request.output_ids, drafts)
-            if bias is not None:
-                rows += bias[index]
-        if custom:  # plain decoding runs them last, in its sampler
+
+    def _bias(self, logits: torch.Tensor, lens: torch.Tensor, info: Any) -> None:
+        """What plain decoding does to logits once a grammar has masked them.
+
+        The order counts where a bias is infinite, or a processor allows what the grammar excludes.
+
+        Args:
+            logits: the rows of this step, changed in place.
+            lens: ``[R]`` int64 drafted tokens verified.
+        """
+        bias = getattr(info, "logit_bias", None)
+        if bias is not None:
+            width = int(self.verify_num_draft_tokens)
+            rows = torch.full_like(lens, width) if self._packed is None else lens + 1
+            owner = torch.arange(len(lens), device=lens.device)
+            logits += bias[owner.repeat_interleave(rows, output_size=len(logits))]
+        if getattr(info, "has_custom_logit_processor", False):  # in plain decoding's sampler
             apply_custom_logit_processor(
                 logits, info, num_tokens_in_batch=self.verify_num_draft_tokens
             )
-        self._telemetry.ran["adjust:exact"] += 1
+        # An infinite bias stands for the largest number, of which there is a law.
+        logits.clamp_(max=torch.finfo(logits.dtype).max)
 
     def accept_and_finalize(
         self,
@@ -317,8 +294,11 @@ class Verifier(TargetVerifyExecutor):
         assert not folded_accept, "SGLang's folded acceptance must stay off"
         lens = self._drafted_lens(layout, bs, target_logits.device)
         first = self._first_rows(lens)
+        if self._adjusting:
+            self._bias(target_logits, lens, sampling_info)
         # Beyond the depth drafted there are no laws, and nothing was verified.
-        drafted = draft_block.draft_tokens[:, : max(1, self._control.running.width)]
+        width = max(1, self._control.running.width) if self._control.adaptive else self.gamma
+        drafted = draft_block.draft_tokens[:, :width]
         with self._telemetry.timed("accept"):
             outcome = self._ops.accept(
                 Verified(
@@ -341,6 +321,8 @@ class Verifier(TargetVerifyExecutor):
         self._learn(torch.stack([lens, count]))
         commit = (count + 1).to(torch.int32)
         out = torch.cat([draft_tokens, draft_tokens.new_zeros((bs, 1))], dim=1)
+        self.reported = out.scatter(1, count[:, None], told(token, self._requests)[:, None])
+        token = token.clamp(min=0)
         return AcceptOuts(
             correct_len=count.to(torch.int32),
             bonus=token,
@@ -390,23 +372,24 @@ class Verifier(TargetVerifyExecutor):
         bs: int,
         run_compact: bool,
     ) -> None:
-        if not self._seat.drafts:
-            return  # the draft's KV is another rank's
+        if not self._seat.drafts or self._control.faults.broken:
+            return  # the draft's KV is another rank's, or nobody's
         injector = self.kv_injector
         if self._packed is None or not self._writes:
             if self._packed is not None:
                 hidden_strided = self._strided_hidden(hidden_strided, layout)
             self.lagging.flush()  # of slots that may be these
-            super().commit_hidden(
-                batch=batch,
-                layout=layout,
-                hidden_strided=hidden_strided,
-                verify_window=verify_window,
-                logits_output=logits_output,
-                commit_lens=commit_lens,
-                bs=bs,
-                run_compact=run_compact,
-            )
+            with self._control.faults.contained("writing the draft's KV"):
+                super().commit_hidden(
+                    batch=batch,
+                    layout=layout,
+                    hidden_strided=hidden_strided,
+                    verify_window=verify_window,
+                    logits_output=logits_output,
+                    commit_lens=commit_lens,
+                    bs=bs,
+                    run_compact=run_compact,
+                )
             return
         width = self.verify_num_draft_tokens
         row = torch.div(self._packed, width, rounding_mode="floor")
@@ -438,6 +421,12 @@ class Verifier(TargetVerifyExecutor):
 
     def _write(self, states: States, chosen: torch.Tensor | None) -> None:
         """Write the draft's KV of target states: of all, or of a ``[N]`` bool mask."""
+        faults = self._control.faults
+        if not faults.broken:
+            with faults.contained("writing the draft's KV"):
+                self._put(states, chosen)
+
+    def _put(self, states: States, chosen: torch.Tensor | None) -> None:
         hidden, slots, places = states
         self._telemetry.ran["commit:torch" if self._kv_writer is None else "commit:triton"] += 1
         with self._telemetry.timed("commit"):
@@ -467,6 +456,10 @@ class Verifier(TargetVerifyExecutor):
 
         pool = self.kv_injector.draft_model_runner.token_to_kv_pool
         return KvWriter.of(self.kv_injector.draft_model, pool)
+
+    def renew(self) -> None:
+        """The drafter's weights have changed."""
+        self.__dict__.pop("_kv_writer", None)
 
     def _strided_hidden(self, hidden: Any, layout: Any) -> Any:
         return ScatterCompactToStrided.execute(

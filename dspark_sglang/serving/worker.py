@@ -37,7 +37,7 @@ from dspark_sglang.serving import cost_store, placement, requests, sts_refit
 from dspark_sglang.serving.ahead import Ahead
 from dspark_sglang.serving.commands import Commands
 from dspark_sglang.serving.compat import installed_version
-from dspark_sglang.serving.context import keep_prefills, may_lag
+from dspark_sglang.serving.context import contain_prefills, keep_prefills, may_lag
 from dspark_sglang.serving.control import COST_UNKEPT, COST_UNMEASURED, Control
 from dspark_sglang.serving.lookup import Lookup
 from dspark_sglang.serving.metrics import Metrics
@@ -53,19 +53,12 @@ from dspark_sglang.serving.served import require_known_heads, whole_blocks
 from dspark_sglang.serving.sts_load import load_temperatures
 from dspark_sglang.serving.telemetry import StepObservers, Telemetry
 from dspark_sglang.serving.verifier import Verifier
+from dspark_sglang.serving.weights import Weights
 
 logger = logging.getLogger(__name__)
 
 #: Drafting and acceptance draw from different streams than SGLang's sampler.
 _SEED_DOMAIN = 0x6A09E667F3BCC908
-
-
-def _no_cost_file(expected: str) -> ConfigError:
-    return ConfigError(
-        "This server has no cost file.",
-        expected=expected,
-        fix="Start it that way, or use dspark_cost 0.",
-    )
 
 
 class DSparkWorker(DSparkWorkerV2):
@@ -98,6 +91,7 @@ class DSparkWorker(DSparkWorkerV2):
             logger.warning("dspark: every drafted token is verified: %s.", reason)
         self._schedule = "all" if fixed else "lagged" if overlaps else settings.schedule
         self.control = Control(gamma=self.gamma, adaptive=not fixed)
+        self.control.faults.alone = get_parallel().tp_size == 1
         self._ahead: Ahead | None = None
         if self._schedule == "lagged":
             self._ahead = Ahead(self.control, self.telemetry, torch.device(self.device))
@@ -115,6 +109,7 @@ class DSparkWorker(DSparkWorkerV2):
             )
         self._install_parts(settings, temperatures)
         self._known_cost(settings)
+        self.weights = Weights(self, Path(drafter))
         requests.bind(self.control)
         self.commands = Commands(self)
         self._metrics: Metrics | None = None
@@ -262,6 +257,7 @@ class DSparkWorker(DSparkWorkerV2):
             with self._draft_context():  # as many KV heads as this rank's draft has
                 super().alloc_memory_pool(*args, **kwargs)
             self._lags = self.control.adaptive and self._verify_executor.lags and may_lag()
+            contain_prefills(self._kv_injector, self.control.faults)
             if self._lags:
                 keep_prefills(self._kv_injector, self._verify_executor.lagging)
 
@@ -270,7 +266,10 @@ class DSparkWorker(DSparkWorkerV2):
             super().init_cuda_graphs()
 
     def forward_batch_generation(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        prefills = batch.forward_mode.is_extend()  # a decode step leaves another mode behind
         result = super().forward_batch_generation(batch, *args, **kwargs)
+        if prefills and result.logits_output is not None:
+            result.next_token_ids = requests.told_sampled(result, batch)
         if self._hosts_draft and (self._verify_executor.lagging.full or not self._lags):
             self._draft_up_to_date()
         return result
@@ -289,6 +288,7 @@ class DSparkWorker(DSparkWorkerV2):
             result = self._plain.decode(batch, on_publish)
         else:
             result = super()._forward_decode(batch, on_publish, *args, **kwargs)
+            result.next_token_ids = self._verify_executor.reported.view(-1)
         now = time.perf_counter()
         if self._ahead is not None:
             self._ahead.launched()
@@ -361,6 +361,10 @@ class DSparkWorker(DSparkWorkerV2):
         found = COST_UNMEASURED if cached is None else str(self.cost_path)
         self.control.cost_source = found
 
+    def weight_update_runners(self) -> list[tuple[str, Any]]:
+        """What SGLang updates of the drafter."""
+        return self.weights.runners() if self._hosts_draft else []
+
     def catch_up(self) -> None:
         """Learn from every step there was, also from one that is still to end."""
         if self._ahead is not None:
@@ -374,7 +378,7 @@ class DSparkWorker(DSparkWorkerV2):
 
     def plan_no_sts(self) -> Callable[[], None]:
         """What serves without calibration."""
-        return lambda: self._set_temperatures(torch.ones(self.gamma), "none")
+        return lambda: self.set_temperatures(torch.ones(self.gamma), "none")
 
     def plan_sts_file(self) -> Callable[[], None]:
         """What serves with the STS file as it is now.
@@ -386,7 +390,7 @@ class DSparkWorker(DSparkWorkerV2):
         settings = msgspec.structs.replace(self._settings, sts=str(given or self._settings.sts))
         drafter = str(get_spec().speculative_draft_model_path)
         temperatures, source = load_temperatures(settings, drafter, self.gamma, self.drafter_sha256)
-        return lambda: self._set_temperatures(temperatures, source)
+        return lambda: self.set_temperatures(temperatures, source)
 
     def plan_sts_refit(self) -> Callable[[], None]:
         """What serves with STS fitted to what was verified lately.
@@ -396,7 +400,7 @@ class DSparkWorker(DSparkWorkerV2):
         """
         found = sts_refit.fit(self.control.reliability.blocks)
         source = f"fitted in service to {found.blocks} blocks"
-        return lambda: self._set_temperatures(torch.tensor(found.temperatures), source)
+        return lambda: self.set_temperatures(torch.tensor(found.temperatures), source)
 
     def plan_cost_file(self) -> Callable[[], None]:
         """What schedules by the cost file as it is now.
@@ -407,7 +411,7 @@ class DSparkWorker(DSparkWorkerV2):
         named = self._settings.cost not in (COST_AUTO, COST_ONLINE)
         path = Path(self._settings.cost) if named else self.cost_path
         if path is None:
-            raise _no_cost_file("DSPARK_COST=auto or a path")
+            raise cost_store.missing("DSPARK_COST=auto or a path")
         found = CostModel(gamma=self.gamma)
         cost_store.load(path, self.cost_fingerprint, found)
         return lambda: self.control.cost.restore(found.state())
@@ -423,7 +427,7 @@ class DSparkWorker(DSparkWorkerV2):
             ArtifactError: the disk is full or may not be written; not while measuring either.
         """
         if self.cost_path is None:
-            raise _no_cost_file("DSPARK_COST=auto")
+            raise cost_store.missing("DSPARK_COST=auto")
         path = self.cost_path
         if self.control.measuring:
             return lambda: self._end_measurement(path)
@@ -450,7 +454,7 @@ class DSparkWorker(DSparkWorkerV2):
             cost = self.control.cost
             cost_store.save(path, self.cost_fingerprint, cost, seconds=self.profile_s)
 
-    def _set_temperatures(self, temperatures: torch.Tensor, source: str) -> None:
+    def set_temperatures(self, temperatures: torch.Tensor, source: str) -> None:
         """Serve with other STS temperatures from the next step on."""
         self._ops.set_temperatures(temperatures.float())
         self._sts_source = source

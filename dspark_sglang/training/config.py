@@ -147,8 +147,12 @@ def read_config(path: Path, overrides: tuple[str, ...] = ()) -> TrainConfig:
     try:
         raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_loader())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        said = str(error)
+        if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
+            # The whole message takes several lines: it draws the one that is wrong.
+            said = f"line {error.problem_mark.line + 1}: {error.problem}"
         raise ConfigError(
-            f"{path} cannot be read: {error}.", expected="a YAML file", fix=fix
+            f"{path} cannot be read: {said}.", expected="a YAML file", fix=fix
         ) from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} holds no mapping.", expected="fields of a run", fix=fix)

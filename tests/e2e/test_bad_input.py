@@ -113,6 +113,21 @@ def test_unknown_setting(target: Path) -> None:
     assert "Did you mean DSPARK_SCHEDULE?" in refused(command)
 
 
+@pytest.mark.parametrize(
+    ("drafter", "extra", "says"),
+    [
+        (DRAFTER, ["--tp", "2"], "9 query heads, 3 key heads and MLPs of width 1536 do not divide"),
+        (None, ["--enable-hierarchical-cache", "--hicache-size", "1"], "--enable-hierarchical-cache is set"),
+    ],
+    ids=["ranks", "hierarchical-cache-without-dspark"],
+)  # fmt: skip
+def test_starts_that_no_cpu_can_serve(
+    target: Path, drafter: Path | None, extra: list[str], says: str
+) -> None:
+    command = serve_command(target, free_port(), dtype="float32", drafter=drafter, extra=extra)
+    assert says in refused(command)
+
+
 @pytest.mark.parametrize("when", ["starting", "serving"])
 def test_interrupt_leaves_no_process(target: Path, tmp_path: Path, when: str) -> None:
     port = free_port()

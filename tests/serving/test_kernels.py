@@ -3,6 +3,7 @@ ones the server calls, and its text is plain decoding's."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ import pytest
 
 from dspark_sglang.demo.server import Server, free_port, serve_command
 from dspark_sglang.lossless.models import PROMPT, ensure_models
+from tests.serving.tiny import require_undecidable_requests_end_alone
 
 pytestmark = pytest.mark.server
 #: Nothing is measured at the start: the interpreter's times say nothing.
@@ -22,6 +24,8 @@ ONE_THREAD = {"DSPARK_CPU_THREADS": "1", "OMP_NUM_THREADS": "1"}
 class Tiny(NamedTuple):
     plain: Server
     kernels: Server
+    #: Of the target.
+    folder: Path
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +44,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tiny]:
         for server in started:
             server.wait_ready()
         started[1].update(dspark_speculation=1)
-        yield Tiny(*started)
+        yield Tiny(*started, target)
     finally:
         for server in started:
             server.stop()
@@ -70,6 +74,12 @@ def test_greedy_tokens_are_plain_decodings(tiny: Tiny) -> None:
     wanted = generate(tiny.plain, PROMPTS, temperature=0.0)
     assert generate(tiny.kernels, PROMPTS, temperature=0.0) == wanted
     assert len({tuple(tokens) for tokens in wanted}) == len(PROMPTS)
+
+
+def test_a_request_that_nothing_can_be_drawn_for_ends_alone(tiny: Tiny) -> None:
+    size = int(json.loads((tiny.folder / "config.json").read_text())["vocab_size"])
+    prompts = [tuple(prompt) for prompt in PROMPTS]
+    require_undecidable_requests_end_alone(tiny.kernels, tiny.plain, prompts, size)
 
 
 def test_penalties_and_bias_are_plain_decodings(tiny: Tiny) -> None:

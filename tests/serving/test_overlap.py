@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import json
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -10,7 +11,15 @@ import pytest
 
 from dspark_sglang.cli.bench_placement import PROMPTS
 from dspark_sglang.demo.server import Server
-from tests.serving.tiny import Models, generate, ran, require_the_law, start, tokens
+from tests.serving.tiny import (
+    Models,
+    generate,
+    ran,
+    require_the_law,
+    require_undecidable_requests_end_alone,
+    start,
+    tokens,
+)
 
 pytestmark = pytest.mark.server
 OVERLAP = {"DSPARK_CPU_OVERLAP": "1"}
@@ -132,6 +141,13 @@ def test_sampled_outputs_follow_plain_decodings_law(
     server: Server, models: Models, options: str
 ) -> None:
     require_the_law(server, models[0], options)
+
+
+def test_a_request_that_nothing_can_be_drawn_for_ends_alone(
+    servers: Servers, server: Server, models: Models
+) -> None:
+    size = int(json.loads((models[0] / "config.json").read_text())["vocab_size"])
+    require_undecidable_requests_end_alone(server, servers.plain, PROMPTS, size)
 
 
 def test_penalties_are_refused_under_overlap_alone(servers: Servers) -> None:

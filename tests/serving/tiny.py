@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,3 +79,33 @@ def require_the_law(server: Server, target: Path, options: str) -> None:
         verdict = sampled.judge("", Law(model, option.request), dict(seen))
         assert verdict.freedom > 10
         assert verdict.p_value > 1e-4, (option.name, verdict)
+
+
+def require_undecidable_requests_end_alone(
+    server: Server, plain: Server, prompts: Sequence[tuple[int, ...]], size: int
+) -> None:
+    """A request whose tokens are all excluded ends with an error of its own; greedy ones are plain decoding's.
+
+    Args:
+        size: tokens of the vocabulary.
+    """
+    nothing = {"logit_bias": dict.fromkeys(map(str, range(size)), -1e39)}
+    certain = {"logit_bias": {"40": 1e39}}
+    wanted = tokens(plain, prompts[0])
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        for _ in range(3):
+            bystander = pool.submit(tokens, server, prompts[0])
+            broken = pool.submit(
+                generate, server, prompts[1], check=False, temperature=1.0, **nothing
+            )
+            drawn = pool.submit(tokens, server, prompts[1], temperature=1.0, **certain)
+            greedy = pool.submit(tokens, server, prompts[2], **nothing)
+            assert "cannot be drawn" in str(broken.result())
+            assert bystander.result() == wanted
+            assert set(drawn.result()) == {40}
+            assert set(greedy.result()) == {0}
+    assert server.alive()
+    record = server.dspark()
+    assert (
+        record is not None and record["faults"]["request"] >= 3 and not record["drafting_stopped"]
+    )

@@ -15,7 +15,6 @@ from test_control import ALLOWED, LIMITS, measured, prepared
 
 from dspark_sglang.core.schedule import admission_order, lengths
 from dspark_sglang.core.survival import survival
-from dspark_sglang.errors import NumericsError
 from dspark_sglang.serving.ahead import Ahead
 from dspark_sglang.serving.control import COST_ONLINE, COST_UNMEASURED, Control
 from dspark_sglang.serving.ops.rows import Admitted
@@ -301,15 +300,21 @@ def test_the_measurement_at_start_is_learned_from() -> None:
     assert control.cost.comparable
 
 
-def test_a_confidence_that_is_none_is_reported() -> None:
+def test_a_confidence_that_is_none_ends_the_drafts_of_its_request() -> None:
     control = measured()
     control.choose("on")
     server = Server(control)
     broken = np.full((2, GAMMA), 0.5)
     broken[1, 2] = np.nan
-    server.step([request()] * 2, broken)
-    with pytest.raises(NumericsError, match="nan"):
-        server.ahead.settle(running=0)
+    requests = [request(), request()]
+    server.step(requests, broken)
+    assert torch.isfinite(server.ahead.survival).all()
+    assert server.ahead.survival[1].tolist() == sorted(
+        server.ahead.survival[1].tolist(), reverse=True
+    )
+    server.ahead.settle(running=0)
+    assert control.faults.counts == {"confidence": 1}
+    assert control.begin(requests, 0).limits.tolist() == [GAMMA, 0]
 
 
 @pytest.mark.gpu

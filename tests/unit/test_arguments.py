@@ -261,3 +261,77 @@ def test_working_space_is_wanted_for_every_rank(
     preflight.check_memory(view(tmp_path, drafter, tp_size=2))
     with pytest.raises(ConfigError, match=r"5\.0 GiB of memory are free"):
         preflight.check_memory(view(tmp_path, drafter, tp_size=3))
+
+
+# --- starts that no CPU can serve ------------------------------------------------------------
+
+
+def cpu_start(tmp_path: Path, **flags: Any) -> SimpleNamespace:
+    off = {
+        "enable_hierarchical_cache": False,
+        "enable_memory_saver": False,
+        "enable_dp_attention": False,
+    }
+    return view(tmp_path, None, **off | flags)
+
+
+HEADS = {"num_attention_heads": 9, "num_key_value_heads": 3, "intermediate_size": 1536}
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_ranks_that_divide_the_target(tmp_path: Path, ranks: int) -> None:
+    from dspark_sglang.serving.cpu import limits
+
+    limits.check(cpu_start(tmp_path, tp_size=ranks, target=HEADS))
+    limits.check(cpu_start(tmp_path, tp_size=ranks, target={"text_config": HEADS}))
+
+
+@pytest.mark.parametrize("target", [HEADS, {"text_config": HEADS}], ids=["flat", "nested"])
+@pytest.mark.parametrize("ranks", [2, 4, 9])
+def test_ranks_that_do_not(tmp_path: Path, ranks: int, target: dict[str, Any]) -> None:
+    from dspark_sglang.serving.cpu import limits
+
+    with pytest.raises(ConfigError) as caught:
+        limits.check(cpu_start(tmp_path, tp_size=ranks, target=target))
+    actionable(caught.value, found=f"--tp is {ranks}", expected="--tp 1 or 3")
+    assert "9 query heads, 3 key heads" in caught.value.found
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"target": HEADS, "attn_dp_size": 2},
+        {"target": HEADS, "enable_dp_attention": True},
+        {"target": HEADS | {"kv_lora_rank": 8}},
+        {"model_path": "some-org/some-target"},
+    ],
+    ids=["data-parallel", "its-flag", "latent", "hub"],
+)
+def test_what_divides_otherwise_is_left_to_sglang(tmp_path: Path, flags: dict[str, Any]) -> None:
+    from dspark_sglang.serving.cpu import limits
+
+    name = flags.pop("model_path", None)
+    given = cpu_start(tmp_path, tp_size=2, **flags)
+    given.model_path = name or given.model_path
+    limits.check(given)
+
+
+@pytest.mark.parametrize("flag", ["enable_hierarchical_cache", "enable_memory_saver"])
+def test_options_of_accelerators(tmp_path: Path, flag: str) -> None:
+    from dspark_sglang.serving.cpu import limits
+
+    option = "--" + flag.replace("_", "-")
+    with pytest.raises(ConfigError) as caught:
+        limits.check(cpu_start(tmp_path, **{flag: True}))
+    actionable(caught.value, found=f"{option} is set", expected="without it")
+
+
+def test_the_platform_refuses_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from dspark_sglang.serving.cpu.platform import CpuPlatform
+
+    with pytest.raises(SystemExit) as caught:
+        CpuPlatform().apply_server_args_defaults(cpu_start(tmp_path, tp_size=2, target=HEADS))
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.startswith("dspark: error: --tp is 2")

@@ -17,7 +17,6 @@ from test_core_schedule import DRAFT, SECOND, TARGET, TOKENS
 
 from dspark_sglang.core.schedule import lengths
 from dspark_sglang.core.steps import Step
-from dspark_sglang.errors import NumericsError
 from dspark_sglang.serving.control import COST_UNMEASURED, Budgeted, Control
 from dspark_sglang.serving.running import StepPlan
 
@@ -209,11 +208,56 @@ def test_extreme_confidences_and_batches(count: int, edge: float) -> None:
 
 @pytest.mark.parametrize("bad", [np.nan, 1.5, -0.1])
 def test_confidences_that_are_none_are_explained(bad: float) -> None:
+    """A request whose drafts have none verifies nothing and drafts no more; the others are served as before."""
+    control = measured()
+    control.choose("on")
+    requests = [request(), request()]
+    control.begin(requests, 0)
+    found = budgeted(control, np.array([[0.9, bad, 0.5, 0.5, 0.5], [0.9] * 5]))
+    assert not found.survival[0].any() and found.survival[1].all()
+    assert found.budget > 0
+    assert not lengths(found.order, found.budget, requests=2)[0]
+    assert control.begin(requests, 0).limits.tolist() == [0, GAMMA]
+    assert control.faults.counts == {"confidence": 1}
+    assert control.faults.stopped is None
+
+
+def test_a_drafter_without_confidence_for_anybody_is_turned_off_and_on_again() -> None:
+    control = measured()
+    control.choose("on")
+    nothing = np.full((2, GAMMA), np.nan)
+    for requests in ([request(), request()], [request(), request()]):
+        assert control.begin(requests, 0).draft
+        assert not budgeted(control, nothing).budget
+        # Until its requests have gone a request alone is no proof against the drafter.
+    assert control.faults.counts == {"confidence": 5}  # four requests, and the drafter
+    assert "NaN for 4 requests" in str(control.faults.stopped)
+    assert not control.begin([request()], 0).draft
+    assert control.snapshot()["drafting"] is False
+    control.choose("on")
+    assert control.faults.stopped is None and control.begin([request()], 0).draft
+
+
+def test_requests_without_confidence_between_sound_ones_are_no_fault_of_the_drafter() -> None:
+    control = measured()
+    control.choose("on")
+    for _ in range(20):
+        for value in (np.nan, 0.5):
+            control.begin([request()], 0)
+            budgeted(control, np.full((1, GAMMA), value))
+    assert control.faults.counts == {"confidence": 20}
+    assert control.faults.stopped is None
+
+
+def test_what_cannot_be_used_teaches_nothing() -> None:
     control = measured()
     control.choose("on")
     control.begin([request()], 0)
-    with pytest.raises(NumericsError):
-        budgeted(control, np.array([[0.9, bad, 0.5, 0.5, 0.5]]))
+    budgeted(control, np.full((1, GAMMA), np.nan))
+    control.running.logits = torch.full((1, GAMMA), np.nan)
+    control.accepted(np.array([0]), np.array([0]))
+    assert control.reliability.error() is None or np.isfinite(control.reliability.error())
+    assert np.isfinite(control.reliability.shift()).all()
 
 
 # --- plans -------------------------------------------------------------------------------------------

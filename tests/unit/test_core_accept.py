@@ -18,6 +18,7 @@ from dspark_sglang.core.accept import (
     accept_sampled,
     stop_at,
 )
+from dspark_sglang.core.sampling import UNDECIDED
 
 #: The largest float64 below 1, the largest uniform there is.
 LAST = 1.0 - 2.0**-53
@@ -377,3 +378,66 @@ def test_a_run_ends_at_its_first_stop_token() -> None:
     cut = stop_at(outcome, drafted, stops)
     assert cut.count.tolist() == [1, 1, 0, 1, 3, 0]
     assert cut.token.tolist() == [6, 2, 6, 4, 5, 6]
+
+
+# --- rows and drafts without a law -----------------------------------------------------------
+
+
+def chain(drafted: list[int], lens: int, row: int | None = None, draft: int | None = None) -> Round:
+    """One request whose target has no law at ``row``, and whose drafter has none at ``draft``."""
+    path = [0, *drafted]
+    weights = TARGET[path].clone()
+    laws = DRAFT[path[:-1]].clone()
+    if row is not None:
+        weights[row] = torch.nan
+    if draft is not None:
+        laws[draft] = torch.nan
+    return Round(
+        weights[: lens + 1],
+        torch.tensor([drafted]),
+        laws[None],
+        torch.tensor([lens]),
+        torch.zeros(1, dtype=torch.int64),
+    )
+
+
+@pytest.mark.parametrize("accept", [accept_sampled, accept_block])
+@pytest.mark.parametrize("row", range(GAMMA + 1))
+def test_a_row_without_a_law_undecides_only_who_reaches_it(accept: Accept, row: int) -> None:
+    drafted = [1, 2, 3]
+    reached = 0
+    for test in (0.0, 0.3, 0.6, 0.9, LAST):
+        given = torch.full((1, GAMMA + 1), test, dtype=torch.float64)
+        found = accept(chain(drafted, GAMMA, row=row), given)
+        # The rows before it decide as they would if the block ended there.
+        alone = accept(chain(drafted, row), given)
+        assert int(found.count) == int(alone.count) <= row
+        if int(found.count) == row:
+            assert int(found.token) == UNDECIDED
+            reached += 1
+        else:
+            assert int(found.token) == int(alone.token)
+    assert reached
+
+
+@pytest.mark.parametrize("accept", [accept_sampled, accept_block])
+def test_drafts_from_no_law_leave_the_targets_law(accept: Accept) -> None:
+    """Whatever the drafter made up at a position, the token there is the target's own, and so is what stands before."""
+    numbers = uniforms(torch.Generator().manual_seed(5), 4000, GAMMA + 1)
+    for broken in range(GAMMA):
+        counts = torch.zeros(VOCAB, dtype=torch.int64)
+        whole = chain([1, 2, 3], GAMMA, draft=broken)
+        for some in numbers:
+            found = accept(whole, some[None])
+            assert int(found.count) <= broken and int(found.token) >= 0
+            if int(found.count) == broken:
+                counts[int(found.token)] += 1
+        law = TARGET[[0, 1, 2, 3][broken]]
+        assert not counts[law == 0].any()
+        assert p_value(counts, law) > THRESHOLD
+
+
+def test_greedy_drafts_stop_where_nothing_was_drawn() -> None:
+    choice = torch.tensor([1, UNDECIDED, 3, 0])
+    found = accept_greedy(choice, torch.tensor([[1, 2, 3]]), torch.tensor([3]), torch.tensor([0]))
+    assert (int(found.count), int(found.token)) == (1, UNDECIDED)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from laws import THRESHOLD, p_value, uniforms
 
-from dspark_sglang.core.sampling import filter_weights, sample, target_weights
+from dspark_sglang.core.sampling import UNDECIDED, best, filter_weights, sample, target_weights
 
 LAST = 1.0 - 2.0**-53
 #: SGLang's value for "no top-k".
@@ -152,3 +152,18 @@ def test_without_filters_the_law_is_the_softmax() -> None:
     logits, temperature = torch.randn(3, 9), torch.tensor([0.5, 1.0, 2.0])
     found = target_weights(logits, temperature)
     torch.testing.assert_close(found, torch.softmax(logits / temperature[:, None], -1))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0])
+def test_no_token_is_drawn_without_a_law_and_the_rows_beside_it_are(value: float) -> None:
+    rows = torch.tensor([[0.2, 0.8], [value, 0.0 if value == 0.0 else 1.0], [0.5, 0.5]])
+    found = sample(rows, torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64))
+    assert found.tolist() == [0, UNDECIDED, 1]
+
+
+def test_the_best_token_is_plain_decodings_whatever_a_row_holds() -> None:
+    inf, nan = float("inf"), float("nan")
+    rows = torch.tensor(
+        [[1.0, 3.0, 3.0], [-inf, -inf, -inf], [0.0, inf, inf], [inf, 0.0, nan], [0.0, -inf, 1.0]]
+    )
+    assert best(rows).tolist() == rows.argmax(-1).tolist() == [1, 0, 1, 2, 2]

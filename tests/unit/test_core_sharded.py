@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Sequence
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ import torch
 
 from dspark_sglang.core import accept as whole
 from dspark_sglang.core.heads import ConfidenceHead, MarkovHead
-from dspark_sglang.core.sampling import Filters, best, target_weights
+from dspark_sglang.core.sampling import UNDECIDED, Filters, best, target_weights
 from dspark_sglang.core.seeded import Noise, gumbel, seeded_draw
 from dspark_sglang.core.sharded import (
     Keys,
@@ -23,7 +24,6 @@ from dspark_sglang.core.sharded import (
     held_heads,
 )
 from dspark_sglang.core.sharded.filters import keep
-from dspark_sglang.errors import NumericsError
 
 VOCABULARY, GAMMA = 203, 5
 #: Columns of each rank: one, even, uneven, and a rank whose columns hardly exist.
@@ -231,18 +231,42 @@ def test_seeded_draws_are_those_of_whole_rows(widths: Sequence[int]) -> None:
         assert torch.equal(own.token, expected.token)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_broken_logits_are_an_error_on_every_rank(value: float) -> None:
+BROKEN = (float("nan"), float("inf"), -float("inf"))
+
+
+@pytest.mark.parametrize("widths", DIVISIONS, ids=str)
+@pytest.mark.parametrize("value", BROKEN)
+@pytest.mark.parametrize("block", [False, True], ids=["rejection", "block"])
+@pytest.mark.parametrize("kind", ["none", "all"])
+def test_rows_without_a_law_are_decided_as_on_whole_rows(
+    widths: Sequence[int], value: float, block: bool, kind: str
+) -> None:
+    undecided = 0
+    for row in range(12):
+        given = world(6)
+        given.logits[row] = value
+        if math.isnan(value):
+            given.logits[row, : VOCABULARY // 2] = 0.0  # one rank's columns are sound
+        filters = filters_of(kind, len(given.index))
+        expected = on_whole_rows(given, filters, block)
+        found, _ = on_shards(given, widths, filters=filters, block=block)
+        for own in found:
+            assert torch.equal(own.count, expected.count)
+            assert torch.equal(own.token, expected.token)
+        undecided += int((expected.token < 0).sum())
+    assert undecided
+
+
+@pytest.mark.parametrize("value", BROKEN)
+def test_seeded_draws_stop_at_a_row_without_a_law_on_every_rank(value: float) -> None:
     given = world(6)
-    given.logits[2] = value
-    for shard in shards(DIVISIONS[1]):
-        rank = accept(
-            given.logits[:, shard.start : shard.start + shard.width],
-            given.drafted, given.lens, given.first, shard,
-        )  # fmt: skip
-        record = next(rank)
-        with pytest.raises(NumericsError, match="NaN or infinite"):
-            rank.send(torch.stack([record, record]))
+    request = int(given.index[1])
+    given.logits[given.first[request]] = value
+    seeds, anchors = torch.arange(len(given.index)) + 5, torch.arange(len(given.lens)) * 9
+    found, _ = on_shards(given, DIVISIONS[1], seeds=seeds, anchors=anchors[given.index])
+    for own in found:
+        assert (int(own.count[request]), int(own.token[request])) == (0, UNDECIDED)
+        assert int((own.token < 0).sum()) == 1
 
 
 def test_equal_weights_at_the_edge_are_kept_by_token() -> None:

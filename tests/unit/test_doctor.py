@@ -22,11 +22,12 @@ OURS = {"active": True, "version": "0.1.0", "gamma": 5, "accept_length": 1.5, "r
 
 
 @contextmanager
-def server_info(answer: dict[str, Any]) -> Iterator[str]:
+def server_info(answer: dict[str, Any], key: str = "") -> Iterator[str]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             body = json.dumps(answer).encode()
-            self.send_response(200)
+            known = not key or self.headers["Authorization"] == f"Bearer {key}"
+            self.send_response(200 if known else 401)
             self.end_headers()
             self.wfile.write(body)
 
@@ -64,10 +65,32 @@ def test_a_server(algorithm: str | None, record: Any, level: str, says: str) -> 
     assert bool(finding.fix) == (level == "problem")
 
 
+def test_a_server_that_drafts_no_more() -> None:
+    record = OURS | {"drafting_stopped": "drafting raised RuntimeError: x"}
+    answer = {
+        "speculative_algorithm": "DSPARK",
+        "internal_states": [{"dspark_info_record": record}],
+    }
+    with server_info(answer) as url:
+        finding = diagnosis.server(url)[-1]
+    assert finding.level == "problem" and "RuntimeError: x" in finding.what
+    assert "dspark_speculation" in str(finding.fix)
+
+
 @pytest.mark.parametrize("answer", [{}, {"internal_states": []}], ids=["empty", "no-states"])
 def test_an_answer_of_another_server(answer: dict[str, Any]) -> None:
     with server_info(answer) as url:
         assert diagnosis.server(url)[0].level == "problem"
+
+
+def test_a_server_with_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = {"speculative_algorithm": "DSPARK", "internal_states": [{"dspark_info_record": OURS}]}
+    monkeypatch.delenv("API_KEY", raising=False)
+    with server_info(answer, key="secret") as url:
+        finding = diagnosis.server(url)[0]
+        assert finding.level == "problem" and "401" in finding.what and "API_KEY" in finding.fix
+        monkeypatch.setenv("API_KEY", "secret")
+        assert diagnosis.server(url)[0].level == "ok"
 
 
 def test_no_server() -> None:

@@ -25,8 +25,9 @@ def asking(**options: Any) -> Any:
     params = SimpleNamespace(custom_params={"dspark": options}, min_p=0.0)
     logprob = SimpleNamespace(token_ids_logprob=None, top_logprobs_num=0)
     return SimpleNamespace(
-        sampling_params=params, origin_input_ids=[1], vocab_size=9, logprob=logprob
-    )
+        sampling_params=params, origin_input_ids=[1], vocab_size=9, logprob=logprob,
+        return_hidden_states=False,
+    )  # fmt: skip
 
 
 def test_only_an_unmeasured_server_takes_the_measurements_requests(control: Control) -> None:
@@ -39,6 +40,24 @@ def test_only_an_unmeasured_server_takes_the_measurements_requests(control: Cont
         if says is not None:
             assert "profile" in says and "max_draft_tokens" in says
         assert requests.refusal(asking(profile=False, max_draft_tokens=1), False) is None
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"max_draft_tokens": -1}, {"max_draft_tokens": "two"}, {"workload": "w" * 65}, {"depth": 3}, {"profile": True}],
+    ids=str,
+)  # fmt: skip
+def test_wrong_options_of_a_request_are_refused(options: dict[str, Any]) -> None:
+    says = requests.refusal(asking(**options), False) or ""
+    assert "custom_params.dspark cannot be used" in says and "max_draft_tokens" in says
+
+
+@pytest.mark.parametrize("wanted", [True, "last"])
+def test_hidden_states_are_refused(wanted: Any) -> None:
+    """Verification captures the states the drafter reads; plain decoding's would be an empty list."""
+    request = asking()
+    request.return_hidden_states = wanted
+    assert "return_hidden_states" in (requests.refusal(request, False) or "")
 
 
 def test_an_empty_prompt_is_refused() -> None:

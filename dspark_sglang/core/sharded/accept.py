@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import torch
 
-from dspark_sglang.core.accept import Accepted, accept_greedy, block_chances, rows_of
-from dspark_sglang.core.sampling import Filters, require_finite
+from dspark_sglang.core.accept import Accepted, accept_greedy, block_chances, judged, rows_of
+from dspark_sglang.core.sampling import UNDECIDED, Filters
 from dspark_sglang.core.seeded import gumbel
 from dspark_sglang.core.sharded.filters import keep
 from dspark_sglang.core.sharded.shard import Exchange, Shard, best_of
@@ -61,13 +61,10 @@ def accept(
         lens: ``[R]`` int64 drafted tokens sent to verification.
         first: ``[R]`` int64 row of each request's anchor.
         sampling: the requests that sample; None: all are greedy.
-
-    Raises:
-        NumericsError: a row whose largest logit is not finite, on every rank.
     """
     record = shard.best(logits)
     if sampling is None:
-        return accept_greedy(_chosen((yield record)), drafted, lens, first)
+        return accept_greedy(best_of((yield record)), drafted, lens, first)
     row, owner, start = rows_of(lens[sampling.requests], first[sampling.requests])
     scaled = logits[row].double() / sampling.temperatures[owner, None].double()
     if sampling.seeds is not None and sampling.anchors is not None:
@@ -75,12 +72,15 @@ def accept(
         positions = sampling.anchors[owner] + within
         noise = gumbel(sampling.seeds[owner], positions, shard.columns(row.device))
         record[row] = shard.best(scaled + noise)
-        return accept_greedy(_chosen((yield record)), drafted, lens, first)
+        every = yield record
+        choice, score = best_of(every), every[..., 0].amax(dim=0)[row]
+        choice[row] = choice[row].where(score.isfinite(), UNDECIDED)
+        return accept_greedy(choice, drafted, lens, first)
     own = drafted[sampling.requests]
     stats = _stats(scaled, sampling, own, (owner, start), shard)
     every = yield torch.cat([record.view(-1), stats.view(-1)])
     greedy, stats = every[:, : record.numel()], every[:, record.numel() :]
-    choice = _chosen(greedy.reshape(len(every), *record.shape))
+    choice = best_of(greedy.reshape(len(every), *record.shape))
     rows = _weigh(scaled, stats.reshape(len(every), len(row), 4))
     if sampling.filters is not None:
         rows = yield from _filtered(rows, sampling.filters.take(owner), own, (owner, start), shard)
@@ -90,12 +90,6 @@ def accept(
         count=outcome.count.index_copy(0, sampling.requests, found.count),
         token=outcome.token.index_copy(0, sampling.requests, found.token),
     )
-
-
-def _chosen(every: torch.Tensor) -> torch.Tensor:
-    """``[N]`` int64 the target's choice at every row, of ``[W, N, 2]`` scores and tokens."""
-    require_finite(every[..., 0].amax(dim=0))
-    return best_of(every)
 
 
 def _judged(
@@ -168,6 +162,7 @@ def _sampled(
     position = torch.arange(gamma, device=lens.device)
     place = torch.minimum(start[:, None] + position, start[:, None] + lens[:, None])
     p, q = rows.drafted[place] / rows.total[place], rows.law[place]
+    lens = judged(p, q, lens)
     if sampling.block:
         survives = p.new_ones((len(lens), gamma + 1))
         for k in range(gamma):
@@ -212,4 +207,5 @@ def _draw(
     column = column.clamp(max=shard.width - 1)
     token = torch.where(rank == shard.rank, column + shard.start, -1)
     every = yield token
-    return every.amax(dim=0)
+    lawful = (cumulative[-1] > 0) & (cumulative[-1] < torch.inf)
+    return torch.where(lawful, every.amax(dim=0), UNDECIDED)

@@ -63,6 +63,26 @@ def _no_batch_invariant_kernels(self: Any) -> None:
     """
 
 
+def _add_then_scale(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:
+    """Penalties in the order of SGLang's overlapped loop; without overlap it takes that of a set, random a process."""
+    ordered = sorted(self.penalizers.items(), key=lambda item: item[1].is_multiplicative)
+    self.penalizers = dict(ordered)
+
+
+def _last_slots(
+    req_to_token: torch.Tensor,
+    req_pool_indices_tensor: torch.Tensor,
+    prefix_lens_tensor: torch.Tensor,
+) -> torch.Tensor:
+    """Where each request's slots end so far, with pages; SGLang knows its own backends without Triton by name."""
+    from sglang.srt.mem_cache.allocation import get_last_loc_torch
+
+    last: torch.Tensor = get_last_loc_torch(
+        req_to_token, req_pool_indices_tensor, prefix_lens_tensor
+    )
+    return last
+
+
 def _share_cores(*, device: str) -> None:
     """Ranks share the cores they may run on; SGLang wants a NUMA node for each.
 
@@ -77,12 +97,15 @@ def hooks(targets: Mapping[str, str]) -> list[tuple[str, str, Callable[..., Any]
     """The hooks of this module as (name, target, function, kind)."""
     return [
         ("slots", targets["slots"], assign_slots, "REPLACE"),
+        ("last_slots", targets["last_slots"], _last_slots, "REPLACE"),
         ("draft_kv_bundle", targets["draft_kv_bundle"], _no_fused_bundle, "REPLACE"),
         ("draft_attention", targets["draft_attention"], _plain_draft_attention, "AFTER"),
         ("filtered_sampling", targets["filtered_sampling"], sampler.filtered, "AROUND"),
         ("unfiltered_sampling", targets["unfiltered_sampling"], sampler.unfiltered, "AROUND"),
+        ("softmax", targets["softmax"], sampler.softmax, "REPLACE"),
         ("seeded_sampling", targets["seeded_sampling"], sampler.seeded, "REPLACE"),
         ("threads", targets["threads"], _share_cores, "REPLACE"),
+        ("penalties", targets["penalties"], _add_then_scale, "AFTER"),
         (
             "batch_invariance",
             targets["batch_invariance"],

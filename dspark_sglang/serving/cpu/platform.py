@@ -12,7 +12,9 @@ from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.interface import PlatformCapabilities, PlatformEnum, SRTPlatform
 
 from dspark_sglang.config import read_settings
+from dspark_sglang.errors import DSparkError
 from dspark_sglang.memory import keep_freed_memory
+from dspark_sglang.serving.cpu import limits
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +107,13 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
         logger.info("Packed %d projections for oneDNN.", pack_model(model))
 
     def apply_server_args_defaults(self, server_args: Any) -> None:
-        """Choose what runs here where the user did not choose."""
+        """Choose what runs here where the user did not choose; refuse what cannot."""
+        try:
+            limits.check(server_args)
+        except DSparkError as error:
+            from dspark_sglang.serving.arguments import stop
+
+            stop(error)
         # SGLang has already written its own CPU default, which needs sgl_kernel.
         if server_args.attention_backend in (None, "intel_amx"):
             server_args.attention_backend = BACKEND

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from dspark_sglang.core.sampling import Filters, filter_weights, sample
+from dspark_sglang.core.sampling import Filters, filter_weights, probabilities, sample
 from dspark_sglang.core.seeded import Noise, gumbel, seeded_draw
 
 
@@ -47,13 +47,18 @@ def draw(
         if kind == "greedy":
             drawn = taken.max(dim=-1).indices
         elif kind == "plain":
-            drawn = sample(taken, uniforms[index])
+            drawn = _sample(taken, uniforms[index])
         else:
             floor = taken.new_zeros(len(index)) if min_ps is None else min_ps[index]
             weights = filter_weights(taken, top_ks[index], top_ps[index], floor)
-            drawn = sample(weights, uniforms[index])
+            drawn = _sample(weights, uniforms[index])
         tokens[index] = drawn
     return tokens.to(torch.int32)
+
+
+def softmax(logits: torch.Tensor, temperatures: None = None) -> torch.Tensor:
+    """In place of SGLang's, whose rows with an infinite logit are NaN: greedy rows of a mixed batch read these, too."""
+    return probabilities(logits)
 
 
 def filtered(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -83,7 +88,12 @@ def unfiltered(
     if sampling_seed is not None:
         return torch.as_tensor(original(probs, sampling_seed, positions))
     uniforms = torch.rand(probs.shape[0], dtype=torch.float64)
-    return sample(probs, uniforms).to(torch.int32)
+    return _sample(probs, uniforms).to(torch.int32)
+
+
+def _sample(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+    """One token a row; 0 where there is no law, as the builtin's largest of nothing but NaN."""
+    return sample(weights, uniforms).clamp_(min=0)
 
 
 def seeded(logprobs: torch.Tensor, seed: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

@@ -64,6 +64,9 @@ class Ops(Protocol):
             previous: ``[R, gamma]`` int64 token before each drafted one.
         """
 
+    def renew(self, markov: MarkovHead, confidence: ConfidenceHead) -> None:
+        """Work with heads whose weights have changed; only where every rank has all of them."""
+
     @property
     def confidence_head(self) -> ConfidenceHead:
         """The confidence head with the temperatures in use."""

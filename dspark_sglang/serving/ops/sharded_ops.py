@@ -70,6 +70,12 @@ class ShardedOps:
         widths = torch.tensor([shard.width], device=own.device)
         self._widths = tuple(vocabulary.ranks.gather(widths, "start").view(-1).tolist())
 
+    def renew(self, markov: MarkovHead, confidence: ConfidenceHead) -> None:
+        """See :meth:`dspark_sglang.serving.ops.Ops.renew`."""
+        self.markov = markov
+        self._inner.renew(markov, confidence)
+        self._head = dataclasses.replace(markov, w2=self._vocabulary.shard.cut(markov.w2))
+
     @property
     def launches(self) -> dict[str, int]:
         """See :attr:`dspark_sglang.serving.ops.Ops.launches`."""

@@ -17,7 +17,7 @@ from dspark_sglang.core.accept import (
 )
 from dspark_sglang.core.draft import DraftBlock, cpu_shortlist, draft_block, undrafted
 from dspark_sglang.core.heads import ConfidenceHead, MarkovHead
-from dspark_sglang.core.sampling import best, sample, target_weights
+from dspark_sglang.core.sampling import UNDECIDED, best, probabilities, sample, target_weights
 from dspark_sglang.core.schedule import lengths
 from dspark_sglang.core.seeded import seeded_draw
 from dspark_sglang.serving.ops.calibrated import Calibrated
@@ -47,6 +47,10 @@ class TorchOps(Calibrated):
         self._verification = verification
         self._telemetry = telemetry
         self._gathered: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def renew(self, markov: MarkovHead, confidence: ConfidenceHead) -> None:
+        """See :meth:`dspark_sglang.serving.ops.Ops.renew`."""
+        self.markov, self._confidence, self._gathered = markov, confidence, None
 
     @property
     def launches(self) -> dict[str, int]:
@@ -204,8 +208,9 @@ class TorchOps(Calibrated):
 def _seeded_choice(given: Verified, rows: SampledRows) -> tuple[torch.Tensor, torch.Tensor]:
     """The target's own draw at every row of the sampled requests: rows and tokens."""
     row, owner, start = rows_of(given.lens[rows.index], given.first[rows.index])
-    probs = torch.softmax(given.logits[row].float() / rows.temperatures[owner, None], dim=-1)
+    probs = probabilities(given.logits[row].float() / rows.temperatures[owner, None])
     within = torch.arange(len(owner), device=row.device) - start[owner]
     noise = rows.noise(probs, given.anchors[rows.index][owner] + within, owner)
     assert noise is not None
-    return row, seeded_draw(probs, noise)
+    # What has no law is NaN throughout.
+    return row, seeded_draw(probs, noise).masked_fill(probs[:, 0].isnan(), UNDECIDED)

@@ -29,11 +29,6 @@ from dspark_sglang.serving.ops.rows import Admitted, SampledRows, Verified
 from dspark_sglang.serving.ops.supply import Supply
 from dspark_sglang.serving.telemetry import Telemetry
 
-_FLAGS = {
-    1: "a law of the target or the drafter that is NaN, infinite or without mass",
-    2: "rows or tokens outside the logits it was given",
-}
-
 
 class TritonOps(Calibrated):
     """:class:`dspark_sglang.serving.ops.Ops` by :mod:`dspark_kernels`.
@@ -53,17 +48,21 @@ class TritonOps(Calibrated):
         verification: Verification,
         telemetry: Telemetry,
     ) -> None:
-        self.markov = markov
-        joint = markov.gate or markov.joint or (None, None)
-        self._head = Head(markov.w1.detach(), markov.w2.detach(), *joint)
-        self._confidence = confidence
+        self.renew(markov, confidence)
         self._supply = Supply(generator)
         self._batch: Batch | None = None
         self._verification = verification
         self._telemetry = telemetry
-        self._following: torch.Tensor | None = None
         #: Flags of earlier rounds on their way to the host.
         self._flags: deque[tuple[Any, torch.Tensor]] = deque()
+
+    def renew(self, markov: MarkovHead, confidence: ConfidenceHead) -> None:
+        """See :meth:`dspark_sglang.serving.ops.Ops.renew`."""
+        joint = markov.gate or markov.joint or (None, None)
+        self.markov, self._confidence = markov, confidence
+        self._head = Head(markov.w1.detach(), markov.w2.detach(), *joint)
+        #: Made of them when it is first needed.
+        self._following: torch.Tensor | None = None
 
     @property
     def launches(self) -> dict[str, int]:
@@ -179,8 +178,8 @@ class TritonOps(Calibrated):
         """See :meth:`dspark_sglang.serving.ops.Ops.accept`.
 
         Raises:
-            NumericsError: a law that cannot be decided on; on CUDA found a round or two later,
-                since the host does not wait.
+            NumericsError: rows or tokens outside the logits; on CUDA found a round or two later, since the host
+                does not wait.
         """
         given_rows, batch, keys, out = self._operands(given)
         found = accept(
@@ -261,13 +260,11 @@ class TritonOps(Calibrated):
 
     def _check_flags(self) -> None:
         while self._flags and (self._flags[0][0] is None or self._flags[0][0].query()):
-            worst = int(self._flags.popleft()[1].max())
-            if worst:
+            if int(self._flags.popleft()[1].max()):
                 raise NumericsError(
-                    f"Acceptance was given {_FLAGS.get(worst, f'something it flags as {worst}')}.",
-                    expected="finite logits with at least one allowed token",
-                    fix="Check the model's weights and dtype, and the request's grammar and "
-                    "logit_bias.",
+                    "Acceptance was given rows or tokens outside the logits.",
+                    expected="a row for every token sent to verification",
+                    fix="Serve with DSPARK_KERNELS=torch, and report it with the server's log.",
                 )
 
 

@@ -72,9 +72,59 @@ def change_planner(module: ModuleType) -> None:
     module.Planner.compute_budget_sync = changed
 
 
+def change_proposer(module: ModuleType) -> None:
+    """Draft states that are NaN, a law that is, and a draft forward that raises."""
+    forward, block = module.Proposer._run_forward, module.Proposer._block
+
+    def run(self: Any, **given: Any) -> Any:
+        if fault() == "exception":
+            raise RuntimeError("planted in the draft forward")
+        found = forward(self, **given)
+        if fault() == "states":
+            import torch
+
+            with torch.inference_mode():  # as the forward that made them
+                found.raw_hidden.fill_(float("nan"))
+        return found
+
+    def drafted(self: Any, *given: Any) -> Any:
+        found = block(self, *given)
+        if fault() == "law" and found.probs is not None:
+            found = found._replace(probs=found.probs * float("nan"))
+        return found
+
+    module.Proposer._run_forward, module.Proposer._block = run, drafted
+
+
+def change_verifier(module: ModuleType) -> None:
+    """Writing the draft's KV raises; the target's logits of requests of one workload are NaN."""
+    put, accept = module.Verifier._put, module.Verifier.accept_and_finalize
+
+    def written(self: Any, *given: Any) -> None:
+        if fault() == "kv":
+            raise RuntimeError("planted where the draft's KV is written")
+        put(self, *given)
+
+    def accepted(self: Any, *, layout: Any, bs: int, target_logits: Any, **given: Any) -> Any:
+        if fault() == "target":
+            lens = self._drafted_lens(layout, bs, target_logits.device)
+            first = self._first_rows(lens)
+            for row, request in enumerate(self._requests):
+                if module.read_options(request).workload == "spoilt":
+                    target_logits[first[row] : first[row] + lens[row] + 1] = float("nan")
+        return accept(self, layout=layout, bs=bs, target_logits=target_logits, **given)
+
+    module.Verifier._put, module.Verifier.accept_and_finalize = written, accepted
+    from dspark_sglang.serving.options import read_options
+
+    module.read_options = read_options  # type: ignore[attr-defined]
+
+
 CHANGES = {
     "dspark_sglang.serving.worker": change_worker,
     "dspark_sglang.serving.planner": change_planner,
+    "dspark_sglang.serving.proposer": change_proposer,
+    "dspark_sglang.serving.verifier": change_verifier,
 }
 
 

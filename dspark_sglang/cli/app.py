@@ -1,0 +1,96 @@
+"""The ``dspark`` command's subcommands."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from dspark_sglang import __version__
+from dspark_sglang.cli import (
+    ablate,
+    bench_compare,
+    bench_kernels,
+    bench_load,
+    bench_placement,
+    bench_round,
+    calibrate,
+    canary,
+    demo,
+    doctor,
+    drill,
+    economics,
+    evaluate,
+    fetch_target,
+    gate,
+    generate_data,
+    lossless,
+    package,
+    package_check,
+    plan,
+    profile,
+    push,
+    report,
+    serve,
+    simulate,
+    train,
+)
+from dspark_sglang.cli.bench import app as bench_app
+
+app = typer.Typer(
+    name="dspark",
+    help="DSpark speculative decoding for SGLang: the kit around the plugin.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def _version(show: bool) -> None:
+    if show:
+        typer.echo(f"dspark-sglang {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """DSpark speculative decoding for SGLang: the kit around the plugin."""
+
+
+app.command("doctor")(doctor.doctor)
+app.command("serve", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
+    serve.serve
+)
+app.command("gate")(gate.gate)
+app.command("canary")(canary.canary)
+app.command("drill")(drill.drill)
+app.command("demo")(demo.demo)
+bench_app.command("compare")(bench_compare.compare)
+bench_app.command("gate")(bench_compare.check)
+bench_app.command("frontier")(bench_compare.draw)
+app.add_typer(bench_app, name="bench")
+app.command("bench-round")(bench_round.bench_round)
+app.command("bench-kernels")(bench_kernels.bench_kernels)
+app.command("bench-load")(bench_load.bench_load)
+app.command("bench-placement")(bench_placement.bench_placement)
+app.command("fetch-target")(fetch_target.fetch_target)
+app.command("generate-data")(generate_data.generate_data)
+app.command("train")(train.train)
+app.command("ablate")(ablate.ablate)
+app.command("eval")(evaluate.evaluate)
+app.command("lossless")(lossless.lossless)
+app.command("calibrate")(calibrate.calibrate)
+app.command("plan")(plan.plan)
+app.command("economics")(economics.economics)
+app.command("report")(report.report)
+app.command("profile")(profile.profile)
+app.add_typer(simulate.app, name="simulate")
+app.command("package")(package.package)
+app.command("card")(package.card)
+app.command("verify")(package.verify)
+app.command("push")(push.push)
+app.command("package-check")(package_check.package_check)

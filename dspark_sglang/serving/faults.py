@@ -1,0 +1,227 @@
+"""What may go wrong in a step without ending the server: contained, counted, said once.
+
+A fault of one request ends that request. A fault of the drafter turns drafting off, and the server goes on as
+plain decoding until an operator sets ``dspark_speculation`` again or the drafter is replaced. What is left, every
+``raise`` and ``assert`` that a step can reach, stands in :data:`RAISES`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from types import TracebackType
+from typing import Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from dspark_sglang.serving.options import never_draft
+from dspark_sglang.serving.running import Running
+
+logger = logging.getLogger(__name__)
+
+Float64 = npt.NDArray[np.float64]
+Kind = Literal["request", "confidence", "exception", "weights", "target"]
+#: What each kind counts; labels of the metric ``dspark_faults_total``.
+KINDS: dict[Kind, str] = {
+    "request": "requests ended because their next token had no distribution",
+    "confidence": "requests no longer drafted for, because the drafter's confidence was NaN",
+    "exception": "exceptions while drafting or while writing the draft's KV",
+    "weights": "times that the drafter's weights were found NaN or infinite",
+    "target": "updates after which the target is no longer the one the drafter was made for",
+}
+#: Requests in a row, with none between them that drafts as it should, that make NaN the drafter's fault: a target
+#: that overflows on one prompt gives its drafter NaN for that prompt alone.
+_SUSPECTS = 3
+
+
+class Faults:
+    """The faults of one scheduler process."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        #: Why nothing is drafted, by kind of fault; empty while drafting is allowed.
+        self._stopped: dict[Kind, str] = {}
+        self._suspects = 0
+        #: Whether another rank may wait for this one, which a rank that skips its part would leave waiting.
+        self.alone = True
+
+    @property
+    def stopped(self) -> str | None:
+        """Why nothing is drafted; None while drafting is allowed."""
+        return "; ".join(self._stopped.values()) or None
+
+    @property
+    def broken(self) -> bool:
+        """Whether the drafter cannot even take in the target's states."""
+        return "exception" in self._stopped or "weights" in self._stopped
+
+    def stop(self, kind: Kind, reason: str, error: BaseException | None = None) -> None:
+        """Count a fault of the drafter, and draft nothing from now on."""
+        self.counts[kind] += 1
+        if kind not in self._stopped:
+            logger.error(
+                "dspark: drafting is off: %s. The server goes on as plain decoding.",
+                reason,
+                exc_info=error,
+            )
+        self._stopped[kind] = reason
+
+    def resume(self, *kinds: Kind) -> None:
+        """Allow drafting again, as far as faults of these kinds forbade it; none named: of all."""
+        for kind in kinds or tuple(self._stopped):
+            self._stopped.pop(kind, None)
+        self._suspects = 0
+
+    def screened(self, running: Running, confidence: Float64) -> Float64:
+        """Confidences of a step, 0 for requests that have one that is none; those are drafted for no more.
+
+        Args:
+            running: the step; is told which requests those are.
+            confidence: ``[R, gamma]``.
+        """
+        own = np.zeros(len(confidence), dtype=bool) if running.undrafted else ~running.copied
+        # NaN is neither.
+        sound = ((confidence >= 0.0) & (confidence <= 1.0)).all(axis=1) | ~own
+        if sound.all():
+            self._suspects = 0 if own.any() else self._suspects
+            return confidence
+        running.unsound = ~sound
+        news = sum(never_draft(running.owners[row]) for row in np.flatnonzero(~sound))
+        self.counts["confidence"] += news
+        self._suspects = news if (sound & own).any() else self._suspects + news
+        if self._suspects >= _SUSPECTS:
+            count = self._suspects
+            self.stop(
+                "confidence", f"the drafter's confidence is NaN for {count} requests in a row"
+            )
+        return np.where(sound[:, None], confidence, 0.0)
+
+    def contained(self, what: str) -> Contained:
+        """A ``with`` block in which an exception of the drafter is a fault; with several ranks it ends the server.
+
+        Args:
+            what: is being done.
+        """
+        return Contained(self, what)
+
+
+class Contained:
+    """See :meth:`Faults.contained`."""
+
+    def __init__(self, faults: Faults, what: str) -> None:
+        self._faults, self._what = faults, what
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> bool:
+        if not isinstance(error, Exception) or not self._faults.alone:
+            return False
+        self._faults.stop(
+            "exception", f"{self._what} raised {type(error).__name__}: {error}", error
+        )
+        return True
+
+
+class Raise(NamedTuple):
+    """A function with statements that raise, reachable in a step."""
+
+    #: Module and function.
+    where: str
+    #: What it means, and whose fault it is.
+    means: str
+    whose: Literal["request", "drafter", "target", "plugin", "operator"]
+    #: What happens.
+    then: Literal["never", "contained", "refused", "reference", "ends"]
+    #: The test of that.
+    test: str
+
+
+_SERVING = "dspark_sglang.serving"
+_CORE = "dspark_sglang.core"
+#: Every ``raise`` and ``assert`` of a module that a step runs, by function; ``tests/unit/test_faults.py`` compares
+#: it with the source. Of our kernels the whole package is one entry.
+RAISES = (
+    # A request's or an operator's own: answered with HTTP 400, before anything runs.
+    Raise(f"{_SERVING}.options.read_options", "custom_params that mean nothing", "request", "refused",
+          "unit/test_requests.py::test_wrong_options_of_a_request_are_refused"),
+    Raise(f"{_SERVING}.requests.refusal", "an option of the start-up measurement", "request", "refused",
+          "unit/test_requests.py::test_wrong_options_of_a_request_are_refused"),
+    Raise(f"{_SERVING}.occupation.ask", "memory that cannot be released or taken back now", "operator", "refused",
+          "serving/test_start_cases.py"),
+    Raise(f"{_SERVING}.commands.Commands.prepare", "a setting that this server has no use for", "operator", "refused",
+          "unit/test_commands.py"),
+    Raise(f"{_SERVING}.commands.Commands._budget", "a budget that is no share", "operator", "refused",
+          "unit/test_commands.py"),
+    Raise(f"{_SERVING}.commands._choose", "a setting of no known value", "operator", "refused", "unit/test_commands.py"),
+    Raise(f"{_SERVING}.commands.handlers", "how SGLang is told of these", "operator", "refused", "unit/test_commands.py"),
+    Raise(f"{_SERVING}.sts_refit.fit", "too little to fit to", "operator", "refused", "unit/test_sts_refit.py"),
+    Raise(f"{_SERVING}.worker.DSparkWorker.plan_cost_file", "no cost file", "operator", "refused", "unit/test_commands.py"),
+    Raise(f"{_SERVING}.worker.DSparkWorker.plan_save_cost", "no place for a cost file", "operator", "refused",
+          "unit/test_commands.py"),
+    Raise(f"{_CORE}.steps._Kind.restore", "a cost file edited into nonsense", "operator", "refused",
+          "unit/test_core_steps.py"),
+    Raise(f"{_CORE}.steps.CostModel.restore", "a cost file of another drafter, or garbled", "operator", "refused",
+          "unit/test_core_steps.py"),
+    # The drafter's: drafting goes off. With several ranks an exception ends the server, for others would wait.
+    Raise(f"{_CORE}.draft.draft_block", "no uniforms were given", "plugin", "contained",
+          "serving/test_never_ends.py::test_a_fault_of_the_drafter_is_contained"),
+    Raise(f"{_CORE}.heads.MarkovHead.latent", "an rnn head without its state", "plugin", "contained",
+          "serving/test_never_ends.py::test_a_fault_of_the_drafter_is_contained"),
+    Raise("dspark_kernels.markov_step", "operands that do not fit together", "plugin", "contained",
+          "kernels/test_markov_step_edges.py"),
+    Raise("dspark_kernels.confidence", "operands that do not fit together", "plugin", "contained",
+          "kernels/test_confidence.py"),
+    Raise("dspark_kernels.kv_inject", "a pool that our kernel does not write", "plugin", "contained",
+          "kernels/test_kv_inject.py"),
+    Raise(f"{_SERVING}.weights.contained", "an update that raises where ranks wait for each other", "operator", "ends",
+          "unit/test_faults.py::test_an_update_that_raises_fails_on_one_rank_and_ends_several"),
+    # What a step never gets to: checked before, or only at start.
+    Raise(f"{_CORE}.survival.check", "a confidence that is none: requests with one do not come so far", "drafter", "never",
+          "unit/test_control.py::test_confidences_that_are_none_are_explained"),
+    Raise(f"{_CORE}.cost.TableCost.__init__", "a cost table out of order: only the simulator has tables", "operator",
+          "never", "unit/test_core_cost.py"),
+    Raise(f"{_SERVING}.ranks.Vocabulary.of", "an LM head sharded in an unknown way: at start", "operator", "refused",
+          "unit/test_placement.py"),
+    Raise(f"{_SERVING}.seat.seat", "heads spread beside a draft vocabulary: at start", "operator", "refused",
+          "unit/test_placement.py"),
+    Raise(f"{_SERVING}.cpu.attention.CpuAttentionBackend.forward_extend",
+          "a target with attention that the CPU has not: its first forward is before the server listens", "target",
+          "refused", "serving/test_cpu_attention.py"),
+    # The plugin's own mistakes. They say that a step is not what it should be, so nothing of it may be served.
+    Raise(f"{_CORE}.sharded.accept._stats", "no drafted laws", "plugin", "ends", "unit/test_core_sharded.py"),
+    Raise(f"{_CORE}.sharded.accept._sampled", "no drafted laws or uniforms", "plugin", "ends", "unit/test_core_sharded.py"),
+    Raise(f"{_SERVING}.ahead.Ahead.outcome", "an outcome of nothing drafted", "plugin", "ends", "unit/test_ahead.py"),
+    Raise(f"{_SERVING}.ahead.Ahead._learn", "an outcome before the first step", "plugin", "ends", "unit/test_ahead.py"),
+    Raise(f"{_SERVING}.control.Control.arrived", "an outcome without confidences", "plugin", "ends", "unit/test_ahead.py"),
+    Raise(f"{_SERVING}.planner.Planner.decide_ahead", "the other strategy's step", "plugin", "ends", "serving/test_overlap.py"),
+    Raise(f"{_SERVING}.planner.Planner.compute_budget_sync", "a budget not decided", "plugin", "ends",
+          "serving/test_scheduling.py"),
+    Raise(f"{_SERVING}.planner.Planner.packed", "a budget not decided", "plugin", "ends", "serving/test_placement.py"),
+    Raise(f"{_SERVING}.planner.Planner._admitted_ahead", "the other strategy's step", "plugin", "ends",
+          "serving/test_overlap.py"),
+    Raise(f"{_SERVING}.verifier.Verifier.run_compact", "a target that gives no hidden states: seen in the first step, "
+          "before the server listens", "plugin", "ends", "contract/test_sglang_contract.py"),
+    Raise(f"{_SERVING}.verifier.Verifier.accept_and_finalize", "SGLang's acceptance in the graph", "plugin", "ends",
+          "contract/test_sglang_contract.py"),
+    Raise(f"{_SERVING}.ops.sharded_ops.ShardedOps._own_laws", "no drafted laws", "plugin", "ends", "serving/test_placement.py"),
+    Raise(f"{_SERVING}.ops.sharded_ops._kernels", "operations of another kind: at start", "plugin", "refused",
+          "kernels/test_sharded_served.py"),
+    Raise(f"{_SERVING}.ops.torch_ops.TorchOps._sampled", "no drafted laws", "plugin", "ends", "unit/test_ops.py"),
+    Raise(f"{_SERVING}.ops.torch_ops._seeded_choice", "no seeds", "plugin", "ends", "unit/test_ops.py"),
+    Raise(f"{_SERVING}.ops.triton_ops.TritonOps._check_flags", "rows outside the logits that acceptance was given",
+          "plugin", "ends", "kernels/test_served.py"),
+    Raise(f"{_SERVING}.ops.triton_ops._law", "listed laws without their tokens", "plugin", "ends", "kernels/test_served.py"),
+    Raise("dspark_kernels.accept", "operands that do not fit together", "plugin", "ends", "kernels/test_accept.py"),
+    Raise("dspark_kernels.vocab_parallel_accept", "operands that do not fit together", "plugin", "ends",
+          "kernels/test_vocab_parallel_accept.py"),
+    Raise("dspark_kernels.admit", "operands that do not fit together", "plugin", "ends", "kernels/test_admit.py"),
+    Raise("dspark_kernels.support", "an operand of the wrong kind, or a backend that is not there", "plugin", "ends",
+          "kernels/test_support.py"),
+)  # fmt: skip

@@ -1,0 +1,233 @@
+"""Weights replaced in a running server: what was made of them is renewed, and whether the drafter still fits is looked at.
+
+SGLang loads an update into the target and then into every draft model. A dense drafter is a checkpoint of its own:
+it takes tensors by its own names alone, and an update of the target's files leaves it as it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dspark_sglang.checkpoint import read_shapes
+from dspark_sglang.core.heads import ConfidenceHead, MarkovHead
+
+logger = logging.getLogger(__name__)
+
+#: Tensors up to this size stand for the whole target, as in a package's fingerprint: norms and biases.
+SMALL_BYTES = 64 * 1024
+#: What a drafter may hold a copy of, and does not load.
+_SHARED = ("embed_tokens.", "lm_head.")
+_KEPT = "Succeeded to update model weights; the drafter is kept."
+Loaded = tuple[bool, str]
+
+
+def digest(model: torch.nn.Module) -> str:
+    """SHA-256 of the names and values of a model's small parameters."""
+    found = hashlib.sha256()
+    for name, value in sorted(model.named_parameters()):
+        if value.nbytes <= SMALL_BYTES:
+            found.update(name.encode())
+            found.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def unsound(model: torch.nn.Module) -> str | None:
+    """The first parameter of a drafter that is NaN or infinite somewhere; None where all are sound."""
+    for name, value in model.named_parameters():
+        if name.startswith(_SHARED) or not value.is_floating_point():
+            continue
+        # One byte a number has no test of its own.
+        values = value.detach() if value.element_size() > 1 else value.detach().to(torch.bfloat16)
+        if not bool(values.isfinite().all()):
+            return name
+    return None
+
+
+class DraftUpdater:
+    """In the place of SGLang's updater of the draft model."""
+
+    def __init__(self, own: Any, names: Iterable[str], *, whole: bool) -> None:
+        """Args:
+        own: SGLang's ``WeightUpdater`` of the draft's runner.
+        names: tensors of the drafter's checkpoint.
+        whole: whether this rank holds all of them.
+        """
+        self._own = own
+        self._names = {name for name in names if not name.startswith(_SHARED)}
+        self._whole = whole
+        #: Whether the drafter has been changed since that was last asked.
+        self.loaded = False
+
+    def _load(self, names: Iterable[str], load: Callable[[set[str]], Loaded]) -> Loaded:
+        chosen = self._names & set(names)
+        if not chosen:
+            return True, _KEPT
+        if not self._whole:
+            return False, (
+                "The drafter's heads are spread over ranks, which an update at run time cannot do. Expected a "
+                "drafter that is whole on every rank. Restart with DSPARK_PLACEMENT=replicate, or with the new drafter."
+            )
+        self.loaded = True
+        return load(chosen)
+
+    def update_weights_from_disk(self, *args: Any, **kwargs: Any) -> Loaded:
+        """Nothing: the files are the target's."""
+        return True, _KEPT
+
+    def update_weights_from_ipc(self, recv_req: Any) -> Loaded:
+        """Nothing: the tensors are the target's."""
+        return True, _KEPT
+
+    def update_weights_from_tensor(
+        self, named_tensors: Any, load_format: str | None = None
+    ) -> Loaded:
+        """Load those tensors that are the drafter's.
+
+        Args:
+            named_tensors: pairs of name and tensor, or SGLang's flattened bucket.
+            load_format: SGLang's.
+        """
+        given = named_tensors
+        if load_format == "flattened_bucket":
+            names = [entry.name for entry in given["metadata"]]
+            return self._load(
+                names,
+                lambda chosen: self._own.update_weights_from_tensor(
+                    named_tensors=given
+                    | {"metadata": [e for e in given["metadata"] if e.name in chosen]},
+                    load_format=load_format,
+                ),
+            )
+        return self._load(
+            [name for name, _ in given],
+            lambda chosen: self._own.update_weights_from_tensor(
+                named_tensors=[pair for pair in given if pair[0] in chosen], load_format=load_format
+            ),
+        )
+
+    def load_weights_from_distributed(self, named_tensors: Any) -> Loaded:
+        """Load those received tensors that are the drafter's."""
+        given = list(named_tensors)
+        return self._load(
+            [name for name, _ in given],
+            lambda chosen: self._own.load_weights_from_distributed(
+                [pair for pair in given if pair[0] in chosen]
+            ),
+        )
+
+    def begin_weight_update(self) -> None:
+        """See SGLang."""
+        self._own.begin_weight_update()
+
+    def end_weight_update(self, *, run_post_load: bool) -> None:
+        """See SGLang."""
+        self._own.end_weight_update(run_post_load=run_post_load)
+
+
+class DraftRunner:
+    """What SGLang's manager of updates sees of the draft's runner."""
+
+    def __init__(self, updater: DraftUpdater) -> None:
+        self.weight_updater = updater
+
+
+class Weights:
+    """The weights of one worker's target and drafter, as they were when the two fitted."""
+
+    def __init__(self, worker: Any, drafter: Path) -> None:
+        """Args:
+        worker: ours, with its parts in place.
+        drafter: folder of the drafter's checkpoint.
+        """
+        self._worker = worker
+        names = read_shapes(drafter) if drafter.is_dir() else {}
+        seat, runner = worker._seat, worker.draft_model_runner
+        whole = seat.drafts and (seat.vocabulary is None or seat.head is not None)
+        self._updater = DraftUpdater(runner.weight_updater, names, whole=whole)
+        self._target = digest(self._model)
+        self._check_drafter()
+
+    @property
+    def _model(self) -> torch.nn.Module:
+        model: torch.nn.Module = self._worker.model_runner.model
+        return model
+
+    def runners(self) -> list[tuple[str, Any]]:
+        """In the place of SGLang's ``weight_update_runners``."""
+        return [("draft", DraftRunner(self._updater))]
+
+    def changed(self) -> None:
+        """Renew what was made of weights, and stop drafting where the drafter no longer fits the target."""
+        worker, faults = self._worker, self._worker.control.faults
+        worker.catch_up()
+        worker._seat.renew(worker.draft_model)
+        found = digest(self._model)
+        if self._updater.loaded:
+            self._updater.loaded = False
+            self._target = found  # whoever sends a drafter sends the one that fits
+            self._renew_drafter()
+            faults.resume()
+            self._check_drafter()
+        if found == self._target:
+            faults.resume("target")
+        else:
+            faults.stop(
+                "target",
+                "the target was updated to weights that the drafter was not made for (its norms and biases differ)",
+            )
+
+    def _renew_drafter(self) -> None:
+        """Make again what was made of the drafter's weights; it is not calibrated."""
+        worker, model = self._worker, self._worker.draft_model
+        ones = torch.ones(worker.gamma)
+        worker._ops.renew(
+            MarkovHead.from_module(model.markov_head),
+            ConfidenceHead.from_module(model.confidence_head, ones),
+        )
+        # What SGLang has stacked of the projections that write the draft's KV.
+        model._stacked_ctx_kv_cache, model._fused_kv_write_cache = False, None
+        worker._verify_executor.renew()
+        worker.drafter_sha256 = None
+        worker.set_temperatures(ones, "none: the drafter was updated")
+
+    def _check_drafter(self) -> None:
+        """Draft nothing with weights that are not finite, on any rank."""
+        worker, ranks = self._worker, self._worker._seat.ranks
+        name = unsound(worker.draft_model)
+        if ranks.count > 1:
+            found = ranks.gather(
+                torch.tensor([int(name is not None)], device=worker.device), "start"
+            )
+            name = name or ("another rank" if int(found.sum()) else None)
+        if name is not None:
+            reason = f"the drafter's weights are NaN or infinite (first found in {name})"
+            worker.control.faults.stop("weights", reason)
+
+
+def contained(original: Callable[..., Any], manager: Any, recv_req: Any) -> Any:
+    """SGLang's ``update_weights_from_tensor``, whose loaders raise on a wrong shape: here the update fails."""
+    from sglang.srt.managers.io_struct import UpdateWeightsFromTensorReqOutput
+
+    try:
+        return original(manager, recv_req)
+    except Exception as error:  # the boundary of a request; with ranks, others would wait
+        if manager.tp_worker.model_runner.tp_size > 1:
+            raise
+        message = f"The update failed: {type(error).__name__}: {error}. Weights may be partly replaced: update again."
+        logger.error("%s", message, exc_info=error)
+        return UpdateWeightsFromTensorReqOutput(success=False, message=message)
+
+
+def followed(original: Callable[..., Any], manager: Any, recv_req: Any) -> Any:
+    """An update of SGLang's manager that ends with new weights in place."""
+    result = original(manager, recv_req)
+    weights = getattr(manager.draft_worker, "weights", None)
+    if weights is not None:
+        weights.changed()
+    return result

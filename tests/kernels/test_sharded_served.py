@@ -16,7 +16,6 @@ from dspark_sglang.core.accept import Accepted
 from dspark_sglang.core.draft import DraftBlock
 from dspark_sglang.core.heads import ConfidenceHead, MarkovHead
 from dspark_sglang.core.sharded import Shard
-from dspark_sglang.errors import NumericsError
 from dspark_sglang.serving.ops import Ops, SampledRows, choose, selfcheck
 from dspark_sglang.serving.ops.rows import Verified
 from dspark_sglang.serving.ops.sharded_ops import ShardedOps
@@ -143,7 +142,7 @@ def one_round(
             for place in range(sent):
                 logits[start + place, block.tokens[request, place]] += 4.0
         if spoilt:
-            logits[int(first[0])] = float("nan")
+            logits[first[:2]] = float("nan")
         laws = None if wanted is None or wanted.seeds is not None else block.probs
         given = Verified(
             logits, block.tokens, wanted, laws, block.support, block.lse, lens, first, positions
@@ -227,12 +226,20 @@ def test_blocks_of_a_draft_vocabulary_are_verified_as_on_one_rank(
     assert 0 < int(alone.count[torch.tensor([1, 2, 4])].sum()) < 3 * GAMMA
 
 
-def test_a_law_that_is_not_a_number_is_refused_on_every_rank(
-    device: torch.device, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+@pytest.mark.parametrize("kind", ["sampled", "seeded"])
+def test_rows_without_a_law_end_no_other_request(
+    kind: str, kernels: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Rows of NaN: the greedy request 0 takes token 0, the sampling request 1 none, on every rank."""
+    same_draws(monkeypatch)
     unchecked(monkeypatch)
-    with pytest.raises(NumericsError):
-        one_round("triton", "sampled", device, spoilt=True)
+    block, (whole, _) = one_round("torch", kind, device)
+    assert block.tokens[0, 0] != 0
+    _, outcomes = one_round(kernels, kind, device, spoilt=True)
+    for outcome in outcomes:
+        assert outcome.count.tolist() == [0, 0, *whole.count[2:].tolist()]
+        assert outcome.token.tolist() == [0, -1, *whole.token[2:].tolist()]
 
 
 def test_the_kernels_of_several_ranks_agree_with_the_reference(

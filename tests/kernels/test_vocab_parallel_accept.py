@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from accept_operands import FAIR, Case, operands, poisoned
+from accept_operands import FAIR, Case, agree, operands, poisoned
+from lawless_operands import WIDTH, Batch, Example, batches, made, unlike
 from test_accept import _one, named
+from test_accept_lawless import MIXED, spoil
 
 from dspark_kernels.accept import DenseDraft, Rows, accept
 from dspark_kernels.accept.reference import judge
@@ -124,24 +126,54 @@ def test_bytes_exchanged_at_eight_ranks() -> None:
     assert exchanged_bytes(64, 5, 8, filtered=True) < 250_000
 
 
-@pytest.mark.parametrize("row", [0, 1, 2])
-@pytest.mark.parametrize("heat", [0.0, 1.0], ids=["greedy", "sampled"])
-def test_a_broken_shard_is_flagged_on_every_rank(
-    row: int, heat: float, device: torch.device
-) -> None:
-    given = _one(device, heat)
-    given["rows"].logits[row, 90] = torch.nan
-    outcomes, _ = lockstep(shards(given, split(100, 3)))
-    expected = (1, 8, 0) if row == 2 else (0, 0, 1)
+@pytest.mark.parametrize("batch", batches(block=False), ids=lambda batch: batch.name)
+def test_shards_decide_as_worked_out(batch: Batch, device: torch.device) -> None:
+    given = batch.operands(device)
+    if batch.method == "filtered":  # min-p only; the mixed batches search
+        given["filters"].top_k[:] = WIDTH
+    outcomes, _ = lockstep(shards(given, (60, 71)), searched=False)
+    assert [unlike(outcome, batch.examples) for outcome in outcomes] == [{}] * 2
+
+
+@pytest.mark.parametrize(
+    "case",
+    [case for case in MIXED if not case.block and not (case.keys and case.filters)],
+    ids=named,
+)
+def test_shards_of_mixed_batches_decide_as_whole_rows(case: Case, device: torch.device) -> None:
+    given = operands(case, 1, device)
+    before, _ = lockstep(shards(given, split(case.width, 3)))
+    whole = spoil(given, 1)
+    outcomes, _ = lockstep(shards(given, split(case.width, 3)))
+    assert agree(given, outcomes[0]) >= 0.6 * case.requests
     for outcome in outcomes:
-        assert tuple(int(x) for x in outcome) == expected
+        for mine, first, theirs in zip(outcome, outcomes[0], before[0], strict=True):
+            assert torch.equal(mine, first)
+            assert torch.equal(mine[whole], theirs[whole])
 
 
-def test_a_broken_drafted_law_is_flagged_on_every_rank(device: torch.device) -> None:
+def test_filters_that_leave_no_mass_leave_no_law_on_any_rank(device: torch.device) -> None:
+    examples = [Example("sampled", (0, -1)), Example("greedy", (1, 42), {1: "nan"})]
+    given = made(examples, "filtered", "certain", torch.float32, device)
+    given["temperature"][1] = 0.0
+    given["filters"].min_p[:] = 1.5  # more than any token has
+    outcomes, _ = lockstep(shards(given, split(131, 3)), searched=False)
+    assert [unlike(outcome, examples) for outcome in outcomes] == [{}] * 3
+
+
+def test_a_temperature_that_is_nan_gives_no_law_on_any_rank(device: torch.device) -> None:
+    outcomes, _ = lockstep(shards(_one(device, float("nan")), split(100, 3)))
+    assert [[int(x) for x in outcome] for outcome in outcomes] == [[0, -1, 0]] * 3
+
+
+def test_a_shard_too_light_to_be_read_again_is_not_drawn_from(device: torch.device) -> None:
     given = _one(device)
-    given["draft"].probs[0, 1, 0] = torch.nan
-    outcomes, _ = lockstep(shards(given, split(100, 3)))
-    assert [int(o.flag) for o in outcomes] == [1, 1, 1]
+    given["rows"].logits[0] = 0.0
+    given["rows"].logits[0, :40] = -100.0
+    rows = given["rows"]._replace(lens=torch.zeros_like(given["rows"].lens))
+    given |= {"rows": rows, "uniforms": torch.zeros_like(given["uniforms"])}
+    outcomes, _ = lockstep(shards(given, (40, 60)))
+    assert [[int(x) for x in outcome] for outcome in outcomes] == [[0, 40, 0]] * 2
 
 
 def test_a_shard_without_mass_is_no_error(device: torch.device) -> None:

@@ -30,6 +30,9 @@ CASES = (
     f"{NEVER}::test_sixteen_equal_requests_for_json",
     f"{NEVER}::test_an_update_with_equal_weights_changes_nothing",
     f"{NEVER}::test_an_update_waits_for_requests_as_on_a_plain_server",
+    f"{NEVER}::test_tensors_of_the_target",
+    f"{NEVER}::test_tensors_of_the_drafter",
+    f"{NEVER}::test_tensors_from_a_process_group",
     f"{NEVER}::test_pauses_aborts_and_flushes_at_any_moment",
     "tests/serving/test_start_cases.py",
 )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import concurrent.futures
 import json
 import os
+import pickle
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -375,3 +377,114 @@ def test_a_drafter_with_broken_weights_serves_plain_decoding(
         assert record is not None
         assert "layers.0.mlp.down_proj.weight" in record["drafting_stopped"]
         assert record["faults"]["weights"] == 1 and record["rounds"] == 0
+
+
+# --- weights that are sent ---------------------------------------------------------------------------
+
+NORM, LARGE = "model.norm.weight", "model.layers.3.mlp.down_proj.weight"
+Tensors = dict[str, torch.Tensor]
+
+
+def post(server: Server, path: str, **given: Any) -> dict[str, Any]:
+    found: dict[str, Any] = httpx.post(f"{server.url}/{path}", json=given, timeout=120.0).json()
+    return found
+
+
+def send(server: Server, tensors: Tensors, selector: str = "target") -> dict[str, Any]:
+    """Replace weights by tensors; what SGLang said of it."""
+    packed = base64.b64encode(pickle.dumps(list(tensors.items()))).decode()
+    assert post(server, "begin_weight_update", selector=selector)["success"]
+    given = {"serialized_named_tensors": [packed], "selector": selector}
+    found = post(server, "update_weights_from_tensor", **given)
+    assert post(server, "end_weight_update")["success"]
+    return found
+
+
+def stopped(server: Server) -> str | None:
+    record = server.dspark()
+    assert record is not None
+    found: str | None = record["drafting_stopped"]
+    return found
+
+
+def test_tensors_of_the_target(servers: Pair, faulty: tuple[Server, Path], target: Path) -> None:
+    server, _ = faulty
+    weights = safetensors.torch.load_file(target / "model.safetensors")
+    old = {name: weights[name].float() for name in (NORM, LARGE)}
+    bodies = [body(text, max_new_tokens=24, ignore_eos=True) for text in PROMPTS[:4]]
+    before = together(servers.plain, bodies)
+    try:
+        for name, factor, fits in ((LARGE, 3.0, True), (NORM, 1.3, False)):
+            changed = {name: old[name] * factor + 0.05}
+            for one in (servers.plain, server):
+                assert send(one, changed)["success"]
+            drafting(server, 1) if fits else None
+            texts = together(server, bodies)
+            # Packed copies are renewed: with the old ones the text would be the old one.
+            assert texts == together(servers.plain, bodies) != before
+            assert (stopped(server) is None) is fits
+            assert fits or "not made for" in str(stopped(server))
+    finally:
+        for one in (servers.plain, server):
+            assert send(one, old)["success"]
+    assert stopped(server) is None and together(server, bodies) == before
+    wrong = send(server, {NORM: old[NORM][:5]})
+    assert not wrong["success"] and server.alive()
+    assert together(server, bodies) == before
+
+
+def test_tensors_of_the_drafter(faulty: tuple[Server, Path], servers: Pair, drafter: Path) -> None:
+    server, _ = faulty
+    old = safetensors.torch.load_file(drafter / "model.safetensors")
+    expected = together(servers.plain, [BYSTANDER])
+    length = accept_length(server)
+    broken = {"fc.weight": old["fc.weight"].clone()}
+    broken["fc.weight"][0, 0] = torch.nan
+    assert send(server, broken, "draft")["success"]
+    assert "fc.weight" in str(stopped(server))
+    assert together(server, [BYSTANDER]) == expected
+    assert send(server, {"fc.weight": old["fc.weight"]}, "draft")["success"]
+    assert stopped(server) is None
+    record = server.dspark()
+    assert (
+        record is not None
+        and "was updated" in record["sts"]
+        and set(record["temperatures"]) == {1.0}
+    )
+    assert accept_length(server) == pytest.approx(length, rel=0.1)
+    # Without its Markov head it drafts less well, and as exactly.
+    assert send(server, {"fc.weight": torch.zeros_like(old["fc.weight"])}, "draft")["success"]
+    assert accept_length(server) < 0.95 * length
+    assert together(server, [BYSTANDER]) == expected
+    assert send(server, {"fc.weight": old["fc.weight"]}, "draft")["success"]
+
+
+def test_tensors_from_a_process_group(
+    servers: Pair, faulty: tuple[Server, Path], target: Path
+) -> None:
+    from sglang.srt.utils.common import init_custom_process_group
+
+    server, _ = faulty
+    old = safetensors.torch.load_file(target / "model.safetensors")[NORM].float()
+    expected, port = together(servers.plain, [BYSTANDER]), free_port()
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        joining = pool.submit(
+            post, server, "init_weights_update_group", master_address="127.0.0.1", master_port=port,
+            rank_offset=1, world_size=2, group_name="test", backend="gloo",
+        )  # fmt: skip
+        group = init_custom_process_group(
+            backend="gloo", init_method=f"tcp://127.0.0.1:{port}", world_size=2, rank=0, group_name="test"
+        )  # fmt: skip
+        assert joining.result()["success"]
+        for value, fits in ((old * 1.3, False), (old, True)):
+            assert post(server, "begin_weight_update", selector="all")["success"]
+            loading = pool.submit(
+                post, server, "update_weights_from_distributed", names=[NORM], dtypes=["float32"],
+                shapes=[list(value.shape)], group_name="test",
+            )  # fmt: skip
+            torch.distributed.broadcast(value, src=0, group=group)
+            assert loading.result()["success"]
+            assert post(server, "end_weight_update")["success"]
+            assert (stopped(server) is None) is fits
+            assert (together(server, [BYSTANDER]) == expected) is fits
+        assert post(server, "destroy_weights_update_group", group_name="test")["success"]

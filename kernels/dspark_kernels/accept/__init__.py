@@ -48,8 +48,8 @@ def accept(
     With ``p_j`` the law of a request's row ``j`` (temperature and filters applied) and ``q_j`` the
     drafted law of token ``x_{j+1}``:
 
-    - greedy (``temperature <= 0``): the longest prefix of argmaxes, then the argmax (the lowest token
-      among equals);
+    - greedy (``temperature <= 0``): the longest prefix of argmaxes, then the argmax, as ``torch.argmax``:
+      the lowest token among equals, a NaN above all others, 0 where all are ``-inf``;
     - coupled (``keys.coupled``): the longest prefix of the target's own seeded draws
       ``argmax log p_j(x) + g(seed, position + j, x)``, then that draw;
     - sampled: ``x_{j+1}`` is kept iff ``u_j q_j(x_{j+1}) < p_j(x_{j+1})``; the token after comes from
@@ -59,6 +59,14 @@ def accept(
     A token is drawn by inverting the cumulative sum in token order with the last uniform. Where ``p = q`` up
     to rounding leaves no residual mass, ``p`` itself is drawn from. Among tokens tied at a filter's
     threshold, and in the ranks that key seeded draws of filtered rows, the lower token comes first.
+
+    A row of a coupled or sampled request *has no law* where its largest logit is not finite or its mass (what
+    filters leave of it) is not finite and positive. Tokens before it are kept as ever; a decision
+    that comes to such a row ends in token -1. A drafted law that is NaN at one of its tokens says nothing:
+    the block ends before the token it drafted, and the token there comes from ``p`` itself. With ``block``
+    it also ends before the first row without a law, whose token is then -1; rows behind are not read.
+    A dense law with a NaN but a finite ``lse`` is noticed only where that token was drafted or a residual
+    is taken, which is then ``p``.
 
     Decisions follow float32 probabilities: those within about 1e-6 of a boundary may fall on
     either side of it. A seeded draw compares float64 scores.
@@ -80,7 +88,7 @@ def accept(
         out: written and returned instead of new tensors: ``[R]`` int32 or int64, int64 and int32.
 
     Returns:
-        counts, tokens and flags. A law that is NaN, infinite or without mass is flagged, never decided on.
+        counts, tokens (-1: no law) and flags.
 
     Raises:
         OperandError: an operand of the wrong dtype, shape, device, stride or size; the backend

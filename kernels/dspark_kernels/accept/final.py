@@ -21,6 +21,8 @@ LISTED = tl.constexpr(2)
 #: Listed tokens worked on at a time, and tokens in the search for the final one.
 LIST = tl.constexpr(16)
 SEARCH = tl.constexpr(512)
+#: A probability that no draw reaches, which float32 still holds shared out over a block.
+NOTHING = tl.constexpr(1e-30)
 
 
 @triton.jit
@@ -37,7 +39,9 @@ def _listed(law, tokens, size, start, LAW: tl.constexpr):
 
 @triton.jit
 def drafted_chance(law, lse, tokens, size, token, scale, LAW: tl.constexpr):
-    """``q(token)``, float32.
+    """``q(token)``, float32; NaN where the law is, at whichever of its tokens.
+
+    A dense one is by its log-sum-exp: that is finite unless a logit is NaN or ``+inf`` or all are ``-inf``.
 
     Args:
         law, lse, tokens: pointers to this position's law (see :data:`DENSE` and the others).
@@ -47,12 +51,15 @@ def drafted_chance(law, lse, tokens, size, token, scale, LAW: tl.constexpr):
         return tl.full([], 1.0, tl.float32)
     elif LAW == DENSE:
         logit = tl.load(law + token).to(tl.float32)
-        return tl.exp2(logit * scale - tl.load(lse) * LOG2E)
+        total = tl.load(lse)
+        chance = tl.exp2(logit * scale - total * LOG2E)
+        return tl.where(tl.abs(total) < float("inf"), chance, float("nan"))
     else:
         chance = tl.zeros([LIST], tl.float32)
         for start in tl.range(0, size, LIST):
             entry, each = _listed(law, tokens, size, start, LAW)
-            chance += tl.where(entry == token, each, 0.0)
+            # A product: 0 times NaN is NaN.
+            chance += each * (entry == token).to(tl.float32)
         return tl.sum(chance)
 
 
@@ -175,11 +182,14 @@ def final_token(
     law, lse, tokens, size,
     BLOCK: tl.constexpr, SLOTS: tl.constexpr, SHIFT: tl.constexpr, LAW: tl.constexpr,
 ):  # fmt: skip
-    """Correction (``minus``) or bonus token; -1 where the drafted law is NaN.
+    """Correction (``minus``) or bonus token.
 
-    A residual without mass means that ``p = q`` up to rounding: the token then comes from ``p``.
+    It comes from ``p`` itself where the residual has no mass (``p = q`` up to rounding) and where it is
+    NaN: nothing of such a drafted law can be judged.
     """
     plain = sums.to(tl.float64) / mass.to(tl.float64)
+    # A block lighter than this may have no weight at all when it is read again.
+    plain = tl.where(plain > NOTHING, plain, 0.0)
     left = plain
     share = 1.0 / mass
     if minus:
@@ -192,10 +202,9 @@ def final_token(
         left = tl.where(left < 0.0, 0.0, left)
     total = tl.sum(left)
     token = -1
-    valid = total == total
     rest = minus & (total > 0)
     tries = 0
-    while valid & (token < 0) & (tries < 2):
+    while (token < 0) & (tries < 2):
         if not rest:
             left = plain
             share = 1.0 / mass

@@ -11,6 +11,11 @@ With rows ``j = 0 .. l`` of a request, ``p_j`` the target's law (filtered) and `
                 r_k / (r_k + 1 - w_k), r_k = sum_x max(0, w_k p_k - q_k), the whole block with w_l; the
                 longest wins; the token after: from max(0, w_k p_k - q_k), or p_l
 
+A greedy row decides as ``torch.argmax``, whatever it holds. Of the others, a row whose mass or largest logit is
+not finite, or that has no mass, has no law: where the decision reaches it, the token is -1. A drafted law
+``q_k`` that is NaN says nothing: the block ends before it, so ``x_{k+1}`` is rejected, and the token
+after ``x_k`` comes from ``p_k``. To block verification ``l`` is the first of these positions.
+
 **Why one program a request.** Whether row ``j + 1`` is needed is known only after row ``j`` is read
 through, and a launch cannot depend on that. A program walks its request's rows and stops at the
 first rejection, so later rows are never read. Splitting the vocabulary over programs needs either a launch
@@ -44,8 +49,7 @@ from dspark_kernels.accept.final import (
 from dspark_kernels.accept.law import cut_row, kept_sums, ranked_draw
 from dspark_kernels.accept.parts import LOG2E, LOWEST, noise_state, row_pass
 
-#: Flags of an outcome.
-BROKEN_LAW = tl.constexpr(1)
+#: Flag of an outcome.
 BROKEN_LAYOUT = tl.constexpr(2)
 
 
@@ -55,7 +59,7 @@ def _row_law(
     BLOCK: tl.constexpr, SLOTS: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, SHIFT: tl.constexpr,
     COUPLED: tl.constexpr, FILTERED: tl.constexpr,
 ):  # fmt: skip
-    """A row's law: largest logit, own choice, block sums, mass, where filters cut, validity."""
+    """A row's law: largest logit, own choice, block sums, mass, where filters cut, whether it has one."""
     state = noise_state(seed, position)
     top, choice, sums, _score, drawn = row_pass(
         row, width, 0, scale, inverse, state, coupled, BLOCK, SLOTS, STAGES, COUPLED
@@ -93,6 +97,7 @@ def _longest(
 
     Args:
         rows: the request's first row; place_law: the place of its first drafted law.
+        length: the first position whose row has no law or whose drafted law is NaN, or the last row.
         tops, masses, cuts, lasts, survives: ``[PLACES]`` what each row left behind, and ``w``.
     """
     place = tl.arange(0, PLACES)
@@ -114,7 +119,9 @@ def _longest(
                 listed + at * law_size, law_size, BLOCK, SLOTS, SHIFT, LAW,
             ))  # fmt: skip
             left = tl.where(left < 0.0, 0.0, left)
-            chance = left / tl.maximum(left + 1.0 - factor, 1e-37)
+            # NaN: the drafted law is, so the block ends here.
+            ends = left != left
+            chance = tl.where(ends, chance, left / tl.maximum(left + 1.0 - factor, 1e-37))
         testing = tl.load(uniforms + position - 1).to(tl.float64) >= chance
         if testing:
             position -= 1
@@ -198,6 +205,7 @@ def accept_kernel(  # noqa: C901, PLR0915
             row, width, scale, inverse, seed, anchor + position, coupled, filtered,
             most, nucleus, least, BLOCK, SLOTS, TILE, STAGES, SHIFT, COUPLED, FILTERED,
         )  # fmt: skip
+        good = good | greedy
         going = good & (position < length)
         if JOINT:
             every = tl.where((place == position)[:, None], sums[None, :], every)
@@ -212,7 +220,7 @@ def accept_kernel(  # noqa: C901, PLR0915
                         law_size, token, scale, LAW,
                     ).to(tl.float64)  # fmt: skip
                     if JOINT:
-                        good = offered == offered
+                        going = offered == offered
                         here = place == position
                         tops = tl.where(here, top, tops)
                         masses = tl.where(here, mass, masses)
@@ -221,7 +229,6 @@ def accept_kernel(  # noqa: C901, PLR0915
                         ratio = tl.where(offered > 0, wanted / offered, 1.0)
                         factor = tl.minimum(factor * ratio.to(tl.float32), 1.0)
                         survives = tl.where(place == position + 1, factor, survives)
-                        going = good
                     else:
                         uniform = tl.load(uniforms + request * (GAMMA + 1) + position)
                         going = uniform.to(tl.float64) * offered < wanted
@@ -231,35 +238,36 @@ def accept_kernel(  # noqa: C901, PLR0915
                 going = choice == token
             if going:
                 position += 1
-    if JOINT:  # noqa: SIM102
-        if sampled & good & fits & (length > 0):
+    end = length
+    if JOINT:
+        end = position
+        if sampled & (position > 0):
             position, factor = _longest(
                 logits + start * logits_stride, logits_stride, width, scale, least,
-                tops, masses, cuts, lasts, survives, length, uniforms + request * (GAMMA + 1),
+                tops, masses, cuts, lasts, survives, end, uniforms + request * (GAMMA + 1),
                 law, lse, listed, request * GAMMA, law_size, PLACES, BLOCK, SLOTS, SHIFT, LAW,
             )  # fmt: skip
-            # What the row it stops at left behind; the last row is still at hand.
-            if position < length:
+            # What the row it stops at left behind; the last one read is still at hand.
+            if position < end:
+                good = sampled
                 here = place == position
                 top = tl.sum(tl.where(here, tops, 0.0))
                 mass = tl.sum(tl.where(here, masses, 0.0))
                 cut = tl.sum(tl.where(here, cuts, 0))
                 last = tl.sum(tl.where(here, lasts, 0))
                 sums = tl.sum(tl.where(here[:, None], every, 0.0), 0)
-    token = choice.to(tl.int32)
+    token = tl.where(good, choice.to(tl.int32), -1)
     if SAMPLED:  # noqa: SIM102
-        if sampled & good & fits & (length >= 0):
+        if sampled & good:
             place_law = request * GAMMA + tl.minimum(position, GAMMA - 1)
             token = final_token(
                 logits + (start + position) * logits_stride, width, top, scale, mass, cut, last,
-                least, sums, factor, position < length,
+                least, sums, factor, position < end,
                 tl.load(uniforms + request * (GAMMA + 1) + GAMMA).to(tl.float64),
                 law + place_law * law_size, lse + place_law, listed + place_law * law_size,
                 law_size, BLOCK, SLOTS, SHIFT, LAW,
             )  # fmt: skip
-            good = token >= 0
-    done = good & fits & (length >= 0)
-    broken = tl.where(fits, tl.where(good | (length < 0), 0, BROKEN_LAW), BROKEN_LAYOUT)
+    done = fits & (length >= 0)
     tl.store(count_out + request, tl.where(done, position, 0))
     tl.store(token_out + request, tl.where(done, token, 0).to(tl.int64))
-    tl.store(flag_out + request, broken)
+    tl.store(flag_out + request, tl.where(fits, 0, BROKEN_LAYOUT))

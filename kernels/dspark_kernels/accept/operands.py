@@ -29,7 +29,8 @@ class DenseDraft(NamedTuple):
 
     #: ``[R, gamma, V]`` bfloat16 or float32.
     logits: torch.Tensor
-    #: ``[R, gamma]`` float32 natural log-sum-exp of ``logits / T``, ``T`` the request's temperature.
+    #: ``[R, gamma]`` float32 natural log-sum-exp of ``logits / T``, ``T`` the request's temperature;
+    #: not finite where a logit is NaN or ``+inf`` or all are ``-inf``.
     lse: torch.Tensor
 
 
@@ -95,9 +96,9 @@ class Accepted(NamedTuple):
 
     #: ``[R]`` int32 drafted tokens kept; int64 where such a tensor was given to write to.
     count: torch.Tensor  # type: ignore[assignment]  # hides tuple.count
-    #: ``[R]`` int64 the token after them (correction or bonus).
+    #: ``[R]`` int64 the token after them (correction or bonus), or -1: a sampled or coupled request
+    #: came to a row without a law (see :func:`dspark_kernels.accept.accept`).
     token: torch.Tensor
-    #: ``[R]`` int32: 0 good; 1 a row or drafted law that was read is NaN or infinite or has no mass;
-    #: 2 rows outside ``logits``, more drafted tokens than gamma, or a drafted token outside the
-    #: vocabulary. With 1 or 2 count and token are 0 and must not be used.
+    #: ``[R]`` int32: 0 good; 2 rows outside ``logits``, more drafted tokens than gamma, or a drafted
+    #: token outside the vocabulary. With 2 count and token are 0 and must not be used.
     flag: torch.Tensor

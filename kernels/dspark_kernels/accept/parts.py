@@ -136,13 +136,15 @@ def row_pass(
 
     Returns:
         largest logit (float32), its first column, ``[SLOTS]`` float32 sums of
-        ``exp((x - largest) / T)`` of every block, seeded score (float64) and column.
+        ``exp((x - largest) / T)`` of every block, seeded score (float64) and column. As for
+        ``torch.max`` a NaN is larger than all others; the sum of its block is NaN.
     """
     slot = tl.arange(0, SLOTS)
     tops = tl.full([SLOTS], -float("inf"), tl.float32)
     sums = tl.zeros([SLOTS], tl.float32)
     best = -float("inf")
     arg = 0
+    odd = 2147483647
     score = tl.full([], -float("inf"), tl.float64)
     drawn = 0
     for block in tl.range(0, tl.cdiv(width, BLOCK), num_stages=STAGES):
@@ -159,7 +161,13 @@ def row_pass(
         # An empty block has weights 0; NaN stays NaN and reaches the sum.
         level = tl.where(top == -float("inf"), 0.0, top)
         weight = tl.sum(tl.exp2((x - level) * scale))
+        # Maxima keep a NaN or drop it, as the compiler likes; the sum shows where to look for one.
+        if weight != weight:
+            odd = tl.minimum(odd, tl.min(tl.where(x != x, offs, 2147483647)))
         tops = tl.where(slot == block, top, tops)
         sums = tl.where(slot == block, weight, sums)
     sums = tl.where(tops > -float("inf"), sums * tl.exp2((tops - best) * scale), sums)
+    if odd < 2147483647:
+        best = float("nan")
+        arg = odd
     return best, arg, sums, score, drawn

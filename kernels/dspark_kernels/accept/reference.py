@@ -32,8 +32,8 @@ class Judged(NamedTuple):
     margin: torch.Tensor
 
 
-class _Broken(ArithmeticError):
-    """A law without finite mass."""
+#: In place of a token where the deciding row has no law.
+_UNDECIDED = -1
 
 
 class _Margin:
@@ -41,6 +41,7 @@ class _Margin:
         self.least = math.inf
 
     def add(self, distance: float) -> None:
+        # NaN is no distance: nothing is near to it.
         self.least = min(self.least, abs(distance))
 
 
@@ -86,10 +87,7 @@ def judge(
                     r, rows.logits[start : start + length + 1], drafted, float(temperature[r]),
                     uniforms[r].double(), draft, filters, keys, adjustments, margin,
                 )  # fmt: skip
-                try:
-                    outcome = (*one.decide(block), 0)
-                except _Broken:
-                    outcome = (0, 0, 1)
+                outcome = (*one.decide(block), 0)
         count.append(outcome[0])
         token.append(outcome[1])
         flag.append(outcome[2])
@@ -131,33 +129,37 @@ class _Request:
 
     def decide(self, block: bool) -> tuple[int, int]:
         """Drafted tokens kept and the token after them."""
+        greedy = self.temperature <= 0
         coupled = self.keys is not None and int(self.keys.coupled[self.index]) != 0
-        if math.isnan(self.temperature):
-            raise _Broken
-        if self.temperature > 0 and not coupled:
+        if not greedy and not coupled:
             return self._block() if block else self._rejection()
-        for j, x in enumerate([*self.drafted, -1]):
-            choice = self._draw(j) if self.temperature > 0 else self._best(j)
+        for j, x in enumerate(self.drafted):
+            choice = self._best(j) if greedy else self._draw(j)
             if choice != x:
                 return j, choice
-        raise AssertionError("no token equals -1")
+        j = len(self.drafted)
+        return j, self._best(j) if greedy else self._draw(j)
 
     def _row(self, j: int) -> torch.Tensor:
         row = self.logits[j].double()
         if self.adjustments is not None:
             row = row.clone()
             _adjust(row, self.adjustments, self.index, self.drafted[:j])
-        if not math.isfinite(float(row.max())):
-            raise _Broken
         return row
 
     def _best(self, j: int) -> int:
+        """The first NaN, or else the first of the largest: as ``torch.argmax``."""
         row = self._row(j)
-        return int((row == row.max()).nonzero()[0])
+        odd = row.isnan()
+        return int((odd if bool(odd.any()) else row == row.max()).nonzero()[0])
 
-    def _law(self, j: int) -> _Law:
-        scaled = self._row(j) / self.temperature
+    def _law(self, j: int) -> _Law | None:
+        """The law of a row; None where it has none."""
+        row = self._row(j)
+        scaled = row / self.temperature
         probs = torch.softmax(scaled, dim=-1)
+        if not (math.isfinite(float(row.max())) and math.isfinite(float(probs.sum()))):
+            return None
         order = torch.sort(scaled, descending=True, stable=True).indices
         if self.filters is None:
             return _Law(probs, order, False)
@@ -181,16 +183,23 @@ class _Request:
                     break
             kept[x] = p
             before += p
+        if not bool(kept.any()):
+            return None
         return _Law(kept / kept.sum(), order, filtered)
 
     def _offered(self, j: int) -> torch.Tensor:
-        """``[V]`` the law that drafted token ``j`` was drawn from."""
+        """``[V]`` the law that drafted token ``j`` was drawn from; all NaN where one listed is.
+
+        A dense law is all NaN where its log-sum-exp is not finite, as is that of a law with a NaN.
+        """
         law = torch.zeros(self.logits.shape[1], dtype=torch.float64)
         if self.draft is None:
             law[self.drafted[j]] = 1.0
         elif isinstance(self.draft, DenseDraft):
-            logits = self.draft.logits[self.index, j].double()
-            law = (logits / self.temperature - self.draft.lse[self.index, j].double()).exp()
+            logits, lse = self.draft.logits[self.index, j].double(), self.draft.lse[self.index, j]
+            law = (logits / self.temperature - lse.double()).exp()
+            if not math.isfinite(float(lse)):
+                law[:] = math.nan
         else:
             for x, q in zip(
                 self.draft.tokens[self.index, j].tolist(),
@@ -199,46 +208,63 @@ class _Request:
             ):
                 if x >= 0:
                     law[x] += q
-        if bool(law.isnan().any()):
-            raise _Broken
+            if bool(law.isnan().any()):
+                law[:] = math.nan
         return law
 
     def _rejection(self) -> tuple[int, int]:
         for j, x in enumerate(self.drafted):
-            p, q = self._law(j).probs, self._offered(j)
+            law, q = self._law(j), self._offered(j)
+            if law is None:
+                return j, _UNDECIDED
+            p = law.probs
             test = float(self.uniforms[j] * q[x] - p[x])
             self.margin.add(test)
-            if test >= 0:
+            if not test < 0:
                 return j, self._invert((p - q).clamp(min=0), p)
-        count = len(self.drafted)
-        p = self._law(count).probs
-        return count, self._invert(p, p)
+        return len(self.drafted), self._bonus(self._law(len(self.drafted)))
+
+    def _bonus(self, law: _Law | None) -> int:
+        """The token after a whole block."""
+        return _UNDECIDED if law is None else self._invert(law.probs, law.probs)
 
     def _block(self) -> tuple[int, int]:
-        weight, kept, length = 1.0, 0, len(self.drafted)
-        laws = [self._law(j).probs for j in range(length + 1)]
-        offers = [self._offered(j) for j in range(length)]
+        laws: list[torch.Tensor] = []
+        offers: list[torch.Tensor] = []
         survives = [1.0]
-        for j, x in enumerate(self.drafted):
-            q = float(offers[j][x])
-            weight = min(1.0, weight * float(laws[j][x]) / q) if q > 0 else weight
-            survives.append(weight)
+        last = self._law(0)
+        # The block ends before the first row without a law, or drafted law that is NaN.
+        while last is not None and len(laws) < len(self.drafted):
+            x, offer = self.drafted[len(laws)], self._offered(len(laws))
+            q = float(offer[x])
+            if math.isnan(q):
+                break
+            weight = survives[-1]
+            survives.append(min(1.0, weight * float(last.probs[x]) / q) if q > 0 else weight)
+            laws.append(last.probs)
+            offers.append(offer)
+            last = self._law(len(laws))
+        kept, length = 0, len(laws)
         for k in range(1, length + 1):
             chance = survives[k]
             if k < length:
                 left = float((survives[k] * laws[k] - offers[k]).clamp(min=0).sum())
-                chance = left / max(left + 1 - survives[k], 1e-300)
+                if not math.isnan(left):
+                    chance = left / max(left + 1 - survives[k], 1e-300)
             self.margin.add(float(self.uniforms[k - 1]) - chance)
             if float(self.uniforms[k - 1]) < chance:
                 kept = k
-        p = laws[kept]
         if kept == length:
-            return kept, self._invert(p, p)
+            return kept, self._bonus(last)
+        p = laws[kept]
         return kept, self._invert((survives[kept] * p - offers[kept]).clamp(min=0), p)
 
     def _invert(self, weights: torch.Tensor, otherwise: torch.Tensor) -> int:
-        """The first token whose cumulative weight exceeds ``u * total``."""
-        if float(weights.sum()) <= 1e-12:
+        """The first token whose cumulative weight exceeds ``u * total``.
+
+        Weights that have no mass or are NaN give way to ``otherwise``.
+        """
+        if not float(weights.sum()) > 1e-12:
             weights = otherwise
         wanted = float(self.uniforms[-1]) * float(weights.sum())
         cumulative = 0.0
@@ -254,6 +280,8 @@ class _Request:
     def _draw(self, j: int) -> int:
         assert self.keys is not None
         law = self._law(j)
+        if law is None:
+            return _UNDECIDED
         seed = int(self.keys.seeds[self.index])
         position = int(self.keys.positions[self.index]) + j
         tokens = law.order if law.filtered else torch.arange(len(law.probs))

@@ -49,7 +49,7 @@ _SHAPES = (
     Shape(32000, filtered=True),
 )
 
-_LONG = ("drafted", "listed", "bounds", "bounds_out", "found", "found_out", "token_out")
+_LONG = ("drafted", "listed", "bounds", "bounds_out", "found", "found_out", "token", "token_out")
 _SHORT = (
     "first", "lens", "top_k", "cuts", "cuts_out", "count", "flag", "count_out", "flag_out",
 )  # fmt: skip

@@ -4,7 +4,10 @@ Rank ``w`` holds columns ``s_w .. s_{w+1}`` of every row. With ``m_w, z_w`` the 
 its sum of ``exp((l - m_w) / T)``, a row's law is known from ``W`` small records:
 
     m = max_w m_w        z = sum_w z_w exp((m_w - m) / T)        p(x) = exp((l_x - m) / T) / z
-    argmax: the least column among the shards that reach m; seeded draws likewise by score
+    argmax: the least column among the shards that reach m; seeded draws likewise by score;
+    a shard with a NaN reaches beyond all others
+
+Greedy rows, rows without a law and drafted laws that are NaN are treated as in ``accept``.
 
     stats   | local: m_w, z_w, argmax, seeded score, logits of the drafted tokens of every row      -> gather
     combine | every rank alike: laws, which tokens are kept, the final row of each request
@@ -26,20 +29,19 @@ import triton
 import triton.language as tl
 
 from dspark_kernels.accept.adjust import adjust_row
-from dspark_kernels.accept.final import drafted_chance, invert, residual_sums
+from dspark_kernels.accept.final import NOTHING, drafted_chance, invert, residual_sums
 from dspark_kernels.accept.parts import LOG2E, LOWEST, noise_state, order_key, row_pass
 
 #: Fields of a row's local record (float64): largest logit, mass, argmax, seeded score, seeded draw,
 #: logit of the drafted token, its drafted logit; -inf where the shard does not hold it.
 STATS = tl.constexpr(7)
 #: Fields of a combined row: largest logit, mass, own choice, drafted token's weight, its drafted
-#: logit, validity.
+#: logit, whether it has a law.
 LAW_FIELDS = tl.constexpr(6)
 #: Counts and masses above three thresholds, ties at the first.
 COUNTS = tl.constexpr(7)
 #: What is known of a request's outcome: kept tokens, own choice, flag.
 OUTCOME = tl.constexpr(3)
-BROKEN_LAW = tl.constexpr(1)
 BROKEN_LAYOUT = tl.constexpr(2)
 
 
@@ -48,7 +50,8 @@ def heat_of(temperature, request):
     """Whether a request samples at all, ``1 / T`` and ``log2(e) / T``."""
     heat = tl.load(temperature + request).to(tl.float32)
     inverse = 1.0 / tl.where(heat <= 0.0, 1.0, heat)
-    return heat > 0.0, inverse, inverse * LOG2E
+    # A NaN is no temperature of a greedy request: its rows have no law.
+    return (heat <= 0.0) == 0, inverse, inverse * LOG2E
 
 
 @triton.jit
@@ -132,11 +135,14 @@ def stats_kernel(
 
 @triton.jit
 def _decide(
-    request, position, length, fits, valid, sampled, choice, wanted, q, drafted, uniforms,
+    request, position, length, fits, decides, sampled, choice, wanted, q, drafted, uniforms,
     law, lse, listed, law_size, scale, count_out, token_out, flag_out,
     GAMMA: tl.constexpr, PLACES: tl.constexpr, LAW: tl.constexpr,
 ):  # fmt: skip
-    """Kept tokens of one request from ``[PLACES]`` float64 laws; the own choice after them."""
+    """Kept tokens of one request from ``[PLACES]`` float64 laws; the own choice after them.
+
+    The choice is -1 at a row that decides nothing.
+    """
     inside = position < length
     token = tl.load(drafted + request * GAMMA + position, mask=inside, other=-1)
     uniform = tl.load(uniforms + request * (GAMMA + 1) + position, mask=inside, other=0.0)
@@ -144,6 +150,7 @@ def _decide(
     if LAW == 1:
         share = tl.load(lse + request * GAMMA + position, mask=inside, other=0.0)
         offered = tl.exp2(q.to(tl.float32) * scale - share * LOG2E).to(tl.float64)
+        offered = tl.where(tl.abs(share) < float("inf"), offered, float("nan"))
     if LAW == 2:
         for step in tl.range(0, length):
             at = request * GAMMA + step
@@ -153,14 +160,12 @@ def _decide(
             )  # fmt: skip
             offered = tl.where(position == step, each.to(tl.float64), offered)
     kept = tl.where(sampled, uniform.to(tl.float64) * offered < wanted, choice == token)
-    count = tl.min(tl.where(inside & kept & valid, PLACES, position))
-    good = tl.max(((position <= count) & (position <= length) & (valid == 0)).to(tl.int32)) == 0
-    final = tl.sum(tl.where(position == count, choice, 0))
-    done = fits & good & (length >= 0)
-    flag = tl.where(length < 0, 0, tl.where(fits, tl.where(good, 0, BROKEN_LAW), BROKEN_LAYOUT))
+    count = tl.min(tl.where(inside & kept & decides, PLACES, position))
+    final = tl.sum(tl.where(position == count, tl.where(decides, choice, -1), 0))
+    done = fits & (length >= 0)
     tl.store(count_out + request, tl.where(done, count, 0))
     tl.store(token_out + request, tl.where(done, final, 0))
-    tl.store(flag_out + request, flag)
+    tl.store(flag_out + request, tl.where(fits | (length < 0), 0, BROKEN_LAYOUT))
 
 
 @triton.jit
@@ -185,10 +190,12 @@ def combine_kernel(
     tops = tl.load(record, mask=inside, other=none)
     masses = tl.load(record + 1, mask=inside, other=0.0)
     choices = tl.load(record + 2, mask=inside, other=0.0)
-    top = tl.max(tops, 0)
+    odd = tops != tops
+    top = tl.max(tl.where(odd, float("inf"), tops), 0)
     far = tl.exp2(((tops - top[None, :]) * scale.to(tl.float64)).to(tl.float32)).to(tl.float64)
     mass = tl.sum(tl.where(tops == none, masses, masses * far), 0)
-    choice = tl.min(tl.where(tops == top[None, :], choices, 1e18), 0)
+    reach = tl.where((tl.max(odd.to(tl.int32), 0) > 0)[None, :], odd, tops == top[None, :])
+    choice = tl.min(tl.where(reach, choices, 1e18), 0)
     coupled = length < -1
     if COUPLED:
         coupled = (tl.load(coupling + request) != 0) & hot
@@ -204,7 +211,7 @@ def combine_kernel(
     q = tl.where(broken, float("nan"), tl.max(q, 0))
     valid = (mass > 0) & (mass < float("inf")) & (tl.abs(top) < float("inf"))
     weight = tl.exp2(((x - top) * scale.to(tl.float64)).to(tl.float32)).to(tl.float64)
-    choice = tl.where(valid & (position <= length), choice, 0.0)
+    choice = tl.where(position <= length, choice, 0.0)
     out = laws_out + (request * (GAMMA + 1) + position) * LAW_FIELDS
     real = position <= GAMMA
     tl.store(out, tl.where(valid, top, 0.0), mask=real)
@@ -220,8 +227,8 @@ def combine_kernel(
         tl.store(bounds + 1, high.to(tl.int64), mask=real)
     else:
         _decide(
-            request, position, length, fits, valid, hot & (coupled == 0), choice.to(tl.int64),
-            weight / mass, q, drafted, uniforms, law, lse, listed, law_size, scale,
+            request, position, length, fits, valid | (hot == 0), hot & (coupled == 0),
+            choice.to(tl.int64), weight / mass, q, drafted, uniforms, law, lse, listed, law_size, scale,
             count_out, token_out, flag_out, GAMMA, PLACES, LAW,
         )  # fmt: skip
 
@@ -252,18 +259,21 @@ def decide_kernel(
     q = tl.load(out + 4, mask=real, other=0.0)
     tl.store(out + 1, tl.where(valid, mass, 1.0), mask=real)
     _decide(
-        request, position, length, fits, valid, hot, choice, weight / mass, q, drafted, uniforms,
-        law, lse, listed, law_size, scale, count_out, token_out, flag_out, GAMMA, PLACES, LAW,
+        request, position, length, fits, valid | (hot == 0), hot, choice, weight / mass, q,
+        drafted, uniforms, law, lse, listed, law_size, scale, count_out, token_out, flag_out,
+        GAMMA, PLACES, LAW,
     )  # fmt: skip
 
 
 @triton.jit
-def _final_row(count, lens, first, flag, temperature, coupling, request, COUPLED: tl.constexpr):
+def _final_row(
+    count, token, lens, first, flag, temperature, coupling, request, COUPLED: tl.constexpr
+):
     """Whether a request draws a token, from which row, and whether from a residual."""
     position = tl.load(count + request).to(tl.int32)
     length = tl.load(lens + request).to(tl.int32)
     start = tl.load(first + request).to(tl.int64)
-    draws = (tl.load(flag + request) == 0) & (length >= 0)
+    draws = (tl.load(flag + request) == 0) & (length >= 0) & (tl.load(token + request) >= 0)
     draws = draws & (tl.load(temperature + request).to(tl.float32) > 0.0)
     if COUPLED:
         draws = draws & (tl.load(coupling + request) == 0)
@@ -273,14 +283,14 @@ def _final_row(count, lens, first, flag, temperature, coupling, request, COUPLED
 @triton.jit
 def masses_kernel(
     logits, logits_stride, width, base, first, lens, temperature, min_p, law, lse, listed,
-    law_size, coupling, stats, laws, cuts, count, flag, sums, left_out, masses_out,
+    law_size, coupling, stats, laws, cuts, count, token, flag, sums, left_out, masses_out,
     GAMMA: tl.constexpr, BLOCK: tl.constexpr, SLOTS: tl.constexpr, SHIFT: tl.constexpr,
     LAW: tl.constexpr, COUPLED: tl.constexpr, FILTERED: tl.constexpr,
 ):  # fmt: skip
     """One program a request: masses of ``p`` and ``max(0, p - q)`` of its final row's shard."""
     request = tl.program_id(0).to(tl.int64)
     draws, line, position, minus = _final_row(
-        count, lens, first, flag, temperature, coupling, request, COUPLED
+        count, token, lens, first, flag, temperature, coupling, request, COUPLED
     )
     _hot, _inverse, scale = heat_of(temperature, request)
     slot = tl.arange(0, SLOTS)
@@ -302,6 +312,8 @@ def masses_kernel(
             own = tl.load(stats + place * STATS).to(tl.float32)
             weight = tl.where(own > -float("inf"), weight * tl.exp2((own - top) * scale), weight)
         plain = weight.to(tl.float64) * share.to(tl.float64)
+        # A block lighter than this may have no weight at all when it is read again.
+        plain = tl.where(plain > NOTHING, plain, 0.0)
         left = plain
         if minus:
             at = request * GAMMA + position
@@ -310,7 +322,7 @@ def masses_kernel(
                 weight, law + at * law_size, lse + at, listed + at * law_size, law_size,
                 BLOCK, SLOTS, SHIFT, LAW,
             )  # fmt: skip
-            left = tl.where(left < 0.0, 0.0, left)
+            left = tl.where(left <= NOTHING, 0.0, left)
     tl.store(left_out + (request * 2) * SLOTS + slot, left)
     tl.store(left_out + (request * 2 + 1) * SLOTS + slot, plain)
     tl.store(masses_out + request * 2, tl.sum(left))
@@ -320,65 +332,61 @@ def masses_kernel(
 @triton.jit
 def draw_kernel(
     logits, logits_stride, width, base, requests, ranks, own_rank, first, lens, temperature, min_p,
-    uniforms, law, lse, listed, law_size, coupling, laws, cuts, count, flag, left, masses, found_out,
+    uniforms, law, lse, listed, law_size, coupling, laws, cuts, count, token, flag, left, masses,
+    found_out,
     GAMMA: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr, SLOTS: tl.constexpr,
     SHIFT: tl.constexpr, LAW: tl.constexpr, COUPLED: tl.constexpr, FILTERED: tl.constexpr,
 ):  # fmt: skip
-    """One program a request: its token if ``u * total`` falls into this shard, -1 if not.
-
-    -2 where the drafted law is NaN.
-    """
+    """One program a request: its token if ``u * total`` falls into this shard, -1 if not."""
     request = tl.program_id(0).to(tl.int64)
     draws, line, position, minus = _final_row(
-        count, lens, first, flag, temperature, coupling, request, COUPLED
+        count, token, lens, first, flag, temperature, coupling, request, COUPLED
     )
     _hot, _inverse, scale = heat_of(temperature, request)
     slot = tl.arange(0, SLOTS)
     rank = tl.arange(0, RANKS)
-    token = tl.full([], -1, tl.int64)
+    found = tl.full([], -1, tl.int64)
     if draws:
         record = masses + (rank * requests + request) * 2
         each = tl.load(record, mask=rank < ranks, other=0.0)
         plain = tl.load(record + 1, mask=rank < ranks, other=0.0)
         total = tl.sum(each)
+        # A residual that is NaN on any rank is none: the token comes from p.
         rest = minus & (total > 0)
-        if total != total:
-            token = tl.full([], -2, tl.int64)
-        else:
-            each = tl.where(rest, each, plain)
-            total = tl.sum(each)
-            wanted = tl.load(uniforms + request * (GAMMA + 1) + GAMMA).to(tl.float64) * total
-            upto = tl.cumsum(each, 0)
-            after = tl.min(tl.where((upto > wanted) & (each > 0), rank, 2147483647))
-            holder = tl.minimum(after, tl.max(tl.where(each > 0, rank, 0)))
-            if holder == own_rank:
-                wanted = tl.maximum(wanted - tl.sum(tl.where(rank < holder, each, 0.0)), 0.0)
-                place = request * (GAMMA + 1) + position
-                at = request * GAMMA + tl.minimum(position, GAMMA - 1)
-                top = tl.load(laws + place * LAW_FIELDS).to(tl.float32)
-                share = (1.0 / tl.load(laws + place * LAW_FIELDS + 1)).to(tl.float32)
-                cut = tl.full([], LOWEST, tl.int32)
-                last = width
-                least = tl.full([], 0.0, tl.float32)
-                if FILTERED:
-                    cut = tl.load(cuts + place * 2)
-                    last = tl.load(cuts + place * 2 + 1)
-                    least = tl.load(min_p + request).to(tl.float32)
-                column = -1
-                tries = 0
-                while (column < 0) & (tries < 2):
-                    kind = tl.where(rest, 0, 1)
-                    sums = tl.load(left + (request * 2 + kind) * SLOTS + slot)
-                    column = invert(
-                        logits + line * logits_stride, width, base, top, scale, share, cut, last,
-                        least, sums, wanted, rest, law + at * law_size, lse + at,
-                        listed + at * law_size, law_size, BLOCK, SLOTS, SHIFT, LAW,
-                    )  # fmt: skip
-                    # A residual block of rounding only: the shard's own p, as accept's p.
-                    rest = rest & False
-                    tries += 1
-                token = tl.where(column >= 0, column + base, -2).to(tl.int64)
-    tl.store(found_out + request, token)
+        each = tl.where(rest, each, plain)
+        total = tl.sum(each)
+        wanted = tl.load(uniforms + request * (GAMMA + 1) + GAMMA).to(tl.float64) * total
+        upto = tl.cumsum(each, 0)
+        after = tl.min(tl.where((upto > wanted) & (each > 0), rank, 2147483647))
+        holder = tl.minimum(after, tl.max(tl.where(each > 0, rank, 0)))
+        if holder == own_rank:
+            wanted = tl.maximum(wanted - tl.sum(tl.where(rank < holder, each, 0.0)), 0.0)
+            place = request * (GAMMA + 1) + position
+            at = request * GAMMA + tl.minimum(position, GAMMA - 1)
+            top = tl.load(laws + place * LAW_FIELDS).to(tl.float32)
+            share = (1.0 / tl.load(laws + place * LAW_FIELDS + 1)).to(tl.float32)
+            cut = tl.full([], LOWEST, tl.int32)
+            last = width
+            least = tl.full([], 0.0, tl.float32)
+            if FILTERED:
+                cut = tl.load(cuts + place * 2)
+                last = tl.load(cuts + place * 2 + 1)
+                least = tl.load(min_p + request).to(tl.float32)
+            column = -1
+            tries = 0
+            while (column < 0) & (tries < 2):
+                kind = tl.where(rest, 0, 1)
+                sums = tl.load(left + (request * 2 + kind) * SLOTS + slot)
+                column = invert(
+                    logits + line * logits_stride, width, base, top, scale, share, cut, last,
+                    least, sums, wanted, rest, law + at * law_size, lse + at,
+                    listed + at * law_size, law_size, BLOCK, SLOTS, SHIFT, LAW,
+                )  # fmt: skip
+                # A residual block of rounding only: the shard's own p, as accept's p.
+                rest = rest & False
+                tries += 1
+            found = tl.where(column >= 0, column + base, -1).to(tl.int64)
+    tl.store(found_out + request, found)
 
 
 @triton.jit
@@ -389,14 +397,9 @@ def finish_kernel(
     """One program a request: the token that one rank found."""
     request = tl.program_id(0).to(tl.int64)
     draws, _line, _position, _minus = _final_row(
-        count_out, lens, first, flag_out, temperature, coupling, request, COUPLED
+        count_out, token_out, lens, first, flag_out, temperature, coupling, request, COUPLED
     )
     rank = tl.arange(0, RANKS)
     each = tl.load(found + rank * requests + request, mask=rank < ranks, other=-1)
     if draws:
-        token = tl.max(each)
-        broken = (token < 0) | (tl.min(each) < -1)
-        tl.store(token_out + request, tl.where(broken, 0, token))
-        if broken:
-            tl.store(count_out + request, 0)
-            tl.store(flag_out + request, BROKEN_LAW)
+        tl.store(token_out + request, tl.max(each))

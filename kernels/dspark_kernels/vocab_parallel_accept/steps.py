@@ -120,6 +120,7 @@ class _Round:
             "token_out": out.token,
             "flag_out": out.flag,
             "count": out.count,
+            "token": out.token,
             "flag": out.flag,
         }
         self.known |= configuration(

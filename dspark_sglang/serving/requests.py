@@ -16,6 +16,8 @@ from dspark_sglang.serving.options import KEY, read_options
 
 _KEPT = "_dspark_penalties"
 _STOPS = "_dspark_stops"
+#: How SGLang begins to say that a grammar takes no such token.
+_REFUSED = "Grammar accept_token failed"
 
 
 def stop_tokens(request: Any) -> tuple[int, ...]:
@@ -49,8 +51,12 @@ def request_penalties(request: Any) -> Penalties:
 
 
 def batch_stops(requests: Sequence[Any], device: Any) -> torch.Tensor | None:
-    """``[R, S]`` int64 stop tokens of each request, padded with -1; None where nothing stops one."""
-    stops = [() if r.sampling_params.ignore_eos else stop_tokens(r) for r in requests]
+    """``[R, S]`` int64 tokens at which a run of each request ends, padded with -1; None where nothing ends one.
+
+    Where stop tokens are ignored, one still ends a grammar, and the next step has to begin there.
+    """
+    goes_on = [r.sampling_params.ignore_eos and r.grammar is None for r in requests]
+    stops = [() if on else stop_tokens(r) for on, r in zip(goes_on, requests, strict=True)]
     width = max(map(len, stops), default=0)
     if not width:
         return None
@@ -181,6 +187,8 @@ def finish(original: Callable[..., None], req: Any, new_accepted_len: int = 1) -
                 _control.faults.counts["request"] += 1
             original(req, 1)
         return
+    if _refused_its_end(req):
+        req.to_finish = None
     grammar = req.grammar
     try:
         if grammar is not None and _just_over(req):
@@ -210,6 +218,13 @@ def _undecided(req: Any) -> Any:
         return FINISH_ABORT(message, HTTPStatus.BAD_REQUEST, "BadRequestError")
     message += "Check the target's weights and dtype."
     return FINISH_ABORT(message, HTTPStatus.INTERNAL_SERVER_ERROR, "InternalServerError")
+
+
+def _refused_its_end(req: Any) -> bool:
+    """Whether a grammar has refused the stop token that ends the request: plain decoding ends before it asks the grammar."""
+    ends = req.to_finish is not None and not req.sampling_params.ignore_eos and req.output_ids
+    refused = ends and str(getattr(req.to_finish, "message", "")).startswith(_REFUSED)
+    return bool(refused) and req.output_ids[-1] in stop_tokens(req)
 
 
 def _just_over(req: Any) -> bool:

@@ -128,8 +128,10 @@ def catch(
                     (pool.submit(ask, one, body), pool.submit(ask, two, body)) for body in group
                 ]
                 answers = [(a.result(), b.result()) for a, b in sent]
-            except httpx.HTTPError:
+            except httpx.HTTPError as error:
                 ended += sum(1 for server in (plain, ours) if not server.alive())
+                if not ended:
+                    raise RuntimeError(f"A request was not answered: {error!r}.") from error
                 break
             for body, (theirs, own) in zip(group, answers, strict=True):
                 requests += 1

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("sglang")
-from sglang.srt.managers.schedule_batch import Req
+from sglang.srt.managers.schedule_batch import FINISH_ABORT, Req
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 from dspark_sglang.serving.requests import finish
@@ -76,3 +76,57 @@ def test_the_first_stop_string_wins_whatever_the_order_of_the_list() -> None:
     made.output_ids.extend(tokens)
     Req.update_finish_state(made, 5)
     assert made.finished_len == 4
+
+
+def ended(grammar: bool, *, ignore: bool = False) -> Any:
+    made = request([], [], 9)
+    made.sampling_params.ignore_eos = ignore
+    made.grammar = SimpleNamespace(is_terminated=lambda: grammar)
+    return made
+
+
+def test_a_grammar_is_looked_at_before_it_takes_the_token_that_ends_it() -> None:
+    """As plain decoding does; with end of text ignored one more token follows, then it ends."""
+    made = ended(True, ignore=True)
+    made.output_ids.extend([1, 0])
+    finish(Req.update_finish_state, made, 1)
+    assert not made.finished()
+    made.output_ids.extend([3])
+    finish(Req.update_finish_state, made, 1)
+    assert made.finished() and made.finished_reason.matched == 3
+
+
+def test_a_stop_token_ends_a_request_though_its_grammar_refused_it() -> None:
+    made = ended(False)
+    made.output_ids.extend([0])
+    made.to_finish = FINISH_ABORT("Grammar accept_token failed: Tokens not accepted: 0", 500, "x")
+    finish(Req.update_finish_state, made, 1)
+    assert made.finished_reason.to_json() == {"type": "stop", "matched": 0}
+    other = ended(False)
+    other.output_ids.extend([3])
+    other.to_finish = FINISH_ABORT("Grammar accept_token failed: Tokens not accepted: 3", 500, "x")
+    finish(Req.update_finish_state, other, 1)
+    assert other.finished_reason.to_json()["type"] == "abort"
+
+
+@pytest.mark.parametrize("kept", [0, 1, 3])
+@pytest.mark.parametrize("own", [True, False])
+def test_a_token_that_could_not_be_drawn_ends_a_request_with_an_error(kept: int, own: bool) -> None:
+    made = ended(False)
+    made.grammar = None
+    made.sampling_params.logit_bias = {"1": 1.0} if own else None
+    made.output_ids.extend([3] * kept + [-1])
+    finish(Req.update_finish_state, made, kept + 1)
+    said = made.finished_reason.to_json()
+    assert said["type"] == "abort" and said["status_code"] == (400 if own else 500)
+    assert list(made.output_ids) == [3] * kept + [0]
+
+
+def test_a_request_that_ended_before_that_token_has_no_error() -> None:
+    made = ended(False)
+    made.grammar = None
+    made.output_ids.extend([3, 0, 4, -1])  # 0 ends text
+    finish(Req.update_finish_state, made, 4)
+    assert (
+        made.finished_reason.to_json() == {"type": "stop", "matched": 0} and made.finished_len == 2
+    )

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from sglang.srt.runtime_context import get_parallel
 
 from dspark_sglang.checkpoint import read_shapes
 from dspark_sglang.core.heads import ConfidenceHead, MarkovHead
@@ -217,7 +218,7 @@ def contained(original: Callable[..., Any], manager: Any, recv_req: Any) -> Any:
     try:
         return original(manager, recv_req)
     except Exception as error:  # the boundary of a request; with ranks, others would wait
-        if manager.tp_worker.model_runner.tp_size > 1:
+        if get_parallel().tp_size > 1:
             raise
         message = f"The update failed: {type(error).__name__}: {error}. Weights may be partly replaced: update again."
         logger.error("%s", message, exc_info=error)

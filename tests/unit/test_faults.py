@@ -193,9 +193,11 @@ def test_a_drafter_in_pieces_is_not_updated() -> None:
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_an_update_that_raises_fails_on_one_rank_and_ends_several(ranks: int) -> None:
-    runner = SimpleNamespace(tp_size=ranks)
-    manager = SimpleNamespace(tp_worker=SimpleNamespace(model_runner=runner))
+def test_an_update_that_raises_fails_on_one_rank_and_ends_several(
+    ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weights, "get_parallel", lambda: SimpleNamespace(tp_size=ranks))
+    manager = SimpleNamespace()
 
     def original(manager: Any, request: Any) -> Any:
         raise ValueError("a shape")

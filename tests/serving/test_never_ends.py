@@ -433,6 +433,7 @@ def test_tensors_of_the_target(servers: Pair, faulty: tuple[Server, Path], targe
     assert together(server, bodies) == before
 
 
+@pytest.mark.slow
 def test_tensors_of_the_drafter(faulty: tuple[Server, Path], servers: Pair, drafter: Path) -> None:
     server, _ = faulty
     old = safetensors.torch.load_file(drafter / "model.safetensors")
@@ -459,6 +460,7 @@ def test_tensors_of_the_drafter(faulty: tuple[Server, Path], servers: Pair, draf
     assert send(server, {"fc.weight": old["fc.weight"]}, "draft")["success"]
 
 
+@pytest.mark.slow
 def test_tensors_from_a_process_group(
     servers: Pair, faulty: tuple[Server, Path], target: Path
 ) -> None:

@@ -88,6 +88,10 @@ ALGORITHM_SYMBOLS = (
     Symbol(f"{_WORKERS_UPDATES}.update_weights_from_tensor", _split("named_tensors load_format")),
     Symbol("sglang.srt.managers.io_struct.UpdateWeightsFromTensorReqOutput"),
     Symbol(
+        "sglang.srt.models.dspark.DSparkDraftMixin._load_confidence_weights",
+        _split("confidence_weights params_dict"),
+    ),
+    Symbol(
         "sglang.srt.managers.schedule_batch.FINISH_ABORT", _split("message status_code err_type")
     ),
     Symbol(

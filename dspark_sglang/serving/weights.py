@@ -50,6 +50,17 @@ def unsound(model: torch.nn.Module) -> str | None:
     return None
 
 
+def take_parts(model: Any) -> None:
+    """Let a draft model load some of its tensors: SGLang's loader wants the confidence head's in every load."""
+    load = model._load_confidence_weights
+
+    def load_given(*, confidence_weights: Any, params_dict: Any) -> None:
+        if confidence_weights:
+            load(confidence_weights=confidence_weights, params_dict=params_dict)
+
+    model._load_confidence_weights = load_given
+
+
 class DraftUpdater:
     """In the place of SGLang's updater of the draft model."""
 
@@ -150,6 +161,7 @@ class Weights:
         names = read_shapes(drafter) if drafter.is_dir() else {}
         seat, runner = worker._seat, worker.draft_model_runner
         whole = seat.drafts and (seat.vocabulary is None or seat.head is not None)
+        take_parts(worker.draft_model)
         self._updater = DraftUpdater(runner.weight_updater, names, whole=whole)
         self._target = digest(self._model)
         self._check_drafter()

@@ -433,7 +433,6 @@ def test_tensors_of_the_target(servers: Pair, faulty: tuple[Server, Path], targe
     assert together(server, bodies) == before
 
 
-@pytest.mark.slow
 def test_tensors_of_the_drafter(faulty: tuple[Server, Path], servers: Pair, drafter: Path) -> None:
     server, _ = faulty
     old = safetensors.torch.load_file(drafter / "model.safetensors")
@@ -460,7 +459,6 @@ def test_tensors_of_the_drafter(faulty: tuple[Server, Path], servers: Pair, draf
     assert send(server, {"fc.weight": old["fc.weight"]}, "draft")["success"]
 
 
-@pytest.mark.slow
 def test_tensors_from_a_process_group(
     servers: Pair, faulty: tuple[Server, Path], target: Path
 ) -> None:
@@ -478,7 +476,7 @@ def test_tensors_from_a_process_group(
             backend="gloo", init_method=f"tcp://127.0.0.1:{port}", world_size=2, rank=0, group_name="test"
         )  # fmt: skip
         assert joining.result()["success"]
-        for value, fits in ((old * 1.3, False), (old, True)):
+        for value, fits in ((old * 1.3 + 0.05, False), (old, True)):
             assert post(server, "begin_weight_update", selector="all")["success"]
             loading = pool.submit(
                 post, server, "update_weights_from_distributed", names=[NORM], dtypes=["float32"],

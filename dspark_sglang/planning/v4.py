@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from dspark_sglang.core.v4.shape import V4Shape
-from dspark_sglang.core.v4.tensors import v4_tensors
 from dspark_sglang.errors import CheckpointError
+from dspark_sglang.layouts.v4.shape import V4Shape
+from dspark_sglang.layouts.v4.tensors import v4_tensors
 from dspark_sglang.planning.kv import CompressedKv, DraftKv
 from dspark_sglang.planning.reading import integer, integers, optional
 from dspark_sglang.planning.tensors import Split, Tensor

@@ -145,8 +145,8 @@ def check_v4(drafter: Drafter) -> None:
         CheckpointError: as :func:`check_drafter`.
     """
     # Torch is loaded for these two only: a card or a dense drafter does without.
-    from dspark_sglang.core.v4.shape import V4Shape
-    from dspark_sglang.core.v4.tensors import v4_tensors
+    from dspark_sglang.layouts.v4.shape import V4Shape
+    from dspark_sglang.layouts.v4.tensors import v4_tensors
 
     wanted = v4_tensors(V4Shape.from_config(drafter.raw))
     found: dict[str, Tensor] = {}

@@ -93,6 +93,10 @@ def broken_rule(module: str, imported: str) -> str | None:
     rules = {
         "core imports torch, numpy, scipy and itself only": within(module, "dspark_sglang.core")
         and not (standard or within(imported, *core_may)),
+        "layouts import the foundation, torch and safetensors only": within(
+            module, "dspark_sglang.layouts"
+        )
+        and within(imported, *TOOLS, "dspark_sglang.serving", "dspark_kernels", "sglang", "triton"),
         "kernels import torch and triton only": within(module, "dspark_kernels")
         and not (standard or within(imported, "torch", "triton", "dspark_kernels")),
         "only serving imports sglang": within(imported, "sglang")
@@ -240,6 +244,9 @@ def test_names_we_share_with_others_stay_theirs(name: str, through: str, tmp_pat
         ("dspark_sglang/core/bad.py", "from ..config import Settings", "core imports torch"),
         ("dspark_sglang/core/x/__init__.py", "from ...serving import y", "core imports torch"),
         ("dspark_sglang/core/bad.py", "def f():\n    import msgspec", "core imports torch"),
+        ("dspark_sglang/core/bad.py", "import dspark_sglang.layouts.v4", "core imports torch"),
+        ("dspark_sglang/layouts/bad.py", "import sglang", "layouts import the foundation"),
+        ("dspark_sglang/layouts/bad.py", "import dspark_packaging.headers", "layouts import the"),
         ("dspark_sglang/config.py", "from sglang.srt import environ", "only serving imports sg"),
         ("dspark_sglang/cli/bad.py", "import sglang.srt", "only serving imports sglang"),
         ("dspark_sglang/serving/bad.py", "from dspark_sglang import cli", "nobody imports the c"),
@@ -267,6 +274,8 @@ def test_a_wrong_import_is_noticed(tmp_path: Path, module: str, line: str, rule:
         ("dspark_sglang/core/good.py", "from dspark_sglang.core.cost import StepCost"),
         ("dspark_sglang/core/good.py", "from .cost import StepCost"),
         ("dspark_sglang/core/x/__init__.py", "from ..cost import StepCost"),
+        ("dspark_sglang/layouts/good.py", "from dspark_sglang.core.heads import MarkovHead"),
+        ("dspark_sglang/serving/good.py", "import dspark_sglang.layouts.v4"),
         ("dspark_sglang/serving/good.py", "import sglang.srt, dspark_kernels.accept"),
         ("dspark_sglang/cli/good.py", "from dspark_sglang.cli import other"),
         ("kernels/dspark_kernels/good.py", "import torch, triton.language"),

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from dspark_sglang.core.v4 import V4Drafter, V4Shape, random_tensors
+from dspark_sglang.layouts.v4 import V4Drafter, V4Shape, random_tensors
 
 FLASH: dict[str, Any] = {
     "hidden_size": 4096,

@@ -14,11 +14,11 @@ import torch
 from torch.nn.functional import linear, rms_norm
 
 from dspark_sglang.core.heads import ConfidenceHead, MarkovHead
-from dspark_sglang.core.v4.attention import Attention
-from dspark_sglang.core.v4.hyper import Collapse, HyperConnection, read, write
-from dspark_sglang.core.v4.moe import MixtureOfExperts
-from dspark_sglang.core.v4.shape import V4Shape
-from dspark_sglang.core.v4.tensors import Tensors, check_tensors
+from dspark_sglang.layouts.v4.attention import Attention
+from dspark_sglang.layouts.v4.hyper import Collapse, HyperConnection, read, write
+from dspark_sglang.layouts.v4.moe import MixtureOfExperts
+from dspark_sglang.layouts.v4.shape import V4Shape
+from dspark_sglang.layouts.v4.tensors import Tensors, check_tensors
 
 
 class V4Drafter:
@@ -26,7 +26,7 @@ class V4Drafter:
 
     def __init__(self, tensors: Tensors, shape: V4Shape, mask_row: torch.Tensor) -> None:
         """Args:
-        tensors: as :func:`~dspark_sglang.core.v4.tensors.check_tensors` returns them.
+        tensors: as :func:`~dspark_sglang.layouts.v4.tensors.check_tensors` returns them.
         mask_row: ``[d]`` embedding of the mask token.
         """
         self.shape = shape

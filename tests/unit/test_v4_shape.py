@@ -9,8 +9,8 @@ import pytest
 import torch
 from v4_samples import FLASH, TINY, make
 
-from dspark_sglang.core.v4 import V4Drafter, V4Shape, random_tensors, v4_tensors
 from dspark_sglang.errors import CheckpointError
+from dspark_sglang.layouts.v4 import V4Drafter, V4Shape, random_tensors, v4_tensors
 
 PRO = FLASH | {
     "hidden_size": 7168,

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 import torch
 from torch.nn.functional import linear, silu, softplus
 
-from dspark_sglang.core.v4.shape import V4Shape
+from dspark_sglang.layouts.v4.shape import V4Shape
 
 
 class MixtureOfExperts:

@@ -12,10 +12,10 @@ import pytest
 import torch
 from v4_samples import TINY, make
 
-from dspark_sglang.core.v4 import V4Drafter, V4Shape
-from dspark_sglang.core.v4.attention import rotate_pairs
-from dspark_sglang.core.v4.hyper import Collapse, HyperConnection, read, sinkhorn, write
-from dspark_sglang.core.v4.moe import MixtureOfExperts
+from dspark_sglang.layouts.v4 import V4Drafter, V4Shape
+from dspark_sglang.layouts.v4.attention import rotate_pairs
+from dspark_sglang.layouts.v4.hyper import Collapse, HyperConnection, read, sinkhorn, write
+from dspark_sglang.layouts.v4.moe import MixtureOfExperts
 
 
 @pytest.fixture(autouse=True)

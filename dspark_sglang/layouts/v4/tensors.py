@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 import torch
 
-from dspark_sglang.core.v4.shape import V4Shape
 from dspark_sglang.errors import CheckpointError
+from dspark_sglang.layouts.v4.shape import V4Shape
 
 Tensors = Mapping[str, torch.Tensor]
 

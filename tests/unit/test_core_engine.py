@@ -17,8 +17,8 @@ from dspark_sglang.core.draft import draft_block
 from dspark_sglang.core.drafter import DenseDrafter, DenseShape
 from dspark_sglang.core.engine import Drafter, Engine, Request
 from dspark_sglang.core.penalties import Penalties
-from dspark_sglang.core.v4 import V4Drafter, V4Shape, random_tensors
 from dspark_sglang.errors import ConfigError, NumericsError
+from dspark_sglang.layouts.v4 import V4Drafter, V4Shape, random_tensors
 from dspark_sglang.training.reference import HFTarget
 from dspark_sglang.training.states import Target
 

@@ -27,7 +27,7 @@ demo: install  ## Serve a real model without and with DSPARK, and compare
 test: install lint typecheck test-unit test-server  ## Run every test
 
 test-unit: install
-	$(BIN)/python -m pytest -q -m "not server and not slow"
+	$(BIN)/python -m pytest -q -n logical --maxprocesses 4 --dist loadfile -m "not server and not slow"
 
 test-server: install
 	$(BIN)/python -m pytest -q -m "server and not slow"

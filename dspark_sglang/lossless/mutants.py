@@ -177,8 +177,8 @@ class _Unbiased:
 def _logit_bias_ignored(module: ModuleType, original: Callable[..., Any]) -> Any:
     """Verification drops the logit bias."""
 
-    def mutated(self: Any, batch: Any, logits: Any, drafted: Any, layout: Any, info: Any) -> Any:
-        return original(self, batch, logits, drafted, layout, _Unbiased(info))
+    def mutated(self: Any, logits: Any, lens: Any, info: Any) -> Any:
+        return original(self, logits, lens, _Unbiased(info))
 
     return mutated
 
@@ -213,7 +213,7 @@ MUTANTS: Mapping[str, tuple[str, str, Make]] = {
     "penalties_ignored": (PENALTIES, "Penalties.apply", _penalties_ignored),
     "penalties_one_row_late": (PENALTIES, "Penalties.apply", _penalties_one_row_late),
     "min_new_tokens_ignored": (PENALTIES, "Penalties.apply", _min_new_tokens_ignored),
-    "logit_bias_ignored": (VERIFIER, "Verifier._adjust", _logit_bias_ignored),
+    "logit_bias_ignored": (VERIFIER, "Verifier._bias", _logit_bias_ignored),
     "runs_not_cut_at_a_stop": (
         REQUESTS,
         "Req.output_ids_through_stop",

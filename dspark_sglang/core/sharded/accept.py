@@ -66,7 +66,9 @@ def accept(
     if sampling is None:
         return accept_greedy(best_of((yield record)), drafted, lens, first)
     row, owner, start = rows_of(lens[sampling.requests], first[sampling.requests])
-    scaled = logits[row].double() / sampling.temperatures[owner, None].double()
+    scaled = logits[row] / sampling.temperatures[owner, None]
+    # Infinity counts as the largest number, as on whole rows.
+    scaled = scaled.clamp_(max=torch.finfo(scaled.dtype).max).double()
     if sampling.seeds is not None and sampling.anchors is not None:
         within = torch.arange(len(owner), device=row.device) - start[owner]
         positions = sampling.anchors[owner] + within

@@ -13,7 +13,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 from safetensors import SafetensorError, safe_open
@@ -139,7 +139,6 @@ def parse_drafter_config(config: Mapping[str, Any]) -> DrafterConfig:
 
 
 def _parse(config: Mapping[str, Any]) -> DrafterConfig:
-    bundled = any(config.get(key) is not None for key in BUNDLED_KEYS)
     rank = int(_require(config, "markov_rank", "dspark_markov_rank"))
     head = str(_lookup(config, "markov_head_type", "dspark_markov_head_type") or "vanilla").lower()
     if head not in MARKOV_HEADS:
@@ -164,7 +163,7 @@ def _parse(config: Mapping[str, Any]) -> DrafterConfig:
         num_layers=int(_require(config, "num_hidden_layers")),
         intermediate_size=int(config.get("intermediate_size", 0)),
         num_target_layers=config.get("num_target_layers"),
-        bundled=bundled,
+        bundled=is_bundle(config),
         sample_from_anchor=bool(config.get("sample_from_anchor", True)),
         rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
         gain_minus_one=bool(config.get("use_gemma_norm", False)),
@@ -178,6 +177,11 @@ def _parse(config: Mapping[str, Any]) -> DrafterConfig:
             fix="Use a DSpark checkpoint.",
         )
     return parsed
+
+
+def is_bundle(config: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint holds its own drafter."""
+    return any(config.get(key) is not None for key in BUNDLED_KEYS)
 
 
 def is_gemma4(config: Mapping[str, Any]) -> bool:
@@ -297,6 +301,31 @@ def weight_files(directory: Path) -> list[Path]:
     return sorted(directory.glob("*.safetensors"))
 
 
+class Header(NamedTuple):
+    """One stored tensor: its type as safetensors calls it (``BF16``, ``F8_E4M3``), and its shape."""
+
+    type: str
+    shape: tuple[int, ...]
+
+
+def read_header(path: Path) -> dict[str, Header]:
+    """Type and shape of every tensor of one safetensors file; no weight is read.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    try:
+        with safe_open(path, framework="np") as handle:
+            slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
+            return {n: Header(s.get_dtype(), tuple(s.get_shape())) for n, s in slices.items()}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path} is damaged: {error}.",
+            expected="a complete safetensors file",
+            fix="Download it again with `hf download`.",
+        ) from error
+
+
 def read_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
     """Name and shape of every stored tensor, from the files' headers.
 
@@ -312,16 +341,7 @@ def read_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
         )
     shapes: dict[str, tuple[int, ...]] = {}
     for path in files:
-        try:
-            with safe_open(path, framework="np") as handle:
-                for name in handle.keys():  # noqa: SIM118 - not a dict
-                    shapes[name] = tuple(handle.get_slice(name).get_shape())
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{path} is damaged: {error}.",
-                expected="a complete safetensors file",
-                fix="Download it again with `hf download`.",
-            ) from error
+        shapes |= {name: header.shape for name, header in read_header(path).items()}
     return shapes
 
 
@@ -402,11 +422,47 @@ def check_fits(config: DrafterConfig, target: Mapping[str, Any], *, name: str = 
 
 
 def weights_digest(directory: Path) -> str:
-    """SHA-256 over the drafter's weight files in name order: its identity in artifacts."""
+    """SHA-256 that is a drafter's identity in artifacts.
+
+    Over its weight files in name order; of a bundle, whose files hold hundreds of gigabytes of target, over the
+    names, types and shapes of all ``mtp.*`` tensors and the values of those that are not routed experts'.
+
+    Raises:
+        CheckpointError: a damaged file of a bundle.
+    """
+    path = directory / "config.json"
+    if path.is_file() and is_bundle(read_json(path, what="the drafter's configuration")):
+        return _bundle_digest(directory)
     digest = hashlib.sha256()
     for path in weight_files(directory):
         digest.update(path.name.encode())
         with path.open("rb") as stream:
             while chunk := stream.read(1 << 20):
                 digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _bundle_digest(directory: Path) -> str:
+    found: dict[str, tuple[Path, int, dict[str, Any]]] = {}
+    for path in weight_files(directory):
+        try:
+            with path.open("rb") as stream:
+                size = int.from_bytes(stream.read(8), "little")
+                header = json.loads(stream.read(size))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{path} is damaged: {error}.",
+                expected="a complete safetensors file",
+                fix="Download it again with `hf download`.",
+            ) from error
+        found |= {k: (path, 8 + size, v) for k, v in header.items() if k.startswith("mtp.")}
+    digest = hashlib.sha256()
+    for name, (path, start, entry) in sorted(found.items()):
+        digest.update(f"{name} {entry['dtype']} {entry['shape']}".encode())
+        if ".experts." in name:
+            continue
+        low, high = entry["data_offsets"]
+        with path.open("rb") as stream:
+            stream.seek(start + low)
+            digest.update(stream.read(high - low))
     return digest.hexdigest()

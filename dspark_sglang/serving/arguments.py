@@ -17,6 +17,7 @@ from dspark_sglang.checkpoint import (
     check_fits,
     check_served,
     check_tensors,
+    is_bundle,
     parse_drafter_config,
     read_config,
 )
@@ -29,6 +30,7 @@ _MODE = "SGLANG_RAGGED_VERIFY_MODE"
 _FOLDED = "SGLANG_DSPARK_FOLDED_PROPOSAL"
 _DUMP_WAIT = "SGLANG_CUDA_COREDUMP_BEFORE_CRASH_WAIT_SECS"
 _EMBED = "SGLANG_DSPARK_EMBED_IN_GRAPH"
+_SHARDED_HEAD = "SGLANG_DSPARK_OPT_MARKOV_W2_TP_SHARD"
 
 
 def stop(error: DSparkError) -> NoReturn:
@@ -142,7 +144,9 @@ def _check_placement(view: Any, drafter: DrafterConfig | None) -> None:
     """Refuse a placement that cannot be, where the drafter is known already."""
     if view.tp_size == 1 or view.attn_dp_size > 1:
         return
-    if not view.device.startswith("cpu"):
+    if drafter is not None and drafter.bundled:
+        os.environ[_SHARDED_HEAD] = "0"  # W2 is cut by us
+    elif not view.device.startswith("cpu"):
         # The draft's embedding is an exchange of our own over the target's ranks: not in its graph.
         os.environ[_EMBED] = "0"
     if drafter is not None:
@@ -163,10 +167,15 @@ def _require_compact_mode() -> None:
 
 
 def _drafter_directory(view: Any) -> Path | None:
-    """The local drafter directory; None when it is bundled in the target or still on the Hub."""
+    """The local drafter directory, the target's own where it bundles one; None while it is on the Hub."""
     if view.speculative_draft_model_path is None:
-        nested = Path(view.model_path) / "dspark"
-        return nested if (nested / "config.json").is_file() else None
+        target = Path(view.model_path)
+        nested = target / "dspark"
+        if (nested / "config.json").is_file():
+            return nested
+        if not (target / "config.json").is_file():
+            return None
+        return target if is_bundle(read_config(target, role="target")) else None
     given = str(view.speculative_draft_model_path)
     path = Path(given).expanduser()
     looks_local = path.is_absolute() or given.startswith(".") or path.exists()
@@ -179,8 +188,7 @@ def _check_drafter(view: Any) -> DrafterConfig | None:
     if Path(view.model_path).is_dir():
         target = read_config(Path(view.model_path), role="target")
     if directory is None:
-        bundled = target is not None and target.get("dspark_block_size") is not None
-        if view.speculative_draft_model_path is None and target is not None and not bundled:
+        if view.speculative_draft_model_path is None and target is not None:
             raise ConfigError(
                 "--speculative-algorithm DSPARK was given without a drafter.",
                 expected="--speculative-draft-model-path DIR (the target bundles none)",
@@ -189,7 +197,11 @@ def _check_drafter(view: Any) -> DrafterConfig | None:
         config = None
     else:
         config = parse_drafter_config(read_config(directory, role="drafter"))
-        if not config.bundled:
+        if config.bundled:
+            from dspark_sglang.layouts.v4.check import check_bundle
+
+            check_bundle(directory)
+        else:
             check_tensors(directory, config)
         if target is not None:
             check_fits(config, target, name=str(view.model_path))

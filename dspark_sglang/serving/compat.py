@@ -50,6 +50,8 @@ HOOKS = {
     "weights_tensor": f"{_UPDATES}.update_weights_from_tensor",
     "commands": "sglang.srt.managers.scheduler_components.internal_state."
     "SchedulerInternalStateController._update_handlers",
+    "grammar": "sglang.srt.managers.scheduler_components.batch_result_processor."
+    "SchedulerBatchResultProcessor._accept_grammar_tokens",
     "finish": "sglang.srt.managers.schedule_batch.Req.update_finish_state",
     "prepare": "sglang.srt.speculative.dflash_info_v2.DFlashDraftInputV2.prepare_for_decode",
     "arguments": "sglang.srt.arg_groups.speculative_hook._handle_dspark",
@@ -71,6 +73,7 @@ CPU_HOOKS = {
     "unfiltered_sampling": "sglang.srt.layers.sampler.sampling_from_probs_torch",
     "seeded_sampling": "sglang.srt.layers.sampler.multinomial_with_seed",
     "softmax": "sglang.srt.layers.sampler.sampler_softmax",
+    "model_config": "sglang.srt.configs.model_config.get_config",
     "threads": "sglang.srt.distributed.bootstrap._bind_threads_if_cpu",
     "penalties": "sglang.srt.sampling.penaltylib.orchestrator.BatchedPenalizerOrchestrator.__init__",
     "batch_invariance": (
@@ -116,6 +119,7 @@ ALGORITHM_SYMBOLS = (
     Symbol("sglang.srt.constants.GPU_MEMORY_ALL_TYPES"),
     Symbol("sglang.srt.runtime_context.get_model"),
     Symbol(HOOKS["finish"], ("new_accepted_len",)),
+    Symbol(HOOKS["grammar"], _split("req tokens")),
     Symbol(HOOKS["prepare"], _split("batch")),
     Symbol(HOOKS["commands"], ()),
     Symbol(
@@ -295,6 +299,10 @@ ALGORITHM_SYMBOLS = (
 )
 
 CPU_SYMBOLS = (
+    Symbol(
+        CPU_HOOKS["model_config"],
+        _split("model trust_remote_code revision model_override_args model_config_parser"),
+    ),
     Symbol(CPU_HOOKS["penalties"], _split("vocab_size batch penalizers")),
     Symbol(CPU_HOOKS["softmax"], _split("logits temperatures")),
     Symbol(

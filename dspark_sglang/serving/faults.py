@@ -189,6 +189,8 @@ RAISES = (
           "never", "unit/test_core_cost.py"),
     Raise(f"{_SERVING}.ranks.Vocabulary.of", "an LM head sharded in an unknown way: at start", "operator", "refused",
           "unit/test_placement.py"),
+    Raise(f"{_SERVING}.draft_model.DraftModel.__init__", "heads that would be read wrongly: at start", "operator", "refused",
+          "unit/test_draft_model.py"),
     Raise(f"{_SERVING}.seat.seat", "heads spread beside a draft vocabulary: at start", "operator", "refused",
           "unit/test_placement.py"),
     Raise(f"{_SERVING}.cpu.attention.CpuAttentionBackend.forward_extend",

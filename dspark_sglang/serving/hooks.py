@@ -96,6 +96,11 @@ def _algorithm_hooks() -> list[tuple[str, str, Callable[..., Any], str]]:
 
         requests.finish(original, req, new_accepted_len)
 
+    def advance(original: Callable[..., Any], processor: Any, req: Any, tokens: Any) -> Any:
+        from dspark_sglang.serving import requests
+
+        return requests.advance_grammar(original, processor, req, tokens)
+
     def prepare(original: Callable[..., None], draft_input: Any, batch: Any) -> None:
         if not batch.spec_algorithm.is_dspark():
             original(draft_input, batch)
@@ -115,6 +120,7 @@ def _algorithm_hooks() -> list[tuple[str, str, Callable[..., Any], str]]:
         ("commands", compat.HOOKS["commands"], update_handlers, "AROUND"),
         ("prepare", compat.HOOKS["prepare"], prepare, "AROUND"),
         ("finish", compat.HOOKS["finish"], finish, "AROUND"),
+        ("grammar", compat.HOOKS["grammar"], advance, "AROUND"),
         ("arguments", compat.HOOKS["arguments"], handle_arguments, "AROUND"),
         ("worker", compat.HOOKS["worker"], create_worker, "AROUND"),
         ("rank_death", compat.HOOKS["rank_death"], tell, "AROUND"),

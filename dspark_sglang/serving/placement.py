@@ -66,8 +66,17 @@ def decide(
         device: its name.
 
     Raises:
-        ConfigError: ``shard`` was asked for and the heads do not divide.
+        ConfigError: ``shard`` was asked for and the heads do not divide, or another placement of a bundled drafter.
     """
+    if drafter.bundled:
+        # SGLang lays a bundled draft out as its target: experts and heads over the same ranks.
+        if settings.placement not in ("auto", "shard"):
+            raise ConfigError(
+                f"DSPARK_PLACEMENT is {settings.placement}, and the drafter is part of the target.",
+                expected="shard or auto: it is laid out as the target is",
+                fix="Unset DSPARK_PLACEMENT.",
+            )
+        return Placed("replicate" if ranks == 1 else "shard", {})
     sizes = backbone(drafter)
     if settings.placement == "shard" and not sizes.divides(ranks):
         raise ConfigError(

@@ -69,7 +69,7 @@ def check_memory(view: Any) -> None:
     if not view.device.startswith("cpu"):
         return
     width = _WIDTHS.get(str(view.dtype), 2)
-    paths = (view.model_path, view.speculative_draft_model_path)
+    paths = {view.model_path, view.speculative_draft_model_path}  # one where the drafter is bundled
     weights = sum(
         weight_elements(Path(path)) * width for path in paths if path and Path(path).is_dir()
     )

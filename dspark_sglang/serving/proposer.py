@@ -135,7 +135,7 @@ class Proposer(DraftBlockProposer):
                 sampling_info=sampling_info,
                 anchor_prepared=anchor_prepared,
             )
-            states = self._seat.sent(forward.raw_hidden)
+            states = self._seat.sent(self._seat.draft.states(forward.raw_hidden))
         else:
             ids[:, 0].copy_(draft_input.bonus_tokens.view(-1))
             states = self._seat.received(ids, self.gamma)
@@ -298,5 +298,4 @@ class Proposer(DraftBlockProposer):
         if self._seat.vocabulary is not None:
             return self._seat.vocabulary.logits(hidden)
         with self._base_logits_context():
-            logits: torch.Tensor = self.draft_model.compute_base_logits(hidden)[0]
-        return logits
+            return self._seat.draft.logits(hidden)

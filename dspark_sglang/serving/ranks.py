@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from sglang.srt.models.dspark import DSparkDraftMixin, project_through_lm_head
+from sglang.srt.models.dspark import project_through_lm_head
 from sglang.srt.runtime_context import get_parallel
 
 from dspark_sglang.core.sharded import Exchange, Shard, Sum
 from dspark_sglang.core.sharded.shard import Result
 from dspark_sglang.errors import CompatibilityError
+from dspark_sglang.serving.draft_model import DraftModel
 from dspark_sglang.serving.telemetry import Telemetry
 
 
@@ -81,23 +82,20 @@ class Vocabulary:
     """This rank's part of the target's vocabulary.
 
     Args:
-        head: the target's LM head, sharded over ``ranks``.
-        divisor: of draft states before it (muP targets); None: 1.
+        draft: the drafter, which shares the target's LM head, sharded over ``ranks``.
     """
 
-    def __init__(self, head: Any, ranks: Ranks, divisor: float | None) -> None:
+    def __init__(self, draft: DraftModel, ranks: Ranks) -> None:
         self.ranks = ranks
-        self._divisor = divisor
-        self._head = head
+        self._draft = draft
+        self._head = head = draft.module.lm_head
         indices = head.shard_indices
         start, end = int(indices.org_vocab_start_index), int(indices.org_vocab_end_index)
         self.shard = Shard(ranks.rank, start, end - start, int(head.org_vocab_size))
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Base logits ``[N, width]`` of this rank's tokens, of draft states ``[N, d]``."""
-        if self._divisor:
-            hidden = hidden / self._divisor
-        return self.own(project_through_lm_head(hidden, self._head))
+        return self.own(project_through_lm_head(self._draft.head_input(hidden), self._head))
 
     def own(self, logits: torch.Tensor) -> torch.Tensor:
         """This rank's columns of whole rows, or of a shard with padded columns."""
@@ -117,15 +115,15 @@ class Vocabulary:
         return self.ranks.reduce(self.shard.rows(self._head.weight.detach(), tokens), "start")
 
     @classmethod
-    def of(cls, model: Any, ranks: Ranks) -> Vocabulary | None:
-        """The part of the LM head a draft model shares; None where every rank holds the whole of it.
+    def of(cls, draft: DraftModel, ranks: Ranks) -> Vocabulary | None:
+        """The part of the LM head a drafter shares; None where every rank holds the whole of it.
 
         None as well with attention data parallelism, where SGLang gathers whole rows.
 
         Raises:
             CompatibilityError: it is sharded in a way that exchanges of records do not know.
         """
-        head = model.lm_head
+        head = draft.module.lm_head
         if int(getattr(head, "tp_size", 1)) == 1 or get_parallel().attn_dp_enabled:
             return None
         added = int(head.num_embeddings) - int(head.org_vocab_size)
@@ -136,13 +134,13 @@ class Vocabulary:
                 expected="one shard a rank and no added tokens",
                 fix="Serve without added tokens, or run SGLang's builtin with DSPARK_PLUGIN=off.",
             )
-        if type(model).compute_base_logits is not DSparkDraftMixin.compute_base_logits:
+        if not draft.reads_target_head:
             raise CompatibilityError(
-                f"{type(model).__name__} makes its base logits in a way of its own.",
-                expected="a drafter of the dense layout where there are several ranks",
+                f"{type(draft.module).__name__} makes its base logits in a way of its own.",
+                expected="a drafter that reads the target's LM head where there are several ranks",
                 fix="Serve with --tp 1, or run SGLang's builtin with DSPARK_PLUGIN=off.",
             )
-        return cls(head, ranks, model.logits_mup_width_multiplier)
+        return cls(draft, ranks)
 
 
 def keep_shards(processor: Any) -> None:

@@ -16,8 +16,8 @@ from dspark_sglang.serving.options import KEY, read_options
 
 _KEPT = "_dspark_penalties"
 _STOPS = "_dspark_stops"
-#: How SGLang begins to say that a grammar takes no such token.
-_REFUSED = "Grammar accept_token failed"
+#: Where a request keeps that its grammar has refused its last token.
+_REFUSED = "_dspark_refused"
 
 
 def stop_tokens(request: Any) -> tuple[int, ...]:
@@ -156,6 +156,33 @@ def refusal(req: Any, enable_overlap: bool) -> str | None:
     return None
 
 
+def advance_grammar(
+    original: Callable[..., list[int]], processor: Any, req: Any, tokens: int | list[int]
+) -> list[int]:
+    """Let a grammar take a run of tokens, up to the first that it refuses.
+
+    Plain decoding asks the grammar after it has looked whether the token ends the request. Here it is asked before,
+    so the refused token stays in the run, and :func:`finish` ends the request with an error where nothing else does.
+
+    Args:
+        original: ``SchedulerBatchResultProcessor._accept_grammar_tokens``.
+        tokens: one, or an accepted run.
+
+    Returns:
+        The tokens that are kept.
+    """
+    run = [tokens] if isinstance(tokens, int) else list(tokens)
+    before = req.to_finish
+    if before is not None:  # the request ends with the next token, whatever that is
+        return run[:1]
+    kept = original(processor, req, tokens)
+    if req.to_finish is not None:
+        setattr(req, _REFUSED, req.to_finish)
+        req.to_finish = None
+        kept = run[: len(kept) + 1]
+    return kept
+
+
 def finish(original: Callable[..., None], req: Any, new_accepted_len: int = 1) -> None:
     """End a request at the first of its new tokens at which plain decoding would have.
 
@@ -172,6 +199,13 @@ def finish(original: Callable[..., None], req: Any, new_accepted_len: int = 1) -
         req: with the new tokens at the end of ``output_ids``.
         new_accepted_len: how many are new.
     """
+    refused = getattr(req, _REFUSED, None)
+    if refused is not None:
+        setattr(req, _REFUSED, None)
+        finish(original, req, new_accepted_len)
+        if not req.finished():
+            req.to_finish = req.to_finish or refused
+        return
     if new_accepted_len and req.output_ids[-1] == UNDECIDED and not req.finished():
         req.output_ids[-1] = 0
         if new_accepted_len > 1:
@@ -187,8 +221,6 @@ def finish(original: Callable[..., None], req: Any, new_accepted_len: int = 1) -
                 _control.faults.counts["request"] += 1
             original(req, 1)
         return
-    if _refused_its_end(req):
-        req.to_finish = None
     grammar = req.grammar
     try:
         if grammar is not None and _just_over(req):
@@ -218,13 +250,6 @@ def _undecided(req: Any) -> Any:
         return FINISH_ABORT(message, HTTPStatus.BAD_REQUEST, "BadRequestError")
     message += "Check the target's weights and dtype."
     return FINISH_ABORT(message, HTTPStatus.INTERNAL_SERVER_ERROR, "InternalServerError")
-
-
-def _refused_its_end(req: Any) -> bool:
-    """Whether a grammar has refused the stop token that ends the request: plain decoding ends before it asks the grammar."""
-    ends = req.to_finish is not None and not req.sampling_params.ignore_eos and req.output_ids
-    refused = ends and str(getattr(req.to_finish, "message", "")).startswith(_REFUSED)
-    return bool(refused) and req.output_ids[-1] in stop_tokens(req)
 
 
 def _just_over(req: Any) -> bool:

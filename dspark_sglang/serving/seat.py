@@ -13,6 +13,7 @@ from dspark_sglang.core.placement import Placement
 from dspark_sglang.core.sharded import HeldHeads, held_heads
 from dspark_sglang.errors import ConfigError
 from dspark_sglang.serving.draft_head import DraftHead
+from dspark_sglang.serving.draft_model import DraftModel
 from dspark_sglang.serving.placement import settled
 from dspark_sglang.serving.ranks import DraftEmbedding, Ranks, Vocabulary
 
@@ -20,6 +21,7 @@ from dspark_sglang.serving.ranks import DraftEmbedding, Ranks, Vocabulary
 class Seat(msgspec.Struct, frozen=True):
     """What a rank needs to know of where the drafter lives."""
 
+    draft: DraftModel
     ranks: Ranks
     placement: Placement
     #: None where every rank has the whole LM head.
@@ -27,9 +29,6 @@ class Seat(msgspec.Struct, frozen=True):
     head: DraftHead | None
     #: What the draft forward embeds with; None: as SGLang does.
     embedding: DraftEmbedding | None
-    #: Width and type of draft states, for ranks that only receive them.
-    width: int
-    dtype: torch.dtype
     #: Where W1 and the confidence head live, and what this rank has of them; None: all of both.
     heads: Placement = "replicate"
     held: HeldHeads | None = None
@@ -61,21 +60,17 @@ class Seat(msgspec.Struct, frozen=True):
         """
         if self.embedding is not None:
             self.embedding(ids)
-        shape = (len(ids) * gamma, self.width)
+        shape = (len(ids) * gamma, self.draft.width)
         return self.ranks.broadcast(
-            torch.empty(shape, dtype=self.dtype, device=ids.device), "states"
+            torch.empty(shape, dtype=self.draft.dtype, device=ids.device), "states"
         )
 
-    def renew(self, model: Any) -> None:
-        """Copy again what was copied of the target's weights; every rank has to.
-
-        Args:
-            model: the draft model, with the target's LM head.
-        """
+    def renew(self) -> None:
+        """Copy again what was copied of the target's weights; every rank has to."""
         if self.head is not None:
-            self.head.renew(model.lm_head.weight)
+            self.head.renew(self.draft.module.lm_head.weight)
 
-    def forget(self, model: Any, injector: Any) -> None:
+    def forget(self, injector: Any) -> None:
         """Free what this rank does not read: rows of W1 and W2, and layers where it does not draft.
 
         A rank that does not draft writes no draft KV at prefill either.
@@ -83,11 +78,11 @@ class Seat(msgspec.Struct, frozen=True):
         The KV pool stays: SGLang gives every rank as many slots as the fullest one. The projection of
         target states stays too: some targets run it themselves.
         """
-        self._cut_heads(model.markov_head)
+        self._cut_heads(self.draft.module.markov_head)
         if self.drafts:
             return
-        for name, parameter in model.named_parameters():
-            if name.startswith("layers."):
+        for name, parameter in self.draft.module.named_parameters():
+            if name.startswith(self.draft.LAYERS):
                 parameter.data = parameter.data.new_empty(0)
         injector.inject_prefill = lambda *args, **kwargs: None
 
@@ -102,7 +97,7 @@ class Seat(msgspec.Struct, frozen=True):
 
 
 def seat(
-    model: Any,
+    draft: DraftModel,
     ranks: Ranks,
     *,
     folder: Path | None,
@@ -113,7 +108,7 @@ def seat(
     """The seat of this rank; the draft model then embeds with what is found here.
 
     Args:
-        model: the draft model.
+        draft: the drafter.
         folder: of the drafter, where its draft vocabulary may be; None: it is not used.
         mask: the mask token.
         width: rows of the draft forward a request.
@@ -124,12 +119,12 @@ def seat(
         ConfigError: ``heads`` that a draft vocabulary cannot be drafted with.
         ArtifactError: a draft vocabulary that is damaged or of another one.
     """
-    vocabulary = Vocabulary.of(model, ranks)
-    embed = model.embed_tokens
+    vocabulary = Vocabulary.of(draft, ranks)
+    embed = draft.module.embed_tokens
     embedding = None
-    if vocabulary is not None and int(getattr(embed, "tp_size", 1)) > 1:
-        model.embed_tokens = embedding = DraftEmbedding(embed, mask, width, ranks)
-    head = None if folder is None else DraftHead.beside(folder, model, vocabulary)
+    if vocabulary is not None and int(getattr(embed, "tp_size", 1)) > 1 and draft.embeds_by_module:
+        draft.module.embed_tokens = embedding = DraftEmbedding(embed, mask, width, ranks)
+    head = None if folder is None else DraftHead.beside(folder, draft, vocabulary)
     if vocabulary is None or heads == "auto":
         heads = "replicate"
     elif heads != "replicate" and head is not None:
@@ -138,16 +133,16 @@ def seat(
             expected="replicate or auto: every rank drafts from all tokens of a draft vocabulary",
             fix="Unset DSPARK_HEADS, or set DSPARK_DRAFT_VOCAB=whole.",
         )
-    states = int(model.fc.weight.shape[0])
-    held = None if vocabulary is None else held_heads(heads, vocabulary.shard, ranks.count, states)
+    held = None
+    if vocabulary is not None:
+        held = held_heads(heads, vocabulary.shard, ranks.count, draft.width)
     return Seat(
+        draft=draft,
         ranks=ranks,
         placement=settled() if ranks.count > 1 else "replicate",
         vocabulary=vocabulary,
         head=head,
         embedding=embedding,
-        width=states,
-        dtype=model.fc.weight.dtype,
         heads=heads,
         held=held,
     )

@@ -50,17 +50,6 @@ def unsound(model: torch.nn.Module) -> str | None:
     return None
 
 
-def take_parts(model: Any) -> None:
-    """Let a draft model load some of its tensors: SGLang's loader wants the confidence head's in every load."""
-    load = model._load_confidence_weights
-
-    def load_given(*, confidence_weights: Any, params_dict: Any) -> None:
-        if confidence_weights:
-            load(confidence_weights=confidence_weights, params_dict=params_dict)
-
-    model._load_confidence_weights = load_given
-
-
 class DraftUpdater:
     """In the place of SGLang's updater of the draft model."""
 
@@ -161,7 +150,7 @@ class Weights:
         names = read_shapes(drafter) if drafter.is_dir() else {}
         seat, runner = worker._seat, worker.draft_model_runner
         whole = seat.drafts and (seat.vocabulary is None or seat.head is not None)
-        take_parts(worker.draft_model)
+        worker._seat.draft.take_parts()
         self._updater = DraftUpdater(runner.weight_updater, names, whole=whole)
         self._target = digest(self._model)
         self._check_drafter()
@@ -179,7 +168,7 @@ class Weights:
         """Renew what was made of weights, and stop drafting where the drafter no longer fits the target."""
         worker, faults = self._worker, self._worker.control.faults
         worker.catch_up()
-        worker._seat.renew(worker.draft_model)
+        worker._seat.renew()
         found = digest(self._model)
         if self._updater.loaded:
             self._updater.loaded = False
@@ -203,8 +192,7 @@ class Weights:
             MarkovHead.from_module(model.markov_head),
             ConfidenceHead.from_module(model.confidence_head, ones),
         )
-        # What SGLang has stacked of the projections that write the draft's KV.
-        model._stacked_ctx_kv_cache, model._fused_kv_write_cache = False, None
+        worker._seat.draft.forget_copies()
         worker._verify_executor.renew()
         worker.drafter_sha256 = None
         worker.set_temperatures(ones, "none: the drafter was updated")

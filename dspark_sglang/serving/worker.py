@@ -39,6 +39,7 @@ from dspark_sglang.serving.commands import Commands
 from dspark_sglang.serving.compat import installed_version
 from dspark_sglang.serving.context import contain_prefills, keep_prefills, may_lag
 from dspark_sglang.serving.control import COST_UNKEPT, COST_UNMEASURED, Control
+from dspark_sglang.serving.draft_model import draft_model
 from dspark_sglang.serving.lookup import Lookup
 from dspark_sglang.serving.metrics import Metrics
 from dspark_sglang.serving.ops import Ops, choose
@@ -49,7 +50,7 @@ from dspark_sglang.serving.proposer import Proposer
 from dspark_sglang.serving.ranks import Ranks, keep_shards
 from dspark_sglang.serving.running import StepPlan
 from dspark_sglang.serving.seat import seat
-from dspark_sglang.serving.served import require_known_heads, whole_blocks
+from dspark_sglang.serving.served import whole_blocks
 from dspark_sglang.serving.sts_load import load_temperatures
 from dspark_sglang.serving.telemetry import StepObservers, Telemetry
 from dspark_sglang.serving.verifier import Verifier
@@ -96,7 +97,7 @@ class DSparkWorker(DSparkWorkerV2):
         if self._schedule == "lagged":
             self._ahead = Ahead(self.control, self.telemetry, torch.device(self.device))
         self._remove_folded_parts()
-        require_known_heads(self.draft_model)
+        self._draft = draft_model(self.draft_model)
         drafter = str(get_spec().speculative_draft_model_path)
         self.drafter_sha256 = weights_digest(Path(drafter)) if Path(drafter).is_dir() else None
         given = get_spec().speculative_dspark_confidence_sts_path
@@ -174,14 +175,14 @@ class DSparkWorker(DSparkWorkerV2):
         self._verification: Verification = "block" if blocks else settings.verification
         folder = Path(get_spec().speculative_draft_model_path)
         self._seat = seat(
-            self.draft_model,
+            self._draft,
             Ranks(get_dp_tp_group(), self.telemetry),
             folder=folder if settings.draft_vocab == "auto" else None,
             mask=self._mask_token_id,
             width=self.query_token_num,
             heads=settings.heads,
         )
-        self._seat.forget(self.draft_model, self._kv_injector)
+        self._seat.forget(self._kv_injector)
         self._ops: Ops = choose.make(
             settings.kernels,
             device=torch.device(self.device),

@@ -346,10 +346,11 @@ def test_requests_are_held_back_for_our_kind_of_drafter_unless_told_not_to() -> 
     assert resolve_min_free_slots(1, 16, is_dflash_family=True) is None
 
 
-def test_what_a_grammar_refused_is_told_by_its_words() -> None:
-    """``requests.finish`` knows by them that a request is to end for that reason."""
-    from sglang.srt.managers.scheduler_components import batch_result_processor
+def test_what_a_grammar_refuses_ends_its_request() -> None:
+    """``requests.advance_grammar`` knows by ``to_finish`` that it was refused, and by what is kept which token."""
+    from sglang.srt.managers.scheduler_components.batch_result_processor import (
+        SchedulerBatchResultProcessor,
+    )
 
-    from dspark_sglang.serving.requests import _REFUSED
-
-    assert f'"{_REFUSED}: ' in inspect.getsource(batch_result_processor)
+    source = inspect.getsource(SchedulerBatchResultProcessor._accept_grammar_tokens)
+    assert "req.to_finish = FINISH_ABORT(" in source and "retained.append(token_id)" in source

@@ -12,7 +12,7 @@ pytest.importorskip("sglang")
 from sglang.srt.managers.schedule_batch import FINISH_ABORT, Req
 from sglang.srt.sampling.sampling_params import SamplingParams
 
-from dspark_sglang.serving.requests import finish
+from dspark_sglang.serving.requests import advance_grammar, finish
 
 LETTERS = ["", "a", "b", "ab", "c", "ca", "bc", "d"]
 
@@ -96,17 +96,39 @@ def test_a_grammar_is_looked_at_before_it_takes_the_token_that_ends_it() -> None
     assert made.finished() and made.finished_reason.matched == 3
 
 
-def test_a_stop_token_ends_a_request_though_its_grammar_refused_it() -> None:
+def refused(made: Any, run: list[int], takes: int) -> None:
+    """Give a request a run whose tokens its grammar takes up to ``takes``."""
+
+    def accept(processor: Any, req: Any, tokens: Any) -> list[int]:
+        req.to_finish = FINISH_ABORT(f"Grammar accept_token failed: {run[takes]}", 500, "x")
+        return run[:takes]
+
+    kept = advance_grammar(accept, None, made, run if len(run) > 1 else run[0])
+    assert kept == run[: takes + 1] and made.to_finish is None
+    made.output_ids.extend(kept)
+    finish(Req.update_finish_state, made, len(kept))
+
+
+@pytest.mark.parametrize("takes", [0, 2])
+def test_a_request_ends_as_it_would_though_its_grammar_refused_the_token(takes: int) -> None:
     made = ended(False)
-    made.output_ids.extend([0])
-    made.to_finish = FINISH_ABORT("Grammar accept_token failed: Tokens not accepted: 0", 500, "x")
-    finish(Req.update_finish_state, made, 1)
+    refused(made, [3] * takes + [0], takes)  # a stop token
     assert made.finished_reason.to_json() == {"type": "stop", "matched": 0}
-    other = ended(False)
-    other.output_ids.extend([3])
-    other.to_finish = FINISH_ABORT("Grammar accept_token failed: Tokens not accepted: 3", 500, "x")
-    finish(Req.update_finish_state, other, 1)
-    assert other.finished_reason.to_json()["type"] == "abort"
+    made = ended(False)
+    made.sampling_params.max_new_tokens = len(made.output_ids) + takes + 1
+    refused(made, [3] * (takes + 1), takes)
+    assert made.finished_reason.to_json()["type"] == "length"
+
+
+def test_a_refused_token_that_ends_nothing_is_an_error_at_the_next_one() -> None:
+    made = ended(False)
+    refused(made, [3, 3], 1)
+    assert not made.finished()
+    # Its grammar is not asked again, and a stop token comes too late.
+    assert advance_grammar(lambda *_: pytest.fail("asked again"), None, made, [0, 3]) == [0]
+    made.output_ids.append(0)
+    finish(Req.update_finish_state, made, 1)
+    assert made.finished_reason.to_json()["type"] == "abort"
 
 
 @pytest.mark.parametrize("kept", [0, 1, 3])

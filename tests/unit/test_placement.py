@@ -235,25 +235,24 @@ def test_a_draft_vocabulary_needs_whole_heads(heads: Any, monkeypatch: pytest.Mo
 
     vocabulary = SimpleNamespace(shard=Shard(0, 0, 6, 12))
     head = SimpleNamespace(tokens=torch.arange(4))
-    monkeypatch.setattr(seats.Vocabulary, "of", lambda model, ranks: vocabulary)
+    monkeypatch.setattr(seats.Vocabulary, "of", lambda draft, ranks: vocabulary)
     monkeypatch.setattr(seats.DraftHead, "beside", lambda *given: head)
     markov = SimpleNamespace(
         markov_w1=torch.nn.Embedding(12, 3), markov_w2=torch.nn.Linear(3, 12, bias=False)
     )
-    model: Any = SimpleNamespace(
-        fc=torch.nn.Linear(4, 5), embed_tokens=None, markov_head=markov, named_parameters=list
-    )
+    module = SimpleNamespace(embed_tokens=None, markov_head=markov, named_parameters=list)
+    draft: Any = SimpleNamespace(module=module, width=5, embeds_by_module=True, LAYERS="layers.")
     ranks: Any = SimpleNamespace(count=2, rank=0)
     given: dict[str, Any] = {"mask": 0, "width": 3, "heads": heads}
     if heads in ("shard", "single"):
         with pytest.raises(ConfigError, match="has a draft vocabulary"):
-            seats.seat(model, ranks, folder=Path("d"), **given)
+            seats.seat(draft, ranks, folder=Path("d"), **given)
     else:
-        seats.seat(model, ranks, folder=Path("d"), **given).forget(model, None)
+        seats.seat(draft, ranks, folder=Path("d"), **given).forget(None)
         assert len(markov.markov_w1.weight) == len(markov.markov_w2.weight) == 12
     # Without one a rank keeps its own rows of W2, and of W1 what its heads say.
-    found = seats.seat(model, ranks, folder=None, **given)
-    found.forget(model, None)
+    found = seats.seat(draft, ranks, folder=None, **given)
+    found.forget(None)
     assert len(markov.markov_w2.weight) == 6
     assert len(markov.markov_w1.weight) == (6 if heads == "shard" else 12)
     assert (found.held is None) == (heads in ("auto", "replicate"))

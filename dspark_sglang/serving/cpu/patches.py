@@ -93,6 +93,16 @@ def _share_cores(*, device: str) -> None:
     torch.set_num_threads(threads(ranks=int(get_parallel().tp_size)))
 
 
+def _served_config(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """A target's configuration; a DeepSeek-V4 gets what it needs here before anything is built."""
+    config = original(*args, **kwargs)
+    if getattr(config, "model_type", None) != "deepseek_v4":
+        return config
+    from dspark_sglang.serving.cpu.v4 import install
+
+    return install.served_config(config)
+
+
 def hooks(targets: Mapping[str, str]) -> list[tuple[str, str, Callable[..., Any], str]]:
     """The hooks of this module as (name, target, function, kind)."""
     return [
@@ -105,6 +115,7 @@ def hooks(targets: Mapping[str, str]) -> list[tuple[str, str, Callable[..., Any]
         ("softmax", targets["softmax"], sampler.softmax, "REPLACE"),
         ("seeded_sampling", targets["seeded_sampling"], sampler.seeded, "REPLACE"),
         ("threads", targets["threads"], _share_cores, "REPLACE"),
+        ("model_config", targets["model_config"], _served_config, "AROUND"),
         ("penalties", targets["penalties"], _add_then_scale, "AFTER"),
         (
             "batch_invariance",

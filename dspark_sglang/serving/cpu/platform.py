@@ -102,8 +102,13 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
         keep_freed_memory()
 
     def post_load_model(self, model: torch.nn.Module) -> None:
+        import sys
+
         from dspark_sglang.serving.cpu.packing import pack_model
 
+        v4 = sys.modules.get("dspark_sglang.serving.cpu.v4.install")
+        if v4 is not None and v4.installed():
+            v4.widen(model)
         logger.info("Packed %d projections for oneDNN.", pack_model(model))
 
     def apply_server_args_defaults(self, server_args: Any) -> None:

@@ -13,9 +13,9 @@ import torch
 from v4_samples import TINY, make
 
 from dspark_sglang.layouts.v4 import V4Drafter, V4Shape
-from dspark_sglang.layouts.v4.attention import rotate_pairs
 from dspark_sglang.layouts.v4.hyper import Collapse, HyperConnection, read, sinkhorn, write
 from dspark_sglang.layouts.v4.moe import MixtureOfExperts
+from dspark_sglang.layouts.v4.rotate import frequencies, turn
 
 
 @pytest.fixture(autouse=True)
@@ -129,17 +129,17 @@ def test_the_experts_equal_a_loop_over_tokens(normalise: bool, limit: float | No
 
 def test_rope_turns_adjacent_pairs_of_the_last_dimensions() -> None:
     x, positions = torch.randn(7, 10, dtype=torch.float64), torch.arange(7) * 5
-    found = rotate_pairs(x, positions, 100.0, 6)
+    found = turn(x, positions, frequencies(6, 100.0))
     assert torch.equal(found[:, :4], x[:, :4])
     for row, position in enumerate(positions.tolist()):
         for pair in range(3):
             at = 4 + 2 * pair
-            turn = complex(
+            spun = complex(
                 math.cos(position / 100 ** (pair / 3)), math.sin(position / 100 ** (pair / 3))
             )
-            wanted = complex(x[row, at], x[row, at + 1]) * turn
+            wanted = complex(x[row, at], x[row, at + 1]) * spun
             assert complex(found[row, at], found[row, at + 1]) == pytest.approx(wanted, abs=1e-5)
-    back = rotate_pairs(found, positions, 100.0, 6, inverse=True)
+    back = turn(found, positions, frequencies(6, 100.0), inverse=True)
     torch.testing.assert_close(back, x)
 
 

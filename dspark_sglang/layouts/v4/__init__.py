@@ -1,4 +1,4 @@
-"""The drafter that DeepSeek-V4 checkpoints carry under ``mtp.*``, in plain torch."""
+"""DeepSeek-V4: what its checkpoints hold, and in plain torch what target and drafter compute."""
 
 from dspark_sglang.layouts.v4.drafter import V4Drafter
 from dspark_sglang.layouts.v4.shape import V4Shape

@@ -19,37 +19,30 @@ from collections.abc import Mapping
 import torch
 from torch.nn.functional import linear, rms_norm
 
+from dspark_sglang.layouts.v4.rotate import frequencies, turn
 from dspark_sglang.layouts.v4.shape import V4Shape
-
-
-def rotate_pairs(
-    x: torch.Tensor, positions: torch.Tensor, theta: float, dims: int, *, inverse: bool = False
-) -> torch.Tensor:
-    """RoPE over adjacent pairs of the last ``dims`` dimensions.
-
-    Args:
-        x: ``[..., D]``.
-        positions: integers that broadcast with ``x`` without its last dimension.
-        theta: base of the frequencies.
-        dims: even, at most ``D``.
-        inverse: turn back instead.
-    """
-    pairs = torch.arange(0, dims, 2, dtype=torch.float32, device=x.device)
-    angle = positions[..., None].float() * theta ** (-pairs / dims)
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-    sin = -sin if inverse else sin
-    kept, turned = x[..., : x.shape[-1] - dims], x[..., x.shape[-1] - dims :]
-    even, odd = turned[..., 0::2], turned[..., 1::2]
-    turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
-    return torch.cat([kept, turned.flatten(-2)], dim=-1)
+from dspark_sglang.layouts.v4.stored import EXACT, Rounding
 
 
 class Attention:
     """One layer's attention over tensors somebody else owns."""
 
-    def __init__(self, tensors: Mapping[str, torch.Tensor], prefix: str, shape: V4Shape) -> None:
-        """``tensors`` holds ``{prefix}wq_a.weight`` and so on."""
+    def __init__(
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        prefix: str,
+        shape: V4Shape,
+        rounding: Rounding = EXACT,
+    ) -> None:
+        """Args:
+        tensors: hold ``{prefix}wq_a.weight`` and so on.
+        prefix: of the layer.
+        shape: sizes.
+        rounding: of the latents, as a server's cache keeps them.
+        """
         self.shape = shape
+        self._speeds = frequencies(shape.rope_dim, shape.rope_theta)
+        self._rounding = rounding
         self._t = tensors
         self._prefix = prefix
 
@@ -62,13 +55,12 @@ class Attention:
     def _rotate(
         self, x: torch.Tensor, positions: torch.Tensor, inverse: bool = False
     ) -> torch.Tensor:
-        return rotate_pairs(
-            x, positions, self.shape.rope_theta, self.shape.rope_dim, inverse=inverse
-        )
+        return turn(x, positions, self._speeds, inverse=inverse)
 
     def latents(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Keys that are also values: ``[..., d]`` rows at positions ``[...]`` to ``[..., D]``."""
-        return self._rotate(self._norm(linear(x, self._weight("wkv")), "kv_norm"), positions)
+        made = self._rotate(self._norm(linear(x, self._weight("wkv")), "kv_norm"), positions)
+        return self._rounding.latents(made, self.shape.rope_dim)
 
     def queries(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """``[..., d]`` rows at positions ``[...]`` to ``[..., heads, D]``."""

@@ -18,22 +18,32 @@ from dspark_sglang.layouts.v4.attention import Attention
 from dspark_sglang.layouts.v4.hyper import Collapse, HyperConnection, read, write
 from dspark_sglang.layouts.v4.moe import MixtureOfExperts
 from dspark_sglang.layouts.v4.shape import V4Shape
+from dspark_sglang.layouts.v4.stored import EXACT, Rounding
 from dspark_sglang.layouts.v4.tensors import Tensors, check_tensors
 
 
 class V4Drafter:
     """Forward passes over a V4 checkpoint's ``mtp.*`` tensors."""
 
-    def __init__(self, tensors: Tensors, shape: V4Shape, mask_row: torch.Tensor) -> None:
+    def __init__(
+        self,
+        tensors: Tensors,
+        shape: V4Shape,
+        mask_row: torch.Tensor,
+        rounding: Rounding = EXACT,
+    ) -> None:
         """Args:
         tensors: as :func:`~dspark_sglang.layouts.v4.tensors.check_tensors` returns them.
         mask_row: ``[d]`` embedding of the mask token.
+        rounding: of the latents of context and block; SGLang keeps them in fp8 (``STORED``).
         """
         self.shape = shape
         self._t = tensors
         self._mask_row = mask_row
         self._last = f"mtp.{shape.layers - 1}."
-        self._attention = [Attention(tensors, f"mtp.{i}.attn.", shape) for i in range(shape.layers)]
+        self._attention = [
+            Attention(tensors, f"mtp.{i}.attn.", shape, rounding) for i in range(shape.layers)
+        ]
         self._experts = [
             MixtureOfExperts(tensors, f"mtp.{i}.ffn.", shape) for i in range(shape.layers)
         ]
@@ -50,13 +60,19 @@ class V4Drafter:
         )
 
     @classmethod
-    def load(cls, tensors: Tensors, shape: V4Shape, embedding: torch.Tensor) -> V4Drafter:
+    def load(
+        cls,
+        tensors: Tensors,
+        shape: V4Shape,
+        embedding: torch.Tensor,
+        rounding: Rounding = EXACT,
+    ) -> V4Drafter:
         """Build from checkpoint tensors and the target's ``[V, d]`` embedding.
 
         Raises:
             CheckpointError: a tensor is missing, unknown, quantised or of the wrong shape.
         """
-        return cls(check_tensors(tensors, shape), shape, embedding[shape.mask_token])
+        return cls(check_tensors(tensors, shape), shape, embedding[shape.mask_token], rounding)
 
     @property
     def gamma(self) -> int:

@@ -6,7 +6,7 @@
     y   = shared(x) + sum over top of w_e expert_e(x)
     expert(x) = W_2 (silu(min(W_1 x, limit)) * clamp(W_3 x, -limit, limit))
 
-The draft layers are never hash-routed. Source: SGLang 0.5.23, ``models/deepseek_v2.py``
+The draft layers are never routed by a table of tokens. Source: SGLang 0.5.23, ``models/deepseek_v2.py``
 (``DeepseekV2MoE``) and ``layers/moe/topk.py``.
 """
 
@@ -31,13 +31,23 @@ class MixtureOfExperts:
 
     def route(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Experts of ``[N, d]`` rows: ``[N, k]`` int64 and their ``[N, k]`` weights."""
-        scores = softplus(linear(x, self._t[f"{self._prefix}gate.weight"])).sqrt()
-        biased = scores + self._t[f"{self._prefix}gate.bias"]
-        chosen = biased.topk(self.shape.active, dim=-1).indices
+        chosen = self.biased(x).topk(self.shape.active, dim=-1).indices
+        return chosen, self.weights(self.scores(x), chosen)
+
+    def scores(self, x: torch.Tensor) -> torch.Tensor:
+        """``[N, experts]``, from which weights are made."""
+        return softplus(linear(x, self._t[f"{self._prefix}gate.weight"])).sqrt()
+
+    def biased(self, x: torch.Tensor) -> torch.Tensor:
+        """``[N, experts]``, by which experts are chosen."""
+        return self.scores(x) + self._t[f"{self._prefix}gate.bias"]
+
+    def weights(self, scores: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+        """``[N, k]`` weights of the chosen experts from ``[N, experts]`` unbiased scores."""
         weights = scores.gather(-1, chosen)
         if self.shape.normalise:
             weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
-        return chosen, weights * self.shape.route_scale
+        return weights * self.shape.route_scale
 
     def expert(self, x: torch.Tensor, name: str) -> torch.Tensor:
         """One expert (``experts.3``, ``shared_experts``) over ``[N, d]`` rows."""

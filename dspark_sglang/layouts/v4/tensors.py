@@ -12,7 +12,7 @@ from dspark_sglang.layouts.v4.shape import V4Shape
 Tensors = Mapping[str, torch.Tensor]
 
 #: How the Markov head's matrices may also be called.
-_ALIASES = {
+ALIASES = {
     ".markov_head.embed.": ".markov_head.markov_w1.",
     ".markov_head.head.": ".markov_head.markov_w2.",
 }
@@ -91,7 +91,7 @@ def check_tensors(tensors: Tensors, shape: V4Shape) -> dict[str, torch.Tensor]:
         if not name.startswith("mtp."):
             continue
         _check_plain(name, value)
-        for alias, usual in _ALIASES.items():
+        for alias, usual in ALIASES.items():
             name = name.replace(alias, usual)
         found[name] = value
     wanted = v4_tensors(shape)

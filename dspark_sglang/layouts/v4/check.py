@@ -1,0 +1,7 @@
+"""Being written."""
+
+from pathlib import Path
+
+
+def check_bundle(directory: Path) -> None:
+    """Nothing yet."""

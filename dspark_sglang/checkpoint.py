@@ -326,31 +326,6 @@ def read_header(path: Path) -> dict[str, Header]:
         ) from error
 
 
-class Header(NamedTuple):
-    """One stored tensor: its type as safetensors calls it (``BF16``, ``F8_E4M3``), and its shape."""
-
-    type: str
-    shape: tuple[int, ...]
-
-
-def read_header(path: Path) -> dict[str, Header]:
-    """Type and shape of every tensor of one safetensors file; no weight is read.
-
-    Raises:
-        CheckpointError: it is damaged.
-    """
-    try:
-        with safe_open(path, framework="np") as handle:
-            slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
-            return {n: Header(s.get_dtype(), tuple(s.get_shape())) for n, s in slices.items()}
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path} is damaged: {error}.",
-            expected="a complete safetensors file",
-            fix="Download it again with `hf download`.",
-        ) from error
-
-
 def read_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
     """Name and shape of every stored tensor, from the files' headers.
 

@@ -1,15 +1,17 @@
-"""The V4 target's reference: its pieces against Hugging Face's modules, and against planted mistakes."""
+"""The V4 target's reference: against Hugging Face's model, and against planted mistakes."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
-from dspark_sglang.layouts.v4 import tiny
+from dspark_sglang.layouts.v4 import V4Drafter, V4Shape, tiny
 from dspark_sglang.layouts.v4.reference import Forward, Reference
-from dspark_sglang.layouts.v4.stored import EXACT
+from dspark_sglang.layouts.v4.stored import EXACT, STORED
 from dspark_sglang.layouts.v4.target import TargetShape
 from tests.v4.planted import BEYOND_TOP_K, MISTAKES, gaps
 
@@ -78,3 +80,78 @@ def test_one_mistake_needs_an_indexer_that_leaves_blocks_out(
     for name in BEYOND_TOP_K:
         with MISTAKES[name](reference):
             assert gaps(reference, tokens, right).largest == 0.0
+
+
+# --- against Hugging Face's model -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("topk", [512, 32], ids=["every-block", "blocks-left-out"])
+def test_the_whole_target_is_hugging_faces(topk: int, tmp_path: Path, tokens: list[int]) -> None:
+    """Its own code, its own mapping of the published names; nothing is rounded in either."""
+    from transformers import AutoModelForCausalLM
+
+    tiny.write(tmp_path, dtype=torch.float32)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"index_topk": topk}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model, report = AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+    )
+    assert not any(report[kind] for kind in ("missing_keys", "mismatched_keys"))
+    streams: list[torch.Tensor] = []
+    for layer in model.model.layers:
+        layer.register_forward_hook(lambda _, __, out: streams.append(out))
+    with torch.no_grad():
+        theirs = model(torch.tensor([tokens])).logits[0].log_softmax(dim=-1)
+    reference = Reference.load(tmp_path, rounding=EXACT)
+    ours = reference(tokens)
+    assert (theirs - ours.logprobs()).abs().max() < 5e-5
+    for found, wanted in zip(ours.states, streams, strict=True):
+        torch.testing.assert_close(found, wanted[0].mean(dim=1), rtol=1e-4, atol=1e-5)
+    left_out = [border for border in ours.borders if border.what == "blocks"]
+    assert bool(left_out) == (topk == 32)
+
+
+def test_borders_are_where_something_was_left_out(
+    weights: dict[str, torch.Tensor], tokens: list[int]
+) -> None:
+    forward = made(weights)(tokens)
+    blocks = [border for border in forward.borders if border.what == "blocks"]
+    # Layers of ratio 4, positions at which a 33rd block of 4 has ended.
+    assert {(border.layer, border.position) for border in blocks} == {
+        (layer, position) for layer in (2, 4) for position in range(131, len(tokens))
+    }
+    experts = {(b.layer, b.position) for b in forward.borders if b.what == "experts"}
+    assert experts == {(layer, at) for layer in range(2, 6) for at in range(len(tokens))}
+    assert all(border.gap >= 0 for border in forward.borders)
+    near = forward.near_ties(1e-3)
+    assert near[0].gap == 0.0  # blocks of score 0, all of whose products ReLU has cut
+    assert [border.gap for border in near] == sorted(b.gap for b in forward.borders if b.gap < 1e-3)
+
+
+def test_a_later_token_changes_nothing_before_it(
+    weights: dict[str, torch.Tensor], tokens: list[int]
+) -> None:
+    reference = made(weights, torch.float64)
+    reference.rounding = EXACT
+    # Blocks whose products are all negative score 0 exactly: which of them is chosen is anybody's.
+    reference.shape = replace(reference.shape, index_topk=512)
+    whole, part = reference(tokens), reference(tokens[:201])
+    torch.testing.assert_close(whole.logits[:201], part.logits, rtol=1e-9, atol=1e-9)
+
+
+def test_what_the_drafter_reads(weights: dict[str, torch.Tensor], tokens: list[int]) -> None:
+    """Of this target, with latents as stored: near what exact ones draft, and not the same."""
+    forward = made(weights)(tokens)
+    shape = V4Shape.from_config(tiny.CONFIG)
+    read = forward.read_by(shape)
+    assert torch.equal(read[:, :128], forward.states[3])
+    found = []
+    for rounding in (EXACT, STORED):
+        drafter = V4Drafter.load(weights, shape, weights["embed.weight"], rounding)
+        anchors = torch.arange(140, 300)
+        rows = weights["embed.weight"][torch.tensor(tokens)[anchors]]
+        hidden = drafter.hidden(drafter.context(read), anchors, rows)
+        found.append(drafter.base_logits(hidden, weights["head.weight"]))
+    assert not torch.equal(*found)
+    same = (found[0].argmax(dim=-1) == found[1].argmax(dim=-1)).float().mean()
+    assert same > 0.9

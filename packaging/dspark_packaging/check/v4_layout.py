@@ -161,8 +161,8 @@ def drafter_tensors(width: Width) -> Iterator[Named]:
     yield last + "norm.weight", "BF16", (width.hidden,)
     yield from _head(last, width)
     yield last + "markov_head.markov_w1.weight", "BF16", (VOCAB, width.markov)
-    yield last + "markov_head.markov_w2.weight", "F32", (VOCAB, width.markov)
-    yield last + "confidence_head.proj.weight", "F32", (1, width.hidden + width.markov)
+    yield last + "markov_head.markov_w2.weight", "BF16", (VOCAB, width.markov)
+    yield last + "confidence_head.proj.weight", "BF16", (1, width.hidden + width.markov)
 
 
 def next_token_tensors(width: Width) -> Iterator[Named]:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from sglang.srt.runtime_context import get_disagg, get_memory
 
+from dspark_sglang.serving.draft_model import DraftModel
 from dspark_sglang.serving.faults import Faults
 
 #: Rows kept until they are written together: enough that weights are not read for a few rows.
@@ -98,11 +99,12 @@ def contain_prefills(injector: Any, faults: Faults) -> None:
     injector.inject_prefill = guarded
 
 
-def keep_prefills(injector: Any, lagging: Lagging) -> None:
+def keep_prefills(injector: Any, lagging: Lagging, draft: DraftModel) -> None:
     """Let prefills leave their states to ``lagging``.
 
     Args:
         injector: SGLang's ``TargetHiddenKvInjector``.
+        draft: whose KV it is.
     """
     inject = injector.inject_prefill
 
@@ -125,7 +127,7 @@ def keep_prefills(injector: Any, lagging: Lagging) -> None:
         if token_indices is not None:
             placement = placement.select(token_indices)
         places = placement.positions.to(torch.int64)
-        slots = placement.cache_loc.to(torch.int64)
+        slots = draft.slots(injector, placement.cache_loc.to(torch.int64))
         lagging.keep(States(target_hidden[: len(places)], slots, places))
 
     injector.inject_prefill = keep

@@ -19,6 +19,8 @@ class DraftModel:
     LAYERS = "layers."
     #: Whether the draft forward embeds by a module that it is given.
     embeds_by_module = True
+    #: Whether our kernel writes the draft's KV where our kernels run.
+    kernel_writes = True
 
     def __init__(self, model: Any) -> None:
         """Args:
@@ -76,6 +78,30 @@ class DraftModel:
         logits: torch.Tensor = self.module.compute_base_logits(states)[0]
         return logits
 
+    def writes(self, injector: Any) -> bool:
+        """Whether the draft's KV may be written by :meth:`write`, whenever that is convenient.
+
+        Args:
+            injector: SGLang's ``TargetHiddenKvInjector``.
+        """
+        return injector.swa_ring_size is None
+
+    def slots(self, injector: Any, slots: torch.Tensor) -> torch.Tensor:
+        """``[N]`` int64 places in the draft's KV of what the target has at ``slots`` ``[N]``, as they are now."""
+        return slots
+
+    def write(
+        self, injector: Any, hidden: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor
+    ) -> None:
+        """Write the draft's KV.
+
+        Args:
+            hidden: ``[N, layers read * d]`` target states.
+            slots: ``[N]`` int64 of :meth:`slots`.
+            positions: ``[N]`` int64.
+        """
+        injector.inject_target_hidden(target_hidden=hidden, cache_loc=slots, positions=positions)
+
     def take_parts(self) -> None:
         """Let an update bring some tensors: SGLang's loader wants the confidence head's in every load."""
         load = self.module._load_confidence_weights
@@ -98,6 +124,7 @@ class V4DraftModel(DraftModel):
     HEADS = ("DSparkV4MarkovHead",)
     LAYERS = "stages."
     embeds_by_module = False  # it repeats the embedding into its streams itself
+    kernel_writes = False
 
     @property
     def projection(self) -> torch.Tensor:
@@ -120,6 +147,23 @@ class V4DraftModel(DraftModel):
     def logits(self, states: torch.Tensor) -> torch.Tensor:
         logits: torch.Tensor = self.module._logits_from_x_post_hc(states)
         return logits
+
+    def slots(self, injector: Any, slots: torch.Tensor) -> torch.Tensor:
+        # The window's pool gives places to others once a request has moved on.
+        pool = injector.draft_model_runner.token_to_kv_pool
+        found: torch.Tensor = pool.translate_loc_from_full_to_swa(slots)
+        return found.to(torch.int64)
+
+    def write(
+        self, injector: Any, hidden: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor
+    ) -> None:
+        with torch.inference_mode():
+            self.module.write_target_hidden_kv(
+                main_hidden=hidden,
+                swa_loc=slots.to(torch.int32),
+                positions=positions,
+                pool=injector.draft_model_runner.token_to_kv_pool,
+            )
 
     def take_parts(self) -> None:
         self.module._assert_confidence_head_loaded = lambda **_: None

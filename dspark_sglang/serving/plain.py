@@ -86,7 +86,8 @@ class PlainDecoder:
         output = result.logits_output
         if on_publish is not None:
             on_publish(lens)
-        slots = worker._kv_injector.ids_for(result.kv_loc_plan)
+        injector = worker._kv_injector
+        slots = worker._seat.draft.slots(injector, injector.ids_for(result.kv_loc_plan))
         self._verifier.lagging.keep(States(output.hidden_states, slots, places))
         output.hidden_states = None
         tokens = result.next_token_ids.to(torch.int64)

@@ -394,10 +394,11 @@ class Verifier(TargetVerifyExecutor):
         width = self.verify_num_draft_tokens
         row = torch.div(self._packed, width, rounding_mode="floor")
         accepted = self._packed - row * width < commit_lens[row]
-        slots = injector.ids_for(verify_window.kv_loc_plan)
-        positions = verify_window.positions_2d.reshape(-1)
         packed = self._packed
-        states = States(logits_output.hidden_states, slots[packed], positions[packed])
+        slots = injector.ids_for(verify_window.kv_loc_plan)[packed]
+        positions = verify_window.positions_2d.reshape(-1)[packed]
+        slots = self._seat.draft.slots(injector, slots)
+        states = States(logits_output.hidden_states, slots, positions)
         if self._control.running.plan.draft and not self._control.running.undrafted:
             self._write(states, accepted)
             return
@@ -408,11 +409,8 @@ class Verifier(TargetVerifyExecutor):
 
     @functools.cached_property
     def _writes(self) -> bool:
-        """Whether the draft's KV pool is written here; SGLang writes pools that are rings or fuse norms."""
-        injector = self.kv_injector
-        pool = injector.draft_model_runner.token_to_kv_pool
-        fused = hasattr(pool, "set_swa_key_buffer_radix_fused_norm_rope")
-        return not fused and injector.swa_ring_size is None
+        """Whether the draft's KV pool is written here; SGLang writes pools that are rings."""
+        return self._seat.draft.writes(self.kv_injector)
 
     @property
     def lags(self) -> bool:
@@ -440,9 +438,7 @@ class Verifier(TargetVerifyExecutor):
                 rows = torch.arange(len(slots)) if chosen is None else chosen.nonzero().view(-1)
                 rows = pad_index(rows) if on_cpu else rows
                 hidden, slots, places = hidden[rows], slots[rows], places[rows]
-            self.kv_injector.inject_target_hidden(
-                target_hidden=hidden, cache_loc=slots, positions=places
-            )
+            self._seat.draft.write(self.kv_injector, hidden, slots, places)
 
     @functools.cached_property
     def _kv_writer(self) -> KvWriter | None:
@@ -450,7 +446,7 @@ class Verifier(TargetVerifyExecutor):
 
         Made at the first commit: the pool does not exist before the worker does.
         """
-        if self._ops.name != "triton":
+        if self._ops.name != "triton" or not self._seat.draft.kernel_writes:
             return None
         from dspark_sglang.serving.ops.kv_writer import KvWriter
 

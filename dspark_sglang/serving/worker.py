@@ -260,7 +260,7 @@ class DSparkWorker(DSparkWorkerV2):
             self._lags = self.control.adaptive and self._verify_executor.lags and may_lag()
             contain_prefills(self._kv_injector, self.control.faults)
             if self._lags:
-                keep_prefills(self._kv_injector, self._verify_executor.lagging)
+                keep_prefills(self._kv_injector, self._verify_executor.lagging, self._draft)
 
     def init_cuda_graphs(self) -> None:
         if self._hosts_draft and self._seat.drafts:

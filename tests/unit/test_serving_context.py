@@ -86,7 +86,7 @@ def test_prefills_leave_their_states_too() -> None:
     pool, called = Pool(), []
     lagging = Lagging(pool.write)
     injector = SimpleNamespace(inject_prefill=lambda *_, **__: called.append(pool.writes[:]))
-    keep_prefills(injector, lagging)
+    keep_prefills(injector, lagging, SimpleNamespace(slots=lambda injector, slots: slots))
     prefill(injector, 3)  # rows beyond the real ones are padding
     prefill(injector, 4, token_indices=torch.tensor([3]), target_hidden=torch.full((1, WIDTH), 2.0))
     lagging.flush()

@@ -43,9 +43,9 @@ def routed_experts(layer: Any, dispatched: Any) -> torch.Tensor:
     return out.to(x.dtype)
 
 
-def linear_bf16_fp32(x: torch.Tensor, weight: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-    """``[n, d]`` by ``[o, d]`` in float32."""
-    return linear(x.float(), weight.float())
+def linear_bf16_fp32(x: torch.Tensor, y: torch.Tensor, **_: Any) -> torch.Tensor:
+    """``[n, d]`` by ``[o, d]`` weights in float32."""
+    return linear(x.float(), y.float())
 
 
 def wo_a_matmul(o: torch.Tensor, wo_a: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:

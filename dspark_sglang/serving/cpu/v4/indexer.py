@@ -50,20 +50,20 @@ def fused_q_indexer_rope_hadamard_quant(
 
 
 def fp8_paged_mqa_logits(
-    q: torch.Tensor,
-    cache: torch.Tensor,
+    q_fp8: torch.Tensor,
+    kvcache_fp8: torch.Tensor,
     weight: torch.Tensor,
     seq_lens: torch.Tensor,
     page_table: torch.Tensor,
-    metadata: Any,
+    deep_gemm_metadata: Any,
     max_seq_len: int,
     clean_logits: bool = True,
 ) -> torch.Tensor:
     """Scores of every block for every row.
 
     Args:
-        q: ``[n, 1, heads, 128]`` float8_e4m3fn.
-        cache: ``[pages, page, 1, 132]`` indexer keys.
+        q_fp8: ``[n, 1, heads, 128]`` float8_e4m3fn.
+        kvcache_fp8: ``[pages, page, 1, 132]`` indexer keys.
         weight: ``[n, heads]``.
         seq_lens: ``[n]`` blocks that have ended for each row.
         page_table: ``[n, m]`` pages of its keys.
@@ -71,11 +71,11 @@ def fp8_paged_mqa_logits(
     Returns:
         ``[n, max_seq_len]`` float32; minus infinity from ``seq_lens`` on.
     """
-    size, width = cache.shape[1], cache.shape[-1] - 4
+    size, width = kvcache_fp8.shape[1], kvcache_fp8.shape[-1] - 4
     used = page_table[:, : -(-max_seq_len // size)].long()
     unique, place = torch.unique(used, return_inverse=True)
-    keys = pages.load_index_keys(cache, unique, size, width)
-    scores = torch.einsum("nhd,pbd->nphb", q[:, 0].float(), keys).relu_()
+    keys = pages.load_index_keys(kvcache_fp8, unique, size, width)
+    scores = torch.einsum("nhd,pbd->nphb", q_fp8[:, 0].float(), keys).relu_()
     every = torch.einsum("nphb,nh->npb", scores, weight.float())
     logits = every.gather(1, place[..., None].expand(-1, -1, size)).flatten(1)[:, :max_seq_len]
     logits = pad(logits, (0, max_seq_len - logits.shape[1]))

@@ -55,11 +55,17 @@ def calibrate(
             expected="--target and --drafter, or --url of a running server",
             fix="Pass them.",
         )
+    from dspark_sglang.evaluation import standalone
+
+    standalone.refuse_bundle(
+        drafter,
+        instead="Serve it, let it answer requests, then: "
+        f"dspark calibrate --url http://127.0.0.1:30000 --out {drafter / STS_FILE}",
+    )
     destination = out or drafter / STS_FILE
     require_writable(destination)
     from dspark_sglang.core.draft import cpu_shortlist
     from dspark_sglang.core.sts import fit_sts, survival_errors
-    from dspark_sglang.evaluation import standalone
     from dspark_sglang.evaluation.drafted import draft_blocks
     from dspark_sglang.evaluation.questions import calibration_questions, load_questions
     from dspark_sglang.provenance import provenance
@@ -87,9 +93,7 @@ def calibrate(
         )
         task = bar.add_task("drafting", total=len(questions))
         vocabulary = pair.vocabulary
-        shortlist = cpu_shortlist(
-            len(vocabulary.head), sampled=True, draft_vocabulary=vocabulary.tokens is not None
-        )
+        shortlist = cpu_shortlist(len(vocabulary.head), sampled=True)
         logits, acceptance, owner = draft_blocks(
             pair,
             answers,

@@ -29,7 +29,7 @@ _TEMPERATURES = (0.0, 1.0)
 def evaluate(
     artifact: Annotated[Path, typer.Option(help="The drafter's directory.")],
     target: Annotated[
-        Path | None, typer.Option(help="The target's directory. Default: the demo's target.")
+        Path | None, typer.Option(help="The target's directory. Default: the bundle, else the demo's.")
     ] = None,
     prompts: Annotated[
         Path | None,
@@ -80,12 +80,16 @@ def evaluate(
         raise ConfigError(
             f"--dtype is {dtype!r}.", expected="bfloat16 or float32", fix="Choose one of these."
         )
+    if engine != "server":
+        from dspark_sglang.evaluation.standalone import refuse_bundle
+
+        refuse_bundle(artifact, instead="Pass --engine server, which asks a real server.")
     console = Console(stderr=as_json)
     questions = load_questions(prompts)
     questions = questions[:limit] if limit else questions
     if record:
         _check_domains(questions)
-    where = target or targets.ensure_target(progress=console.print)
+    where = targets.of_drafter(artifact, target, progress=console.print)
     flags = ["--engine", engine]
     flags += ["--prompts", prompts.name] if prompts else []
     flags += ["--limit", str(limit)] if limit else []
@@ -185,7 +189,7 @@ class Settings(NamedTuple):
 
         return 0 if self.loss is None else FOLLOWING
 
-    def candidates(self, temperature: float, tokens: int, *, draft_vocabulary: bool) -> int:
+    def candidates(self, temperature: float, tokens: int) -> int:
         """Candidates a position at a temperature, of so many tokens that can be drafted; 0: all."""
         from dspark_sglang.core.draft import SHORTLIST, cpu_shortlist
 
@@ -193,8 +197,7 @@ class Settings(NamedTuple):
             return self.shortlist if self.shortlist < tokens else 0
         if self.loss is not None:
             return SHORTLIST
-        sampled = temperature > 0
-        return cpu_shortlist(tokens, sampled=sampled, draft_vocabulary=draft_vocabulary) or 0
+        return cpu_shortlist(tokens, sampled=temperature > 0) or 0
 
 
 class Session:
@@ -215,7 +218,8 @@ class Session:
         self._max_tokens, self._dtype, self._seed = settings[:3]
         self._losses: list[Loss] = []
         self._candidates: dict[str, int] = {}
-        self._gamma = read_drafter(drafter)[0].gamma
+        config = parse_drafter_config(read_config(drafter, role="drafter"))
+        self._gamma = config.gamma if config.bundled else read_drafter(drafter)[0].gamma
         self._digest = weights_digest(drafter)
         sts = drafter / STS_FILE
         self._sts: list[float] | None = None
@@ -248,11 +252,7 @@ class Session:
                     seed=self._seed,
                     progress=partial(_advance, bar, task),
                 )
-                size = self._settings.candidates(
-                    temperature,
-                    len(pair.vocabulary.head),
-                    draft_vocabulary=pair.vocabulary.tokens is not None,
-                )
+                size = self._settings.candidates(temperature, len(pair.vocabulary.head))
                 self._candidates[f"{temperature:g}"] = size
                 task = bar.add_task(f"drafting, T={temperature:g}", total=count)
                 scored = standalone.score_answers(

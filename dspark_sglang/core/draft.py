@@ -17,7 +17,7 @@ SHORTLIST = 128
 #: base logits. With them, and the other tokens at their base logits, sampled requests lose 1% of
 #: the accepted length instead of 7.5% (docs/kernels.md).
 FOLLOWING = 128
-#: A draft vocabulary up to here is drafted from whole: on a CPU, finding candidates takes longer.
+#: A vocabulary up to here is drafted from whole: on a CPU, finding candidates takes longer.
 WHOLE_VOCABULARY = 16384
 #: Candidates on a CPU where some request samples. A small target's law at temperature 1 has a long
 #: tail, and what it puts outside the list can never be drafted: 128 candidates cost 7.5% of the
@@ -25,18 +25,16 @@ WHOLE_VOCABULARY = 16384
 SAMPLED_SHORTLIST = 1024
 
 
-def cpu_shortlist(columns: int, *, sampled: bool, draft_vocabulary: bool) -> int | None:
+def cpu_shortlist(columns: int, *, sampled: bool) -> int | None:
     """Candidates a position on a CPU; None: all tokens are drafted from.
 
     Args:
         columns: tokens that can be drafted.
         sampled: whether some request samples.
-        draft_vocabulary: whether those are a drafter's own, not the target's.
     """
-    if draft_vocabulary and columns <= WHOLE_VOCABULARY:
+    if columns <= WHOLE_VOCABULARY:
         return None
-    # More than half of a vocabulary is not worth a list.
-    return min(SAMPLED_SHORTLIST if sampled else SHORTLIST, columns // 2)
+    return SAMPLED_SHORTLIST if sampled else SHORTLIST
 
 
 class DraftBlock(NamedTuple):

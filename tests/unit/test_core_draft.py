@@ -254,19 +254,17 @@ def test_gathered_rows_of_a_vocabulary_draft_what_it_drafts(kind: str, seeded: b
 
 
 @pytest.mark.parametrize(
-    ("columns", "sampled", "own", "wanted"),
+    ("columns", "sampled", "wanted"),
     [
-        (50_000, False, False, SHORTLIST),
-        (50_000, True, False, SAMPLED_SHORTLIST),
-        (100, True, False, 50),
-        (8_192, True, True, None),
-        (8_192, True, False, SAMPLED_SHORTLIST),
-        (WHOLE_VOCABULARY, False, True, None),
-        (WHOLE_VOCABULARY + 1, False, True, SHORTLIST),
+        (50_000, False, SHORTLIST),
+        (50_000, True, SAMPLED_SHORTLIST),
+        (100, True, None),
+        (WHOLE_VOCABULARY, False, None),
+        (WHOLE_VOCABULARY + 1, False, SHORTLIST),
     ],
 )
-def test_candidates_on_a_cpu(columns: int, sampled: bool, own: bool, wanted: int | None) -> None:
-    assert cpu_shortlist(columns, sampled=sampled, draft_vocabulary=own) == wanted
+def test_candidates_on_a_cpu(columns: int, sampled: bool, wanted: int | None) -> None:
+    assert cpu_shortlist(columns, sampled=sampled) == wanted
 
 
 @pytest.mark.parametrize("laws", [None, 0, 2])

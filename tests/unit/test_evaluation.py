@@ -330,14 +330,13 @@ def test_expected_rounds_are_the_mean_of_drawn_ones(greedy: bool) -> None:
 def test_candidates_are_those_of_serving_unless_told() -> None:
     serving, told = (Settings(16, "float32", 0, size, [], None, True) for size in (None, 300))
 
-    def found(settings: Settings, tokens: int, *, own: bool = False) -> list[int]:
-        return [settings.candidates(t, tokens, draft_vocabulary=own) for t in (0.0, 1.0)]
+    def found(settings: Settings, tokens: int) -> list[int]:
+        return [settings.candidates(t, tokens) for t in (0.0, 1.0)]
 
     assert found(serving, 50_000) == [SHORTLIST, SAMPLED_SHORTLIST]
-    assert found(serving, 96) == [48, 48]
-    # A draft vocabulary that is small is drafted from whole.
-    assert found(serving, WHOLE_VOCABULARY, own=True) == [0, 0]
-    assert found(serving, WHOLE_VOCABULARY + 1, own=True) == [SHORTLIST, SAMPLED_SHORTLIST]
+    # A vocabulary that is small is drafted from whole.
+    assert found(serving, WHOLE_VOCABULARY) == [0, 0]
+    assert found(serving, WHOLE_VOCABULARY + 1) == [SHORTLIST, SAMPLED_SHORTLIST]
     assert [found(told, tokens)[1] for tokens in (50_000, 301, 300)] == [300, 300, 0]
 
 

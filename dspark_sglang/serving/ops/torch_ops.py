@@ -72,9 +72,7 @@ class TorchOps(Calibrated):
             noise = rows.noise(base[: len(rows.index), 0], positions[rows.index])
             if noise is None:
                 uniforms = self._uniforms(len(rows.index), base.shape[1])
-        shortlist = cpu_shortlist(
-            base.shape[-1], sampled=rows is not None, draft_vocabulary=vocabulary is not None
-        )
+        shortlist = cpu_shortlist(base.shape[-1], sampled=rows is not None)
         self._telemetry.ran[f"draft:torch-{self.markov.kind}"] += 1
         return draft_block(
             base,

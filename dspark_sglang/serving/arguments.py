@@ -23,6 +23,7 @@ from dspark_sglang.checkpoint import (
 )
 from dspark_sglang.config import COST_AUTO, read_settings
 from dspark_sglang.errors import CheckpointError, ConfigError, DSparkError
+from dspark_sglang.layouts.v4.check import check_bundle
 from dspark_sglang.serving import placement, preflight, preflight_argv, start_gate, warmup
 
 _RESOLVER = "_handle_dspark"
@@ -198,8 +199,6 @@ def _check_drafter(view: Any) -> DrafterConfig | None:
     else:
         config = parse_drafter_config(read_config(directory, role="drafter"))
         if config.bundled:
-            from dspark_sglang.layouts.v4.check import check_bundle
-
             check_bundle(directory)
         else:
             check_tensors(directory, config)

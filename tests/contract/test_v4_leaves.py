@@ -86,11 +86,18 @@ REACHED = {
 @pytest.mark.parametrize("what", REACHED)
 def test_a_leaf_that_is_not_replaced_and_is_reached_is_named(what: str) -> None:
     lines = ["try:", *(f"    {line}" for line in REACHED[what].splitlines())]
-    lines += ["except CompatibilityError as error:", "    print(error)", "else:", "    raise SystemExit(3)"]
+    lines += [
+        "except CompatibilityError as error:",
+        "    print(error)",
+        "else:",
+        "    raise SystemExit(3)",
+    ]
     code = INSTALLED + "\n".join(lines)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "DeepSeek-V4 reached" in done.stdout and "no torch form on the CPU platform" in done.stdout
+    assert (
+        "DeepSeek-V4 reached" in done.stdout and "no torch form on the CPU platform" in done.stdout
+    )
 
 
 def test_nothing_of_it_is_loaded_for_another_target() -> None:

@@ -82,7 +82,9 @@ def found() -> dict[str, str]:
 def changed() -> list[str]:
     """Names whose source is not the one that the leaves were written from."""
     recorded, now = json.loads(RECORDED.read_text()), found()
-    return sorted(name for name in recorded.keys() | now.keys() if recorded.get(name) != now.get(name))
+    return sorted(
+        name for name in recorded.keys() | now.keys() if recorded.get(name) != now.get(name)
+    )
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ STAMP := $(VENV)/.dspark-installed
 SEED ?= 1
 SOURCES := dspark_sglang kernels packaging loadtests tests requirements
 
-.PHONY: help install demo test test-unit test-server lint format typecheck bench bench-kernels bench-load bench-load-full bench-faults bench-placement bench-selfcheck lossless simulate-fit simulate-check simulate-published net never-ends report package-check deploy-check drill deploy-arguments deploy-rendered gpu lock wheel clean
+.PHONY: help install demo test test-unit test-server lint format typecheck bench bench-kernels bench-load bench-load-full bench-faults bench-placement bench-selfcheck lossless simulate-fit simulate-check simulate-published net never-ends v4 report package-check deploy-check drill deploy-arguments deploy-rendered gpu lock wheel clean
 
 help:  ## Show what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -83,6 +83,9 @@ net: install  ## Two thousand random requests to a plain server and to one with 
 
 never-ends: net  ## The same, every case and every planted fault: docs/results/never-ends.json
 	$(BIN)/python -m tests.net.record --net runs/net/plain.json --net runs/net/overlap.json
+
+v4: install  ## DeepSeek-V4's tiny bundle against plain decoding and its reference: docs/results/v4.json (about half an hour)
+	$(BIN)/python -m tests.v4.record
 
 report: install  ## Measure, simulate, work out what it is worth: one page (about 20 minutes)
 	$(BIN)/dspark report

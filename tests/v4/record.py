@@ -1,0 +1,209 @@
+"""Write ``docs/results/v4.json``: what was measured of DeepSeek-V4 served by our algorithm.
+
+``python -m tests.v4.record``: every part starts the servers that it needs, one pair at a time, on the tiny bundle.
+``--only greedy,reference`` measures some parts and keeps the others as the file has them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dspark_sglang.demo.server import Server
+from dspark_sglang.layouts.v4 import tiny
+from dspark_sglang.layouts.v4.names import map_names, published_bundle
+from dspark_sglang.layouts.v4.reference import Reference, load_drafter, load_tensors
+from dspark_sglang.planning import published
+from dspark_sglang.provenance import machine, versions
+from tests.v4 import recorder
+from tests.v4.planted import BEYOND_TOP_K, MISTAKES, gaps
+from tests.v4.servers import LENGTHS, greedy, prompt, scored, server
+
+ROOT = Path(__file__).resolve().parents[2]
+#: Tokens of each answer; prompts; requests at a time.
+NEW, PROMPTS, AT_ONCE = 24, 200, (1, 8)
+#: Ways in which DSPARK is served: name to flags and variables.
+WAYS: Mapping[str, tuple[tuple[str, ...], Mapping[str, str]]] = {
+    "synchronous": ((), {}),
+    "overlapped": ((), {"DSPARK_CPU_OVERLAP": "1"}),
+    "tp2": (("--tp", "2"), {}),
+}
+
+
+def prompts() -> list[list[int]]:
+    """Prompts that end around every border, and of any length up to 600."""
+    chosen = torch.Generator().manual_seed(25)
+    more = torch.randint(3, 600, (PROMPTS - len(LENGTHS),), generator=chosen).tolist()
+    return [prompt(length, seed=index) for index, length in enumerate([*LENGTHS, *more])]
+
+
+def near_tie(of: Server, tokens: list[int], one: list[int], other: list[int]) -> float:
+    """How far apart the log-probabilities are of the first two tokens that differ."""
+    at = next(k for k, (a, b) in enumerate(zip(one, other, strict=True)) if a != b)
+    both = [scored(of, [*tokens, *one[:at], answer[at]])[0][-1] for answer in (one, other)]
+    return abs(both[0] - both[1])
+
+
+def measure_greedy(folder: Path) -> dict[str, Any]:
+    """Greedy text of every way of serving against plain decoding's."""
+    bundle, given = folder / "plain", prompts()
+    tiny.write(bundle, dtype=torch.float32)
+    found: dict[str, Any] = {}
+    with server(bundle, folder / "plain.log", dspark=False) as plain:
+        plain.wait_ready()
+        wanted = {n: greedy(plain, given, NEW, at_once=n) for n in AT_ONCE}
+        for way, (flags, variables) in WAYS.items():
+            log = folder / f"{way}.log"
+            ours = server(bundle, log, dspark=True, extra=flags, environment=variables)
+            with ours:
+                ours.wait_ready()
+                ours.update(dspark_speculation=1)
+                for n in AT_ONCE:
+                    texts = greedy(ours, given, NEW, at_once=n)
+                    differ = [k for k in range(PROMPTS) if texts[k] != wanted[n][k]]
+                    ties = [near_tie(plain, given[k], wanted[n][k], texts[k]) for k in differ]
+                    found[f"{way}, {n} at once"] = {
+                        "equal": PROMPTS - len(differ),
+                        "total": PROMPTS,
+                        "near_ties": [round(gap, 6) for gap in ties],
+                    }
+                    print(way, n, found[f"{way}, {n} at once"], flush=True)
+                accepted = ours.record()["accept_length"]
+                found[f"{way}, accepted length"] = round(float(accepted), 3)
+    return found
+
+
+def measure_reference(folder: Path) -> dict[str, Any]:
+    """Log-probabilities of the published form's server against the reference, exact and with mistakes."""
+    bundle = folder / "published"
+    tiny.write(bundle, published=True)
+    reference, found = Reference.load(bundle), {}
+    with server(bundle, folder / "reference.log", dspark=True) as ours:
+        ours.wait_ready()
+        for length in (140, 600, 2600):
+            tokens = prompt(length, seed=7 * length)
+            logprobs, best = scored(ours, tokens)
+            found[str(length)] = gaps(reference, tokens, logprobs, best)._asdict()
+            print(length, found[str(length)], flush=True)
+            planted = {}
+            for name, mistake in MISTAKES.items():
+                if (length == 140) or ((length == 2600) != (name in BEYOND_TOP_K)):
+                    continue
+                with mistake(reference):
+                    planted[name] = gaps(reference, tokens, logprobs).mean
+            if planted:
+                noise = found[str(length)]["mean"]
+                found[str(length)]["planted"] = {k: round(v / noise, 1) for k, v in planted.items()}
+    short = [found[length] for length in ("140", "600")]
+    factors = [f for rows in found.values() for f in rows.get("planted", {}).values()]
+    return {
+        "largest_gap": max(rows["largest"] for rows in short),
+        "mean_gap": max(rows["mean"] for rows in short),
+        "by_length": found,
+        "planted": {"found": sum(f > 50 for f in factors), "of": len(MISTAKES)},
+    }
+
+
+def measure_drafter(folder: Path) -> dict[str, Any]:
+    """Every drafted block's states and base logits against the drafter's reference."""
+    bundle, recording = folder / "drafter", folder / "drafts.pt"
+    tiny.write(bundle, dtype=torch.float32)
+    with recorder.environment(folder / "plugin", recording) as variables:
+        ours = server(bundle, folder / "drafter.log", dspark=True, environment=variables)
+        with ours:
+            ours.wait_ready()
+            ours.update(dspark_speculation=1)
+            greedy(ours, [prompt(length) for length in LENGTHS], NEW, at_once=4)
+    drafter = load_drafter(bundle, torch.float32)
+    head = load_tensors(bundle)[1]["head.weight"]
+    embedding = load_tensors(bundle)[1]["embed.weight"]
+    held: dict[int, torch.Tensor] = {}
+    apart, logits_apart, same, rows = [], [], 0, 0
+    for event in torch.load(recording):
+        if "context" in event:
+            held |= dict(zip(event["slots"].tolist(), event["context"], strict=True))
+            continue
+        for index, (anchor, slots) in enumerate(zip(event["lens"], event["slots"], strict=True)):
+            if any(slot not in held for slot in slots.tolist()):
+                continue  # of the measurement at start, before the recording
+            own = slice(index * drafter.gamma, (index + 1) * drafter.gamma)
+            window = torch.stack([held[slot] for slot in slots.tolist()])
+            before = window.new_zeros((anchor - len(window), window.shape[1]))
+            with torch.inference_mode():
+                states = drafter.hidden(
+                    drafter.context(torch.cat([before, window])),
+                    torch.tensor([anchor]),
+                    embedding[event["anchors"][index : index + 1]],
+                )[0]
+                logits = drafter.base_logits(states, head)
+            theirs = event["states"][own].float()
+            apart.append(float((states - theirs).abs().max() / states.abs().max()))
+            logits_apart.append(float((logits - event["logits"][own].float()).abs().max()))
+            same += int((logits.argmax(-1) == event["logits"][own].argmax(-1)).sum())
+            rows += drafter.gamma
+    found = {
+        "largest_gap": max(apart),
+        "largest_logit_gap": max(logits_apart),
+        "blocks": len(apart),
+        "argmax_equal": same,
+        "rows": rows,
+    }
+    print(found, flush=True)
+    return found
+
+
+def measure_names(folder: Path) -> dict[str, Any]:
+    """The published name lists, mapped."""
+    found = {}
+    for short, name in (("flash", "deepseek-v4-flash-dspark"), ("pro", "deepseek-v4-pro-dspark")):
+        known = published.find(name)
+        assert known is not None
+        names = list(published_bundle(known.config))
+        mapped = map_names(names, known.config)
+        assert not mapped.unknown and not mapped.missing
+        found[short] = {"mapped": len(mapped.mapped), "of": len(names)}
+    return found
+
+
+def measure_overlays(folder: Path) -> int:
+    """Overlays that run SGLang's builtin."""
+    files = [p for p in (ROOT / "deploy" / "overlays").rglob("*") if p.is_file()]
+    return len({p.parent for p in files if "DSPARK_PLUGIN=off" in p.read_text()})
+
+
+PARTS: Mapping[str, Callable[[Path], Any]] = {
+    "greedy": measure_greedy,
+    "reference": measure_reference,
+    "drafter": measure_drafter,
+    "published_names": measure_names,
+    "overlays_on_builtin": measure_overlays,
+}
+
+
+def main() -> None:
+    """Measure and write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results" / "v4.json")
+    parser.add_argument("--only", default=",".join(PARTS), help="parts, separated by commas")
+    given = parser.parse_args()
+    result: dict[str, Any] = json.loads(given.out.read_text()) if given.out.is_file() else {}
+    for part in given.only.split(","):
+        with tempfile.TemporaryDirectory() as folder:
+            result[part] = PARTS[part](Path(folder))
+        result |= {"machine": machine(), "versions": versions()}
+        if "greedy" in result:
+            ways = [
+                v for k, v in result["greedy"].items() if k.startswith("tp2,") and "at once" in k
+            ]
+            result["tp2_equal"] = all(way["equal"] == way["total"] for way in ways)
+        given.out.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -35,10 +35,16 @@ def command(
 
 def _environment(model: Model, options: Options, layout: Layout) -> list[str]:
     words = []
-    if model.drafter is not None and (options.builtin or model.bundled):
+    if model.drafter is not None and options.builtin:
         words.append("DSPARK_PLUGIN=off")
-    elif model.drafter is not None and layout.tp > 1 and options.attention_dp == 1:
-        words.append("DSPARK_PLACEMENT=shard")  # what the plan sizes
+    elif (
+        model.drafter is not None
+        and layout.tp > 1
+        and options.attention_dp == 1
+        and not model.bundled
+    ):
+        # What the plan sizes; a bundled drafter has no other place.
+        words.append("DSPARK_PLACEMENT=shard")
     if layout.shared_experts_whole and options.moe_a2a == "none":
         words.append("SGLANG_SHARED_EXPERT_TP1=1")
     return words

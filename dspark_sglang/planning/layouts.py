@@ -32,6 +32,8 @@ MACHINES = {
 #: Dense models go on one node.
 _DENSE_MACHINES = ("h100-80x8", "h800-80x8", "h200-141x8")
 _CONTEXTS = ("8192", "32768", "131072")
+#: Notes that stand under a command, as what was added to it does.
+_NOTES = ("v4-plugin",)
 
 _INTRO = f"""# Layouts
 
@@ -97,7 +99,7 @@ def _commands(plans: dict[str, Plan]) -> Iterator[str]:
         yield f"{', '.join(MACHINES[machine] for machine in machines)}:\n"
         yield f"```bash\n{command}\n```\n"
         for finding in plans[machines[0]].findings:
-            if finding.verdict == "added":
+            if finding.verdict == "added" or finding.rule in _NOTES:
                 yield f"- {finding.message} (`{finding.source}`)"
         yield ""
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from dspark_sglang.artifacts import DRAFT_VOCAB_FILE
 from dspark_sglang.checkpoint import (
     DrafterConfig,
     check_fits,
@@ -19,7 +20,7 @@ from dspark_sglang.checkpoint import (
 from dspark_sglang.errors import CheckpointError, ConfigError
 from dspark_sglang.planning import dense, headers, mla, published, reading, v4
 from dspark_sglang.planning.kv import COMPRESSED_PAGE, DEFAULT_PAGE, DraftKv, Kv
-from dspark_sglang.planning.tensors import SIZES, Tensor
+from dspark_sglang.planning.tensors import SIZES, Split, Tensor
 
 Config = Mapping[str, Any]
 
@@ -28,6 +29,7 @@ DENSE = ("LlamaForCausalLM", "Qwen3ForCausalLM", dense.GEMMA3, dense.GEMMA4)
 #: Targets whose memory is known here.
 ARCHITECTURES = (*DENSE, V3, V4)
 _PROVENANCE = "provenance.json"
+_W2 = "markov_head.markov_w2.weight"
 
 
 class Source(msgspec.Struct, frozen=True):
@@ -78,6 +80,10 @@ class Loading(msgspec.Struct, frozen=True, kw_only=True):
     #: Bytes of one value in the pools; None: as the weights.
     kv_element: int | None = None
     config_only: bool = False
+    #: This plugin's CPU platform, which unpacks quantised weights of DeepSeek-V4.
+    on_cpu: bool = False
+    #: This plugin drafts: a rank keeps the rows of the Markov head's W2 that its LM head has.
+    cuts_heads: bool = True
 
 
 def find(value: str, *, role: str) -> Source:
@@ -128,7 +134,25 @@ def load(target: str, drafter: str | None, loading: Loading) -> Model:
         if model.architecture == V4 and not model.bundled:
             expected += model.mtp_tensors
         headers.check(headers.read(source.directory), expected, where=source.directory)
-    return model
+    return _with_cut_head(model) if loading.cuts_heads else model
+
+
+def _with_cut_head(model: Model) -> Model:
+    """With the vocabulary of W2 shared as the LM head's is, unless a draft vocabulary reads any row of it."""
+    if has_draft_vocabulary(model.drafter):
+        return model
+    draft = [
+        msgspec.structs.replace(tensor, split=Split.ROWS)
+        if tensor.name.endswith(_W2) else tensor
+        for tensor in model.draft_tensors
+    ]  # fmt: skip
+    return msgspec.structs.replace(model, draft_tensors=draft)
+
+
+def has_draft_vocabulary(drafter: Source | None) -> bool:
+    """Whether a draft vocabulary lies beside the drafter's weights."""
+    directory = None if drafter is None else drafter.directory
+    return directory is not None and (directory / DRAFT_VOCAB_FILE).is_file()
 
 
 def _compressed(source: Source, drafter: str | None, loading: Loading) -> Model:
@@ -144,13 +168,22 @@ def _compressed(source: Source, drafter: str | None, loading: Loading) -> Model:
         expert_grain=64 if loading.marlin else 128,
     )
     shape = v4.shape_of(config)
+    quantised = v4.is_quantised(config)
+
+    def kept(tensors: list[Tensor]) -> list[Tensor]:
+        if quantised and not loading.on_cpu:
+            return tensors
+        stored = "BF16" if quantised else reading.weight_type(config)
+        named = reading.TYPES[loading.dtype] if loading.dtype else stored
+        return v4.on_cpu(tensors, named, quantised=quantised)
+
     return Model(
         architecture=V4,
         target=source,
         drafter=(own or source) if bundled else None,
-        tensors=v4.target(config, kernels),
-        draft_tensors=v4.drafter(config, kernels) if bundled else [],
-        mtp_tensors=v4.mtp_layer(config, kernels),
+        tensors=kept(v4.target(config, kernels)),
+        draft_tensors=kept(v4.drafter(config, kernels)) if bundled else [],
+        mtp_tensors=kept(v4.mtp_layer(config, kernels)),
         kv=v4.kv(config),
         draft_kv=v4.draft_kv(config) if bundled else DraftKv(),
         context=reading.integer(config, "max_position_embeddings"),

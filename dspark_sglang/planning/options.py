@@ -111,8 +111,8 @@ def layout(options: Options, model: Model, tp: int) -> Layout:
 
 
 def _shared_experts_divide(model: Model, shared: Layout) -> bool:
-    """Whether every rank gets whole blocks of the shared experts."""
-    return all(
+    """Whether every rank gets whole blocks of the shared experts; one rank has all of them."""
+    return shared.tp == 1 or all(
         tensor.extent % (shared.tp * tensor.grain) == 0
         for tensor in model.tensors
         if tensor.split is Split.SHARED

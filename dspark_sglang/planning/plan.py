@@ -95,6 +95,8 @@ def make(
         marlin=options.moe_runner == "marlin",
         kv_element=given.kv_element(options),
         config_only=config_only,
+        on_cpu=machine.on_cpu,
+        cuts_heads=not options.builtin,
     )
     model = load(target, drafter, loading)
     if options.tp is not None and options.tp > machine.ranks:

@@ -16,6 +16,7 @@ from dspark_sglang.planning.hardware import Hardware
 from dspark_sglang.planning.model import V3, V4, Model
 from dspark_sglang.planning.options import Options, expert_width, needs_marlin
 from dspark_sglang.planning.tensors import Layout
+from dspark_sglang.planning.v4 import is_quantised
 
 Verdict = Literal["refused", "added", "note"]
 
@@ -36,7 +37,7 @@ class Case(msgspec.Struct, frozen=True):
     @property
     def ours(self) -> bool:
         """Whether this plugin drafts, not SGLang's builtin."""
-        return self.drafts and not self.options.builtin and not self.model.bundled
+        return self.drafts and not self.options.builtin
 
 
 class Citation(msgspec.Struct, frozen=True):
@@ -209,10 +210,10 @@ RULES = (
         ),
     ),
     Rule(
-        "v4-cpu",
-        lambda case: case.model.architecture in (V3, V4) and case.machine.on_cpu,
+        "v3-cpu",
+        lambda case: case.model.architecture == V3 and case.machine.on_cpu,
         "refused",
-        "DeepSeek models do not run on this plugin's CPU platform. Choose --hardware with GPUs.",
+        "DeepSeek-V3 does not run on this plugin's CPU platform. Choose --hardware with GPUs.",
         Citation("dspark_sglang/serving/cpu/platform.py", None, 'if kind == "mha" else None'),
     ),
     Rule(
@@ -268,17 +269,30 @@ RULES = (
         Citation("srt/models/deepseek_v2.py", 886, "envs.SGLANG_SHARED_EXPERT_TP1.get()"),
     ),
     Rule(
-        "v4-builtin",
-        lambda case: case.model.bundled and case.drafts,
-        "added",
-        "This plugin does not serve drafters with heads sharded over ranks, as DeepSeek-V4's: the "
-        "command runs SGLang's builtin (DSPARK_PLUGIN=off).",
-        Citation("dspark_sglang/serving/served.py", None, "DSPARK_PLUGIN=off"),
+        "v4-plain",
+        lambda case: (
+            case.model.architecture == V4
+            and not is_quantised(case.model.target.config)
+            and not case.machine.on_cpu
+        ),
+        "refused",
+        "DeepSeek-V4 in plain weights is planned for CPUs only. Use the published checkpoint, or "
+        "--hardware with a CPU.",
+        Citation("dspark_sglang/planning/v4.py", None, "def on_cpu("),
+    ),
+    Rule(
+        "v4-plugin",
+        lambda case: case.ours and case.model.bundled and not case.machine.on_cpu,
+        "note",
+        "This plugin drafts with the bundled drafter. That was never run on a GPU: it is tested on a "
+        "CPU with a tiny bundle.",
+        Citation("dspark_sglang/serving/draft_model.py", None, "class V4DraftModel"),
     ),
     Rule(
         "ragged-backend",
         lambda case: (
             case.ours
+            and case.model.architecture != V4  # its own backend can
             and not case.machine.on_cpu
             and case.options.attention_backend not in (None, *RAGGED_BACKENDS)
         ),

@@ -11,7 +11,7 @@ from dspark_sglang.checkpoint import read_json
 from dspark_sglang.planning import kv
 from dspark_sglang.planning import options as given
 from dspark_sglang.planning.hardware import Hardware
-from dspark_sglang.planning.model import Model
+from dspark_sglang.planning.model import Model, has_draft_vocabulary
 from dspark_sglang.planning.options import Options
 from dspark_sglang.planning.reserve import Reserve, reserve
 from dspark_sglang.planning.tensors import SIZES, Layout, Split, by_part
@@ -125,9 +125,11 @@ class Sizer:
     def _draft_vocabulary(self, layout: Layout) -> int:
         """Bytes of the LM head's rows that drafting copies, where the drafter names some."""
         drafter = self.model.drafter
-        path = drafter.directory / DRAFT_VOCAB_FILE if drafter and drafter.directory else None
-        if path is None or layout.tp > 1 or not path.is_file():
+        unused = self.options.builtin or layout.attention_dp > 1
+        if drafter is None or unused or not has_draft_vocabulary(drafter):
             return 0
+        assert drafter.directory is not None
+        path = drafter.directory / DRAFT_VOCAB_FILE
         tokens = read_json(path, what="a draft vocabulary").get("tokens")
         width = self.model.tensors[0].shape[1]
         count = len(tokens) if isinstance(tokens, list) else 0

@@ -37,6 +37,8 @@ class Split(StrEnum):
     VOCAB = "vocab"
     #: The same of the LM head, which ``--enable-dp-lm-head`` shares within attention.
     HEAD_VOCAB = "head_vocab"
+    #: Rows of the vocabulary as VOCAB shares them, without the padding: W2 of the Markov head.
+    ROWS = "rows"
     #: Routed experts: by expert, then by width among the ranks of one expert group.
     EXPERTS = "experts"
     #: Shared experts: TENSOR, or whole where ``SGLANG_SHARED_EXPERT_TP1`` says so.
@@ -99,6 +101,9 @@ def rank_bytes(tensor: Tensor, layout: Layout) -> int:
     if tensor.split in (Split.VOCAB, Split.HEAD_VOCAB):
         width = tensor.elements // tensor.shape[0]
         return _padded_rows(tensor.shape[0], ranks) // ranks * width * size
+    if tensor.split is Split.ROWS:
+        rows = min(tensor.shape[0], _padded_rows(tensor.shape[0], ranks) // ranks)
+        return rows * (tensor.elements // tensor.shape[0]) * size
     pieces = tensor.extent // tensor.grain
     if tensor.split is Split.HEADS and pieces < ranks:
         if ranks % pieces:
@@ -120,6 +125,7 @@ def _ranks(split: Split, layout: Layout) -> int:
         Split.ATTENTION: layout.attention_tp,
         Split.HEADS: layout.attention_tp,
         Split.VOCAB: 1 if with_dp else layout.tp,
+        Split.ROWS: 1 if with_dp else layout.tp,
         Split.HEAD_VOCAB: layout.attention_tp if with_dp else layout.tp,
         Split.EXPERTS: layout.tp,
         Split.SHARED: 1 if layout.shared_experts_whole else layout.tp,

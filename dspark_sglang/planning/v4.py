@@ -7,7 +7,7 @@ Source: SGLang 0.5.23, ``models/deepseek_v4{,_nextn,_dspark}.py``, ``layers/atte
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import msgspec
@@ -63,12 +63,24 @@ class Kind(NamedTuple):
     grain: int = 1
 
 
+def is_quantised(config: Config) -> bool:
+    """Whether weights are stored as DeepSeek publishes them; else all of them are plain (tiny test bundles)."""
+    return any(config.get(key) is not None for key in ("expert_dtype", "quantization_config"))
+
+
 def shape_of(config: Config) -> V4Shape:
     """Sizes of a V4 checkpoint, with or without a drafter in it.
 
     Raises:
         CheckpointError: a field is missing or says what SGLang's V4 is not (V4.1, another quantisation).
     """
+    if is_quantised(config):
+        _check_quantisation(config)
+    given = {key: value for key, value in config.items() if value is not None}
+    return V4Shape.from_config({**_NO_DRAFTER, **given})
+
+
+def _check_quantisation(config: Config) -> None:
     if config.get("expert_dtype") not in ("fp4", "fp8"):
         raise CheckpointError(
             f"config.json says expert_dtype {config.get('expert_dtype')!r}.",
@@ -83,8 +95,6 @@ def shape_of(config: Config) -> V4Shape:
             expected=f"fp8 in blocks of {FP8_BLOCK} by {FP8_BLOCK}",
             fix="Use the published checkpoint.",
         )
-    given = {key: value for key, value in config.items() if value is not None}
-    return V4Shape.from_config({**_NO_DRAFTER, **given})
 
 
 def target(config: Config, kernels: Kernels) -> list[Tensor]:
@@ -140,6 +150,31 @@ def mtp_layer(config: Config, kernels: Kernels) -> list[Tensor]:
         )  # fmt: skip
     made += _head_mix("mtp.0.", shape)
     return made + _named("mtp.0.", _layer(shape, kernels))
+
+
+def on_cpu(tensors: Iterable[Tensor], dtype: str, *, quantised: bool) -> list[Tensor]:
+    """Tensors as the CPU platform keeps them: what is published in fp8 or fp4 is unpacked while it is loaded.
+
+    Args:
+        tensors: as a GPU keeps them.
+        dtype: of the server, as safetensors calls it.
+        quantised: stored as published; else all plain.
+    """
+    made: list[Tensor] = []
+    for tensor in tensors:
+        packed = {"I8": 2, "F8_E4M3": 1}.get(tensor.stored)
+        if tensor.stored == "F8_E8M0":
+            made += [msgspec.structs.replace(tensor, kept="")] if quantised else []
+        elif packed is None:
+            kept = dtype if tensor.kept == "BF16" else tensor.kept
+            made.append(msgspec.structs.replace(tensor, kept=kept))
+        else:
+            rows, columns = tensor.shape
+            plain = msgspec.structs.replace(
+                tensor, shape=(rows, columns * packed), stored="BF16", kept=dtype, derived=quantised
+            )
+            made += [msgspec.structs.replace(tensor, kept=""), plain] if quantised else [plain]
+    return made
 
 
 def _ratios(config: Config) -> tuple[int, ...]:

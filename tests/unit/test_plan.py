@@ -26,7 +26,7 @@ from typer.testing import CliRunner
 from dspark_sglang.cli import doctor
 from dspark_sglang.cli.main import app
 from dspark_sglang.errors import CheckpointError, ConfigError, DSparkError
-from dspark_sglang.planning import dense, hardware, model, plan, report
+from dspark_sglang.planning import dense, hardware, model, plan, report, v4
 from dspark_sglang.planning.hardware import Hardware
 from dspark_sglang.planning.options import Options
 from dspark_sglang.planning.rules import RULES
@@ -345,6 +345,45 @@ def test_the_cpu_keeps_projections_twice(llama: Path) -> None:
     assert wide.weights_by_part["packed copies"] == 4 * projections
 
 
+def test_a_rank_has_its_rows_of_w2_and_the_whole_of_w1(
+    bundle: Path, llama: Path, tmp_path: Path
+) -> None:
+    config = small_v4()
+    table = config["vocab_size"] * config["dspark_markov_rank"] * 2
+    for tp in (1, 4):
+        ours, theirs = make(bundle, tp=tp), make(bundle, tp=tp, builtin=True)
+        assert ours.weights_by_part["drafter: markov_head"] == table + table // tp
+        assert theirs.weights_by_part["drafter: markov_head"] == 2 * table
+    # With attention data parallelism every rank has the whole LM head, and so W2.
+    whole = make(bundle, tp=4, attention_dp=4).weights_by_part
+    assert whole["drafter: markov_head"] == 2 * table
+    # A draft vocabulary reads any row, and every rank copies the LM head's rows of it.
+    (bundle / "draft_vocab.json").write_text(json.dumps({"tokens": [1, 2, 3]}))
+    parts = make(bundle, tp=4).weights_by_part
+    assert parts["drafter: markov_head"] == 2 * table
+    assert parts["drafter: draft vocabulary"] == 3 * config["hidden_size"] * 2
+
+
+def test_a_gpu_plan_of_a_bundle_says_that_it_was_never_run(bundle: Path) -> None:
+    said = {finding.rule: finding.message for finding in make(bundle).findings}
+    assert "never run on a GPU" in said["v4-plugin"] and "tiny bundle" in said["v4-plugin"]
+    assert "v4-plugin" not in {finding.rule for finding in make(bundle, builtin=True).findings}
+
+
+@pytest.mark.parametrize("dtype", [None, "float32"])
+def test_the_cpu_platform_unpacks_a_bundle(bundle: Path, tmp_path: Path, dtype: str | None) -> None:
+    """Published weights and plain ones of the same sizes take the same memory there."""
+    plain = write_config(tmp_path / "plain", PLAIN_V4)
+    write_index(plain, v4.on_cpu(v4_tensors(PLAIN_V4), "BF16", quantised=False))
+    big = msgspec.structs.replace(CPU, memory_mib=131072)
+    stored, unpacked = (make(folder, big, dtype=dtype) for folder in (bundle, plain))
+    assert stored.fits and stored.weights_by_part == unpacked.weights_by_part
+    values = sum(t.elements for t in v4.on_cpu(v4_tensors(small_v4()), "BF16", quantised=False)
+                 if t.part == "experts" and not t.name.startswith("mtp."))  # fmt: skip
+    assert stored.weights_by_part["experts"] == values * (4 if dtype else 2)
+    assert stored.command and "DSPARK_PLUGIN" not in stored.command
+
+
 # --- rules -----------------------------------------------------------------------------------
 
 #: For every rule, a case it applies to: model, machine, options.
@@ -364,13 +403,14 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "lora": ("llama", "small", {"lora": True, "tp": 1}),
     "v4-page": ("v4", "small", {"page_size": 64}),
     "v4-backend": ("v4", "small", {"attention_backend": "fa3"}),
-    "v4-cpu": ("v4", "cpu", {}),
+    "v3-cpu": ("v3", "cpu", {}),
     "v4-groups": ("v4", "wide", {"tp": 16}),
     "v4-fp4-width": ("v4", "wide", {"tp": 32, "attention_dp": 4, "moe_runner": "flashinfer_mxfp4"}),
     "v4-marlin": ("v4", "wide", {"tp": 32, "attention_dp": 4}),
     "marlin-hopper": ("v4", "blackwell", {"moe_runner": "marlin"}),
     "shared-experts-whole": ("v4", "wide", {"tp": 32, "attention_dp": 4}),
-    "v4-builtin": ("v4", "small", {}),
+    "v4-plain": ("v4plain", "small", {}),
+    "v4-plugin": ("v4", "small", {}),
     "ragged-backend": ("llama", "small", {"attention_backend": "flashinfer", "tp": 1}),
     "capture": ("gemma3", "small", {"tp": 1}),
     "gemma4-backend": ("gemma4", "small", {"tp": 1}),
@@ -391,7 +431,13 @@ MACHINES = {
     "cpu": CPU,
     "cpu2": msgspec.structs.replace(CPU, gpus=2),
 }
-CONFIGS = {"gemma3": GEMMA3, "gemma4": GEMMA4 | {"num_hidden_layers": 5, "layer_types": ["sliding_attention", "full_attention"] * 2 + ["full_attention"]}}  # fmt: skip
+PLAIN_V4 = {
+    **small_v4(),
+    "expert_dtype": None,
+    "quantization_config": None,
+    "torch_dtype": "bfloat16",
+}
+CONFIGS = {"gemma3": GEMMA3, "v3": V3, "v4plain": PLAIN_V4, "gemma4": GEMMA4 | {"num_hidden_layers": 5, "layer_types": ["sliding_attention", "full_attention"] * 2 + ["full_attention"]}}  # fmt: skip
 
 
 def test_every_rule_has_a_case() -> None:
@@ -407,7 +453,7 @@ def test_a_rule_applies_where_it_should(
     folder = {"v4": bundle, "llama": llama}.get(name)
     if folder is None:
         folder = write_config(tmp_path / name, CONFIGS[name])
-    own = None if name == "v4" else drafter
+    own = None if name in ("v4", "v4plain", "v3") else drafter
     made = make(folder, MACHINES[machine], drafter=own, config_only=True, **options)
     found = {finding.rule: finding for finding in made.findings}
     assert rule.id in found, sorted(found)
@@ -424,8 +470,9 @@ def test_nothing_is_refused_without_a_reason(llama: Path, drafter: Path) -> None
 def test_the_builtin_verifies_whole_blocks_and_so_takes_more(
     bundle: Path, llama: Path, drafter: Path
 ) -> None:
-    assert make(bundle, lora=True).fits
-    to_all = make(bundle, tp=2, attention_dp=2, moe_a2a="megamoe")
+    assert make(bundle, lora=True, builtin=True).fits
+    assert [f.rule for f in make(bundle, lora=True).refused] == ["lora"]
+    to_all = make(bundle, tp=2, attention_dp=2, moe_a2a="megamoe", builtin=True)
     assert not to_all.refused and to_all.ep == 2
     one = make(bundle, tp=1).weights_by_part["shared_experts"]
     assert to_all.weights_by_part["shared_experts"] == one
@@ -444,7 +491,12 @@ def test_commands_on_two_nodes_name_the_first() -> None:
     words = shlex.split(made.command)
     assert made.fits and made.tp == 16 and made.smallest_tp == 16
     assert words[words.index("--nnodes") + 1] == "2"
-    assert {"SGLANG_SHARED_EXPERT_TP1=1", "DSPARK_PLUGIN=off", "--dist-init-addr"} <= set(words)
+    assert {"SGLANG_SHARED_EXPERT_TP1=1", "--dist-init-addr"} <= set(words)
+    assert not any(word.startswith("DSPARK_") for word in words)
+    off = plan.make(
+        "deepseek-v4-pro-dspark", None, hardware.read("2xh100-80x8"), Options(builtin=True)
+    )
+    assert "DSPARK_PLUGIN=off" in shlex.split(off.command)
 
 
 # --- the command -----------------------------------------------------------------------------

@@ -43,6 +43,9 @@ def test_a_rank_holds_its_share() -> None:
     # 100 rows are padded to 128, and to 192 for three ranks.
     assert rank_bytes(tensor(Split.VOCAB, (100, 4)), Layout(tp=2)) == 64 * 4 * 2
     assert rank_bytes(tensor(Split.VOCAB, (100, 4)), Layout(tp=3)) == 64 * 4 * 2
+    # Without the padding: the first rank has most.
+    assert rank_bytes(tensor(Split.ROWS, (100, 4)), Layout(tp=2)) == 64 * 4 * 2
+    assert rank_bytes(tensor(Split.ROWS, (100, 4)), Layout()) == 100 * 4 * 2
     assert rank_bytes(tensor(Split.WHOLE, (64, 4), kept=""), eight) == 0
 
 

@@ -184,6 +184,20 @@ def is_bundle(config: Mapping[str, Any]) -> bool:
     return any(config.get(key) is not None for key in BUNDLED_KEYS)
 
 
+def bundle_at(directory: Path) -> Path | None:
+    """``directory`` where it is a model's and holds its own drafter; else None.
+
+    Raises:
+        CheckpointError: its ``config.json`` is damaged.
+    """
+    path = directory / "config.json"
+    return (
+        directory
+        if path.is_file() and is_bundle(read_json(path, what="a model's config.json"))
+        else None
+    )
+
+
 def is_gemma4(config: Mapping[str, Any]) -> bool:
     """Whether a drafter's configuration says its layers are Gemma 4's."""
     return GEMMA4 in (config.get("architectures") or ())

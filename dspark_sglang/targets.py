@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from dspark_sglang.checkpoint import bundle_at
 from dspark_sglang.config import read_settings
 from dspark_sglang.errors import CheckpointError
 
@@ -67,6 +68,22 @@ def is_intact(directory: Path) -> bool:
         )
     except (OSError, ValueError, KeyError, TypeError):
         return False
+
+
+def of_drafter(drafter: Path, target: Path | None, *, progress: Progress = _quiet) -> Path:
+    """The target to serve a drafter with.
+
+    Args:
+        drafter: its directory; of a bundle that is the target's too.
+        target: one that was named; None: the bundle's own, else the one fetched once.
+        progress: as of :func:`ensure_target`.
+
+    Raises:
+        CheckpointError: as :func:`ensure_target`, or a configuration that is damaged.
+    """
+    if target is not None:
+        return target
+    return bundle_at(drafter) or ensure_target(progress=progress)
 
 
 def ensure_target(

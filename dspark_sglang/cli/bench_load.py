@@ -114,7 +114,7 @@ def bench_load(
     out: Annotated[Path, typer.Option(help="Where results and logs go.")] = Path("runs/load"),
     drafter: Annotated[Path, typer.Option(help="The drafter to serve.")] = DRAFTER,
     target: Annotated[
-        Path | None, typer.Option(help="The target to serve. Default: SmolLM2, fetched once.")
+        Path | None, typer.Option(help="Default: the bundle itself, else SmolLM2, fetched once.")
     ] = None,
     concurrency: Annotated[str, typer.Option(help="Concurrent requests.")] = "1,8,32",
     temperatures: Annotated[str, typer.Option(help="Temperatures.")] = "0,1",
@@ -136,7 +136,7 @@ def bench_load(
     run = _Run(
         console=console,
         out=out,
-        target=target or targets.ensure_target(),
+        target=targets.of_drafter(drafter, target),
         drafter=drafter,
         modes=_names(modes, "--modes", MODES),
         concurrency=read_numbers(concurrency, "--concurrency", int),

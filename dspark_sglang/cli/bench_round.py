@@ -71,7 +71,7 @@ def bench_round(
 ) -> None:
     """Measure a verification round against a plain decode step, one request at a time."""
     console = Console()
-    target = targets.ensure_target()
+    target = targets.of_drafter(drafter, None)
     prompts = choose_prompts(per_kind)
     both, parts = measure(
         console,

@@ -128,7 +128,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Where results and logs go.")] = Path("runs/demo"),
     drafter: Annotated[Path, typer.Option(help="The drafter to serve.")] = DRAFTER,
     target: Annotated[
-        Path | None, typer.Option(help="The target to serve. Default: SmolLM2, fetched once.")
+        Path | None, typer.Option(help="Default: the bundle itself, else SmolLM2, fetched once.")
     ] = None,
     per_kind: Annotated[int, typer.Option(min=1, max=9, help="Prompts of each kind.")] = 2,
     max_tokens: Annotated[int, typer.Option(min=16, help="Tokens of each answer.")] = 48,
@@ -143,7 +143,7 @@ def demo(
         )
     if target is None:
         with console.status("checking the target model") as status:
-            target = targets.ensure_target(progress=lambda line: status.update(line))
+            target = targets.of_drafter(drafter, None, progress=lambda line: status.update(line))
         console.print(f"[green]✓[/] target: {target}")
     prompts = choose_prompts(per_kind)
     logs = out / "logs"

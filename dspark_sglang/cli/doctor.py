@@ -9,6 +9,7 @@ import msgspec
 import typer
 from rich.console import Console
 
+from dspark_sglang.checkpoint import bundle_at
 from dspark_sglang.errors import DSparkError
 from dspark_sglang.serving import diagnosis, surroundings
 
@@ -22,7 +23,10 @@ def doctor(
     target: Annotated[
         Path | None, typer.Option(help="Check that this target fits here, as `dspark plan` does.")
     ] = None,
-    drafter: Annotated[Path | None, typer.Option(help="Check this drafter directory.")] = None,
+    drafter: Annotated[
+        Path | None,
+        typer.Option(help="Check this drafter directory. Default: the target, if it is a bundle."),
+    ] = None,
     port: Annotated[
         int, typer.Option(min=1, max=65535, help="The port a server is to have.")
     ] = 30000,
@@ -33,6 +37,8 @@ def doctor(
     The server's key is read from API_KEY.
     """
     console = Console(stderr=json)
+    if drafter is None and target is not None:
+        drafter = bundle_at(target)
     with console.status("checking (importing SGLang takes about 10 s)"):
         findings = diagnosis.local()
         findings += surroundings.look(None if url else port, drafter)

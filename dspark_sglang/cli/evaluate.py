@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 
 from dspark_sglang.artifacts import SCHEMA_VERSION, STS_FILE, read_sts, write_json
-from dspark_sglang.checkpoint import weights_digest
+from dspark_sglang.checkpoint import parse_drafter_config, read_config, weights_digest
 from dspark_sglang.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -27,9 +27,10 @@ _TEMPERATURES = (0.0, 1.0)
 
 
 def evaluate(
-    artifact: Annotated[Path, typer.Option(help="The drafter's directory.")],
+    artifact: Annotated[Path, typer.Option(help="The drafter's directory, or a bundle.")],
     target: Annotated[
-        Path | None, typer.Option(help="The target's directory. Default: the bundle, else the demo's.")
+        Path | None,
+        typer.Option(help="The target's directory. Default: the bundle, else the demo's."),
     ] = None,
     prompts: Annotated[
         Path | None,

@@ -90,7 +90,7 @@ def _real(
         )
     if target is None:
         with console.status("checking the target model") as status:
-            target = targets.ensure_target(progress=lambda line: status.update(line))
+            target = targets.of_drafter(drafter, None, progress=lambda line: status.update(line))
     return Real(out, target, drafter, greedy_prompts, draws)
 
 

@@ -26,7 +26,7 @@ def profile(
     ),
     drafter: Annotated[Path, typer.Option(help="The drafter to serve.")] = DRAFTER,
     target: Annotated[
-        Path | None, typer.Option(help="The target to serve. Default: SmolLM2, fetched once.")
+        Path | None, typer.Option(help="Default: the bundle itself, else SmolLM2, fetched once.")
     ] = None,
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
     requests: Annotated[int, typer.Option(min=1, help="Most requests at once.")] = 32,
@@ -50,7 +50,7 @@ def profile(
     shutil.rmtree(cache, ignore_errors=True)
     server: Server = make_server(
         chosen._replace(environment={"DSPARK_CACHE_DIR": str(cache)}),
-        target=target or targets.ensure_target(),
+        target=targets.of_drafter(drafter, target),
         drafter=drafter,
         dtype=dtype,
         port=free_port(),

@@ -70,6 +70,7 @@ def _check(values: dict[str, str]) -> None:
     Raises:
         DSparkError: with the fix.
     """
+    from dspark_sglang.checkpoint import bundle_at
     from dspark_sglang.serving import diagnosis
 
     if values.get("--speculative-algorithm", "").upper() != "DSPARK":
@@ -79,8 +80,9 @@ def _check(values: dict[str, str]) -> None:
             fix="Add it, or start a server without speculation by `sglang serve`.",
         )
     findings = diagnosis.activation()
-    target, drafter = Path(values.get(_MODEL, "")), Path(values.get(_DRAFTER, ""))
-    if values.get(_DRAFTER) and drafter.is_dir() and drafter != target:
+    target = Path(values.get(_MODEL, ""))
+    drafter = Path(values[_DRAFTER]) if values.get(_DRAFTER) else bundle_at(target)
+    if drafter is not None and drafter.is_dir():
         findings += diagnosis.models(target if target.is_dir() else None, drafter)
     for finding in findings:
         if finding.level == "problem":

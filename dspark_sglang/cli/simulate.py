@@ -227,7 +227,7 @@ def published_(
 def fit_(
     out: Annotated[Path, typer.Option(help="The parameters' file.")] = PARAMETERS,
     work: Annotated[Path, typer.Option(help="Where log and cache go.")] = Path("runs/simulate-fit"),
-    target: Annotated[Path | None, typer.Option(help="Default: SmolLM2, fetched once.")] = None,
+    target: Annotated[Path | None, typer.Option(help="Default: the bundle, else SmolLM2.")] = None,
     drafter: Annotated[Path, typer.Option(help="The drafter to serve.")] = DRAFTER,
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
     temperature: Annotated[float, typer.Option(min=0.0, help="Of requests.")] = 1.0,
@@ -265,7 +265,7 @@ def fit_(
              "--speculation", speculation, "--dtype", dtype, "--blocks", str(blocks),
              "--warm-s", f"{warm_s:g}", "--window-s", f"{window_s:g}", "--max-tokens", str(max_tokens)]  # fmt: skip
     fixed: dict[str, Any] = {
-        "target": target or targets.ensure_target(),
+        "target": targets.of_drafter(drafter, target),
         "drafter": drafter,
         "dtype": dtype,
         "slots": max(32, *loads),
@@ -305,7 +305,7 @@ def check_(
     work: Annotated[Path, typer.Option(help="Where log and cache go.")] = Path(
         "runs/simulate-check"
     ),
-    target: Annotated[Path | None, typer.Option(help="Default: SmolLM2, fetched once.")] = None,
+    target: Annotated[Path | None, typer.Option(help="Default: the bundle, else SmolLM2.")] = None,
     drafter: Annotated[Path, typer.Option(help="The drafter to serve.")] = DRAFTER,
     concurrency: Annotated[
         str, typer.Option(help="Loads to compare at; none that was fitted.")

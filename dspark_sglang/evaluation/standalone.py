@@ -15,9 +15,10 @@ import numpy.typing as npt
 import torch
 
 from dspark_sglang.artifacts import DRAFT_VOCAB_FILE, read_draft_vocab
-from dspark_sglang.checkpoint import check_fits, read_config
+from dspark_sglang.checkpoint import check_fits, is_bundle, read_config
 from dspark_sglang.core.lookup import CopyRates, Follower
 from dspark_sglang.core.sts import sigmoid
+from dspark_sglang.errors import CheckpointError
 from dspark_sglang.evaluation.questions import Question
 from dspark_sglang.evaluation.shortlist import score_shortlist
 from dspark_sglang.training.layouts import read_drafter
@@ -52,6 +53,24 @@ class Answer(NamedTuple):
     confidence: Float64
     #: ``[A]`` tokens of the answer that follow each anchor.
     remaining: npt.NDArray[np.int64]
+
+
+def refuse_bundle(drafter: Path, *, instead: str) -> None:
+    """Raise where a drafter lies inside its target: only dense drafters are loaded without a server.
+
+    Args:
+        drafter: its directory.
+        instead: the command that does it.
+
+    Raises:
+        CheckpointError: a bundle, or a configuration that is missing or damaged.
+    """
+    if is_bundle(read_config(drafter, role="drafter")):
+        raise CheckpointError(
+            f"{drafter} is a bundle, a target with its drafter inside.",
+            expected="a dense drafter: a bundle is run by a server only",
+            fix=instead,
+        )
 
 
 def load_pair(target: Path, drafter: Path, *, bf16: bool = True) -> Pair:

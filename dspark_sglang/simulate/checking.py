@@ -76,7 +76,7 @@ def run(
     seen: dict[int, list[Observed]] = {users: [] for users in predicted}
     prompts = list(load_prompts())
     with measure.serving(
-        target=target or targets.ensure_target(),
+        target=targets.of_drafter(drafter, target),
         drafter=drafter,
         dtype=given.dtype,
         slots=given.slots,

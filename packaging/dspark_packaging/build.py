@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 
 from dspark_packaging.card import refuse_foreign_card, write_card
-from dspark_packaging.drafter import read_drafter
+from dspark_packaging.drafter import read_drafter, require_alone
 from dspark_packaging.errors import PackageError
 from dspark_packaging.eval_results import write_eval_results
 from dspark_packaging.fingerprint import check_revision, fingerprint
@@ -100,7 +100,9 @@ def build_artifact(
 
 def _carried(source: Path) -> list[str]:
     """Names to copy from the source."""
-    check_weight_names(read_shards(source))
+    shards = read_shards(source)
+    require_alone(source, shards)
+    check_weight_names(shards)
     names = [CONFIG_FILE, PROVENANCE_FILE, *(path.name for path in weight_files(source))]
     read_config(source, role="drafter")
     if not (source / PROVENANCE_FILE).is_file():

@@ -72,5 +72,5 @@ def _inside(directory: Path, shards: Shards, bundle: BundleRecord) -> Drafter:
         raw=raw,
         config=parse_drafter_config(raw),
         tensors={name: stored.tensor for name, stored in of_drafter(shards).items()},
-        digest=digest_of(directory, files),
+        digest=digest_of(directory, files, v4=True),
     )

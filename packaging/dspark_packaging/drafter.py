@@ -19,6 +19,7 @@ from dspark_sglang.checkpoint import (
     parse_drafter_config,
     read_config,
     weight_files,
+    weights_digest,
 )
 from dspark_sglang.errors import CheckpointError
 
@@ -41,7 +42,7 @@ class Drafter(msgspec.Struct, frozen=True, kw_only=True):
     raw: dict[str, Any]
     config: DrafterConfig
     tensors: dict[str, Tensor]
-    #: SHA-256 over its weight files (:func:`dspark_sglang.checkpoint.weights_digest`).
+    #: Its identity in records (:func:`dspark_sglang.checkpoint.weights_digest`).
     digest: str
 
     @property
@@ -65,25 +66,28 @@ class _File(NamedTuple):
     modified_ns: int
 
 
-#: Digests of this process. A drafter of 40 GB is asked for several times, under several links.
-_known: dict[tuple[_File, ...], str] = {}
+#: Digests of this process, of a V4 drafter or not. 40 GB are asked for several times, under several links.
+_known: dict[tuple[bool, tuple[_File, ...]], str] = {}
 
 
-def digest_of(directory: Path, names: Mapping[str, str]) -> str:
+def digest_of(directory: Path, names: Mapping[str, str], *, v4: bool) -> str:
     """:func:`~dspark_sglang.checkpoint.weights_digest` of files that may have been renamed.
 
     Computed once for files that did not change.
 
     Args:
         directory: where they lie.
-        names: the name each had, and the one it has.
+        names: the name each had, and the one it has; a V4 drafter's identity does not depend on them.
+        v4: the drafter lies under ``mtp.*``, alone or with its target.
     """
     files = []
     for original, here in sorted(names.items()):
         of = (directory / here).stat()
         files.append(_File(original, of.st_dev, of.st_ino, of.st_size, of.st_mtime_ns))
-    key = tuple(files)
-    if key not in _known:
+    key = (v4, tuple(files))
+    if key not in _known and v4:
+        _known[key] = weights_digest(directory)
+    elif key not in _known:
         digest = hashlib.sha256()
         for original, here in sorted(names.items()):
             digest.update(original.encode())
@@ -102,12 +106,31 @@ def read_drafter(directory: Path, shards: Shards | None = None) -> Drafter:
     """
     raw = read_config(directory, role="drafter")
     weights = read_shards(directory) if shards is None else shards
+    config = parse_drafter_config(raw)
+    if config.bundled:
+        require_alone(directory, weights)
+    names = {path.name: path.name for path in weight_files(directory)}
     return Drafter(
         raw=raw,
-        config=parse_drafter_config(raw),
+        config=config,
         tensors={name: stored.tensor for name, stored in weights.tensors.items()},
-        digest=digest_of(directory, {path.name: path.name for path in weight_files(directory)}),
+        digest=digest_of(directory, names, v4=config.bundled),
     )
+
+
+def require_alone(directory: Path, shards: Shards) -> None:
+    """Raise where a V4 drafter lies in one folder with its target, and no record says so.
+
+    Raises:
+        CheckpointError: with the command that takes them apart.
+    """
+    inside = len(of_drafter(shards))
+    if 0 < inside < len(shards.tensors):
+        raise CheckpointError(
+            f"{directory} holds a target with its drafter, and no record of that.",
+            expected="a drafter alone, or a bundle that `dspark package --bundle` made",
+            fix=f"Take it apart first: `dspark package {directory} OUT --split`.",
+        )
 
 
 def check_drafter(directory: Path, drafter: Drafter) -> None:

@@ -7,11 +7,13 @@ import os
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
+import msgspec
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from dspark_packaging import transfer
+from dspark_packaging import smoke, transfer
 from dspark_packaging.apart import split_bundle
 from dspark_packaging.build import BuildOptions, build_artifact
 from dspark_packaging.check import v4_layout
@@ -19,6 +21,7 @@ from dspark_packaging.check.cases import CASES, Case, run_case
 from dspark_packaging.check.keys import make_keys
 from dspark_packaging.check.large import fill_disk
 from dspark_packaging.check.samples import edit, tree, write_package, write_target
+from dspark_packaging.contents import open_package
 from dspark_packaging.errors import PackageError
 from dspark_packaging.fingerprint import fingerprint, revision_of
 from dspark_packaging.headers import read_header
@@ -30,8 +33,10 @@ from dspark_packaging.smoke import obstacle
 from dspark_packaging.transfer import Job, place
 from dspark_packaging.verify_bundle import verify_any
 from dspark_packaging.workspace import workspace
+from dspark_sglang.artifacts import SCHEMA_VERSION, STSArtifact, write_json
 from dspark_sglang.checkpoint import weights_digest
-from dspark_sglang.errors import CheckpointError, DSparkError
+from dspark_sglang.errors import ArtifactError, CheckpointError, DSparkError
+from dspark_sglang.provenance import provenance
 
 WIDTH = v4_layout.Width(experts=2)
 
@@ -172,8 +177,46 @@ def test_v4_pro_layout_packs_verifies_and_splits(v4: tuple[Path, Path], tmp_path
     verify_any(parts.drafter)
 
 
-def test_v4_does_not_fit_on_a_cpu_and_says_so(v4: tuple[Path, Path]) -> None:
-    assert "needs CUDA" in str(obstacle(v4[0], None))
+def test_a_v4_drafter_has_one_identity_alone_in_a_bundle_and_when_it_is_served(
+    v4: tuple[Path, Path], tmp_path: Path
+) -> None:
+    target, drafter = v4
+    bundle = tmp_path / "bundle"
+    build_bundle(target, drafter, bundle)
+    served = weights_digest(bundle)
+    assert open_package(bundle).drafter.digest == served == weights_digest(drafter)
+    # What a server has fitted lies beside the weights, and belongs to them.
+    sts = STSArtifact(schema_version=SCHEMA_VERSION, gamma=v4_layout.GAMMA, drafter_sha256=served,
+                      temperatures=[1.0] * v4_layout.GAMMA, target="v4", blocks=1, ece_before=0.1,
+                      ece_after=0.1, provenance=provenance(["dspark", "calibrate"]))  # fmt: skip
+    write_json(bundle / "sts.json", sts)
+    assert open_package(bundle).records.sts is not None
+    write_json(bundle / "sts.json", msgspec.structs.replace(sts, drafter_sha256="0" * 64))
+    with pytest.raises(ArtifactError, match=r"sts\.json"):
+        open_package(bundle)
+
+
+def test_a_bundle_is_not_packaged_as_a_drafter(v4: tuple[Path, Path], tmp_path: Path) -> None:
+    target, drafter = v4
+    build_bundle(target, drafter, tmp_path / "bundle", JoinOptions(method="copy"))
+    (tmp_path / "bundle" / "dspark_bundle.json").unlink()
+    with pytest.raises(CheckpointError) as caught:
+        build_artifact(tmp_path / "bundle", tmp_path / "out")
+    assert "--split" in caught.value.fix and not (tmp_path / "out").exists()
+
+
+def test_a_v4_bundle_is_loaded_on_a_cpu_where_it_fits(
+    v4: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("sglang")
+    target = v4[0]
+    assert "SGLang's DeepseekV4ForCausalLM has 512" in str(obstacle(target, None))
+    config = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps(config | {"head_dim": 512}))
+    assert obstacle(target, None) is None
+    free = 3 << 30
+    monkeypatch.setattr(smoke.psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
+    assert "GiB of memory are needed" in str(obstacle(target, None))
 
 
 def test_a_next_token_layer_is_replaced_only_when_told(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -36,6 +36,9 @@ def lossless(
     ] = None,
     drafter: Annotated[Path, typer.Option(help="Its drafter.")] = DRAFTER,
     seed: Annotated[int, typer.Option(help="Seed of the tiny models.")] = 0,
+    family: Annotated[
+        Literal["dense", "v4"], typer.Option(help="Of the tiny models of options and mutants.")
+    ] = "dense",
     minutes: Annotated[
         float, typer.Option(min=0, help="Start no further piece after this time. 0: no limit.")
     ] = 0.0,
@@ -56,7 +59,7 @@ def lossless(
         out=out,
         options=chosen,
         parts=wanted,
-        setting=Setting(out, seed, samples, min(mutant_samples, samples)),
+        setting=Setting(out, seed, samples, min(mutant_samples, samples), family),
         real=real,
     )
     summary = run.run(proof, console, clock=clock)

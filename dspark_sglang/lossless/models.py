@@ -35,7 +35,7 @@ SPREAD = 5.0
 #: Scale of what attention and MLPs add: how much a law depends on more than the last token.
 _CONTEXT = 0.35
 #: Logit of repeating the last token, in standard deviations of the others: penalties need repeats.
-_REPEAT = 2.0
+REPEAT = 2.0
 _RANK = 64
 #: Gain of the drafter's last norm: how much its parallel stage disturbs the Markov fit.
 _GAIN = 0.25
@@ -93,7 +93,7 @@ def _random_target(seed: int, heads: tuple[int, int]) -> Any:
             if name.endswith(("o_proj.weight", "down_proj.weight")):
                 std *= _CONTEXT
             parameter.data = torch.randn(parameter.shape, generator=generator) * std
-    model.lm_head.weight.data += _REPEAT / 64 * model.get_input_embeddings().weight.data
+    model.lm_head.weight.data += REPEAT / 64 * model.get_input_embeddings().weight.data
     return model.eval()
 
 
@@ -116,7 +116,7 @@ def spread(logits: torch.Tensor) -> float:
     return float((-(law.exp() * law).sum(-1)).exp().mean())
 
 
-def _scale(logits: torch.Tensor) -> float:
+def scale(logits: torch.Tensor) -> float:
     """The factor at which the laws of ``logits`` have the wanted spread (bisection)."""
     low, high = 0.05, 50.0
     for _ in range(40):
@@ -129,7 +129,7 @@ def write_target(folder: Path, seed: int, heads: tuple[int, int] = HEADS.target)
     """Write the target in float32; returns mean logits after each token, ``[V, V]``."""
     model = _random_target(seed, heads)
     logits = _contexts(model, seed, 8)
-    factor = _scale(logits)
+    factor = scale(logits)
     model.lm_head.weight.data.mul_(factor)
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)

@@ -14,8 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from dspark_sglang.artifacts import write_bytes
 from dspark_sglang.errors import ConfigError
 from dspark_sglang.lossless import plan, sampled, store
-from dspark_sglang.lossless.law import Law, Model
-from dspark_sglang.lossless.models import PROMPT
+from dspark_sglang.lossless.law import Law
 from dspark_sglang.lossless.options import Option
 from dspark_sglang.lossless.real import Real, collect
 from dspark_sglang.lossless.sampled import Setting
@@ -128,9 +127,7 @@ def _encoded(summary: dict[str, Any]) -> bytes:
 def _options(proof: Proof, console: Console, clock: Clock) -> dict[str, Any]:
     setting, found = proof.setting, dict[str, Judged]()
     with console.status("making the tiny target and its drafter"):
-        target, _ = setting.models()
-    with console.status("loading the tiny target"):
-        model = Model(target, PROMPT)
+        model = setting.model()
     if "options" in proof.parts:
         with _bars(console) as bars:
             for option in proof.options:

@@ -6,18 +6,20 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import httpx
 
 from dspark_sglang.demo.server import Server, free_port, serve_command
 from dspark_sglang.errors import ServerError
 from dspark_sglang.lossless import mutants, store
-from dspark_sglang.lossless.law import Law, NextLogits, Output
+from dspark_sglang.lossless.law import Law, Model, NextLogits, Output
 from dspark_sglang.lossless.models import PROMPT, ensure_models
 from dspark_sglang.lossless.options import Option
 from dspark_sglang.lossless.statistics import Test, goodness
 from dspark_sglang.lossless.store import Clock, Judged, Sampled
+from dspark_sglang.lossless.v4 import Model as V4Model
+from dspark_sglang.lossless.v4 import ensure_bundle
 
 #: Requests of one HTTP call.
 CALL = 256
@@ -29,6 +31,7 @@ _ENVIRONMENT = {"DSPARK_CPU_THREADS": "1", "OMP_NUM_THREADS": "1"}
 _GREEDY = {"temperature": 0.0, "max_new_tokens": 5, "ignore_eos": True}
 
 Advance = Callable[[str, int], None]
+Family = Literal["dense", "v4"]
 
 
 class Setting(NamedTuple):
@@ -38,14 +41,24 @@ class Setting(NamedTuple):
     seed: int
     samples: int
     mutant_samples: int
+    family: Family = "dense"
 
     def models(self) -> tuple[Path, Path]:
-        """The target and the drafter."""
-        return ensure_models(self.out / "models", self.seed)
+        """The target and the drafter; of DeepSeek-V4 they are one directory."""
+        if self.family == "dense":
+            return ensure_models(self.out / "models", self.seed)
+        bundle = ensure_bundle(self.out / "models", self.seed)
+        return bundle, bundle
+
+    def model(self) -> NextLogits:
+        """What the target says behind the fixed prompt."""
+        target, _ = self.models()
+        return (Model if self.family == "dense" else V4Model)(target, PROMPT)
 
     def key(self, option: Option, *more: str) -> str:
         """The key of an option's results."""
-        return store.key(self.seed, option.request, dict(option.environment), *more)
+        family = () if self.family == "dense" else (self.family,)
+        return store.key(self.seed, option.request, dict(option.environment), *more, *family)
 
 
 def server(setting: Setting, name: str, *, seed: int, environment: dict[str, str]) -> Server:

@@ -155,3 +155,14 @@ def test_what_the_drafter_reads(weights: dict[str, torch.Tensor], tokens: list[i
     assert not torch.equal(*found)
     same = (found[0].argmax(dim=-1) == found[1].argmax(dim=-1)).float().mean()
     assert same > 0.9
+
+
+@pytest.mark.parametrize("length", [1, 3, 4, 127, 128])
+def test_a_prefix_says_what_the_whole_text_says(length: int, tmp_path: Path) -> None:
+    """Shorter than a block of either ratio, too: no position sees what comes after it."""
+    tiny.write(tmp_path, dtype=torch.float32)
+    reference = Reference.load(tmp_path)
+    tokens = torch.randint(2, 500, (140,), generator=torch.Generator().manual_seed(4)).tolist()
+    whole, part = reference(tokens), reference(tokens[:length])
+    torch.testing.assert_close(part.logits, whole.logits[:length], rtol=0, atol=2e-2)
+    assert float((part.logits - whole.logits[:length]).abs().mean()) < 1e-3

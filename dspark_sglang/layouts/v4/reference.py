@@ -235,9 +235,10 @@ class Reference:
     ) -> torch.Tensor:
         """``[n // ratio, D]`` turned latents of the blocks that have ended, from ``[n, d]`` rows."""
         blocks = len(x) // ratio
+        ended = x[: blocks * ratio]
         rows, gates = (
-            linear(x, self.tensors[f"{prefix}.{name}.weight"])[: blocks * ratio].view(
-                blocks, ratio, -1
+            torch.unflatten(
+                linear(ended, self.tensors[f"{prefix}.{name}.weight"]), 0, (blocks, ratio)
             )
             for name in ("wkv", "wgate")
         )

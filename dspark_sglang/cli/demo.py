@@ -6,7 +6,7 @@ import importlib.metadata
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -126,6 +126,12 @@ def _ties(plain: Server, prompts: list[Prompt], both: Comparison, limit: int) ->
 
 def demo(
     out: Annotated[Path, typer.Option(help="Where results and logs go.")] = Path("runs/demo"),
+    model: Annotated[
+        Literal["smollm2", "v4-tiny"],
+        typer.Option(
+            help="v4-tiny: a random DeepSeek-V4 of 6 MB in the published form, made here."
+        ),
+    ] = "smollm2",
     drafter: Annotated[Path, typer.Option(help="The drafter to serve.")] = DRAFTER,
     target: Annotated[
         Path | None, typer.Option(help="Default: the bundle itself, else SmolLM2, fetched once.")
@@ -135,6 +141,11 @@ def demo(
 ) -> None:
     """Serve a real model without and with DSPARK and show what changes: speed, not text."""
     console = Console()
+    if model == "v4-tiny":
+        from dspark_sglang.layouts.v4 import tiny
+
+        drafter = out / model
+        tiny.write(drafter, published=True)
     if not (drafter / "config.json").is_file():
         raise CheckpointError(
             f"{drafter} holds no drafter.",

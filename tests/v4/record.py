@@ -23,7 +23,7 @@ from dspark_sglang.planning import published
 from dspark_sglang.provenance import machine, versions
 from tests.v4 import recorder
 from tests.v4.planted import BEYOND_TOP_K, MISTAKES, gaps
-from tests.v4.servers import LENGTHS, greedy, prompt, scored, server
+from tests.v4.servers import LENGTHS, generate, greedy, prompt, scored, server
 
 ROOT = Path(__file__).resolve().parents[2]
 #: Tokens of each answer; prompts; requests at a time.
@@ -33,6 +33,7 @@ WAYS: Mapping[str, tuple[tuple[str, ...], Mapping[str, str]]] = {
     "synchronous": ((), {}),
     "overlapped": ((), {"DSPARK_CPU_OVERLAP": "1"}),
     "tp2": (("--tp", "2"), {}),
+    "chunked": (("--chunked-prefill-size", "256"), {}),
 }
 
 
@@ -77,6 +78,28 @@ def measure_greedy(folder: Path) -> dict[str, Any]:
                 accepted = ours.record()["accept_length"]
                 found[f"{way}, accepted length"] = round(float(accepted), 3)
     return found
+
+
+def measure_retracted(folder: Path) -> dict[str, Any]:
+    """Greedy text where KV runs out and requests are retracted and prefilled again."""
+    bundle = folder / "plain"
+    tiny.write(bundle, dtype=torch.float32)
+    given = [prompt(length, seed=length) for length in range(100, 420, 20)]
+    few = ("--max-total-tokens", "3072", "--schedule-conservativeness", "0.01")
+    # Not ``ignore_eos``: SGLang reserves the whole answer of such requests and never retracts them.
+    params = {"sampling_params": {"ignore_eos": False, "min_new_tokens": 0}}
+    with server(bundle, folder / "plain.log", dspark=False) as plain:
+        plain.wait_ready()
+        wanted = [a["output_ids"] for a in generate(plain, given, 300, **params)]
+    with server(bundle, folder / "few.log", dspark=True, extra=few) as ours:
+        ours.wait_ready()
+        ours.update(dspark_speculation=1)
+        found = [a["output_ids"] for a in generate(ours, given, 300, **params)]
+        seen = ours.log.read_text(errors="replace").count("Retract requests")
+    equal = sum(a == b for a, b in zip(found, wanted, strict=True))
+    result = {"equal": equal, "total": len(given), "retractions": seen}
+    print(result, flush=True)
+    return result
 
 
 def measure_reference(folder: Path) -> dict[str, Any]:
@@ -179,6 +202,7 @@ def measure_overlays(folder: Path) -> int:
 
 PARTS: Mapping[str, Callable[[Path], Any]] = {
     "greedy": measure_greedy,
+    "retracted": measure_retracted,
     "reference": measure_reference,
     "drafter": measure_drafter,
     "published_names": measure_names,

@@ -143,11 +143,11 @@ def _refuse_ignored_options(view: Any) -> None:
 
 def _check_placement(view: Any, drafter: DrafterConfig | None) -> None:
     """Refuse a placement that cannot be, where the drafter is known already."""
+    if drafter is None or drafter.bundled:
+        os.environ[_SHARDED_HEAD] = "0"  # where W2 is cut, it is by us
     if view.tp_size == 1 or view.attn_dp_size > 1:
         return
-    if drafter is not None and drafter.bundled:
-        os.environ[_SHARDED_HEAD] = "0"  # W2 is cut by us
-    elif not view.device.startswith("cpu"):
+    if not (drafter is not None and drafter.bundled) and not view.device.startswith("cpu"):
         # The draft's embedding is an exchange of our own over the target's ranks: not in its graph.
         os.environ[_EMBED] = "0"
     if drafter is not None:

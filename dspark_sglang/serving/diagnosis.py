@@ -22,6 +22,7 @@ from dspark_sglang.checkpoint import (
 )
 from dspark_sglang.config import authorization, read_api_key, read_settings
 from dspark_sglang.errors import DSparkError
+from dspark_sglang.layouts.v4.check import check_bundle
 from dspark_sglang.serving import compat, entry
 
 Level = Literal["ok", "warning", "problem"]
@@ -156,7 +157,9 @@ def models(target: Path | None, drafter: Path) -> list[Finding]:
             Finding("ok", f"{drafter}: gamma {config.gamma}, {config.markov_head} Markov head")
         ]
         shape = None if target is None else read_config(target, role="target")
-        if not config.bundled:
+        if config.bundled:
+            check_bundle(drafter)
+        else:
             check_tensors(drafter, config)
         if shape is not None:
             check_fits(config, shape, name=str(target))

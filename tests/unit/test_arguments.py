@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 from drafter_samples import FLAT, SHAPES, TARGET, actionable, write
 
+from dspark_sglang.checkpoint import read_header
 from dspark_sglang.errors import CheckpointError, ConfigError
+from dspark_sglang.layouts.v4 import tiny
 from dspark_sglang.serving import arguments, preflight, preflight_argv
 
 MODE = "SGLANG_RAGGED_VERIFY_MODE"
@@ -78,8 +80,18 @@ def test_a_drafter_nested_in_the_target_is_found(tmp_path: Path) -> None:
     assert config is not None and config.gamma == 3
 
 
-def test_a_bundled_drafter_is_left_to_sglang(tmp_path: Path) -> None:
-    assert arguments._check_drafter(view(tmp_path, None, target={"dspark_block_size": 5})) is None
+def test_a_bundle_is_looked_into_before_it_is_loaded(tmp_path: Path) -> None:
+    tiny.write(tmp_path, published=True)
+    given = view(tmp_path, None)
+    given.model_path = str(tmp_path)
+    found = arguments._check_drafter(given)
+    assert found is not None and found.bundled and found.gamma == 5
+    assert arguments._drafter_directory(given) == tmp_path
+    for path in tmp_path.glob("model-*-of-*.safetensors"):
+        if any(name.startswith("mtp.") for name in read_header(path)):
+            path.unlink()
+    with pytest.raises(CheckpointError):
+        arguments._check_drafter(given)
 
 
 def test_a_hub_name_is_left_to_sglang(tmp_path: Path) -> None:

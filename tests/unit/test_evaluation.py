@@ -343,10 +343,7 @@ def test_candidates_are_those_of_serving_unless_told() -> None:
 def test_a_loss_is_of_what_the_kernels_draft_from() -> None:
     losing = Settings(16, "float32", 0, None, [], Path("loss.json"), False)
     assert losing.following == FOLLOWING
-    assert [losing.candidates(t, 50_000, draft_vocabulary=True) for t in (0.0, 1.0)] == [
-        SHORTLIST,
-        SHORTLIST,
-    ]
+    assert [losing.candidates(t, 50_000) for t in (0.0, 1.0)] == [SHORTLIST, SHORTLIST]
     assert losing._replace(loss=None).following == 0
 
 

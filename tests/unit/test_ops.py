@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+from dspark_sglang.core.draft import SAMPLED_SHORTLIST, WHOLE_VOCABULARY
 from dspark_sglang.core.heads import ConfidenceHead, MarkovHead
 from dspark_sglang.core.sampling import target_weights
 from dspark_sglang.errors import CompatibilityError
@@ -67,9 +68,9 @@ def operations(size: int) -> TorchOps:
     )
 
 
-@pytest.mark.parametrize(("size", "candidates"), [(3000, 1024), (192, 96)])
-def test_sampled_requests_draft_from_a_longer_list(size: int, candidates: int) -> None:
-    """A list cuts the tail of a sampled law off; more than half of a vocabulary is not worth one."""
+def test_sampled_requests_draft_from_a_longer_list() -> None:
+    """A list cuts the tail of a sampled distribution off."""
+    size, candidates = WHOLE_VOCABULARY + 1, SAMPLED_SHORTLIST
     ops = operations(size)
     base = torch.randn((2, 1, size), generator=torch.Generator().manual_seed(1))
     anchors = positions = torch.zeros(2, dtype=torch.int64)
@@ -81,6 +82,11 @@ def test_sampled_requests_draft_from_a_longer_list(size: int, candidates: int) -
     assert block.probs.shape == block.support.shape == (1, 1, candidates)
     assert set(block.support[0, 0].tolist()) == set(base[1, 0].topk(candidates).indices.tolist())
     assert ops.draft(base, torch.zeros(2, 1, 8), anchors, positions, None, None).probs is None
+    # A small vocabulary is not worth one.
+    block = operations(192).draft(
+        base[..., :192], torch.zeros(2, 1, 8), anchors, positions, rows, None
+    )
+    assert block.support is None and block.probs is not None and block.probs.shape[-1] == 192
 
 
 def test_a_step_without_drafted_tokens_draws_as_plain_decoding_does() -> None:

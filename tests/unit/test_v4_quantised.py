@@ -138,7 +138,7 @@ def test_the_tokenizer_takes_any_text(bundles: tuple[Path, Path]) -> None:
     tokenizer = AutoTokenizer.from_pretrained(bundles[0], local_files_only=True)
     assert len(tokenizer) == 512
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1)
-    assert tokenizer.convert_tokens_to_ids("<|noise|>") == 511
+    assert tokenizer.convert_tokens_to_ids("<｜noise｜>") == 511
     for text in ("The heat, then rain.", "Zürich 東京 \n\t{}", "etet"):
         ids = tokenizer.encode(text)
         assert tokenizer.decode(ids) == text
@@ -146,4 +146,4 @@ def test_the_tokenizer_takes_any_text(bundles: tuple[Path, Path]) -> None:
     assert len(tokenizer.encode("etet")) == 2
     assert isinstance(tokenizer.decode(list(range(512))), str)
     said = [{"role": "user", "content": "hi"}]
-    assert tokenizer.apply_chat_template(said, tokenize=False) == "<|begin|>user: hi\n"
+    assert tokenizer.apply_chat_template(said, tokenize=False) == "<｜begin▁of▁sentence｜>user: hi\n"

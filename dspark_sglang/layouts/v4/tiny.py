@@ -30,6 +30,20 @@ from dspark_sglang.layouts.v4.quantised import (
     quantise_fp8,
 )
 
+_BEGIN, _END = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
+#: What SGLang's renderer of V4's prompts (deepseek-recipe 0.2) wants to find in a tokenizer.
+_SPECIALS = (
+    *(
+        "<｜User｜>",
+        "<｜Assistant｜>",
+        "<｜System｜>",
+        "<｜latest_reminder｜>",
+        "<think>",
+        "</think>",
+    ),
+    *("<｜deepseek_image｜>", "<｜ref｜>", "<｜/ref｜>", "<｜box｜>", "<｜/box｜>", "<｜point｜>"),
+    *("<｜/point｜>", "<｜polygon｜>", "<｜/polygon｜>"),
+)
 #: Token ids: the first, the last of a text, and what a block's masked rows hold.
 BOS, EOS, NOISE, VOCAB = 0, 1, 511, 512
 CONFIG: dict[str, Any] = {
@@ -264,13 +278,18 @@ def write_shards(directory: Path, held: Mapping[str, torch.Tensor]) -> None:
 
 
 def write_tokenizer(directory: Path) -> None:
-    """A byte-level tokenizer of 512 tokens: 256 bytes, 253 pairs of letters, three specials."""
-    specials = {"<|begin|>": BOS, "<|end|>": EOS, "<|noise|>": NOISE}
-    pairs = [(first, second) for first in _LETTERS for second in _LETTERS][: VOCAB - 256 - 3]
-    vocab = {"<|begin|>": BOS, "<|end|>": EOS}
-    for text in [*_byte_letters(), *(first + second for first, second in pairs)]:
+    """A byte-level tokenizer of 512 tokens: 256 bytes, the specials that V4's prompts are written with, and pairs of letters."""
+    specials = {_BEGIN: BOS, _END: EOS, "<｜noise｜>": NOISE}
+    vocab = {_BEGIN: BOS, _END: EOS}
+    for text in _byte_letters():
         vocab[text] = len(vocab)
-    vocab["<|noise|>"] = NOISE
+    for text in _SPECIALS:
+        specials[text] = vocab[text] = len(vocab)
+    every = [(first, second) for first in _LETTERS for second in _LETTERS]
+    pairs = every[: VOCAB - len(vocab) - 1]
+    for first, second in pairs:
+        vocab[first + second] = len(vocab)
+    vocab["<｜noise｜>"] = NOISE
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     bytes_level = {
         "type": "ByteLevel",
@@ -304,8 +323,8 @@ def write_tokenizer(directory: Path) -> None:
     }
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": "<|begin|>",
-        "eos_token": "<|end|>",
+        "bos_token": _BEGIN,
+        "eos_token": _END,
         "model_max_length": CONFIG["max_position_embeddings"],
         "clean_up_tokenization_spaces": False,
         "chat_template": "{{ bos_token }}{% for message in messages %}"

@@ -36,6 +36,8 @@ def gaps(
     tokens: Sequence[int],
     logprobs: Sequence[float],
     best: Sequence[int] | None = None,
+    *,
+    first: int = 0,
 ) -> Gaps:
     """Compare with a server's log-probabilities of a prompt.
 
@@ -44,14 +46,15 @@ def gaps(
         tokens: ``[n]`` ids of the prompt.
         logprobs: ``[n - 1]``, of ``tokens[1:]`` (SGLang's first entry, None, left out).
         best: ``[n - 1]`` most likely tokens of the same rows, where the server told them.
+        first: row from which they are compared.
     """
     if len(logprobs) != len(tokens) - 1 or (best is not None and len(best) != len(logprobs)):
         raise ValueError(f"{len(logprobs)} log-probabilities of {len(tokens)} tokens")
-    rows = reference(tokens).logprobs()[:-1].double()
-    own = rows.gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]
-    apart = (own - torch.tensor(logprobs, dtype=torch.float64)).abs()
-    same = None if best is None else int((rows.argmax(dim=1) == torch.tensor(best)).sum())
-    return Gaps(float(apart.max()), float(apart.mean()), same, len(logprobs))
+    rows = reference(tokens).logprobs()[first:-1].double()
+    own = rows.gather(1, torch.tensor(tokens[first + 1 :])[:, None])[:, 0]
+    apart = (own - torch.tensor(logprobs[first:], dtype=torch.float64)).abs()
+    same = None if best is None else int((rows.argmax(dim=1) == torch.tensor(best[first:])).sum())
+    return Gaps(float(apart.max()), float(apart.mean()), same, len(apart))
 
 
 def _set(**changes: Any) -> Mistake:

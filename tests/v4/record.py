@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from tests.v4.planted import BEYOND_TOP_K, MISTAKES, gaps
 from tests.v4.servers import (
     LENGTHS,
     NEAR,
-    clear_prompt,
+    clear_prompts,
     generate,
     greedy,
     prompt,
@@ -37,6 +37,10 @@ from tests.v4.servers import (
 ROOT = Path(__file__).resolve().parents[2]
 #: Tokens of each answer; prompts; requests at a time.
 NEW, PROMPTS, AT_ONCE = 24, 200, (1, 8)
+#: Positions up to which every ended block is attended to, and a prompt well beyond.
+ALL_BLOCKS, LONG = 2048, 3900
+#: Tokens of a prompt, and a server's log-probabilities of all but the first.
+Given = tuple[list[int], list[float]]
 #: Ways in which DSPARK is served: name to flags and variables.
 WAYS: Mapping[str, tuple[tuple[str, ...], Mapping[str, str]]] = {
     "synchronous": ((), {}),
@@ -115,35 +119,51 @@ def measure_reference(folder: Path) -> dict[str, Any]:
     """Log-probabilities of the published form's server against the reference, exact and with mistakes."""
     bundle = folder / "published"
     tiny.write(bundle, published=True)
-    reference, found = Reference.load(bundle), {}
+    reference, double = Reference.load(bundle), Reference.load(bundle, torch.float64)
+    found: dict[str, Any] = {}
+    planted: dict[str, float] = {}
+
+    def plant(given: Given, names: Iterable[str], first: int = 0) -> None:
+        tokens, logprobs = given
+        noise = gaps(reference, tokens, logprobs, first=first).mean
+        for name in names:
+            with MISTAKES[name](reference):
+                moved = gaps(reference, tokens, logprobs, first=first).mean
+            planted[name] = round(moved / noise, 1)
+
     with server(bundle, folder / "reference.log", dspark=True) as ours:
         ours.wait_ready()
-        for length in (140, 600, 2600):
-            long = length > 2048  # the indexer leaves blocks out, and some choice is always close
-            tokens = prompt(length) if long else clear_prompt(reference, length)
-            logprobs, best = scored(ours, tokens)
-            found[str(length)] = gaps(reference, tokens, logprobs, best)._asdict()
-            ties = reference(tokens).near_ties(NEAR)
-            found[str(length)]["near_ties"] = {
-                kind: sum(tie.what == kind for tie in ties) for kind in ("blocks", "experts")
-            }
+        for length in (140, 300, 600):
+            rows = []
+            for tokens in clear_prompts(reference, length, 7):
+                logprobs, best = scored(ours, tokens)
+                exact = gaps(reference, tokens, logprobs, best)
+                own = reference(tokens).logprobs()[:-1].double() - double(tokens).logprobs()[:-1]
+                noise = float(own.gather(1, torch.tensor(tokens[1:])[:, None]).abs().max())
+                rows.append((exact, noise, (tokens, logprobs)))
+            rows.sort(key=lambda row: row[0].mean)
+            found[str(length)] = [
+                exact._asdict() | {"reference_float32_to_float64": noise}
+                for exact, noise, _ in rows
+            ]
             print(length, found[str(length)], flush=True)
-            planted = {}
-            for name, mistake in MISTAKES.items():
-                if (length == 140) or ((length == 2600) != (name in BEYOND_TOP_K)):
-                    continue
-                with mistake(reference):
-                    planted[name] = gaps(reference, tokens, logprobs).mean
-            if planted:
-                noise = found[str(length)]["mean"]
-                found[str(length)]["planted"] = {k: round(v / noise, 1) for k, v in planted.items()}
-    short = [found[length] for length in ("140", "600")]
-    factors = [f for rows in found.values() for f in rows.get("planted", {}).values()]
+        plant(rows[0][2], MISTAKES.keys() - BEYOND_TOP_K)
+        tokens = prompt(LONG)
+        logprobs, best = scored(ours, tokens)
+        ties = reference(tokens).near_ties(NEAR)
+        found[str(LONG)] = gaps(reference, tokens, logprobs, best)._asdict() | {
+            "near_ties": {k: sum(tie.what == k for tie in ties) for k in ("blocks", "experts")}
+        }
+        print(LONG, found[str(LONG)], flush=True)
+        plant((tokens, logprobs), BEYOND_TOP_K, ALL_BLOCKS)  # from where the indexer chooses
+    every = [row for length in ("140", "300", "600") for row in found[length]]
     return {
-        "largest_gap": max(rows["largest"] for rows in short),
-        "mean_gap": max(rows["mean"] for rows in short),
+        "largest_gap": max(row["largest"] for row in every),
+        "median_largest_gap": sorted(row["largest"] for row in every)[len(every) // 2],
+        "median_mean_gap": sorted(row["mean"] for row in every)[len(every) // 2],
         "by_length": found,
-        "planted": {"found": sum(f > 50 for f in factors), "of": len(MISTAKES)},
+        "planted": {"found": sum(f > 50 for f in planted.values()), "of": len(MISTAKES)},
+        "planted_over_noise": planted,
     }
 
 

@@ -45,16 +45,19 @@ def prompt(length: int, seed: int | None = None) -> list[int]:
     return [chosen.randrange(2, 500) for _ in range(length)]
 
 
-def clear_prompt(reference: Reference, length: int) -> list[int]:
-    """The first of the random prompts in which no choice of experts or blocks is nearly a tie.
+def clear_prompts(reference: Reference, length: int, count: int) -> list[list[int]]:
+    """The first random prompts in which no choice of experts or blocks is nearly a tie.
 
     Two right implementations choose otherwise there, and differ visibly from then on.
     """
-    for seed in range(length, length + 40):
+    found: list[list[int]] = []
+    for seed in range(length, length + 40 * count):
         tokens = prompt(length, seed)
         if not reference(tokens).near_ties(NEAR):
-            return tokens
-    raise AssertionError(f"no prompt of {length} tokens without a near-tie")
+            found.append(tokens)
+        if len(found) == count:
+            return found
+    raise AssertionError(f"too few prompts of {length} tokens without a near-tie")
 
 
 def generate(

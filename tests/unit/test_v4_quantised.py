@@ -146,4 +146,6 @@ def test_the_tokenizer_takes_any_text(bundles: tuple[Path, Path]) -> None:
     assert len(tokenizer.encode("etet")) == 2
     assert isinstance(tokenizer.decode(list(range(512))), str)
     said = [{"role": "user", "content": "hi"}]
-    assert tokenizer.apply_chat_template(said, tokenize=False) == "<｜begin▁of▁sentence｜>user: hi\n"
+    assert (
+        tokenizer.apply_chat_template(said, tokenize=False) == "<｜begin▁of▁sentence｜>user: hi\n"
+    )

@@ -191,11 +191,9 @@ def bundle_at(directory: Path) -> Path | None:
         CheckpointError: its ``config.json`` is damaged.
     """
     path = directory / "config.json"
-    return (
-        directory
-        if path.is_file() and is_bundle(read_json(path, what="a model's config.json"))
-        else None
-    )
+    if path.is_file() and is_bundle(read_json(path, what="a model's config.json")):
+        return directory
+    return None
 
 
 def is_gemma4(config: Mapping[str, Any]) -> bool:
@@ -333,11 +331,15 @@ def read_header(path: Path) -> dict[str, Header]:
             slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
             return {n: Header(s.get_dtype(), tuple(s.get_shape())) for n, s in slices.items()}
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path} is damaged: {error}.",
-            expected="a complete safetensors file",
-            fix="Download it again with `hf download`.",
-        ) from error
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{path} is damaged: {error}.",
+        expected="a complete safetensors file",
+        fix="Download it again with `hf download`.",
+    )
 
 
 def read_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
@@ -444,8 +446,7 @@ def weights_digest(directory: Path) -> str:
     Raises:
         CheckpointError: a damaged file of a bundle.
     """
-    path = directory / "config.json"
-    if path.is_file() and is_bundle(read_json(path, what="the drafter's configuration")):
+    if bundle_at(directory) is not None:
         return _bundle_digest(directory)
     digest = hashlib.sha256()
     for path in weight_files(directory):
@@ -464,11 +465,7 @@ def _bundle_digest(directory: Path) -> str:
                 size = int.from_bytes(stream.read(8), "little")
                 header = json.loads(stream.read(size))
         except (OSError, ValueError) as error:
-            raise CheckpointError(
-                f"{path} is damaged: {error}.",
-                expected="a complete safetensors file",
-                fix="Download it again with `hf download`.",
-            ) from error
+            raise _damaged(path, error) from error
         found |= {k: (path, 8 + size, v) for k, v in header.items() if k.startswith("mtp.")}
     digest = hashlib.sha256()
     for name, (path, start, entry) in sorted(found.items()):

@@ -147,7 +147,7 @@ def _check_placement(view: Any, drafter: DrafterConfig | None) -> None:
         os.environ[_SHARDED_HEAD] = "0"  # where W2 is cut, it is by us
     if view.tp_size == 1 or view.attn_dp_size > 1:
         return
-    if not (drafter is not None and drafter.bundled) and not view.device.startswith("cpu"):
+    if (drafter is None or not drafter.bundled) and not view.device.startswith("cpu"):
         # The draft's embedding is an exchange of our own over the target's ranks: not in its graph.
         os.environ[_EMBED] = "0"
     if drafter is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -102,6 +103,10 @@ class DraftModel:
         """
         injector.inject_target_hidden(target_hidden=hidden, cache_loc=slots, positions=positions)
 
+    def own(self, names: Iterable[str]) -> set[str]:
+        """Those tensors of the drafter's checkpoint that are the drafter's."""
+        return set(names)
+
     def take_parts(self) -> None:
         """Let an update bring some tensors: SGLang's loader wants the confidence head's in every load."""
         load = self.module._load_confidence_weights
@@ -164,6 +169,9 @@ class V4DraftModel(DraftModel):
                 positions=positions,
                 pool=injector.draft_model_runner.token_to_kv_pool,
             )
+
+    def own(self, names: Iterable[str]) -> set[str]:
+        return {name for name in names if name.startswith("mtp.")}
 
     def take_parts(self) -> None:
         self.module._assert_confidence_head_loaded = lambda **_: None

@@ -147,10 +147,10 @@ class Weights:
         drafter: folder of the drafter's checkpoint.
         """
         self._worker = worker
-        names = read_shapes(drafter) if drafter.is_dir() else {}
         seat, runner = worker._seat, worker.draft_model_runner
+        names = seat.draft.own(read_shapes(drafter) if drafter.is_dir() else ())
         whole = seat.drafts and (seat.vocabulary is None or seat.head is not None)
-        worker._seat.draft.take_parts()
+        seat.draft.take_parts()
         self._updater = DraftUpdater(runner.weight_updater, names, whole=whole)
         self._target = digest(self._model)
         self._check_drafter()

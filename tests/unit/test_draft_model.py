@@ -61,6 +61,7 @@ def test_v4() -> None:
     assert torch.equal(states, torch.full((3, 5), 4.0))
     assert torch.equal(found.head_input(states), states + 1)
     assert torch.equal(found.logits(states), states * 3)
+    assert found.own(["mtp.0.norm.weight", "layers.0.attn.wkv.weight"]) == {"mtp.0.norm.weight"}
 
 
 @pytest.mark.parametrize(

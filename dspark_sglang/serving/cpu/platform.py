@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import sys
 from typing import Any
 
 import torch
@@ -102,8 +103,6 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
         keep_freed_memory()
 
     def post_load_model(self, model: torch.nn.Module) -> None:
-        import sys
-
         from dspark_sglang.serving.cpu.packing import pack_model
 
         v4 = sys.modules.get("dspark_sglang.serving.cpu.v4.install")

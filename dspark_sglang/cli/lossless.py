@@ -11,7 +11,7 @@ from rich.table import Table
 
 from dspark_sglang import targets
 from dspark_sglang.cli.demo import DRAFTER
-from dspark_sglang.errors import CheckpointError, ConfigError
+from dspark_sglang.errors import CheckpointError
 
 if TYPE_CHECKING:
     from dspark_sglang.lossless.real import Real
@@ -51,13 +51,6 @@ def lossless(
 
     console = Console()
     chosen, wanted = choose(options), run.choose_parts(parts)
-    text = [option.name for option in chosen if {"regex", "stop"} & option.params.keys()]
-    if family == "v4" and text and wanted & {"options", "mutants"}:
-        raise ConfigError(
-            f"--options holds {', '.join(text)}.",
-            expected="options that need no tokenizer where --family is v4: its tiny model has none",
-            fix="Name the others, for example --options temperature,all_filters,logit_bias.",
-        )
     clock = Clock(minutes)
     real = None
     if wanted & _REAL:

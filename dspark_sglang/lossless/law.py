@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
-from dspark_sglang.lossless.models import EOS, VOCABULARY
+from dspark_sglang.lossless.models import EOS, SPECIAL, VOCABULARY
 from dspark_sglang.lossless.options import REGEX, REGEX_PREFIX, ends, text_of
 
 Output = tuple[int, ...]
@@ -76,16 +76,17 @@ def adjust(logits: torch.Tensor, outputs: Sequence[Output], params: Mapping[str,
         if len(output) < params.get("min_new_tokens", 0):
             row[sorted({EOS, *params.get("stop_token_ids", ())})] = float("-inf")
         if "regex" in params:
-            row[~allowed(text_of(output))] = float("-inf")
+            row[~allowed(text_of(output), size)] = float("-inf")
     for token, bias in params.get("logit_bias", {}).items():
         logits[:, int(token)] += bias
 
 
-def allowed(text: str) -> torch.Tensor:
-    """``[V]`` bool: tokens that the grammar allows after ``text``."""
+def allowed(text: str, size: int = len(VOCABULARY)) -> torch.Tensor:
+    """``[V]`` bool: which of ``size`` tokens the grammar allows after ``text``; no special ones but the end."""
     possible = [
-        token > 3 and REGEX_PREFIX.fullmatch(text + VOCABULARY[token]) is not None
-        for token in range(len(VOCABULARY))
+        len(SPECIAL) <= token < len(VOCABULARY)
+        and REGEX_PREFIX.fullmatch(text + VOCABULARY[token]) is not None
+        for token in range(size)
     ]
     possible[EOS] = re.fullmatch(REGEX, text) is not None
     return torch.tensor(possible)

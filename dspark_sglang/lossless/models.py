@@ -8,6 +8,7 @@ scheduling depends on drafted values as it would with a real one.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ import torch
 
 from dspark_sglang.artifacts import write_bytes
 from dspark_sglang.checkpoint import parse_drafter_config
+from dspark_sglang.layouts.v4.tiny import SPECIALS as V4_SPECIALS
 from dspark_sglang.training.config import DrafterSpec
 from dspark_sglang.training.layouts import drafter_config, write_drafter
 from dspark_sglang.training.model import Drafter
@@ -25,8 +27,10 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz"
 DIGITS = "0123456789"
 SINGLES = (*LETTERS, *DIGITS, *LETTERS.upper())
 PAIRS = tuple(letter + digit for letter in LETTERS[:13] for digit in DIGITS)[:126]
-#: Text of every token; special ones have none. More tokens than serving's draft shortlist.
+#: Tokens of the dense model, by text. More than serving's draft shortlist.
 VOCABULARY = (*SPECIAL, *SINGLES, *PAIRS)
+#: Tokens of the V4 model, by text: the same, and what V4's prompts are written with.
+V4_VOCABULARY = (*VOCABULARY, *V4_SPECIALS)
 EOS = 2
 GAMMA = 3
 PROMPT = (1, 9, 40, 77, 130, 23, 68, 101, 55, 180)
@@ -42,16 +46,17 @@ _GAIN = 0.25
 _DONE = "complete"
 
 
-def write_tokenizer(folder: Path) -> None:
-    """A tokenizer whose tokens are one letter, one digit or a letter and a digit."""
+def write_tokenizer(folder: Path, texts: Sequence[str] = VOCABULARY) -> None:
+    """A tokenizer whose tokens are one letter, one digit or a letter and a digit; the others are special."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    vocabulary = {text: token for token, text in enumerate(VOCABULARY)}
+    vocabulary = {text: token for token, text in enumerate(texts)}
+    special = (*SPECIAL, *texts[len(VOCABULARY) :])
     core = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
-    core.add_special_tokens([AddedToken(name, special=True) for name in SPECIAL])
+    core.add_special_tokens([AddedToken(name, special=True) for name in special])
     made = PreTrainedTokenizerFast(
         tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
     )

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dspark_sglang.errors import ConfigError
-from dspark_sglang.lossless.models import EOS, VOCABULARY
+from dspark_sglang.lossless.models import EOS, V4_VOCABULARY, VOCABULARY
 
 #: Tokens of a continuation: one from the prefill, then a whole block and the bonus token, or several
 #: rounds where drafted tokens are rejected.
@@ -115,8 +115,8 @@ def choose(names: str) -> list[Option]:
 
 
 def text_of(tokens: Sequence[int]) -> str:
-    """The text of tokens; special ones have none."""
-    return "".join(VOCABULARY[token] for token in tokens if token > 3)
+    """The text that stops are looked for in; special tokens have theirs."""
+    return "".join(V4_VOCABULARY[token] for token in tokens)
 
 
 def ends(params: Mapping[str, Any], output: Sequence[int]) -> bool:

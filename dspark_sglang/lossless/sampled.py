@@ -71,8 +71,8 @@ def server(setting: Setting, name: str, *, seed: int, environment: dict[str, str
     target, drafter = setting.models()
     port = free_port()
     extra = ["--max-running-requests", str(RUNNING), "--random-seed", str(seed)]
-    if setting.family == "v4":  # its tokens are not those that V4's prompts are written with
-        extra += ["--skip-tokenizer-init", "--swa-full-tokens-ratio", "1.0"]
+    if setting.family == "v4":  # as many window slots as others: the pool is small
+        extra += ["--swa-full-tokens-ratio", "1.0"]
     command = serve_command(target, port, dtype="float32", drafter=drafter, extra=extra)
     return Server(
         command,

@@ -19,11 +19,11 @@ from dspark_sglang.layouts.v4.reference import Reference
 from dspark_sglang.layouts.v4.target import TargetShape
 from dspark_sglang.lossless import models
 from dspark_sglang.lossless.law import Output
-from dspark_sglang.lossless.models import PROMPT, SPECIAL, VOCABULARY, write_tokenizer
+from dspark_sglang.lossless.models import PROMPT, SPECIAL, V4_VOCABULARY, write_tokenizer
 
 _DONE = "complete"
 CONFIG = tiny.CONFIG | {
-    "vocab_size": len(VOCABULARY),
+    "vocab_size": len(V4_VOCABULARY),
     "bos_token_id": 1,
     "eos_token_id": models.EOS,
     "dspark_noise_token_id": SPECIAL.index("<mask>"),
@@ -49,7 +49,7 @@ def _contexts(made: dict[str, torch.Tensor], seed: int, count: int) -> torch.Ten
     reference = Reference(made, TargetShape.from_config(CONFIG))
     generator = torch.Generator().manual_seed(seed + 1)
     prefixes = torch.randint(
-        len(SPECIAL), len(VOCABULARY), (count, len(PROMPT)), generator=generator
+        len(SPECIAL), len(V4_VOCABULARY), (count, len(PROMPT)), generator=generator
     )
     return torch.stack([reference(prefix.tolist()).logits[-1] for prefix in prefixes])
 
@@ -77,6 +77,6 @@ def ensure_bundle(folder: Path, seed: int) -> Path:
     held = {name: value.contiguous() for name, value in plain.items()}
     save_file(held, bundle / "model.safetensors", metadata={"format": "pt"})
     write_bytes(bundle / "config.json", json.dumps(CONFIG, indent=1).encode())
-    write_tokenizer(bundle)
+    write_tokenizer(bundle, V4_VOCABULARY)
     write_bytes(done, str(seed).encode())
     return bundle

@@ -32,7 +32,7 @@ from dspark_sglang.layouts.v4.quantised import (
 
 _BEGIN, _END = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 #: What SGLang's renderer of V4's prompts (deepseek-recipe 0.2) wants to find in a tokenizer.
-_SPECIALS = (
+SPECIALS = (
     *(
         "<｜User｜>",
         "<｜Assistant｜>",
@@ -283,7 +283,7 @@ def write_tokenizer(directory: Path) -> None:
     vocab = {_BEGIN: BOS, _END: EOS}
     for text in _byte_letters():
         vocab[text] = len(vocab)
-    for text in _SPECIALS:
+    for text in SPECIALS:
         specials[text] = vocab[text] = len(vocab)
     every = [(first, second) for first in _LETTERS for second in _LETTERS]
     pairs = every[: VOCAB - len(vocab) - 1]

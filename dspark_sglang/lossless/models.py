@@ -16,7 +16,7 @@ import torch
 
 from dspark_sglang.artifacts import write_bytes
 from dspark_sglang.checkpoint import parse_drafter_config
-from dspark_sglang.layouts.v4.tiny import SPECIALS as V4_SPECIALS
+from dspark_sglang.layouts.v4 import tiny
 from dspark_sglang.training.config import DrafterSpec
 from dspark_sglang.training.layouts import drafter_config, write_drafter
 from dspark_sglang.training.model import Drafter
@@ -30,7 +30,7 @@ PAIRS = tuple(letter + digit for letter in LETTERS[:13] for digit in DIGITS)[:12
 #: Tokens of the dense model, by text. More than serving's draft shortlist.
 VOCABULARY = (*SPECIAL, *SINGLES, *PAIRS)
 #: Tokens of the V4 model, by text: the same, and what V4's prompts are written with.
-V4_VOCABULARY = (*VOCABULARY, *V4_SPECIALS)
+V4_VOCABULARY = (*VOCABULARY, tiny.BEGIN, tiny.END, *tiny.SPECIALS)
 EOS = 2
 GAMMA = 3
 PROMPT = (1, 9, 40, 77, 130, 23, 68, 101, 55, 180)

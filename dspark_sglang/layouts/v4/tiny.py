@@ -30,7 +30,7 @@ from dspark_sglang.layouts.v4.quantised import (
     quantise_fp8,
 )
 
-_BEGIN, _END = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
+BEGIN, END = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 #: What SGLang's renderer of V4's prompts (deepseek-recipe 0.2) wants to find in a tokenizer.
 SPECIALS = (
     *(
@@ -279,8 +279,8 @@ def write_shards(directory: Path, held: Mapping[str, torch.Tensor]) -> None:
 
 def write_tokenizer(directory: Path) -> None:
     """A byte-level tokenizer of 512 tokens: 256 bytes, the specials that V4's prompts are written with, and pairs of letters."""
-    specials = {_BEGIN: BOS, _END: EOS, "<｜noise｜>": NOISE}
-    vocab = {_BEGIN: BOS, _END: EOS}
+    specials = {BEGIN: BOS, END: EOS, "<｜noise｜>": NOISE}
+    vocab = {BEGIN: BOS, END: EOS}
     for text in _byte_letters():
         vocab[text] = len(vocab)
     for text in SPECIALS:
@@ -323,8 +323,8 @@ def write_tokenizer(directory: Path) -> None:
     }
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": _BEGIN,
-        "eos_token": _END,
+        "bos_token": BEGIN,
+        "eos_token": END,
         "model_max_length": CONFIG["max_position_embeddings"],
         "clean_up_tokenization_spaces": False,
         "chat_template": "{{ bos_token }}{% for message in messages %}"

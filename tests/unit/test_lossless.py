@@ -376,7 +376,7 @@ def fake_server(monkeypatch: pytest.MonkeyPatch) -> list[int]:
             return None
 
         def dspark(self) -> dict[str, Any]:
-            return {"ran": {"accept": 1}}
+            return {"ran": {"accept": 1}, "accept_length": 1.5}
 
     def generate(client: Any, running: Any, params: Sequence[dict[str, Any]]) -> list[Output]:
         calls.append(len(params))

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import httpx
-
 from dspark_sglang.demo.server import Server, free_port, serve_command
 from dspark_sglang.layouts.v4.reference import Reference
 
@@ -67,7 +65,7 @@ def generate(
     params = {"temperature": 0, "max_new_tokens": new, "ignore_eos": True}
     params |= more.pop("sampling_params", {})
     body = {"input_ids": tokens, "sampling_params": params, **more}
-    answer = httpx.post(f"{of.url}/generate", json=body, timeout=600)
+    answer = of.http.post("/generate", json=body, timeout=600)
     answer.raise_for_status()
     return answer.json()
 

@@ -1,7 +1,8 @@
 """Weights replaced in a running server: what was made of them is renewed, and whether the drafter still fits is looked at.
 
-SGLang loads an update into the target and then into every draft model. A dense drafter is a checkpoint of its own:
-it takes tensors by its own names alone, and an update of the target's files leaves it as it is.
+SGLang loads an update into the target and then into every draft model. A drafter takes tensors by its own names
+alone. Files are the target's: a dense drafter is a checkpoint of its own and is left as it is, one in the target's
+checkpoint is loaded with it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from sglang.srt.runtime_context import get_parallel
 
-from dspark_sglang.checkpoint import read_shapes
+from dspark_sglang.checkpoint import is_bundle, read_config, read_shapes, weight_files
 from dspark_sglang.core.heads import ConfidenceHead, MarkovHead
 
 logger = logging.getLogger(__name__)
@@ -53,15 +54,19 @@ def unsound(model: torch.nn.Module) -> str | None:
 class DraftUpdater:
     """In the place of SGLang's updater of the draft model."""
 
-    def __init__(self, own: Any, names: Iterable[str], *, whole: bool) -> None:
+    def __init__(
+        self, own: Any, names: Iterable[str], *, whole: bool, bundled: bool = False
+    ) -> None:
         """Args:
         own: SGLang's ``WeightUpdater`` of the draft's runner.
         names: tensors of the drafter's checkpoint.
         whole: whether this rank holds all of them.
+        bundled: whether they lie in the target's checkpoint.
         """
         self._own = own
         self._names = {name for name in names if not name.startswith(_SHARED)}
         self._whole = whole
+        self._bundled = bundled
         #: Whether the drafter has been changed since that was last asked.
         self.loaded = False
 
@@ -77,9 +82,18 @@ class DraftUpdater:
         self.loaded = True
         return load(chosen)
 
-    def update_weights_from_disk(self, *args: Any, **kwargs: Any) -> Loaded:
-        """Nothing: the files are the target's."""
-        return True, _KEPT
+    def update_weights_from_disk(self, model_path: str, load_format: str, **more: Any) -> Loaded:
+        """Load the drafter of the target's new files, if there is one.
+
+        Args:
+            model_path: folder of the target.
+            load_format: SGLang's, as all that follows.
+        """
+        folder = Path(model_path)
+        names = read_shapes(folder) if self._bundled and weight_files(folder) else ()
+        return self._load(
+            names, lambda _: self._own.update_weights_from_disk(model_path, load_format, **more)
+        )
 
     def update_weights_from_ipc(self, recv_req: Any) -> Loaded:
         """Nothing: the tensors are the target's."""
@@ -151,7 +165,8 @@ class Weights:
         names = seat.draft.own(read_shapes(drafter) if drafter.is_dir() else ())
         whole = seat.drafts and (seat.vocabulary is None or seat.head is not None)
         seat.draft.take_parts()
-        self._updater = DraftUpdater(runner.weight_updater, names, whole=whole)
+        bundled = drafter.is_dir() and is_bundle(read_config(drafter, role="drafter"))
+        self._updater = DraftUpdater(runner.weight_updater, names, whole=whole, bundled=bundled)
         self._target = digest(self._model)
         self._check_drafter()
 

@@ -32,14 +32,21 @@ class Target:
     """A frozen Hugging Face causal language model, any architecture.
 
     Raises:
-        CheckpointError: it cannot be loaded, or has no decoder layers to read.
+        CheckpointError: it cannot be loaded, has no decoder layers to read, or is a DeepSeek-V4, which no dense
+            drafter is served with.
     """
 
     def __init__(self, path: str, *, device: str = "cpu", bf16: bool = True) -> None:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
         fix = "Give the directory of a causal language model with its tokenizer."
         try:
+            if AutoConfig.from_pretrained(path).model_type == "deepseek_v4":
+                raise CheckpointError(
+                    f"Target {path} is a DeepSeek-V4.",
+                    expected="a target of dense drafters: V4's own drafter lies in its checkpoint (mtp.*)",
+                    fix="Serve that one; to train it is not possible here yet.",
+                )
             self.model: Any = AutoModelForCausalLM.from_pretrained(
                 path, dtype=torch.bfloat16 if bf16 else torch.float32
             )

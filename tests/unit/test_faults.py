@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 pytest.importorskip("sglang")
 
@@ -158,6 +159,10 @@ class Own:
         self.given.append(named_tensors)
         return True, "Success"
 
+    def update_weights_from_disk(self, model_path: str, load_format: str) -> Any:
+        self.given.append((model_path, load_format))
+        return True, "Success"
+
     def load_weights_from_distributed(self, named_tensors: Any) -> Any:
         self.given.append(named_tensors)
         return True, "Success"
@@ -175,6 +180,17 @@ def test_the_drafter_takes_tensors_of_its_own_names_alone() -> None:
     assert own.given == [[("fc.weight", 4)]] * 2
     assert updater.update_weights_from_disk("/anywhere", "auto")[0]
     assert updater.update_weights_from_ipc(None)[0] and not updater.loaded
+
+
+def test_a_drafter_in_the_targets_files_is_loaded_with_them(tmp_path: Path) -> None:
+    own = Own()
+    updater = weights.DraftUpdater(own, ["mtp.0.a"], whole=True, bundled=True)
+    for name, kept in (("layers.0.a", True), ("mtp.0.a", False)):
+        save_file({name: torch.ones(1)}, tmp_path / "model.safetensors")
+        assert updater.update_weights_from_disk(str(tmp_path), "auto")[0]
+        assert updater.loaded is not kept
+    assert own.given == [(str(tmp_path), "auto")]
+    assert updater.update_weights_from_disk(str(tmp_path / "none"), "auto")[0]
 
 
 def test_a_bucket_is_taken_apart_by_its_names() -> None:

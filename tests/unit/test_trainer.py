@@ -20,6 +20,7 @@ from tiny_training import write_config, write_conversations, write_target
 from dspark_sglang.artifacts import DRAFT_VOCAB_FILE, read_draft_vocab
 from dspark_sglang.checkpoint import check_tensors, parse_drafter_config, read_config
 from dspark_sglang.errors import CheckpointError, ConfigError, DataError, NumericsError
+from dspark_sglang.layouts.v4 import tiny
 from dspark_sglang.training import config as configs
 from dspark_sglang.training.distributed import World
 from dspark_sglang.training.states import StateSource, Target
@@ -40,6 +41,13 @@ def build(config: Path, *overrides: str) -> Trainer:
     settings = configs.read_config(config, overrides)
     target = Target(settings.target, bf16=settings.bf16)
     return Trainer(settings, target, World(), log=lambda line: None)
+
+
+def test_a_v4_is_not_trained_for(tmp_path: Path) -> None:
+    tiny.write(tmp_path / "bundle")
+    with pytest.raises(CheckpointError, match="is a DeepSeek-V4") as error:
+        Target(str(tmp_path / "bundle"))
+    assert "mtp" in error.value.expected
 
 
 def run(config: Path, *flags: str, check: bool = True) -> subprocess.CompletedProcess[str]:

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
+import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +24,8 @@ from dspark_sglang.layouts.v4.names import map_names, published_bundle
 from dspark_sglang.layouts.v4.reference import Reference, load_drafter, load_tensors
 from dspark_sglang.planning import published
 from dspark_sglang.provenance import machine, versions
-from tests.v4 import recorder
+from tests.deploy.v4_flags import FLAGS
+from tests.v4 import overlays, recorder
 from tests.v4.planted import BEYOND_TOP_K, MISTAKES, gaps
 from tests.v4.servers import (
     LENGTHS,
@@ -39,6 +43,18 @@ ROOT = Path(__file__).resolve().parents[2]
 NEW, PROMPTS, AT_ONCE = 24, 200, (1, 8)
 #: Positions up to which every ended block is attended to, and a prompt well beyond.
 ALL_BLOCKS, LONG = 2048, 3900
+#: For the long prompt: with the tiny bundle's four, every product is often negative, and blocks tie at a score of 0.
+INDEX_HEADS = 16
+#: The dense proof's groups of options; each is judged with its mutant.
+OPTIONS = (
+    "temperature",
+    "all_filters",
+    "frequency_penalty",
+    "min_new_tokens",
+    "logit_bias",
+    "grammar",
+    "stop",
+)
 #: Tokens of a prompt, and a server's log-probabilities of all but the first.
 Given = tuple[list[int], list[float]]
 #: Ways in which DSPARK is served: name to flags and variables.
@@ -117,13 +133,13 @@ def measure_retracted(folder: Path) -> dict[str, Any]:
 
 def measure_reference(folder: Path) -> dict[str, Any]:
     """Log-probabilities of the published form's server against the reference, exact and with mistakes."""
-    bundle = folder / "published"
+    bundle, long = folder / "published", folder / "long"
     tiny.write(bundle, published=True)
     reference, double = Reference.load(bundle), Reference.load(bundle, torch.float64)
     found: dict[str, Any] = {}
     planted: dict[str, float] = {}
 
-    def plant(given: Given, names: Iterable[str], first: int = 0) -> None:
+    def plant(reference: Reference, given: Given, names: Iterable[str], first: int = 0) -> None:
         tokens, logprobs = given
         noise = gaps(reference, tokens, logprobs, first=first).mean
         for name in names:
@@ -147,7 +163,11 @@ def measure_reference(folder: Path) -> dict[str, Any]:
                 for exact, noise, _ in rows
             ]
             print(length, found[str(length)], flush=True)
-        plant(rows[0][2], MISTAKES.keys() - BEYOND_TOP_K)
+        plant(reference, rows[0][2], MISTAKES.keys() - BEYOND_TOP_K)
+    tiny.write(long, published=True, changes={"index_n_heads": INDEX_HEADS})
+    reference = Reference.load(long)
+    with server(long, folder / "long.log", dspark=True) as ours:
+        ours.wait_ready()
         tokens = prompt(LONG)
         logprobs, best = scored(ours, tokens)
         ties = reference(tokens).near_ties(NEAR)
@@ -155,7 +175,7 @@ def measure_reference(folder: Path) -> dict[str, Any]:
             "near_ties": {k: sum(tie.what == k for tie in ties) for k in ("blocks", "experts")}
         }
         print(LONG, found[str(LONG)], flush=True)
-        plant((tokens, logprobs), BEYOND_TOP_K, ALL_BLOCKS)  # from where the indexer chooses
+    plant(reference, (tokens, logprobs), BEYOND_TOP_K, ALL_BLOCKS)  # from where it chooses
     every = [row for length in ("140", "300", "600") for row in found[length]]
     return {
         "largest_gap": max(row["largest"] for row in every),
@@ -228,7 +248,44 @@ def measure_names(folder: Path) -> dict[str, Any]:
     return found
 
 
-def measure_overlays(folder: Path) -> int:
+def measure_options(folder: Path) -> dict[str, Any]:
+    """``dspark lossless``: the law of the served text against the reference's, with mutants; resumes."""
+    out = ROOT / "runs" / "lossless-v4"
+    command = [str(Path(sys.executable).with_name("dspark")), "lossless", "--family", "v4"]
+    command += ["--parts", "options,mutants", "--options", ",".join(OPTIONS), "--out", str(out)]
+    subprocess.run(command, check=True)
+    summary = json.loads((out / "summary.json").read_text())
+    return {
+        name: {
+            "p": entry["p_value"],
+            "samples": entry["samples"],
+            "mutant": entry["mutant"],
+            "mutant_rejected": entry["mutant_rejected"],
+        }
+        for name, entry in summary["options"].items()
+    }
+
+
+def measure_overlays(folder: Path) -> dict[str, Any]:
+    """Greedy answers of a server with every overlay's flags, against the reference."""
+    bundle = folder / "published"
+    tiny.write(bundle, published=True)
+    reference, found = Reference.load(bundle), {}
+    for overlay in FLAGS:
+        with overlays.server(overlay, bundle, folder / f"{overlay}.log") as of:
+            began = time.monotonic()
+            of.wait_ready()
+            took = time.monotonic() - began
+            answer = overlays.ask(of, reference)._asdict()
+        found[overlay] = answer | {
+            "start_seconds": round(took, 1),
+            "not_started_here": sorted(FLAGS[overlay].needs),
+        }
+        print(overlay, found[overlay], flush=True)
+    return found
+
+
+def measure_builtin(folder: Path) -> int:
     """Overlays that run SGLang's builtin."""
     files = [p for p in (ROOT / "deploy" / "overlays").rglob("*") if p.is_file()]
     return len({p.parent for p in files if "DSPARK_PLUGIN=off" in p.read_text()})
@@ -240,7 +297,9 @@ PARTS: Mapping[str, Callable[[Path], Any]] = {
     "reference": measure_reference,
     "drafter": measure_drafter,
     "published_names": measure_names,
-    "overlays_on_builtin": measure_overlays,
+    "overlays": measure_overlays,
+    "overlays_on_builtin": measure_builtin,
+    "options": measure_options,
 }
 
 

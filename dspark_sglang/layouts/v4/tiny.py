@@ -16,6 +16,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -231,6 +232,7 @@ def write(
     seed: int = 0,
     dtype: torch.dtype = torch.bfloat16,
     published: bool = False,
+    changes: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
     """Write a bundle: configuration, weights and tokenizer.
 
@@ -240,14 +242,16 @@ def write(
         dtype: of plain weights; not used where ``published``.
         published: several shards with an index and the published types, instead of one file of
             plain weights.
+        changes: of the configuration.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    made = tensors(CONFIG, seed)
+    config = CONFIG | dict(changes)
+    made = tensors(config, seed)
     if published:
-        config = CONFIG | PUBLISHED | {"torch_dtype": "bfloat16"}
+        config |= PUBLISHED | {"torch_dtype": "bfloat16"}
         write_shards(directory, published_form(made))
     else:
-        config = CONFIG | {"torch_dtype": str(dtype).removeprefix("torch.")}
+        config |= {"torch_dtype": str(dtype).removeprefix("torch.")}
         held = {name: value.contiguous() for name, value in plain_form(made, dtype).items()}
         save_file(held, directory / "model.safetensors", metadata={"format": "pt"})
     write_bytes(directory / "config.json", json.dumps(config, indent=2).encode())

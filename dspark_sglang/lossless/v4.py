@@ -1,7 +1,7 @@
 """A tiny DeepSeek-V4 bundle whose output distribution can be enumerated by the layout's reference.
 
 Its drafter's Markov head approximates what the target says after each token, so that it is right often and wrong
-often. It has one layer of each kind, and a block as long as an output allows; everything else is as in
+often. It has few layers, of every kind, and a block as long as an output allows; everything else is as in
 :mod:`dspark_sglang.layouts.v4.tiny`.
 """
 
@@ -29,11 +29,11 @@ CONFIG = tiny.CONFIG | {
     "eos_token_id": models.EOS,
     "dspark_noise_token_id": SPECIAL.index("<mask>"),
     "torch_dtype": "float32",
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 4,
     "num_hash_layers": 1,
-    "compress_ratios": [0, 4, 128, 0, 0],
+    "compress_ratios": [0, 0, 4, 128, 0, 0],
     "num_nextn_predict_layers": 2,
-    "dspark_target_layer_ids": [1, 2],
+    "dspark_target_layer_ids": [2, 3],
     "dspark_block_size": models.GAMMA,
 }
 

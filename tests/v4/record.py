@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,8 @@ from tests.v4.servers import (
 ROOT = Path(__file__).resolve().parents[2]
 #: Tokens of each answer; prompts; requests at a time.
 NEW, PROMPTS, AT_ONCE = 24, 200, (1, 8)
+#: Prompts in bfloat16.
+FEW = 40
 #: Positions up to which every ended block is attended to, and a prompt well beyond.
 ALL_BLOCKS, LONG = 2048, 3900
 #: For the long prompt: with the tiny bundle's four, every product is often negative, and blocks tie at a score of 0.
@@ -57,8 +59,10 @@ OPTIONS = (
 )
 #: Tokens of a prompt, and a server's log-probabilities of all but the first.
 Given = tuple[list[int], list[float]]
-#: Ways in which DSPARK is served: name to flags and variables.
-WAYS: Mapping[str, tuple[tuple[str, ...], Mapping[str, str]]] = {
+#: Flags and variables of a server.
+Way = tuple[tuple[str, ...], Mapping[str, str]]
+#: Ways in which DSPARK is served.
+WAYS: Mapping[str, Way] = {
     "synchronous": ((), {}),
     "overlapped": ((), {"DSPARK_CPU_OVERLAP": "1"}),
     "tp2": (("--tp", "2"), {}),
@@ -82,25 +86,54 @@ def near_tie(of: Server, tokens: list[int], one: list[int], other: list[int]) ->
 
 def measure_greedy(folder: Path) -> dict[str, Any]:
     """Greedy text of every way of serving against plain decoding's."""
-    bundle, given = folder / "plain", prompts()
-    tiny.write(bundle, dtype=torch.float32)
+    return summed(compared(folder, "float32", prompts(), WAYS))
+
+
+def measure_bfloat16(folder: Path) -> dict[str, Any]:
+    """The same in bfloat16, in which plain decoding alone differs from itself in a batch."""
+    ways = {"synchronous": WAYS["synchronous"]}
+    return summed(compared(folder, "bfloat16", prompts()[:FEW], ways))
+
+
+def summed(found: dict[str, Any]) -> dict[str, Any]:
+    """The same with sums over all ways of serving."""
+    ways = [way for name, way in found.items() if "at once" in name]
+    return {
+        "equal": sum(way["equal"] for way in ways),
+        "total": sum(way["total"] for way in ways),
+        "near_ties": sum(len([g for g in way["near_ties"] if g < NEAR]) for way in ways),
+        "ways": found,
+    }
+
+
+def compared(
+    folder: Path, dtype: str, given: list[list[int]], ways: Mapping[str, Way]
+) -> dict[str, Any]:
+    """Texts of plain decoding and of DSPARK, and how close the tokens were where they differ."""
+    bundle, total = folder / "plain", len(given)
+    tiny.write(bundle, dtype=getattr(torch, dtype))
     found: dict[str, Any] = {}
-    with server(bundle, folder / "plain.log", dspark=False) as plain:
+    with server(bundle, folder / "plain.log", dspark=False, dtype=dtype) as plain:
         plain.wait_ready()
         wanted = {n: greedy(plain, given, NEW, at_once=n) for n in AT_ONCE}
-        for way, (flags, variables) in WAYS.items():
+        one, other = (wanted[n] for n in AT_ONCE)
+        own = sum(a == b for a, b in zip(one, other, strict=True))
+        found["plain decoding, alone against in a batch"] = {"equal": own, "total": total}
+        for way, (flags, variables) in ways.items():
+            plain.pause()  # its idle loop polls
             log = folder / f"{way}.log"
-            ours = server(bundle, log, dspark=True, extra=flags, environment=variables)
+            ours = server(bundle, log, dspark=True, dtype=dtype, extra=flags, environment=variables)
             with ours:
                 ours.wait_ready()
                 ours.update(dspark_speculation=1)
+                texts = {n: greedy(ours, given, NEW, at_once=n) for n in AT_ONCE}
+                plain.resume()
                 for n in AT_ONCE:
-                    texts = greedy(ours, given, NEW, at_once=n)
-                    differ = [k for k in range(PROMPTS) if texts[k] != wanted[n][k]]
-                    ties = [near_tie(plain, given[k], wanted[n][k], texts[k]) for k in differ]
+                    differ = [k for k in range(total) if texts[n][k] != wanted[n][k]]
+                    ties = [near_tie(plain, given[k], wanted[n][k], texts[n][k]) for k in differ]
                     found[f"{way}, {n} at once"] = {
-                        "equal": PROMPTS - len(differ),
-                        "total": PROMPTS,
+                        "equal": total - len(differ),
+                        "total": total,
                         "near_ties": [round(gap, 6) for gap in ties],
                     }
                     print(way, n, found[f"{way}, {n} at once"], flush=True)
@@ -198,10 +231,12 @@ def measure_drafter(folder: Path) -> dict[str, Any]:
             ours.update(dspark_speculation=1)
             greedy(ours, [prompt(length) for length in LENGTHS], NEW, at_once=4)
     drafter = load_drafter(bundle, torch.float32)
-    head = load_tensors(bundle)[1]["head.weight"]
-    embedding = load_tensors(bundle)[1]["embed.weight"]
+    tensors = load_tensors(bundle)[1]
+    head, embedding = tensors["head.weight"], tensors["embed.weight"]
+    first, second = (tensors[f"mtp.2.markov_head.markov_w{n}.weight"] for n in (1, 2))
     held: dict[int, torch.Tensor] = {}
     apart, logits_apart, same, rows = [], [], 0, 0
+    lists: dict[str, list[torch.Tensor]] = {}
     for event in torch.load(recording):
         if "context" in event:
             held |= dict(zip(event["slots"].tolist(), event["context"], strict=True))
@@ -224,15 +259,49 @@ def measure_drafter(folder: Path) -> dict[str, Any]:
             logits_apart.append(float((logits - event["logits"][own].float()).abs().max()))
             same += int((logits.argmax(-1) == event["logits"][own].argmax(-1)).sum())
             rows += drafter.gamma
+            anchor_token = int(event["anchors"][index])
+            for name, kept in listed(event["logits"][own].float(), first @ second.T, anchor_token):
+                lists.setdefault(name, []).append(kept)
     found = {
         "largest_gap": max(apart),
         "largest_logit_gap": max(logits_apart),
         "blocks": len(apart),
         "argmax_equal": same,
         "rows": rows,
+        # Of the tokens that the whole vocabulary would draft, by position.
+        "share_in_list": {
+            name: [round(float(s), 4) for s in torch.stack(kept).double().mean(0)]
+            for name, kept in lists.items()
+        },
     }
     print(found, flush=True)
     return found
+
+
+def listed(
+    base: torch.Tensor, bias: torch.Tensor, anchor: int
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Whether lists of an eighth of the vocabulary hold the tokens that are drafted greedily from all of it.
+
+    Args:
+        base: ``[gamma, V]`` base logits of a block.
+        bias: ``[V, V]`` the Markov head's, by the token before.
+        anchor: the token before the block.
+
+    Yields:
+        What a list is chosen by, and ``[gamma]`` bool.
+    """
+    size, before, rows = base.shape[1] // 8, anchor, []
+    for row in base:
+        chosen = int((row + bias[before]).argmax())
+        best, follow = row.argsort(descending=True), bias[before].argsort(descending=True)
+        rows.append(
+            (chosen in best[:size], chosen in best[: size // 2] or chosen in follow[: size // 2])
+        )
+        before = chosen
+    both = torch.tensor(rows)
+    yield f"base logits ({size})", both[:, 0]
+    yield f"base logits ({size // 2}) and bias ({size // 2})", both[:, 1]
 
 
 def measure_names(folder: Path) -> dict[str, Any]:
@@ -293,6 +362,7 @@ def measure_builtin(folder: Path) -> int:
 
 PARTS: Mapping[str, Callable[[Path], Any]] = {
     "greedy": measure_greedy,
+    "bfloat16": measure_bfloat16,
     "retracted": measure_retracted,
     "reference": measure_reference,
     "drafter": measure_drafter,
@@ -316,7 +386,9 @@ def main() -> None:
         result |= {"machine": machine(), "versions": versions()}
         if "greedy" in result:
             ways = [
-                v for k, v in result["greedy"].items() if k.startswith("tp2,") and "at once" in k
+                v
+                for k, v in result["greedy"]["ways"].items()
+                if k.startswith("tp2, ") and "at once" in k
             ]
             result["tp2_equal"] = all(way["equal"] == way["total"] for way in ways)
         given.out.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n")

@@ -1,7 +1,7 @@
 """Write ``docs/results/v4.json``: what was measured of DeepSeek-V4 served by our algorithm.
 
 ``python -m tests.v4.record``: every part starts the servers that it needs, one pair at a time, on the tiny bundle.
-``--only greedy,reference`` measures some parts and keeps the others as the file has them.
+``--only greedy/tp2,reference`` measures some parts, and one way of a part, and keeps the others as the file has them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 
@@ -59,14 +60,21 @@ OPTIONS = (
 )
 #: Tokens of a prompt, and a server's log-probabilities of all but the first.
 Given = tuple[list[int], list[float]]
-#: Flags and variables of a server.
-Way = tuple[tuple[str, ...], Mapping[str, str]]
-#: Ways in which DSPARK is served.
+
+
+class Way(NamedTuple):
+    """How DSPARK is served. Plain decoding has as many ranks: other sums round latents another way."""
+
+    ranks: int = 1
+    flags: tuple[str, ...] = ()
+    variables: Mapping[str, str] = MappingProxyType({})
+
+
 WAYS: Mapping[str, Way] = {
-    "synchronous": ((), {}),
-    "overlapped": ((), {"DSPARK_CPU_OVERLAP": "1"}),
-    "tp2": (("--tp", "2"), {}),
-    "chunked": (("--chunked-prefill-size", "256"), {}),
+    "synchronous": Way(),
+    "overlapped": Way(variables={"DSPARK_CPU_OVERLAP": "1"}),
+    "tp2": Way(ranks=2),
+    "chunked": Way(flags=("--chunked-prefill-size", "256")),
 }
 
 
@@ -84,25 +92,24 @@ def near_tie(of: Server, tokens: list[int], one: list[int], other: list[int]) ->
     return abs(both[0] - both[1])
 
 
-def measure_greedy(folder: Path) -> dict[str, Any]:
+def measure_greedy(folder: Path, ways: Mapping[str, Way] = WAYS) -> dict[str, Any]:
     """Greedy text of every way of serving against plain decoding's."""
-    return summed(compared(folder, "float32", prompts(), WAYS))
+    return compared(folder, "float32", prompts(), ways)
 
 
 def measure_bfloat16(folder: Path) -> dict[str, Any]:
     """The same in bfloat16, in which plain decoding alone differs from itself in a batch."""
-    ways = {"synchronous": WAYS["synchronous"]}
-    return summed(compared(folder, "bfloat16", prompts()[:FEW], ways))
+    return summed(compared(folder, "bfloat16", prompts()[:FEW], {"synchronous": Way()}))
 
 
-def summed(found: dict[str, Any]) -> dict[str, Any]:
+def summed(ways: dict[str, Any]) -> dict[str, Any]:
     """The same with sums over all ways of serving."""
-    ways = [way for name, way in found.items() if "at once" in name]
+    every = [way[f"{n} at once"] for way in ways.values() for n in AT_ONCE]
     return {
-        "equal": sum(way["equal"] for way in ways),
-        "total": sum(way["total"] for way in ways),
-        "near_ties": sum(len([g for g in way["near_ties"] if g < NEAR]) for way in ways),
-        "ways": found,
+        "equal": sum(one["equal"] for one in every),
+        "total": sum(one["total"] for one in every),
+        "near_ties": sum(sum(gap < NEAR for gap in one["gaps"]) for one in every),
+        "ways": ways,
     }
 
 
@@ -110,35 +117,48 @@ def compared(
     folder: Path, dtype: str, given: list[list[int]], ways: Mapping[str, Way]
 ) -> dict[str, Any]:
     """Texts of plain decoding and of DSPARK, and how close the tokens were where they differ."""
-    bundle, total = folder / "plain", len(given)
+    bundle, total, found = folder / "plain", len(given), dict[str, Any]()
     tiny.write(bundle, dtype=getattr(torch, dtype))
-    found: dict[str, Any] = {}
-    with server(bundle, folder / "plain.log", dspark=False, dtype=dtype) as plain:
-        plain.wait_ready()
-        wanted = {n: greedy(plain, given, NEW, at_once=n) for n in AT_ONCE}
-        one, other = (wanted[n] for n in AT_ONCE)
-        own = sum(a == b for a, b in zip(one, other, strict=True))
-        found["plain decoding, alone against in a batch"] = {"equal": own, "total": total}
-        for way, (flags, variables) in ways.items():
-            plain.pause()  # its idle loop polls
-            log = folder / f"{way}.log"
-            ours = server(bundle, log, dspark=True, dtype=dtype, extra=flags, environment=variables)
-            with ours:
-                ours.wait_ready()
-                ours.update(dspark_speculation=1)
-                texts = {n: greedy(ours, given, NEW, at_once=n) for n in AT_ONCE}
+    for ranks in sorted({way.ranks for way in ways.values()}):
+        several = ("--tp", str(ranks))
+        with server(
+            bundle, folder / f"plain{ranks}.log", dspark=False, dtype=dtype, extra=several
+        ) as plain:
+            plain.wait_ready()
+            wanted = {n: greedy(plain, given, NEW, at_once=n) for n in AT_ONCE}
+            alone, batched = (wanted[n] for n in AT_ONCE)
+            own = sum(a == b for a, b in zip(alone, batched, strict=True))
+            for name, way in ways.items():
+                if way.ranks != ranks:
+                    continue
+                plain.pause()  # its idle loop polls
+                ours = server(
+                    bundle,
+                    folder / f"{name}.log",
+                    dspark=True,
+                    dtype=dtype,
+                    extra=(*several, *way.flags),
+                    environment=way.variables,
+                )
+                with ours:
+                    ours.wait_ready()
+                    ours.update(dspark_speculation=1)
+                    texts = {n: greedy(ours, given, NEW, at_once=n) for n in AT_ONCE}
+                    accepted = float(ours.record()["accept_length"])
                 plain.resume()
+                found[name] = {
+                    "accepted_length": round(accepted, 3),
+                    "plain_alone_as_in_a_batch": own,
+                }
                 for n in AT_ONCE:
                     differ = [k for k in range(total) if texts[n][k] != wanted[n][k]]
-                    ties = [near_tie(plain, given[k], wanted[n][k], texts[n][k]) for k in differ]
-                    found[f"{way}, {n} at once"] = {
+                    gaps = [near_tie(plain, given[k], wanted[n][k], texts[n][k]) for k in differ]
+                    found[name][f"{n} at once"] = {
                         "equal": total - len(differ),
                         "total": total,
-                        "near_ties": [round(gap, 6) for gap in ties],
+                        "gaps": [round(gap, 6) for gap in gaps],
                     }
-                    print(way, n, found[f"{way}, {n} at once"], flush=True)
-                accepted = ours.record()["accept_length"]
-                found[f"{way}, accepted length"] = round(float(accepted), 3)
+                print(name, found[name], flush=True)
     return found
 
 
@@ -380,17 +400,23 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(PARTS), help="parts, separated by commas")
     given = parser.parse_args()
     result: dict[str, Any] = json.loads(given.out.read_text()) if given.out.is_file() else {}
-    for part in given.only.split(","):
+    for wanted in given.only.split(","):
+        part, _, way = wanted.partition("/")
+        if part not in PARTS or way and (part != "greedy" or way not in WAYS):
+            parser.error(
+                f"--only names {wanted!r}: expected some of {', '.join([*PARTS, *(f'greedy/{w}' for w in WAYS)])}"
+            )
         with tempfile.TemporaryDirectory() as folder:
-            result[part] = PARTS[part](Path(folder))
+            if part == "greedy":
+                known = result.get(part, {}).get("ways", {})
+                new = measure_greedy(Path(folder), {way: WAYS[way]} if way else WAYS)
+                result[part] = summed(known | new)
+            else:
+                result[part] = PARTS[part](Path(folder))
         result |= {"machine": machine(), "versions": versions()}
-        if "greedy" in result:
-            ways = [
-                v
-                for k, v in result["greedy"]["ways"].items()
-                if k.startswith("tp2, ") and "at once" in k
-            ]
-            result["tp2_equal"] = all(way["equal"] == way["total"] for way in ways)
+        if "tp2" in result.get("greedy", {}).get("ways", {}):
+            one = summed({"tp2": result["greedy"]["ways"]["tp2"]})
+            result["tp2_equal"] = one["equal"] == one["total"]
         given.out.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n")
 
 

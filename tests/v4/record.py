@@ -402,7 +402,7 @@ def main() -> None:
     result: dict[str, Any] = json.loads(given.out.read_text()) if given.out.is_file() else {}
     for wanted in given.only.split(","):
         part, _, way = wanted.partition("/")
-        if part not in PARTS or way and (part != "greedy" or way not in WAYS):
+        if part not in PARTS or (way and (part != "greedy" or way not in WAYS)):
             parser.error(
                 f"--only names {wanted!r}: expected some of {', '.join([*PARTS, *(f'greedy/{w}' for w in WAYS)])}"
             )

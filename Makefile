@@ -7,10 +7,10 @@ STAMP := $(VENV)/.dspark-installed
 SEED ?= 1
 SOURCES := dspark_sglang kernels packaging loadtests tests requirements
 
-.PHONY: help install demo test test-unit test-server lint format typecheck bench bench-kernels bench-load bench-load-full bench-faults bench-placement bench-selfcheck lossless simulate-fit simulate-check simulate-published net never-ends v4 report package-check deploy-check drill deploy-arguments deploy-rendered gpu lock wheel clean
+.PHONY: help install demo test test-unit test-server lint format typecheck bench bench-kernels bench-load bench-load-full bench-faults bench-placement bench-selfcheck lossless simulate-fit simulate-check simulate-published net never-ends structure v4 v4-cuda report package-check deploy-check drill deploy-arguments deploy-rendered gpu lock wheel clean
 
 help:  ## Show what can be made
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 $(STAMP): requirements/cpu.lock pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found. Expected Python 3.11. Install it or pass PYTHON=..."; exit 2; }
@@ -84,8 +84,14 @@ net: install  ## Two thousand random requests to a plain server and to one with 
 never-ends: net  ## The same, every case and every planted fault: docs/results/never-ends.json
 	$(BIN)/python -m tests.net.record --net runs/net/plain.json --net runs/net/overlap.json
 
+structure: install  ## How large the code is and how far one walks through it: docs/results/structure.json
+	$(BIN)/python -m tests.structure
+
 v4: install  ## DeepSeek-V4's tiny bundle against plain decoding and its reference: docs/results/v4.json (about half an hour)
 	$(BIN)/python -m tests.v4.record
+
+v4-cuda: install  ## Compile SGLang's CUDA and Triton sources of V4's leaves for Hopper; needs nvcc, no GPU (about 10 minutes)
+	$(BIN)/python -m pytest -q -s tests/v4/test_cuda_sources.py
 
 report: install  ## Measure, simulate, work out what it is worth: one page (about 20 minutes)
 	$(BIN)/dspark report

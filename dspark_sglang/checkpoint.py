@@ -13,12 +13,12 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
-from safetensors import SafetensorError, safe_open
 
 from dspark_sglang.errors import CheckpointError
+from dspark_sglang.safetensors import Tensor, read_header
 
 BUNDLED_KEYS = (
     "dspark_block_size",
@@ -313,35 +313,6 @@ def weight_files(directory: Path) -> list[Path]:
     return sorted(directory.glob("*.safetensors"))
 
 
-class Header(NamedTuple):
-    """One stored tensor: its type as safetensors calls it (``BF16``, ``F8_E4M3``), and its shape."""
-
-    type: str
-    shape: tuple[int, ...]
-
-
-def read_header(path: Path) -> dict[str, Header]:
-    """Type and shape of every tensor of one safetensors file; no weight is read.
-
-    Raises:
-        CheckpointError: it is damaged.
-    """
-    try:
-        with safe_open(path, framework="np") as handle:
-            slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
-            return {n: Header(s.get_dtype(), tuple(s.get_shape())) for n, s in slices.items()}
-    except (SafetensorError, OSError) as error:
-        raise _damaged(path, error) from error
-
-
-def _damaged(path: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(
-        f"{path} is damaged: {error}.",
-        expected="a complete safetensors file",
-        fix="Download it again with `hf download`.",
-    )
-
-
 def read_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
     """Name and shape of every stored tensor, from the files' headers.
 
@@ -357,7 +328,7 @@ def read_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
         )
     shapes: dict[str, tuple[int, ...]] = {}
     for path in files:
-        shapes |= {name: header.shape for name, header in read_header(path).items()}
+        shapes |= {name: tensor.shape for name, tensor in read_header(path).tensors.items()}
     return shapes
 
 
@@ -458,22 +429,17 @@ def weights_digest(directory: Path) -> str:
 
 
 def _bundle_digest(directory: Path) -> str:
-    found: dict[str, tuple[Path, int, dict[str, Any]]] = {}
+    found: dict[str, tuple[Path, int, Tensor]] = {}
     for path in weight_files(directory):
-        try:
-            with path.open("rb") as stream:
-                size = int.from_bytes(stream.read(8), "little")
-                header = json.loads(stream.read(size))
-        except (OSError, ValueError) as error:
-            raise _damaged(path, error) from error
-        found |= {k: (path, 8 + size, v) for k, v in header.items() if k.startswith("mtp.")}
+        header = read_header(path)
+        own = ((name, t) for name, t in header.tensors.items() if name.startswith("mtp."))
+        found |= {name: (path, header.start, tensor) for name, tensor in own}
     digest = hashlib.sha256()
-    for name, (path, start, entry) in sorted(found.items()):
-        digest.update(f"{name} {entry['dtype']} {entry['shape']}".encode())
+    for name, (path, start, tensor) in sorted(found.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         if ".experts." in name:
             continue
-        low, high = entry["data_offsets"]
         with path.open("rb") as stream:
-            stream.seek(start + low)
-            digest.update(stream.read(high - low))
+            stream.seek(start + tensor.data_offsets[0])
+            digest.update(stream.read(tensor.nbytes))
     return digest.hexdigest()

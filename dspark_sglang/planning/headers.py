@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import struct
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -11,20 +9,14 @@ from typing import NamedTuple
 from dspark_sglang.checkpoint import read_json, weight_files
 from dspark_sglang.errors import CheckpointError
 from dspark_sglang.planning.tensors import Tensor, disk_bytes
+from dspark_sglang.safetensors import Tensor as Header
+from dspark_sglang.safetensors import read_header
 
 INDEX = "model.safetensors.index.json"
 #: Names that SGLang skips when it loads, wherever they are.
 _SKIPPED = ("rotary_emb.inv_freq",)
 #: Copies of the target's that drafters and tied targets may carry; SGLang leaves them out.
 COPIES = ("embed_tokens.weight", "lm_head.weight")
-_LIMIT = 1 << 28
-
-
-class Header(NamedTuple):
-    """One stored tensor."""
-
-    type: str
-    shape: tuple[int, ...]
 
 
 class Stored(NamedTuple):
@@ -34,31 +26,6 @@ class Stored(NamedTuple):
     headers: dict[str, Header]
     #: Bytes of all tensors by the index; None without one.
     total: int | None
-
-
-def read_header(path: Path) -> dict[str, Header]:
-    """Type and shape of every tensor in one safetensors file.
-
-    Raises:
-        CheckpointError: it is damaged.
-    """
-    try:
-        with path.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            if not 0 < length < _LIMIT:
-                raise ValueError(f"a header of {length} bytes")
-            raw = json.loads(stream.read(length))
-        return {
-            name: Header(str(entry["dtype"]), tuple(entry["shape"]))
-            for name, entry in raw.items()
-            if name != "__metadata__"
-        }
-    except (OSError, ValueError, struct.error, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{path} is damaged: {error}.",
-            expected="a complete safetensors file",
-            fix="Download it again with `hf download`.",
-        ) from error
 
 
 def read(directory: Path) -> Stored:
@@ -102,7 +69,7 @@ def read(directory: Path) -> Stored:
 def _merged(files: Iterable[Path]) -> dict[str, Header]:
     found: dict[str, Header] = {}
     for path in files:
-        found |= read_header(path)
+        found |= read_header(path).tensors
     return found
 
 
@@ -143,11 +110,11 @@ def _same_names(found: set[str], wanted: dict[str, Tensor], where: Path) -> None
 
 def _same_tensor(header: Header, tensor: Tensor, where: Path) -> None:
     plain = {"BF16", "F16", "F32"}
-    same_kind = header.type == tensor.stored or {header.type, tensor.stored} <= plain
+    same_kind = header.dtype == tensor.stored or {header.dtype, tensor.stored} <= plain
     if header.shape == tensor.shape and same_kind:
         return
     raise CheckpointError(
-        f"{tensor.name} in {where} is {header.type} {list(header.shape)}.",
+        f"{tensor.name} in {where} is {header.dtype} {list(header.shape)}.",
         expected=f"{tensor.stored} {list(tensor.shape)} (from config.json)",
         fix="Weights and config.json belong to different checkpoints or revisions: download both.",
     )

@@ -225,7 +225,7 @@ def plan_mtp(
 
 
 def _placed(drafter_dir: Path, names: dict[str, str]) -> list[tuple[str, Stored]]:
-    from dspark_packaging.headers import read_header
+    from dspark_sglang.safetensors import read_header
 
     return [
         (key, Stored(here, tensor))

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from dspark_packaging.headers import Tensor
 from dspark_packaging.shards import Shards, Stored, read_shards
 from dspark_sglang.checkpoint import (
     DrafterConfig,
@@ -22,6 +21,7 @@ from dspark_sglang.checkpoint import (
     weights_digest,
 )
 from dspark_sglang.errors import CheckpointError
+from dspark_sglang.safetensors import Tensor
 
 V4_PREFIX = "mtp."
 _V4_ALIASES = {

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from dspark_packaging.errors import PackageError
-from dspark_packaging.headers import Header, read_header
 from dspark_sglang.errors import CheckpointError
+from dspark_sglang.safetensors import Header, read_header
 
 #: How to read one element, and the bits that are all set in those that are not finite, by dtype. E4M3 has no
 #: infinity, E8M0 no sign and no fraction; FP4 and FP6 have finite values only (OCP Microscaling Formats 1.0).

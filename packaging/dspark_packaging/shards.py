@@ -10,10 +10,10 @@ from typing import NamedTuple
 import msgspec
 
 from dspark_packaging.errors import PackageError
-from dspark_packaging.headers import Header, Tensor, read_header, unique_keys
 from dspark_packaging.layout import INDEX_FILE, SINGLE_FILE, is_weight, require_inside
 from dspark_sglang.checkpoint import weight_files
 from dspark_sglang.errors import CheckpointError
+from dspark_sglang.safetensors import Header, Tensor, read_header, unique_keys
 
 _FIX = "Save the weights again with huggingface_hub.save_torch_model, or download them again."
 

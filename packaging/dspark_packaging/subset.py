@@ -6,8 +6,8 @@ import os
 from collections.abc import Collection
 from pathlib import Path
 
-from dspark_packaging.headers import Tensor, encode_header, read_header
 from dspark_packaging.progress import Meter
+from dspark_sglang.safetensors import Tensor, encode_header, read_header
 
 _PIECE = 8 << 20
 

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 
 import msgspec
 
-from dspark_packaging.headers import Tensor
 from dspark_packaging.shards import Shards
+from dspark_sglang.safetensors import Tensor
 
 _GROUPS = (
     ("layers.", "draft layers"),

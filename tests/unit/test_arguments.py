@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from drafter_samples import FLAT, SHAPES, TARGET, actionable, write
 
-from dspark_sglang.checkpoint import read_header
 from dspark_sglang.errors import CheckpointError, ConfigError
 from dspark_sglang.layouts.v4 import tiny
+from dspark_sglang.safetensors import read_header
 from dspark_sglang.serving import arguments, preflight, preflight_argv
 
 MODE = "SGLANG_RAGGED_VERIFY_MODE"
@@ -88,7 +88,7 @@ def test_a_bundle_is_looked_into_before_it_is_loaded(tmp_path: Path) -> None:
     assert found is not None and found.bundled and found.gamma == 5
     assert arguments._drafter_directory(given) == tmp_path
     for path in tmp_path.glob("model-*-of-*.safetensors"):
-        if any(name.startswith("mtp.") for name in read_header(path)):
+        if any(name.startswith("mtp.") for name in read_header(path).tensors):
             path.unlink()
     with pytest.raises(CheckpointError):
         arguments._check_drafter(given)

@@ -70,7 +70,7 @@ def within(name: str, *prefixes: str) -> bool:
 #: Nothing here may import what runs on top of it.
 FOUNDATION = tuple(
     f"dspark_sglang.{name}"
-    for name in ("errors", "config", "values", "checkpoint", "artifacts", "core")
+    for name in ("errors", "config", "values", "safetensors", "checkpoint", "artifacts", "core")
 )
 TOOLS = (
     "dspark_sglang.cli",
@@ -246,7 +246,7 @@ def test_names_we_share_with_others_stay_theirs(name: str, through: str, tmp_pat
         ("dspark_sglang/core/bad.py", "def f():\n    import msgspec", "core imports torch"),
         ("dspark_sglang/core/bad.py", "import dspark_sglang.layouts.v4", "core imports torch"),
         ("dspark_sglang/layouts/bad.py", "import sglang", "layouts import the foundation"),
-        ("dspark_sglang/layouts/bad.py", "import dspark_packaging.headers", "layouts import the"),
+        ("dspark_sglang/layouts/bad.py", "import dspark_packaging.records", "layouts import the"),
         ("dspark_sglang/config.py", "from sglang.srt import environ", "only serving imports sg"),
         ("dspark_sglang/cli/bad.py", "import sglang.srt", "only serving imports sglang"),
         ("dspark_sglang/serving/bad.py", "from dspark_sglang import cli", "nobody imports the c"),

@@ -24,7 +24,6 @@ from dspark_packaging.check.samples import edit, tree, write_package, write_targ
 from dspark_packaging.contents import open_package
 from dspark_packaging.errors import PackageError
 from dspark_packaging.fingerprint import fingerprint, revision_of
-from dspark_packaging.headers import read_header
 from dspark_packaging.join import JoinOptions, build_bundle
 from dspark_packaging.progress import silent
 from dspark_packaging.shards import read_shards
@@ -37,6 +36,7 @@ from dspark_sglang.artifacts import SCHEMA_VERSION, STSArtifact, write_json
 from dspark_sglang.checkpoint import weights_digest
 from dspark_sglang.errors import ArtifactError, CheckpointError, DSparkError
 from dspark_sglang.provenance import provenance
+from dspark_sglang.safetensors import read_header
 
 WIDTH = v4_layout.Width(experts=2)
 
@@ -276,8 +276,8 @@ def _mix(bundle: Path) -> None:
     both = header.tensors | {
         name: type(tensor)(tensor.dtype, tensor.shape, (end, end + len(moved)))
     }
-    from dspark_packaging.headers import encode_header
     from dspark_packaging.subset import write_subset
+    from dspark_sglang.safetensors import encode_header
 
     (bundle / first).write_bytes(encode_header(both, {}) + raw[header.start :] + moved)
     rest = [n for n in read_header(bundle / second).tensors if n != name]

@@ -21,12 +21,12 @@ from dspark_packaging.build import build_artifact
 from dspark_packaging.check.samples import write_package, write_target
 from dspark_packaging.errors import PackageError
 from dspark_packaging.finite import Scan, refuse_not_finite, scan_of
-from dspark_packaging.headers import Header, Tensor
 from dspark_packaging.join import build_bundle
 from dspark_packaging.layout import SINGLE_FILE
 from dspark_packaging.schemas import read_eval_as_it_is
 from dspark_packaging.smoke import Loaded, check_accepted
 from dspark_sglang.cli import package as cli
+from dspark_sglang.safetensors import Header, Tensor
 
 # Fixtures.
 source, packed = packaging_samples.source, packaging_samples.packed

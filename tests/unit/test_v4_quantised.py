@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoTokenizer
 
-from dspark_sglang.checkpoint import read_header, weight_files
+from dspark_sglang.checkpoint import weight_files
 from dspark_sglang.layouts.v4 import tiny
 from dspark_sglang.layouts.v4.names import published_bundle
 from dspark_sglang.layouts.v4.quantised import (
@@ -22,6 +22,7 @@ from dspark_sglang.layouts.v4.quantised import (
 )
 from dspark_sglang.layouts.v4.reference import load_drafter, load_tensors
 from dspark_sglang.layouts.v4.stored import EXACT, STORED, round_index, round_latents
+from dspark_sglang.safetensors import read_header
 
 
 @pytest.mark.parametrize("shape", [(128, 128), (130, 260), (1, 1), (64, 512)], ids=str)
@@ -108,7 +109,8 @@ def test_both_forms_are_the_same_model(bundles: tuple[Path, Path]) -> None:
 
 def test_the_published_form_has_the_published_types(bundles: tuple[Path, Path]) -> None:
     folder = bundles[1]
-    found = {n: h for path in weight_files(folder) for n, h in read_header(path).items()}
+    tensors = {n: t for path in weight_files(folder) for n, t in read_header(path).tensors.items()}
+    found = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
     config = json.loads((folder / "config.json").read_text())
     assert found == published_bundle(config)
     assert config["quantization_config"]["weight_block_size"] == [128, 128]

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from dspark_sglang.checkpoint import Header, read_config, read_header, read_json, weight_files
+from dspark_sglang.checkpoint import read_config, read_json, weight_files
 from dspark_sglang.errors import CheckpointError
 from dspark_sglang.layouts.v4.names import (
     Mapped,
@@ -24,6 +24,7 @@ from dspark_sglang.layouts.v4.names import (
 )
 from dspark_sglang.layouts.v4.shape import V4Shape
 from dspark_sglang.layouts.v4.target import TargetShape
+from dspark_sglang.safetensors import Tensor, read_header
 
 Config = Mapping[str, Any]
 
@@ -129,7 +130,7 @@ def recognise(config: Config) -> str:
     return other
 
 
-def _files(directory: Path) -> dict[str, dict[str, Header]]:
+def _files(directory: Path) -> dict[str, dict[str, Tensor]]:
     """Headers of every weight file, which the index, if there is one, has to name."""
     files = weight_files(directory)
     if not (directory / INDEX).is_file():
@@ -139,7 +140,7 @@ def _files(directory: Path) -> dict[str, dict[str, Header]]:
                 expected=f"one file of weights, or several with {INDEX}",
                 fix=_AGAIN,
             )
-        return {files[0].name: read_header(files[0])}
+        return {files[0].name: read_header(files[0]).tensors}
     raw = read_json(directory / INDEX, what="an index of safetensors files")
     mapped = raw.get("weight_map")
     if not isinstance(mapped, dict) or not mapped:
@@ -156,7 +157,7 @@ def _files(directory: Path) -> dict[str, dict[str, Header]]:
             expected="every file that the index names",
             fix=_AGAIN,
         )
-    held = {path.name: read_header(path) for path in files}
+    held = {path.name: read_header(path).tensors for path in files}
     where = {name: file for file, own in held.items() for name in own}
     odd = sorted(n for n in where.keys() | mapped.keys() if where.get(n) != mapped.get(n))
     if odd:
@@ -170,11 +171,11 @@ def _files(directory: Path) -> dict[str, dict[str, Header]]:
 
 
 def _check_total(
-    directory: Path, metadata: object, held: Mapping[str, Mapping[str, Header]]
+    directory: Path, metadata: object, held: Mapping[str, Mapping[str, Tensor]]
 ) -> None:
     said = metadata.get("total_size") if isinstance(metadata, dict) else None
     total = sum(
-        _BYTES.get(header.type, 1) * math.prod(header.shape)
+        _BYTES.get(header.dtype, 1) * math.prod(header.shape)
         for own in held.values()
         for header in own.values()
     )
@@ -187,7 +188,7 @@ def _check_total(
         )
 
 
-def _check_names(found: Mapped, stored: Mapping[str, Header]) -> None:
+def _check_names(found: Mapped, stored: Mapping[str, Tensor]) -> None:
     """Nothing is missing and nothing left over."""
     held = [name for name in stored if name.startswith("mtp.")]
     if not held:
@@ -227,7 +228,7 @@ def _check_names(found: Mapped, stored: Mapping[str, Header]) -> None:
         )
 
 
-def _check_tensors(config: Config, found: Mapped, stored: Mapping[str, Header]) -> bool:
+def _check_tensors(config: Config, found: Mapped, stored: Mapping[str, Tensor]) -> bool:
     """Shapes and types of all tensors; True where some are quantised."""
     quantised = False
     fp8_experts = config.get("expert_dtype") == "fp8"
@@ -241,13 +242,13 @@ def _check_tensors(config: Config, found: Mapped, stored: Mapping[str, Header]) 
                 _refuse(name, header, list(size))
             continue
         wanted = published(name, size, fp8_experts=fp8_experts)
-        if scaled is None and len(wanted) == 2 and header == tuple(wanted[name]):
+        if scaled is None and len(wanted) == 2 and _kind(header) == tuple(wanted[name]):
             raise CheckpointError(
-                f"{name} is {header.type} and has no {scale}.",
+                f"{name} is {header.dtype} and has no {scale}.",
                 expected="a scale beside every quantised weight",
                 fix=_AGAIN,
             )
-        if header != tuple(wanted[name]):
+        if _kind(header) != tuple(wanted[name]):
             _refuse(name, header, [wanted[name].dtype, *wanted[name].shape])
         if len(wanted) == 2 and scaled is not None:
             quantised = True
@@ -256,15 +257,19 @@ def _check_tensors(config: Config, found: Mapped, stored: Mapping[str, Header]) 
     return quantised
 
 
-def _is_plain(name: str, header: Header) -> bool:
+def _kind(header: Tensor) -> tuple[str, tuple[int, ...]]:
+    return header.dtype, header.shape
+
+
+def _is_plain(name: str, header: Tensor) -> bool:
     if name.endswith("tid2eid"):
-        return header.type in ("I64", "I32")
-    return header.type in _FLOATS
+        return header.dtype in ("I64", "I32")
+    return header.dtype in _FLOATS
 
 
-def _refuse(name: str, header: Header, wanted: list[Any]) -> NoReturn:
+def _refuse(name: str, header: Tensor, wanted: list[Any]) -> NoReturn:
     """A tensor of another shape or type, told by what it belongs to."""
-    said = f"{name} is {header.type} {list(header.shape)}."
+    said = f"{name} is {header.dtype} {list(header.shape)}."
     expected = f"{wanted} (from config.json)"
     if "markov_head" in name or "confidence_head" in name:
         raise CheckpointError(

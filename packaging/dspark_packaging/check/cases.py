@@ -29,7 +29,6 @@ from dspark_packaging.check.samples import (
     write_target,
     write_tokenizer,
 )
-from dspark_packaging.headers import LENGTH_BYTES, read_header
 from dspark_packaging.join import build_bundle
 from dspark_packaging.layout import CONFIG_FILE, INDEX_FILE, SINGLE_FILE
 from dspark_packaging.manifest import (
@@ -43,6 +42,7 @@ from dspark_packaging.verify_bundle import verify_any
 from dspark_sglang.artifacts import write_json
 from dspark_sglang.checkpoint import weights_digest
 from dspark_sglang.errors import DSparkError
+from dspark_sglang.safetensors import LENGTH_BYTES, read_header
 
 SHARD_1, SHARD_2 = (f"model-0000{n}-of-00002.safetensors" for n in (1, 2))
 

@@ -1,4 +1,4 @@
-"""The header of a safetensors file, read strictly.
+"""The header of a safetensors file, read strictly: the one reader of this project.
 
 A header is eight bytes of length (little-endian), then JSON that maps each tensor to its dtype,
 shape and byte range, then the data (https://huggingface.co/docs/safetensors). Loaders trust it:
@@ -57,7 +57,8 @@ class Header(msgspec.Struct, frozen=True, kw_only=True):
     start: int
 
 
-def _damaged(path: Path, what: str) -> CheckpointError:
+def damaged(path: Path, what: object) -> CheckpointError:
+    """The error for a file that holds no whole safetensors file; ``what`` says why."""
     return CheckpointError(
         f"{path} is damaged: {what}.",
         expected="a complete safetensors file",
@@ -78,23 +79,29 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def read_header(path: Path) -> Header:
     """Read and check the header of a safetensors file.
 
+    Args:
+        path: the file; its data is not read, and may be holes.
+
     Raises:
-        CheckpointError: not a safetensors file, truncated, or ranges that overlap, leave gaps or
-            do not fit their dtype and shape.
+        CheckpointError: unreadable, not a safetensors file, truncated, or ranges that overlap, leave
+            gaps or do not fit their dtype and shape.
     """
-    size = path.stat().st_size
-    with path.open("rb") as stream:
-        length = int.from_bytes(stream.read(LENGTH_BYTES), "little")
-        # A pickle read as a header claims an absurd length: do not try to read that much.
-        if not 2 <= length <= min(_MAX_HEADER, size - LENGTH_BYTES):
-            raise _damaged(path, f"its header would have {length} bytes, the file has {size}")
-        raw = stream.read(length)
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as stream:
+            length = int.from_bytes(stream.read(LENGTH_BYTES), "little")
+            # A pickle read as a header claims an absurd length: do not try to read that much.
+            if not 2 <= length <= min(_MAX_HEADER, size - LENGTH_BYTES):
+                raise damaged(path, f"its header would have {length} bytes, the file has {size}")
+            raw = stream.read(length)
+    except OSError as error:
+        raise damaged(path, error) from error
     try:
         fields = json.loads(raw, object_pairs_hook=unique_keys)
         metadata = msgspec.convert(fields.pop(_METADATA, {}), dict[str, str])
         tensors = msgspec.convert(fields, dict[str, Tensor])
     except (ValueError, AttributeError, RecursionError) as error:
-        raise _damaged(path, str(error)) from error
+        raise damaged(path, str(error)) from error
     start = LENGTH_BYTES + length
     _check_ranges(path, tensors, size - start)
     return Header(tensors=tensors, metadata=metadata, start=start)
@@ -105,21 +112,21 @@ def _check_ranges(path: Path, tensors: dict[str, Tensor], available: int) -> Non
     for name, tensor in sorted(tensors.items(), key=lambda item: item[1].data_offsets):
         first, last = tensor.data_offsets
         if first < end:
-            raise _damaged(path, f"{name} overlaps {before}")
+            raise damaged(path, f"{name} overlaps {before}")
         if first > end:
-            raise _damaged(path, f"nothing owns the bytes between {before} and {name}")
+            raise damaged(path, f"nothing owns the bytes between {before} and {name}")
         width = _WIDTHS.get(tensor.dtype)
         if width is None or min(tensor.shape, default=0) < 0:
-            raise _damaged(path, f"{name} is {tensor.dtype} {list(tensor.shape)}")
+            raise damaged(path, f"{name} is {tensor.dtype} {list(tensor.shape)}")
         if (last - first) * 8 != tensor.parameters * width:
-            raise _damaged(
+            raise damaged(
                 path, f"{name} is {tensor.dtype} {list(tensor.shape)} in {last - first} bytes"
             )
         end, before = last, name
     if end > available:
-        raise _damaged(path, f"it is truncated, {end - available} bytes short")
+        raise damaged(path, f"it is truncated, {end - available} bytes short")
     if end < available:
-        raise _damaged(path, f"{available - end} bytes follow the last tensor")
+        raise damaged(path, f"{available - end} bytes follow the last tensor")
 
 
 def encode_header(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:

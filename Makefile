@@ -97,7 +97,7 @@ report: install  ## Measure, simulate, work out what it is worth: one page (abou
 	$(BIN)/dspark report
 
 package-check: install  ## Try what packaging promises: bad input, 100 GB, both Hub clients, a served round trip
-	$(BIN)/dspark package-check
+	$(BIN)/python -m tests.packaging.check
 
 gpu: install  ## On a CUDA machine: run what needs one and save the results
 	mkdir -p runs/gpu

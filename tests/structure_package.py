@@ -39,8 +39,8 @@ def modules_of_the_source_path(root: Path, *, only_source: bool = False) -> list
     Raises:
         DSparkError: the drafter could not be packaged.
     """
-    from dspark_packaging.check.samples import write_drafter
-    from dspark_sglang.cli.app import app
+    from dspark_sglang.cli.package import package
+    from tests.packaging.samples import write_drafter
 
     root = root.resolve()
     source = write_drafter(root / "source")
@@ -62,7 +62,7 @@ def modules_of_the_source_path(root: Path, *, only_source: bool = False) -> list
     before = sys.getprofile()
     sys.setprofile(called)
     try:
-        app(["package", str(source), str(root / "out")], standalone_mode=False)
+        package(source, root / "out")
     finally:
         sys.setprofile(before)
     return sorted(found)

@@ -26,7 +26,6 @@ from dspark_sglang.cli import (
     generate_data,
     lossless,
     package,
-    package_check,
     plan,
     profile,
     push,
@@ -93,4 +92,3 @@ app.command("package")(package.package)
 app.command("card")(package.card)
 app.command("verify")(package.verify)
 app.command("push")(push.push)
-app.command("package-check")(package_check.package_check)

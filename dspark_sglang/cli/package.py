@@ -167,13 +167,9 @@ def card(
     check: Annotated[
         bool, typer.Option("--check", help="Only check that README.md is current.")
     ] = False,
-    html: Annotated[
-        Path | None, typer.Option(help="Also write the card as an HTML page, to look at it.")
-    ] = None,
 ) -> None:
     """Write the model card from the files beside it, or check that it is current."""
     from dspark_packaging.card import check_card, write_card
-    from dspark_packaging.html import render_html
 
     path = directory / CARD_FILE
     if check:
@@ -181,9 +177,6 @@ def card(
         typer.echo(f"{path} is current.")
     else:
         typer.echo(f"Wrote {path}." if write_card(directory) else f"{path} was current.")
-    if html is not None:
-        html.write_text(render_html(path.read_text(encoding="utf-8"), directory), encoding="utf-8")
-        typer.echo(f"Wrote {html}.")
 
 
 def verify(

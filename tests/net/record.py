@@ -60,12 +60,12 @@ def kit() -> dict[str, Any]:
     sys.path[:0] = [str(ROOT / "tests" / "unit"), str(ROOT / "tests" / "deploy")]
     import manifest_network
     import router
-    import test_push
     import tools
     import yaml
 
-    from dspark_packaging.check.cases import CASES as FOLDERS
-    from dspark_packaging.check.cases import run_case
+    from tests.packaging import test_push
+    from tests.packaging.cases import CASES as FOLDERS
+    from tests.packaging.cases import run_case
 
     rendered = (ROOT / "deploy" / "rendered" / "qwen3-8b-1xh100.yaml").read_text()
     documents = [document for document in yaml.safe_load_all(rendered) if document]

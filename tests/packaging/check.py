@@ -1,7 +1,12 @@
-"""``dspark package-check``: every promise of packaging, tried, in one JSON file."""
+"""``make package-check``: every promise of packaging, tried, in one JSON file.
+
+Needs PyPI once, for two releases of the Hub's client; the Hub itself is a local stand-in.
+"""
 
 from __future__ import annotations
 
+import argparse
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -11,14 +16,17 @@ from typing import Any
 
 import msgspec
 
-from dspark_packaging.check.cases import CASES, run_case
-from dspark_packaging.check.large import fill_disk, in_process, make_large, pack_large, v4_layout
-from dspark_packaging.check.round_trip import round_trip
-from dspark_packaging.check.v4_layout import Width
 from dspark_packaging.errors import PackageError
-from dspark_sglang.artifacts import SCHEMA_VERSION
+from dspark_sglang import targets
+from dspark_sglang.artifacts import SCHEMA_VERSION, write_json
 from dspark_sglang.config import read_settings
+from dspark_sglang.errors import DSparkError
 from dspark_sglang.provenance import machine, versions
+from tests.packaging.cases import CASES, run_case
+from tests.packaging.large import fill_disk, in_process, make_large, pack_large, v4_layout
+from tests.packaging.round_trip import round_trip
+from tests.packaging.samples import COMMITTED
+from tests.packaging.v4_layout import Width
 
 Say = Callable[[str], None]
 COMMAND = "make package-check"
@@ -117,3 +125,32 @@ def require_good(summary: dict[str, Any]) -> None:
             expected="every check to hold",
             fix="The lines above and runs/package/summary.json say more.",
         )
+
+
+def main() -> int:
+    """Run it and write ``summary.json``; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("runs/package"), help="for summary.json")
+    parser.add_argument("--artifact", type=Path, default=COMMITTED, help="makes the round trip")
+    parser.add_argument("--target", type=Path, help="its target; default: the demo's")
+    parser.add_argument("--work", type=Path, help="scratch folder (3 GB, a file system with holes)")
+    given = parser.parse_args()
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    try:
+        target = given.target or targets.ensure_target(progress=say)
+        summary = check(given.artifact, target, given.work, say)
+        write_json(given.out / "summary.json", summary)
+        say(f"Wrote {given.out / 'summary.json'} ({summary['seconds']} s).")
+        require_good(summary)
+    except DSparkError as error:
+        say(f"package-check: error: {error}")
+        return 2
+    say(f"All held; {len(summary['refused'])} kinds of bad input refused or resumed.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

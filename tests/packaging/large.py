@@ -13,8 +13,6 @@ from typing import Any, NamedTuple
 import msgspec
 
 from dspark_packaging.apart import split_bundle
-from dspark_packaging.check.samples import tree
-from dspark_packaging.check.v4_layout import Width, write_pair
 from dspark_packaging.errors import PackageError
 from dspark_packaging.join import JoinOptions, build_bundle
 from dspark_packaging.layout import visible_entries
@@ -22,6 +20,8 @@ from dspark_packaging.progress import shown, silent
 from dspark_packaging.subset import write_subset
 from dspark_packaging.verify_bundle import verify_any
 from dspark_sglang.safetensors import read_header
+from tests.packaging.samples import tree
+from tests.packaging.v4_layout import Width, write_pair
 
 #: DeepSeek-V4-Pro's keys, wide enough for more than 100 GB.
 WIDE = Width(hidden=2560, expert=1024, heads=64, head=128, rank=256, markov=128)

@@ -6,9 +6,7 @@ import json
 import re
 from pathlib import Path
 
-import packaging_samples
 import pytest
-from packaging_samples import COMMITTED, add_measurements, draft_vocabulary, put
 from safetensors.numpy import load_file
 
 import dspark_packaging
@@ -16,9 +14,8 @@ from dspark_packaging.card import check_card, render_card, write_card
 from dspark_packaging.errors import PackageError
 from dspark_packaging.hub_rules import check_front_matter
 from dspark_packaging.schemas import ACCEPTED_LENGTH
+from tests.packaging.samples import COMMITTED, add_measurements, draft_vocabulary, put
 
-# Fixtures.
-source, packed = packaging_samples.source, packaging_samples.packed
 TEMPLATE = Path(dspark_packaging.__file__).parent / "templates" / "card.md.jinja"
 
 

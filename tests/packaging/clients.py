@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from dspark_packaging.check.hub import FakeHub
 from dspark_packaging.errors import PackageError
+from tests.packaging.hub import FakeHub
 
 #: Never sent anywhere but to the local hub; outputs are searched for it.
 TOKEN = "hf_localCheckTokenThatMustNotBePrinted"

@@ -10,13 +10,13 @@ from typing import Any
 import msgspec
 
 from dspark_packaging.build import BuildOptions, build_artifact
-from dspark_packaging.check.clients import CLIENTS, TOKEN, dspark, install, run
-from dspark_packaging.check.hub import FakeHub, running_hub
-from dspark_packaging.check.samples import tree
 from dspark_packaging.errors import PackageError
 from dspark_packaging.smoke import ask
 from dspark_packaging.verify_bundle import verify_any
 from dspark_sglang.demo.server import COMMON_FLAGS, Server, free_port
+from tests.packaging.clients import CLIENTS, TOKEN, dspark, install, run
+from tests.packaging.hub import FakeHub, running_hub
+from tests.packaging.samples import tree
 
 Say = Callable[[str], None]
 REPO = "someone/smollm2-dspark"

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from dspark_packaging.check.hub import FakeHub, running_hub
 from dspark_packaging.verify import verify_artifact
+from tests.packaging.hub import FakeHub, running_hub
+from tests.packaging.samples import COMMITTED
 
-ARTIFACT = Path(__file__).parents[2] / "model_cards" / "smollm2-135m-instruct-dspark"
 HF = Path(sys.executable).parent / "hf"
 REPO = "someone/smollm2-135m-instruct-dspark"
 
@@ -56,9 +56,9 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 def test_upload_download_verify(hub: FakeHub, tmp_path: Path) -> None:
-    sent = files_of(ARTIFACT)
+    sent = files_of(COMMITTED)
 
-    upload = hf(hub, tmp_path / "home", "upload", REPO, str(ARTIFACT), ".")
+    upload = hf(hub, tmp_path / "home", "upload", REPO, str(COMMITTED), ".")
     assert upload.returncode == 0, upload.stderr
     assert "warning" not in upload.stderr.lower(), upload.stderr
     assert hub.repos[REPO] == sent
@@ -80,7 +80,7 @@ def test_by_hand_only_gitattributes_is_sent_of_what_tools_leave(
 ) -> None:
     """The other half of what ``dspark verify`` lets lie in a folder never leaves it."""
     package = tmp_path / "package"
-    shutil.copytree(ARTIFACT, package, ignore=shutil.ignore_patterns("*.safetensors"))
+    shutil.copytree(COMMITTED, package, ignore=shutil.ignore_patterns("*.safetensors"))
     sent = files_of(package)
     (package / ".gitattributes").write_text("*.safetensors filter=lfs\n")
     for name in (".git/config", ".cache/huggingface/download/x.metadata"):
@@ -93,7 +93,7 @@ def test_by_hand_only_gitattributes_is_sent_of_what_tools_leave(
 
 def test_second_upload_changes_nothing(hub: FakeHub, tmp_path: Path) -> None:
     # Not the weights: this is about commits, and 30 MB are uploaded above.
-    arguments = ("upload", REPO, str(ARTIFACT), ".", "--exclude", "*.safetensors")
+    arguments = ("upload", REPO, str(COMMITTED), ".", "--exclude", "*.safetensors")
     for _ in range(2):
         done = hf(hub, tmp_path / "home", *arguments)
         assert done.returncode == 0, done.stderr
@@ -102,7 +102,7 @@ def test_second_upload_changes_nothing(hub: FakeHub, tmp_path: Path) -> None:
 
 def test_download_into_the_cache_verifies(hub: FakeHub, tmp_path: Path) -> None:
     # The cache holds symlinks to blobs: what a server gets from a repository id.
-    hub.repos[REPO] = files_of(ARTIFACT)
+    hub.repos[REPO] = files_of(COMMITTED)
     download = hf(hub, tmp_path / "home", "download", REPO, "--quiet")
     assert download.returncode == 0, download.stderr
     snapshots = list((tmp_path / "home").glob("hub/models--*/snapshots/*"))

@@ -5,17 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-import packaging_samples
 import pytest
 
-from dspark_packaging.check.clients import TOKEN, dspark, run
-from dspark_packaging.check.hub import FakeHub, running_hub
-from dspark_packaging.check.samples import tree, write_package
 from dspark_packaging.errors import PackageError
 from dspark_packaging.push import Item, check_repo_id, commands, groups, items, scrub
+from tests.packaging.clients import TOKEN, dspark, run
+from tests.packaging.hub import FakeHub, running_hub
+from tests.packaging.samples import tree, write_package
 
-# Fixtures.
-source, packed = packaging_samples.source, packaging_samples.packed
 REPO = "someone/tiny-dspark"
 
 
@@ -32,7 +29,7 @@ def test_push_is_private_compared_and_not_repeated(
     first = run(dspark("push", str(packed), REPO), hub, home)
     assert first.returncode == 0, first.stderr
     assert hub.private[REPO]
-    assert hub.repos[REPO] == packaging_samples.contents(packed)
+    assert hub.repos[REPO] == tree(packed)
     assert f"revision {hub.sha()}" in first.stdout
     assert f"hf upload {REPO} {packed} . --private" in first.stdout
     commits, mark = len(hub.commits), len(hub.requests)

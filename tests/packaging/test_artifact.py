@@ -13,22 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import packaging_samples
 import pytest
 import typer
-from packaging_samples import (
-    COMMITTED,
-    GAMMA,
-    add_measurements,
-    contents,
-    draft_vocabulary,
-    edit,
-    evaluation,
-    provenance,
-    put,
-    save_weights,
-    sts,
-)
 from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
@@ -39,16 +25,27 @@ from dspark_packaging.verify import verify_artifact
 from dspark_sglang.checkpoint import weights_digest
 from dspark_sglang.cli import package as cli
 from dspark_sglang.errors import ArtifactError, CheckpointError, DSparkError
+from tests.packaging.samples import (
+    COMMITTED,
+    GAMMA,
+    add_measurements,
+    draft_vocabulary,
+    edit,
+    evaluation,
+    provenance,
+    put,
+    save_weights,
+    sts,
+    tree,
+)
 
 ROOT = Path(__file__).parents[2]
-# Fixtures.
-source, packed = packaging_samples.source, packaging_samples.packed
 
 # --- build ---------------------------------------------------------------------------------
 
 
 def test_build_writes_the_whole_folder(packed: Path, source: Path) -> None:
-    assert set(contents(packed)) == {
+    assert set(tree(packed)) == {
         *("config.json", "model.safetensors", "provenance.json"),
         *("README.md", "LICENSE", "checksums.json"),
     }
@@ -59,11 +56,11 @@ def test_build_writes_the_whole_folder(packed: Path, source: Path) -> None:
 
 
 def test_build_is_idempotent_and_works_in_place(packed: Path, source: Path) -> None:
-    first = contents(packed)
+    first = tree(packed)
     build_artifact(source, packed)
-    assert contents(packed) == first
+    assert tree(packed) == first
     build_artifact(packed, packed)
-    assert contents(packed) == first
+    assert tree(packed) == first
 
 
 def test_measurements_added_later_are_picked_up_in_place(packed: Path) -> None:
@@ -148,21 +145,21 @@ def test_build_never_overwrites_what_it_did_not_write(
 
 
 def test_failed_build_leaves_the_old_package(packed: Path, source: Path) -> None:
-    before = contents(packed)
+    before = tree(packed)
     tensors = load_file(source / "model.safetensors")
     tensors.pop("fc.weight")
     save_weights(source, tensors)
     put(source / "provenance.json", provenance(weights_digest(source)))
     with pytest.raises(CheckpointError, match=r"no tensor fc\.weight"):
         build_artifact(source, packed)
-    assert contents(packed) == before
+    assert tree(packed) == before
     assert sorted(p.name for p in packed.parent.iterdir()) == ["out", "source"]
 
 
 def test_failed_swap_puts_the_old_package_back(
     packed: Path, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = contents(packed)
+    before = tree(packed)
     rename = Path.rename
 
     def fail_on_new(self: Path, target: Path) -> Path:
@@ -173,7 +170,7 @@ def test_failed_swap_puts_the_old_package_back(
     monkeypatch.setattr(Path, "rename", fail_on_new)
     with pytest.raises(OSError, match="no space"):
         build_artifact(source, packed)
-    assert contents(packed) == before
+    assert tree(packed) == before
 
 
 def test_new_weights_with_old_provenance_are_refused(source: Path, tmp_path: Path) -> None:

@@ -16,11 +16,6 @@ from safetensors.numpy import load_file, save_file
 from dspark_packaging import smoke, transfer
 from dspark_packaging.apart import split_bundle
 from dspark_packaging.build import BuildOptions, build_artifact
-from dspark_packaging.check import v4_layout
-from dspark_packaging.check.cases import CASES, Case, run_case
-from dspark_packaging.check.keys import make_keys
-from dspark_packaging.check.large import fill_disk
-from dspark_packaging.check.samples import edit, tree, write_package, write_target
 from dspark_packaging.contents import open_package
 from dspark_packaging.errors import PackageError
 from dspark_packaging.fingerprint import fingerprint, revision_of
@@ -37,6 +32,10 @@ from dspark_sglang.checkpoint import weights_digest
 from dspark_sglang.errors import ArtifactError, CheckpointError, DSparkError
 from dspark_sglang.provenance import provenance
 from dspark_sglang.safetensors import read_header
+from tests.packaging import v4_layout
+from tests.packaging.cases import CASES, Case, run_case
+from tests.packaging.large import fill_disk
+from tests.packaging.samples import edit, make_keys, tree, write_package, write_target
 
 WIDTH = v4_layout.Width(experts=2)
 

@@ -1,4 +1,4 @@
-"""A dense drafter and a target of a few hundred parameters, with the records that go with them."""
+"""A dense drafter and a target of a few hundred parameters, with records and keys that go with them."""
 
 from __future__ import annotations
 
@@ -7,12 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from safetensors.numpy import save_file
 
 from dspark_packaging.build import BuildOptions, build_artifact
 from dspark_packaging.schemas import ACCEPTED_LENGTH, SURVIVAL
 from dspark_sglang.checkpoint import dense_tensors, parse_drafter_config, weights_digest
 
+#: The packaged drafter of this repository.
+COMMITTED = Path(__file__).parents[2] / "model_cards" / "smollm2-135m-instruct-dspark"
 GAMMA = 3
 CONFIG: dict[str, Any] = {
     "architectures": ["Qwen3DSparkModel"],
@@ -173,3 +177,42 @@ def tree(folder: Path) -> dict[str, bytes]:
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
+
+
+def make_keys(folder: Path) -> tuple[Path, Path]:
+    """A new pair on prime256v1 in PEM: private and public file."""
+    folder.mkdir(parents=True)
+    key = ec.generate_private_key(ec.SECP256R1())
+    private, public = folder / "key.pem", folder / "key.pub"
+    private.write_bytes(
+        key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
+    )
+    public.write_bytes(
+        key.public_key().public_bytes(
+            serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+        )
+    )
+    return private, public
+
+
+def draft_vocabulary() -> dict[str, object]:
+    """Fields of ``draft_vocab.json``."""
+    tokens = {"vocab_size": CONFIG["vocab_size"], "tokens": [0, 2, 5]}
+    return {
+        "kind": "draft_vocab",
+        "schema_version": 1,
+        **tokens,
+        "counted": 1000,
+        "coverage": 0.931,
+    }
+
+
+def add_measurements(folder: Path) -> None:
+    """Give a drafter ``sts.json`` and ``eval.json`` of its own."""
+    digest = weights_digest(folder)
+    put(folder / "sts.json", sts(digest))
+    put(folder / "eval.json", evaluation(digest))

@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 
 from dspark_packaging.build import BuildOptions, build_artifact
-from dspark_packaging.check.samples import provenance, put, write_tokenizer
 from dspark_packaging.layout import CONFIG_FILE, INDEX_FILE
 from dspark_sglang.checkpoint import weights_digest
 from dspark_sglang.safetensors import Tensor, encode_header
+from tests.packaging.samples import provenance, put, write_tokenizer
 
 #: DeepSeek-V4-Pro's: layers, layers read, block, noise token, vocabulary.
 LAYERS, READ, GAMMA, NOISE, VOCAB = 61, (58, 59, 60), 5, 128799, 129280

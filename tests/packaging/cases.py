@@ -1,6 +1,6 @@
 """Input that packaging has to refuse: each case spoils something and says what must happen.
 
-The cases are run by the tests and by ``dspark package-check``. Every folder a case did not spoil on
+The cases are run by the tests and by ``make package-check``. Every folder a case did not spoil on
 purpose is compared before and after: a refusal touches nothing.
 """
 
@@ -17,18 +17,6 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from dspark_packaging.build import build_artifact
-from dspark_packaging.check.samples import (
-    COMMIT,
-    edit,
-    evaluation,
-    provenance,
-    put,
-    sts,
-    tree,
-    write_package,
-    write_target,
-    write_tokenizer,
-)
 from dspark_packaging.join import build_bundle
 from dspark_packaging.layout import CONFIG_FILE, INDEX_FILE, SINGLE_FILE
 from dspark_packaging.manifest import (
@@ -43,6 +31,18 @@ from dspark_sglang.artifacts import write_json
 from dspark_sglang.checkpoint import weights_digest
 from dspark_sglang.errors import DSparkError
 from dspark_sglang.safetensors import LENGTH_BYTES, read_header
+from tests.packaging.samples import (
+    COMMIT,
+    edit,
+    evaluation,
+    provenance,
+    put,
+    sts,
+    tree,
+    write_package,
+    write_target,
+    write_tokenizer,
+)
 
 SHARD_1, SHARD_2 = (f"model-0000{n}-of-00002.safetensors" for n in (1, 2))
 
@@ -347,8 +347,8 @@ def _figure_without_source(world: World) -> Callable[[], object]:
 
 
 def _tampered_signature(world: World) -> Callable[[], object]:
-    from dspark_packaging.check.keys import make_keys
     from dspark_packaging.signing import sign, verify_signature
+    from tests.packaging.samples import make_keys
 
     private, public = make_keys(world.root / "keys")
     sign(world.package, private)
@@ -362,8 +362,8 @@ def _tampered_signature(world: World) -> Callable[[], object]:
 
 
 def _signed_then_changed(world: World) -> Callable[[], object]:
-    from dspark_packaging.check.keys import make_keys
     from dspark_packaging.signing import sign, verify_signature
+    from tests.packaging.samples import make_keys
 
     private, public = make_keys(world.root / "keys")
     sign(world.package, private)
@@ -373,8 +373,8 @@ def _signed_then_changed(world: World) -> Callable[[], object]:
 
 
 def _foreign_key(world: World) -> Callable[[], object]:
-    from dspark_packaging.check.keys import make_keys
     from dspark_packaging.signing import sign, verify_signature
+    from tests.packaging.samples import make_keys
 
     private, _ = make_keys(world.root / "keys")
     _, public = make_keys(world.root / "others")

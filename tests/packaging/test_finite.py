@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import packaging_samples
 import pytest
 import torch
 import typer
@@ -18,19 +17,17 @@ from typer.testing import CliRunner
 
 from dspark_packaging import smoke
 from dspark_packaging.build import build_artifact
-from dspark_packaging.check.samples import write_package, write_target
 from dspark_packaging.errors import PackageError
 from dspark_packaging.finite import Scan, refuse_not_finite, scan_of
 from dspark_packaging.join import build_bundle
 from dspark_packaging.layout import SINGLE_FILE
 from dspark_packaging.schemas import read_eval_as_it_is
 from dspark_packaging.smoke import Loaded, check_accepted
+from dspark_sglang.checkpoint import weights_digest
 from dspark_sglang.cli import package as cli
 from dspark_sglang.safetensors import Header, Tensor
+from tests.packaging.samples import COMMITTED, provenance, put, write_package, write_target
 
-# Fixtures.
-source, packed = packaging_samples.source, packaging_samples.packed
-COMMITTED = packaging_samples.COMMITTED
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -125,8 +122,8 @@ def _spoil(path: Path) -> None:
 
 def test_package_refuses_and_writes_nothing(source: Path, tmp_path: Path) -> None:
     _spoil(source / SINGLE_FILE)
-    digest = packaging_samples.weights_digest(source)
-    packaging_samples.put(source / "provenance.json", packaging_samples.provenance(digest))
+    digest = weights_digest(source)
+    put(source / "provenance.json", provenance(digest))
     with pytest.raises(PackageError, match="1 in confidence_head"):
         build_artifact(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()

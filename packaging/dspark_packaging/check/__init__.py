@@ -1,1 +1,0 @@
-"""The end-to-end check of packaging (``dspark package-check``) and the stand-ins it needs."""

@@ -19,7 +19,6 @@ from dspark_sglang.cli import (
     demo,
     doctor,
     drill,
-    economics,
     evaluate,
     fetch_target,
     gate,
@@ -29,12 +28,12 @@ from dspark_sglang.cli import (
     plan,
     profile,
     push,
-    report,
     serve,
     simulate,
     train,
 )
 from dspark_sglang.cli.bench import app as bench_app
+from dspark_sglang.errors import ConfigError
 
 app = typer.Typer(
     name="dspark",
@@ -84,11 +83,32 @@ app.command("eval")(evaluate.evaluate)
 app.command("lossless")(lossless.lossless)
 app.command("calibrate")(calibrate.calibrate)
 app.command("plan")(plan.plan)
-app.command("economics")(economics.economics)
-app.command("report")(report.report)
 app.command("profile")(profile.profile)
 app.add_typer(simulate.app, name="simulate")
 app.command("package")(package.package)
 app.command("card")(package.card)
 app.command("verify")(package.verify)
 app.command("push")(push.push)
+
+#: Commands that are gone: what took their place, and an example.
+GONE = {
+    "economics": ("dspark simulate price", "dspark simulate price frontier.json --sla 80"),
+    "report": ("make report in a checkout of the repository", "make report"),
+}
+
+
+def _gone(context: typer.Context) -> None:
+    name = str(context.info_name)
+    instead, example = GONE[name]
+    raise ConfigError(
+        f"There is no dspark {name} any more.", expected=instead, fix=f"For example: {example}"
+    )
+
+
+for _name in GONE:
+    app.command(
+        _name,
+        hidden=True,
+        add_help_option=False,
+        context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    )(_gone)

@@ -357,3 +357,101 @@ def check_(
         shown = ", ".join(f"{name} {value:.1f}%" for name, value in wrong.items())
         console.print(f"[red]Beyond {tolerance:g}%:[/] {shown}")
         raise typer.Exit(1)
+
+
+@app.command("price")
+def price_(
+    file: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FRONTIER", help="Of `dspark simulate`, `dspark bench` or `dspark bench-load`."
+        ),
+    ],
+    sla: Annotated[float, typer.Option(help="Tokens a second that every user gets at least.")],
+    max_ttft_ms: Annotated[
+        float | None, typer.Option(help="Most milliseconds to the first token.")
+    ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            help="quoted, r1-2025, v4-pro, v4-flash, cpu, or one of --prices. "
+            "Default: the only one of --prices, else quoted."
+        ),
+    ] = None,
+    prices: Annotated[Path | None, typer.Option(help="Presets of your own (TOML).")] = None,
+    gpu_hour: Annotated[
+        float | None, typer.Option(help="Dollars an hour for a GPU, instead of the preset's.")
+    ] = None,
+    utilisation: Annotated[
+        float | None,
+        typer.Option(help="Share of paid hours that is busy, instead of the preset's."),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON, nothing else: all inputs and sources, too.")
+    ] = False,
+) -> None:
+    """Price a million output tokens at a speed, with and without speculation, from a frontier.
+
+    Computed, not run. One input at a time is set to both ends of its range. For example: dspark simulate price
+    frontier.json --sla 80 --preset v4-flash
+    """
+    import msgspec
+
+    from dspark_sglang.load import frontier
+    from dspark_sglang.simulate import price
+
+    given = price.load(preset, prices, gpu_hour=gpu_hour, utilisation=utilisation)
+    found = price.answer(frontier.read(file), given, sla=sla, max_ttft_ms=max_ttft_ms)
+    if as_json:
+        print(msgspec.json.format(msgspec.json.encode(found), indent=2).decode())
+        return
+    console = Console(highlight=False)
+    console.print(f"{found.prices.about}.")
+    for view in price_tables(found):
+        console.print(view)
+    for note in found.notes:
+        console.print(f"- {note}")
+
+
+def price_tables(found: Any) -> tuple[Table, Table]:
+    """Ways of serving of an answer beside each other, and one input at a time."""
+    from dspark_sglang.simulate.price import UNITS
+
+    view = Table(
+        title=f"{found.model} on {found.hardware}, {found.source}; {found.sla:g} tokens/s for every user"
+    )
+    view.add_column("way of serving")
+    over = f"cost over {found.sides[0].name}'s"
+    for heading in ("tok/s/GPU", "M tok/hour", "prefill", "$/M tok", over, "margin"):
+        view.add_column(heading, justify="right")
+    for side in found.sides:
+        hour = side.hour
+        if hour is None:
+            view.add_row(side.name, f"at most {side.fastest:.4g} tok/s/user", *["-"] * 5)
+            continue
+        view.add_row(
+            side.name,
+            short(side.tok_s_per_gpu),
+            short(hour.tokens / 1e6),
+            f"{hour.prefill_share:.0%}",
+            short(hour.cost_per_million),
+            "-" if side.times_first is None else f"{side.times_first:.2f}",
+            "-" if hour.margin is None else f"{hour.margin:.0%}",
+        )
+    ranges = Table(title="$/M tok with one input at its low and high end")
+    ranges.add_column("input")
+    able = [side.name for side in found.sides if side.hour is not None]
+    for heading in ("low", "middle", "high", *able):
+        ranges.add_column(heading, justify="right")
+    known = found.prices.quantities()
+    for name, ends in found.sensitivity.items():
+        one, spans = known[name], (f"{short(low)} to {short(high)}" for low, high in ends.values())
+        ranges.add_row(
+            f"{name}, {UNITS[name]}", short(one.low), short(one.value), short(one.high), *spans
+        )
+    return view, ranges
+
+
+def short(value: float) -> str:
+    """Three digits, and no power of ten."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"

@@ -1,7 +1,7 @@
 """The frontier of a serving system: tokens a second and GPU against tokens a second and user.
 
 One schema for measured (``dspark bench``) and simulated (``dspark simulate``) points, read by the plots and by
-``dspark economics``. A point is a steady state at one load. Figure 7 of the paper (arXiv 2607.05147) is this plot.
+``dspark simulate price``. A point is a steady state at one load. Figure 7 of the paper (arXiv 2607.05147) is this plot.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A frontier measured: one server under rising load.
 
-``make report`` and ``dspark bench`` call :func:`measure_frontier`; several servers are compared by
+``dspark bench`` calls :func:`frontier_of`; several servers are compared by
 :mod:`dspark_sglang.load.versus`.
 """
 

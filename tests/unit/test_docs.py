@@ -27,7 +27,7 @@ def test_the_readme_shows_the_committed_measurement() -> None:
 
 
 def test_the_readme_is_short() -> None:
-    assert len(README.splitlines()) <= 200
+    assert len(README.splitlines()) <= 90
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

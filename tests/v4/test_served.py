@@ -148,3 +148,28 @@ def test_text_through_the_tokenizer(servers: Pair) -> None:
     body = {"text": "once upon a time", "sampling_params": {"temperature": 0, "max_new_tokens": 12}}
     found = [httpx.post(f"{each.url}/generate", json=body, timeout=60.0).json() for each in servers]
     assert found[0]["text"] == found[1]["text"] and found[0]["text"]
+
+
+def test_an_update_from_disk_brings_target_and_drafter(
+    servers: Pair, bundle: Path, tmp_path: Path
+) -> None:
+    """Both servers load another checkpoint, and then their own again."""
+    other = tmp_path / "other"
+    tiny.write(other, seed=1, published=True)
+    prompts = [prompt(length, seed=90 + length) for length in (40, 300)]
+
+    def texts() -> list[list[int]]:
+        plain, ours = (greedy(each, prompts, 24, at_once=2) for each in servers)
+        assert ours == plain
+        return ours
+
+    before, drafts = texts(), spent(servers.dspark, "draft:torch-vanilla")
+    for folder in (other, bundle):
+        for each in servers:
+            answer = each.http.post(
+                "/update_weights_from_disk", json={"model_path": str(folder)}, timeout=300
+            )
+            assert answer.json()["success"], answer.text
+        assert servers.dspark.record()["drafting_stopped"] is None
+        assert (texts() == before) is (folder == bundle)
+    assert spent(servers.dspark, "draft:torch-vanilla") > drafts

@@ -94,6 +94,7 @@ app.command("push")(push.push)
 GONE = {
     "economics": ("dspark simulate price", "dspark simulate price frontier.json --sla 80"),
     "report": ("make report in a checkout of the repository", "make report"),
+    "package-check": ("make package-check in a checkout", "make package-check"),
 }
 
 

@@ -398,7 +398,8 @@ class Session:
 
     def record(self, result: Evaluation) -> None:
         """Write eval.json, from which the card's acceptance table is made."""
-        from dspark_packaging.schemas import EVAL_FILE, EvalArtifact
+        from dspark_packaging.layout import EVAL_FILE
+        from dspark_packaging.records import EvalArtifact
         from dspark_sglang.evaluation.report import card_artifact
         from dspark_sglang.provenance import machine
 

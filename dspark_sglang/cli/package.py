@@ -108,16 +108,16 @@ def _drafter(
     method: Method | None,
     sign: Path | None,
 ) -> None:
-    from dspark_packaging.build import BuildOptions, build_artifact
-    from dspark_packaging.progress import shown
-    from dspark_packaging.schemas import BUNDLE_FILE
-    from dspark_packaging.verify_bundle import verify_any
+    from dspark_packaging import artifact
+    from dspark_packaging.layout import BUNDLE_FILE
+    from dspark_packaging.transfer import shown
+    from dspark_packaging.verify import verify_any
 
     if (source / BUNDLE_FILE).is_file() and source.resolve() == out.resolve() and sign:
         typer.echo(summary("Verified", out, verify_any(out, progress=shown)))
         return
-    options = BuildOptions(target=target, throughput=throughput, method=method or "copy")
-    typer.echo(summary("Wrote", out, build_artifact(source, out, options, progress=shown)))
+    options = artifact.Options(target=target, throughput=throughput, method=method or "copy")
+    typer.echo(summary("Wrote", out, artifact.build(source, out, options, progress=shown)))
 
 
 def _bundle(
@@ -128,12 +128,12 @@ def _bundle(
     method: Method | None,
     replace_mtp: bool,
 ) -> None:
-    from dspark_packaging.join import JoinOptions, build_bundle
-    from dspark_packaging.progress import shown
+    from dspark_packaging import bundle
+    from dspark_packaging.transfer import shown
 
-    options = JoinOptions(layout=layout, method=method or "auto", replace_mtp=replace_mtp)
+    options = bundle.Options(layout=layout, method=method or "auto", replace_mtp=replace_mtp)
     try:
-        done = build_bundle(target, source, out, options, progress=shown)
+        done = bundle.build(target, source, out, options, progress=shown)
     except KeyboardInterrupt:
         typer.echo("Run the same command again to go on from here.", err=True)
         raise
@@ -147,10 +147,10 @@ def _bundle(
 
 
 def _split(source: Path, out: Path, method: Method | None) -> None:
-    from dspark_packaging.apart import split_bundle
-    from dspark_packaging.progress import shown
+    from dspark_packaging import bundle
+    from dspark_packaging.transfer import shown
 
-    done = split_bundle(source, out, method=method or "auto", progress=shown)
+    done = bundle.split(source, out, method=method or "auto", progress=shown)
     if done.resumed:
         typer.echo("Continued an interrupted split.")
     state = "byte for byte the originals" if done.original else "every tensor's bytes unchanged"
@@ -194,11 +194,11 @@ def verify(
     ] = True,
 ) -> None:
     """Check a package: files, checksums, signature, tensors, records, target; then load it."""
-    from dspark_packaging.manifest import SIGNATURE_FILE
-    from dspark_packaging.progress import shown
+    from dspark_packaging.layout import SIGNATURE_FILE
+    from dspark_packaging.records import open_package
     from dspark_packaging.signing import verify_signature
-    from dspark_packaging.verify import verify_pair
-    from dspark_packaging.verify_bundle import verify_any
+    from dspark_packaging.transfer import shown
+    from dspark_packaging.verify import verify_any, verify_pair
 
     result = verify_any(directory, progress=shown)
     if public_key is not None:
@@ -214,7 +214,7 @@ def verify(
             fix="Leave --target out.",
         )
     if target is not None:
-        compared = verify_pair(directory, target)
+        compared = verify_pair(open_package(directory), target)
         how = "fingerprint equal" if compared else "shapes fit (the package has no target.json)"
         typer.echo(f"Target: {target}, {how}.")
     typer.echo(summary("Verified", directory, result))
@@ -228,8 +228,8 @@ def verify(
 
 def _load(directory: Path, target: Path | None) -> None:
     """Load a bundle, or a drafter with its target, and compare with what was measured."""
-    from dspark_packaging.contents import open_package
-    from dspark_packaging.schemas import EVAL_FILE
+    from dspark_packaging.layout import EVAL_FILE
+    from dspark_packaging.records import open_package
     from dspark_packaging.smoke import check_accepted, obstacle, smoke_load
 
     model, drafter = (target, directory) if target else (directory, None)

@@ -24,10 +24,10 @@ def push(
 
     The token is the one of `hf auth login` or HF_TOKEN; it is never an option and never printed.
     """
-    from dspark_packaging.progress import shown
     from dspark_packaging.push import check_repo_id, commands, groups, items
     from dspark_packaging.push import push as send
-    from dspark_packaging.verify_bundle import verify_any
+    from dspark_packaging.transfer import shown
+    from dspark_packaging.verify import verify_any
     from dspark_sglang.cli.package import summary
 
     check_repo_id(repo_id)

@@ -181,7 +181,7 @@ def calibration(
 
 
 def card_artifact(evaluation: Evaluation, hardware: str) -> dict[str, object]:
-    """The fields of ``eval.json`` (:class:`dspark_packaging.schemas.EvalArtifact`)."""
+    """The fields of ``eval.json`` (:class:`dspark_packaging.records.EvalArtifact`)."""
     rows = [row for row in evaluation.lengths if row.engine == evaluation.lengths[0].engine]
     how = (
         "rounds replayed on the target's own answers (`dspark eval`, standalone engine)"

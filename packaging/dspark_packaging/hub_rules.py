@@ -1,8 +1,9 @@
-"""The Hub's rules for a card's front matter, checked offline.
+"""The Hub's rules for a card's front matter and for results, checked offline.
 
 ``ModelCard.validate()`` of huggingface_hub posts the card to the Hub, which a build without
 network cannot do. These are the Hub's documented rules for the keys that a drafter's card
-uses; any other key is refused, so that a misspelt one is not ignored silently.
+uses; any other key is refused, so that a misspelt one is not ignored silently. Accepted lengths
+are written in the Hub's format for results (https://huggingface.co/docs/hub/eval-results).
 """
 
 from __future__ import annotations
@@ -11,8 +12,12 @@ import re
 from typing import Any
 
 import yaml
+from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml, parse_eval_result_entries
 
 from dspark_packaging.errors import PackageError
+from dspark_packaging.layout import EVAL_FILE, EVAL_RESULTS, RESULTS_FILE
+from dspark_packaging.records import EvalArtifact, Package
+from dspark_sglang.artifacts import write_bytes
 
 #: https://huggingface.co/docs/hub/repositories-licenses
 _LICENSE_IDS = """
@@ -144,3 +149,68 @@ def _check_list(value: object, key: str, pattern: re.Pattern[str]) -> None:
         raise _refuse(f"has {key} {value!r}", f"a list of strings like {pattern.pattern}")
     if len(set(items)) != len(items):
         raise _refuse(f"repeats a value in {key}: {value!r}", "each once")
+
+
+#: An entry has to name a dataset of the Hub. Prompts that are none get the name of ours, and the notes say so.
+_DATASET = "dspark-sglang/packaged-prompts"
+
+
+def entries(measured: EvalArtifact) -> list[EvalResultEntry]:
+    """One entry for each temperature and kind of prompt, and for all prompts together."""
+    made = []
+    date = measured.provenance.created
+    for row in measured.accepted_length:
+        values: list[tuple[str, float]] = [("all", row.overall), *row.by_kind.items()]
+        for kind, value in values:
+            made.append(
+                EvalResultEntry(
+                    dataset_id=_DATASET,
+                    task_id=f"accepted-length-{kind}-temperature-{row.temperature:g}",
+                    value=value,
+                    date=date if "T" in date else None,
+                    notes=f"{measured.prompts}; not a dataset of the Hub. {measured.definition} "
+                    f"Hardware: {measured.hardware}. Command: {measured.provenance.command}",
+                )
+            )
+    return made
+
+
+def results_yaml(measured: EvalArtifact) -> str:
+    """The file's content."""
+    return yaml.safe_dump(
+        eval_result_entries_to_yaml(entries(measured)), sort_keys=False, allow_unicode=True
+    )
+
+
+def check_results(package: Package) -> None:
+    """Check that the results file says what ``eval.json`` says, and that the Hub's client reads it.
+
+    Raises:
+        PackageError: it differs, holds more, or is there without a measurement.
+    """
+    folder, measured = package.directory / EVAL_RESULTS, package.records.eval
+    present = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    fix = f"Run `dspark package {package.directory} {package.directory}`."
+    if not present:  # packages made before there was one, and partial downloads
+        return
+    if measured is None or present != [RESULTS_FILE]:
+        raise PackageError(
+            f"{folder} holds {', '.join(present)}.",
+            expected=f"nothing: there is no {EVAL_FILE}" if measured is None else RESULTS_FILE,
+            fix=fix,
+        )
+    text = (folder / RESULTS_FILE).read_text(encoding="utf-8", errors="replace")
+    if text != results_yaml(measured):
+        raise PackageError(
+            f"{folder / RESULTS_FILE} is not what {EVAL_FILE} says.",
+            expected="the results generated from it",
+            fix=fix,
+        )
+    parse_eval_result_entries(yaml.safe_load(text))
+
+
+def write_results(package: Package) -> None:
+    """Write the results file at the top of a package, where the Hub looks for it, if there are any."""
+    if package.records.eval is not None:
+        content = results_yaml(package.records.eval).encode()
+        write_bytes(package.directory / EVAL_RESULTS / RESULTS_FILE, content)

@@ -1,8 +1,11 @@
-"""``checksums.json``: size and SHA-256 of every file that a server loads.
+"""``checksums.json``: size and SHA-256 of every file that a server loads, weights looked at on the way.
 
 The format is the one that ``python -m sglang.srt.utils.model_file_verifier verify`` reads, so
 a download can be checked before serving without this package. That verifier looks at the top
 level only, skips what documents the model, and must not find the manifest in its own list.
+
+The pass that hashes weights also counts values that are no numbers (NaN) or infinite. A drafter with
+one of them serves: the target's verification keeps the text right and refuses every draft.
 """
 
 from __future__ import annotations
@@ -14,18 +17,123 @@ import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 
 import msgspec
+import numpy as np
 
 from dspark_packaging.errors import PackageError
-from dspark_packaging.finite import Scan, refuse_not_finite, scan_of
-from dspark_packaging.progress import Meter, Progress, silent
+from dspark_packaging.layout import MANIFEST_FILE, SIGNATURE_FILE
+from dspark_packaging.transfer import Entry, Meter, Progress, silent
 from dspark_sglang.artifacts import write_json
+from dspark_sglang.errors import CheckpointError
+from dspark_sglang.safetensors import Header, read_header
 
-MANIFEST_FILE = "checksums.json"
-#: Made last, over everything else, so the manifest cannot list it.
-SIGNATURE_FILE = "model.sig"
+#: How to read one element, and the bits that are all set in those that are not finite, by dtype. E4M3 has no
+#: infinity, E8M0 no sign and no fraction; FP4 and FP6 have finite values only (OCP Microscaling Formats 1.0).
+_MASKS = {
+    "F64": ("<u8", 0x7FF0_0000_0000_0000),
+    "F32": ("<u4", 0x7F80_0000),
+    "C64": ("<u4", 0x7F80_0000),
+    "F16": ("<u2", 0x7C00),
+    "BF16": ("<u2", 0x7F80),
+    "F8_E5M2": ("u1", 0x7C),
+    "F8_E4M3": ("u1", 0x7F),
+    "F8_E8M0": ("u1", 0xFF),
+}
+_NAMED = 3
+
+
+class Scan:
+    """Reads the bytes of one safetensors file in order, whatever the size of its tensors.
+
+    Args:
+        header: of the file.
+    """
+
+    def __init__(self, header: Header) -> None:
+        #: Values that are not finite, by tensor.
+        self.found: dict[str, int] = {}
+        self._tensors = sorted(
+            (header.start + tensor.data_offsets[0], header.start + tensor.data_offsets[1], name)
+            for name, tensor in header.tensors.items()
+            if tensor.dtype in _MASKS and tensor.nbytes
+        )
+        self._dtypes = {name: tensor.dtype for name, tensor in header.tensors.items()}
+        self._next = 0
+        self._at = 0
+        #: The beginning of a value whose end is in the next piece.
+        self._rest = b""
+
+    def feed(self, piece: memoryview) -> None:
+        """Take the next bytes of the file, the header's included."""
+        begin, end = self._at, self._at + len(piece)
+        for first, last, name in self._tensors[self._next :]:
+            if first >= end:
+                break
+            self._count(name, piece[max(first, begin) - begin : min(last, end) - begin])
+            if last > end:
+                break
+            self._next += 1
+        self._at = end
+
+    def _count(self, name: str, part: memoryview) -> None:
+        kind, mask = _MASKS[self._dtypes[name]]
+        size = np.dtype(kind).itemsize
+        if self._rest:
+            missing = size - len(self._rest)
+            self._rest += bytes(part[:missing])
+            part = part[missing:]
+            if len(self._rest) < size:
+                return
+            self._add(name, np.frombuffer(self._rest, kind), mask)
+        whole = len(part) - len(part) % size
+        self._rest = bytes(part[whole:])
+        if whole:
+            self._add(name, np.frombuffer(part[:whole], kind), mask)
+
+    def _add(self, name: str, values: np.ndarray, mask: int) -> None:
+        bits = np.bitwise_and(values, values.dtype.type(mask))
+        # A maximum is found several times faster than values are counted, and is nearly always enough.
+        if int(bits.max()) == mask:
+            self.found[name] = self.found.get(name, 0) + int(np.count_nonzero(bits == mask))
+
+
+def scan_of(path: Path) -> Scan | None:
+    """A scan of a weight file; None for other files, and for weights that cannot be read.
+
+    Those are no oversight: opening the package reads every header again and refuses them.
+    """
+    if path.suffix != ".safetensors":
+        return None
+    try:
+        return Scan(read_header(path))
+    except CheckpointError:
+        return None
+
+
+def refuse_not_finite(path: Path, found: dict[str, int]) -> None:
+    """Refuse a weight file with values that are not finite.
+
+    Args:
+        path: the file.
+        found: how many each of its tensors has.
+
+    Raises:
+        PackageError: there are some.
+    """
+    if not found:
+        return
+    named = ", ".join(f"{count} in {name}" for name, count in sorted(found.items())[:_NAMED])
+    more = len(found) - _NAMED
+    raise PackageError(
+        f"{path} holds NaN or infinite values: {named}"
+        + (f", and some in {more} tensors more." if more > 0 else "."),
+        expected="finite weights",
+        fix="Convert or train it again, or download it again; it would serve, but draft nothing.",
+    )
+
+
 #: Files that SGLang's verifier leaves out when it lists a folder.
 IGNORED = (
     ".DS_Store",
@@ -44,13 +152,6 @@ _CHUNK = 1 << 20
 _REPACK = "Download the folder again, or package it again with `dspark package DIR DIR`."
 
 
-class Entry(msgspec.Struct, frozen=True, kw_only=True):
-    """One file: lower-case hexadecimal digest, and size in bytes."""
-
-    sha256: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
-    size: Annotated[int, msgspec.Meta(ge=0)]
-
-
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """The content of ``checksums.json``."""
 
@@ -63,13 +164,6 @@ class Hashed(NamedTuple):
     entry: Entry
     #: Values that are not finite, by tensor; empty for files that hold no weights.
     not_finite: dict[str, int]
-
-
-class Digests:
-    """Digests that are already known, by name: an interrupted build does not compute them again."""
-
-    def __init__(self, known: dict[str, Entry]) -> None:
-        self.known = dict(known)
 
 
 def listed_names(directory: Path) -> list[str]:
@@ -146,7 +240,7 @@ def file_entries(
 def write_manifest(
     directory: Path,
     *,
-    digests: Digests | None = None,
+    digests: dict[str, Entry] | None = None,
     progress: Progress = silent,
     save: Callable[[], None] | None = None,
 ) -> Manifest:
@@ -161,19 +255,19 @@ def write_manifest(
     Raises:
         PackageError: weights that are not finite.
     """
-    known = Digests({}) if digests is None else digests
+    known: dict[str, Entry] = {} if digests is None else digests
     names = listed_names(directory)
 
     def note(name: str, hashed: Hashed) -> None:
         # Before it is noted: a build that is continued does not read the file again.
         refuse_not_finite(directory / name, hashed.not_finite)
-        known.known[name] = hashed.entry
+        known[name] = hashed.entry
         if save is not None:
             save()
 
-    missing = [directory / name for name in names if name not in known.known]
+    missing = [directory / name for name in names if name not in known]
     file_entries(missing, progress=progress, done=note)
-    manifest = Manifest(files={name: known.known[name] for name in names})
+    manifest = Manifest(files={name: known[name] for name in names})
     write_json(directory / MANIFEST_FILE, manifest)
     return manifest
 

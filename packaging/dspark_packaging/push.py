@@ -20,8 +20,8 @@ from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
 from dspark_packaging import hub_rules
 from dspark_packaging.errors import PackageError
-from dspark_packaging.layout import CARD_FILE, package_files
-from dspark_packaging.manifest import MANIFEST_FILE, SIGNATURE_FILE, read_manifest
+from dspark_packaging.layout import CARD_FILE, MANIFEST_FILE, SIGNATURE_FILE, package_files
+from dspark_packaging.manifest import read_manifest
 
 #: Bytes of weights a commit.
 GROUP_BYTES = 50 * 10**9

@@ -11,8 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 from dspark_packaging.errors import PackageError
-from dspark_packaging.layout import LEFT
-from dspark_packaging.manifest import SIGNATURE_FILE
+from dspark_packaging.layout import LEFT, SIGNATURE_FILE
 
 _INSTALL = 'pip install "dspark-sglang[sign]"'
 #: Relative to the folder, as the library wants.

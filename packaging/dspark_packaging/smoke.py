@@ -12,9 +12,10 @@ import httpx
 import msgspec
 import psutil
 
+from dspark_packaging.drafter import read_shards
 from dspark_packaging.errors import PackageError
-from dspark_packaging.schemas import EVAL_FILE, EvalArtifact
-from dspark_packaging.shards import read_shards
+from dspark_packaging.layout import EVAL_FILE
+from dspark_packaging.records import EvalArtifact
 from dspark_sglang.checkpoint import read_config
 from dspark_sglang.demo.server import Server, free_port, serve_command
 from dspark_sglang.errors import ServerError

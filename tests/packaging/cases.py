@@ -16,17 +16,11 @@ import msgspec
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from dspark_packaging.build import build_artifact
-from dspark_packaging.join import build_bundle
-from dspark_packaging.layout import CONFIG_FILE, INDEX_FILE, SINGLE_FILE
-from dspark_packaging.manifest import (
-    MANIFEST_FILE,
-    Manifest,
-    file_entry,
-    listed_names,
-    write_manifest,
-)
-from dspark_packaging.verify_bundle import verify_any
+from dspark_packaging import artifact
+from dspark_packaging import bundle as bundles
+from dspark_packaging.layout import CONFIG_FILE, INDEX_FILE, MANIFEST_FILE, SINGLE_FILE
+from dspark_packaging.manifest import Manifest, file_entry, listed_names, write_manifest
+from dspark_packaging.verify import verify_any
 from dspark_sglang.artifacts import write_json
 from dspark_sglang.checkpoint import weights_digest
 from dspark_sglang.errors import DSparkError
@@ -107,7 +101,7 @@ def _verify(world: World, *, relist: bool = True) -> Callable[[], object]:
 
 
 def _bundle(world: World) -> Callable[[], object]:
-    return lambda: build_bundle(world.target, world.package, world.root / "out")
+    return lambda: bundles.build(world.target, world.package, world.root / "out")
 
 
 def _index(world: World, **mapped: str) -> None:
@@ -243,7 +237,7 @@ def _not_a_number(world: World) -> Callable[[], object]:
 
 def _infinite(world: World) -> Callable[[], object]:
     _tensors(world, lambda t: t["norm.weight"].__setitem__(0, -np.inf))
-    return lambda: build_artifact(world.package, world.root / "out")
+    return lambda: artifact.build(world.package, world.root / "out")
 
 
 def _infinite_target(world: World) -> Callable[[], object]:
@@ -251,7 +245,7 @@ def _infinite_target(world: World) -> Callable[[], object]:
     next(iter(tensors.values()))[0, 0] = np.inf
     save_file(tensors, world.target / SHARD_1)
     (world.package / "target.json").unlink()
-    build_artifact(world.package, world.package)
+    artifact.build(world.package, world.package)
     return _bundle(world)
 
 
@@ -278,7 +272,7 @@ def _wrong_revision(world: World) -> Callable[[], object]:
     value = json.loads((world.package / "provenance.json").read_text())
     value["target"]["revision"] = COMMIT
     put(world.package / "provenance.json", value)
-    build_artifact(world.package, world.package)
+    artifact.build(world.package, world.package)
     # As `hf download --local-dir` records it.
     notes = world.target / ".cache" / "huggingface" / "download"
     notes.mkdir(parents=True)
@@ -329,7 +323,7 @@ def _tampered_manifest(world: World) -> Callable[[], object]:
 
 def _tampered_bundle(world: World) -> Callable[[], object]:
     bundle = world.root / "bundle"
-    build_bundle(world.target, world.package, bundle)
+    bundles.build(world.target, world.package, bundle)
     inside = bundle / "dspark"
     card = inside / "provenance.json"
     value = json.loads(card.read_text()) | {"sglang": "9.9.9"}
@@ -343,7 +337,7 @@ def _tampered_bundle(world: World) -> Callable[[], object]:
 
 def _figure_without_source(world: World) -> Callable[[], object]:
     edit(world.package / "provenance.json", limits=["It is 3.2x faster than plain decoding."])
-    return lambda: build_artifact(world.package, world.root / "out")
+    return lambda: artifact.build(world.package, world.root / "out")
 
 
 def _tampered_signature(world: World) -> Callable[[], object]:

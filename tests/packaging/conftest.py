@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dspark_packaging.build import build_artifact
+from dspark_packaging import artifact
 from tests.packaging.samples import write_drafter
 
 
@@ -17,5 +17,5 @@ def source(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def packed(source: Path, tmp_path: Path) -> Path:
-    build_artifact(source, tmp_path / "out")
+    artifact.build(source, tmp_path / "out")
     return tmp_path / "out"

@@ -12,13 +12,11 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from dspark_packaging.apart import split_bundle
+from dspark_packaging import bundle as bundles
 from dspark_packaging.errors import PackageError
-from dspark_packaging.join import JoinOptions, build_bundle
 from dspark_packaging.layout import visible_entries
-from dspark_packaging.progress import shown, silent
-from dspark_packaging.subset import write_subset
-from dspark_packaging.verify_bundle import verify_any
+from dspark_packaging.transfer import shown, silent, write_subset
+from dspark_packaging.verify import verify_any
 from dspark_sglang.safetensors import read_header
 from tests.packaging.samples import tree
 from tests.packaging.v4_layout import Width, write_pair
@@ -73,9 +71,9 @@ def pack_large(root: Path, shards: int = _SHARDS) -> Large:
     target, drafter = root / "target", root / "drafter"
     before = {p: (p.stat().st_size, p.stat().st_mtime_ns) for p in _files(target, drafter)}
     start = time.monotonic()
-    done = build_bundle(target, drafter, root / "bundle", progress=shown)
+    done = bundles.build(target, drafter, root / "bundle", progress=shown)
     packed = time.monotonic()
-    parts = split_bundle(root / "bundle", root / "parts")
+    parts = bundles.split(root / "bundle", root / "parts")
     split = time.monotonic()
     # One shard without its first tensor: what replacing tensors writes anew.
     shard = target / f"model-00002-of-{shards:05d}.safetensors"
@@ -118,7 +116,7 @@ def _same(one: Path, other: Path) -> bool:
 def _limited(target: Path, drafter: Path, out: Path) -> str:
     resource.setrlimit(resource.RLIMIT_FSIZE, (_LIMIT, _LIMIT))
     try:
-        build_bundle(target, drafter, out, JoinOptions(method="copy"))
+        bundles.build(target, drafter, out, bundles.Options(method="copy"))
     except PackageError as error:
         return str(error)
     return ""
@@ -130,11 +128,11 @@ def fill_disk(root: Path) -> Full:
     before = tree(target), tree(drafter)
     said = in_process(_limited, target, drafter, root / "bundle")
     refused = "cannot grow" in said and not (root / "bundle").exists()
-    done = build_bundle(
-        target, drafter, root / "bundle", JoinOptions(method="copy"), progress=silent
+    done = bundles.build(
+        target, drafter, root / "bundle", bundles.Options(method="copy"), progress=silent
     )
     verify_any(root / "bundle")
-    parts = split_bundle(root / "bundle", root / "parts", method="copy")
+    parts = bundles.split(root / "bundle", root / "parts", method="copy")
     whole = (tree(parts.target), tree(parts.drafter)) == before
     return Full(
         refused=refused,
@@ -151,9 +149,9 @@ def v4_layout(root: Path, width: Width, shards: int) -> tuple[bool, bool, int]:
     """
     target, drafter = write_pair(root, width, shards=shards)
     before = tree(target), tree(drafter)
-    build_bundle(target, drafter, root / "bundle")
+    bundles.build(target, drafter, root / "bundle")
     verified = verify_any(root / "bundle")
-    parts = split_bundle(root / "bundle", root / "parts")
+    parts = bundles.split(root / "bundle", root / "parts")
     same = (tree(parts.target), tree(parts.drafter)) == before
     shutil.rmtree(root)
     return verified.shape == "bundle (mtp)", same, verified.tensors

@@ -9,10 +9,10 @@ from typing import Any
 
 import msgspec
 
-from dspark_packaging.build import BuildOptions, build_artifact
+from dspark_packaging import artifact
 from dspark_packaging.errors import PackageError
 from dspark_packaging.smoke import ask
-from dspark_packaging.verify_bundle import verify_any
+from dspark_packaging.verify import verify_any
 from dspark_sglang.demo.server import COMMON_FLAGS, Server, free_port
 from tests.packaging.clients import CLIENTS, TOKEN, dspark, install, run
 from tests.packaging.hub import FakeHub, running_hub
@@ -138,7 +138,7 @@ def round_trip(source: Path, target: Path, work: Path, cache: Path, say: Say) ->
     """
     package = work / "package"
     say("package and verify")
-    build_artifact(source, package, BuildOptions(target=target))
+    artifact.build(source, package, artifact.Options(target=target))
     verify_any(package)
     with running_hub() as hub:
         home = work / "home"

@@ -11,8 +11,8 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from safetensors.numpy import save_file
 
-from dspark_packaging.build import BuildOptions, build_artifact
-from dspark_packaging.schemas import ACCEPTED_LENGTH, SURVIVAL
+from dspark_packaging import artifact
+from dspark_packaging.records import ACCEPTED_LENGTH, SURVIVAL
 from dspark_sglang.checkpoint import dense_tensors, parse_drafter_config, weights_digest
 
 #: The packaged drafter of this repository.
@@ -166,7 +166,7 @@ def write_target(folder: Path, *, shards: int = 2) -> Path:
 def write_package(folder: Path, target: Path | None = None) -> Path:
     """A packaged drafter beside its source; with ``target.json`` when the target is given."""
     source = write_drafter(folder.with_name(folder.name + "-source"))
-    build_artifact(source, folder, BuildOptions(target=target))
+    artifact.build(source, folder, artifact.Options(target=target))
     return folder
 
 

@@ -18,7 +18,7 @@ import typer
 from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
-from dspark_packaging.build import build_artifact
+from dspark_packaging import artifact
 from dspark_packaging.errors import PackageError
 from dspark_packaging.manifest import IGNORED, verify_manifest, write_manifest
 from dspark_packaging.verify import verify_artifact
@@ -38,6 +38,7 @@ from tests.packaging.samples import (
     sts,
     tree,
 )
+from tests.structure_package import modules_of_the_source_path
 
 ROOT = Path(__file__).parents[2]
 
@@ -57,17 +58,22 @@ def test_build_writes_the_whole_folder(packed: Path, source: Path) -> None:
 
 def test_build_is_idempotent_and_works_in_place(packed: Path, source: Path) -> None:
     first = tree(packed)
-    build_artifact(source, packed)
+    artifact.build(source, packed)
     assert tree(packed) == first
-    build_artifact(packed, packed)
+    artifact.build(packed, packed)
     assert tree(packed) == first
+
+
+def test_a_package_passes_few_modules(tmp_path: Path) -> None:
+    """Whoever changes how a folder is packaged has to read these, and no more."""
+    assert len(modules_of_the_source_path(tmp_path)) <= 10
 
 
 def test_measurements_added_later_are_picked_up_in_place(packed: Path) -> None:
     add_measurements(packed)
     with pytest.raises(PackageError, match=r"eval\.json, sts\.json, which checksums"):
         verify_artifact(packed)
-    done = build_artifact(packed, packed)
+    done = artifact.build(packed, packed)
     assert (done.calibrated, done.measured) == (True, True)
     assert {"sts.json", "eval.json"} <= set(verify_manifest(packed).files)
 
@@ -75,7 +81,7 @@ def test_measurements_added_later_are_picked_up_in_place(packed: Path) -> None:
 def test_source_leftovers_are_not_published(source: Path, tmp_path: Path) -> None:
     (source / "optimizer.pt").write_bytes(pickle.dumps({}))
     (source / "logs").mkdir()
-    build_artifact(source, tmp_path / "out")
+    artifact.build(source, tmp_path / "out")
     assert not (tmp_path / "out" / "optimizer.pt").exists()
 
 
@@ -90,13 +96,13 @@ def test_sharded_weights_need_their_index(source: Path, tmp_path: Path) -> None:
         mapped |= dict.fromkeys(part, file)
     put(source / "provenance.json", provenance(weights_digest(source)))
     with pytest.raises(PackageError, match=r"no model\.safetensors\.index\.json"):
-        build_artifact(source, tmp_path / "out")
+        artifact.build(source, tmp_path / "out")
     index = source / "model.safetensors.index.json"
     put(index, {"metadata": {"total_size": 1}, "weight_map": mapped})
-    build_artifact(source, tmp_path / "out")
+    artifact.build(source, tmp_path / "out")
     put(index, {"weight_map": mapped | {names[0]: mapped[names[-1]]}})
     with pytest.raises(PackageError, match="wrong about 1 tensors"):
-        build_artifact(source, tmp_path / "out")
+        artifact.build(source, tmp_path / "out")
 
 
 def _foreign_file(out: Path) -> None:
@@ -140,7 +146,7 @@ def test_build_never_overwrites_what_it_did_not_write(
     spoil(packed)
     before = {p: p.read_bytes() for p in packed.rglob("*") if p.is_file()}
     with pytest.raises(PackageError):
-        build_artifact(source, packed)
+        artifact.build(source, packed)
     assert {p: p.read_bytes() for p in packed.rglob("*") if p.is_file()} == before
 
 
@@ -151,7 +157,7 @@ def test_failed_build_leaves_the_old_package(packed: Path, source: Path) -> None
     save_weights(source, tensors)
     put(source / "provenance.json", provenance(weights_digest(source)))
     with pytest.raises(CheckpointError, match=r"no tensor fc\.weight"):
-        build_artifact(source, packed)
+        artifact.build(source, packed)
     assert tree(packed) == before
     assert sorted(p.name for p in packed.parent.iterdir()) == ["out", "source"]
 
@@ -169,7 +175,7 @@ def test_failed_swap_puts_the_old_package_back(
 
     monkeypatch.setattr(Path, "rename", fail_on_new)
     with pytest.raises(OSError, match="no space"):
-        build_artifact(source, packed)
+        artifact.build(source, packed)
     assert tree(packed) == before
 
 
@@ -177,16 +183,16 @@ def test_new_weights_with_old_provenance_are_refused(source: Path, tmp_path: Pat
     tensors = load_file(source / "model.safetensors")
     save_weights(source, {name: tensor * 2 for name, tensor in tensors.items()})
     with pytest.raises(ArtifactError, match=r"provenance\.json has drafter_sha256"):
-        build_artifact(source, tmp_path / "out")
+        artifact.build(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_unknown_licence_needs_its_text(source: Path, tmp_path: Path) -> None:
     edit(source / "provenance.json", license="mit")
     with pytest.raises(PackageError, match="no LICENSE and its licence is mit"):
-        build_artifact(source, tmp_path / "out")
+        artifact.build(source, tmp_path / "out")
     (source / "LICENSE").write_text("MIT, in full")
-    build_artifact(source, tmp_path / "out")
+    artifact.build(source, tmp_path / "out")
     assert (tmp_path / "out" / "LICENSE").read_text() == "MIT, in full"
 
 

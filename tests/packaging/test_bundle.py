@@ -13,20 +13,15 @@ import msgspec
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from dspark_packaging import smoke, transfer
-from dspark_packaging.apart import split_bundle
-from dspark_packaging.build import BuildOptions, build_artifact
-from dspark_packaging.contents import open_package
+from dspark_packaging import artifact, smoke, transfer
+from dspark_packaging import bundle as bundles
+from dspark_packaging.drafter import read_shards
 from dspark_packaging.errors import PackageError
-from dspark_packaging.fingerprint import fingerprint, revision_of
-from dspark_packaging.join import JoinOptions, build_bundle
-from dspark_packaging.progress import silent
-from dspark_packaging.shards import read_shards
+from dspark_packaging.records import open_package
 from dspark_packaging.signing import sign, verify_signature
 from dspark_packaging.smoke import obstacle
-from dspark_packaging.transfer import Job, place
-from dspark_packaging.verify_bundle import verify_any
-from dspark_packaging.workspace import workspace
+from dspark_packaging.transfer import Job, place, silent, workspace
+from dspark_packaging.verify import fingerprint, revision_of, verify_any
 from dspark_sglang.artifacts import SCHEMA_VERSION, STSArtifact, write_json
 from dspark_sglang.checkpoint import weights_digest
 from dspark_sglang.errors import ArtifactError, CheckpointError, DSparkError
@@ -65,7 +60,7 @@ def test_bad_input_is_refused_and_nothing_touched(case: Case, tmp_path: Path) ->
 
 def test_an_unspoiled_world_is_accepted(pair: tuple[Path, Path], tmp_path: Path) -> None:
     target, package = pair
-    build_bundle(target, package, tmp_path / "out")
+    bundles.build(target, package, tmp_path / "out")
     assert verify_any(tmp_path / "out").shape == "bundle (folder)"
 
 
@@ -77,7 +72,7 @@ def test_folder_bundle_links_weights_and_splits_back(
 ) -> None:
     target, package = pair
     before = tree(target), tree(package)
-    done = build_bundle(target, package, tmp_path / "bundle", JoinOptions(method="link"))
+    done = bundles.build(target, package, tmp_path / "bundle", bundles.Options(method="link"))
     assert done.left_out == ["modeling_tiny.py"]
     assert done.written_bytes == 0
     for path in target.glob("*.safetensors"):
@@ -86,7 +81,7 @@ def test_folder_bundle_links_weights_and_splits_back(
     card = (tmp_path / "bundle" / "README.md").read_text()
     assert "Not a new model: the same checkpoint" in card
     assert "--speculative-draft-model-path DIR" not in card.split("```")[1]
-    parts = split_bundle(tmp_path / "bundle", tmp_path / "parts")
+    parts = bundles.split(tmp_path / "bundle", tmp_path / "parts")
     assert parts.original
     assert parts.lost == 1
     del before[0]["modeling_tiny.py"]
@@ -95,7 +90,7 @@ def test_folder_bundle_links_weights_and_splits_back(
 
 def test_a_drafter_in_both_places_is_refused(v4: tuple[Path, Path], tmp_path: Path) -> None:
     """In the mtp layout nothing would look into ``dspark/``, and pushing would send it."""
-    build_bundle(*v4, tmp_path / "bundle")
+    bundles.build(*v4, tmp_path / "bundle")
     (tmp_path / "bundle" / "dspark").mkdir()
     with pytest.raises(PackageError, match="holds a folder dspark"):
         verify_any(tmp_path / "bundle")
@@ -104,14 +99,14 @@ def test_a_drafter_in_both_places_is_refused(v4: tuple[Path, Path], tmp_path: Pa
 def test_bundle_leaves_the_sources_alone(pair: tuple[Path, Path], tmp_path: Path) -> None:
     before = [tree(folder) for folder in pair]
     modes = [path.stat().st_mode for folder in pair for path in sorted(folder.rglob("*"))]
-    build_bundle(*pair, tmp_path / "bundle")
+    bundles.build(*pair, tmp_path / "bundle")
     assert [tree(folder) for folder in pair] == before
     assert modes == [p.stat().st_mode for folder in pair for p in sorted(folder.rglob("*"))]
 
 
 def test_a_bundle_in_the_hub_cache_verifies(pair: tuple[Path, Path], tmp_path: Path) -> None:
     """There every file is a link to a blob, also those in ``dspark/``."""
-    build_bundle(*pair, tmp_path / "bundle")
+    bundles.build(*pair, tmp_path / "bundle")
     cache = tmp_path / "models--someone--tiny"
     snapshot = cache / "snapshots" / ("a" * 40)
     (cache / "blobs").mkdir(parents=True)
@@ -125,7 +120,7 @@ def test_a_bundle_in_the_hub_cache_verifies(pair: tuple[Path, Path], tmp_path: P
 
 def test_a_bundle_can_be_signed(pair: tuple[Path, Path], tmp_path: Path) -> None:
     bundle = tmp_path / "bundle"
-    build_bundle(*pair, bundle)
+    bundles.build(*pair, bundle)
     private, public = make_keys(tmp_path / "keys")
     sign(bundle, private)
     verify_any(bundle)
@@ -139,14 +134,14 @@ def test_an_output_that_is_taken_is_refused(pair: tuple[Path, Path], tmp_path: P
     (tmp_path / "bundle").mkdir()
     (tmp_path / "bundle" / "mine").write_text("x")
     with pytest.raises(PackageError, match="not empty"):
-        build_bundle(*pair, tmp_path / "bundle")
+        bundles.build(*pair, tmp_path / "bundle")
     with pytest.raises(PackageError, match="inside each other"):
-        build_bundle(*pair, pair[0] / "bundle")
+        bundles.build(*pair, pair[0] / "bundle")
 
 
 def test_mtp_layout_is_refused_for_a_dense_target(pair: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(PackageError, match=r"SGLang reads mtp\.\* for DeepseekV4ForCausalLM only"):
-        build_bundle(*pair, tmp_path / "out", JoinOptions(layout="mtp"))
+        bundles.build(*pair, tmp_path / "out", bundles.Options(layout="mtp"))
 
 
 # --- the mtp layout -------------------------------------------------------------------------------
@@ -155,7 +150,7 @@ def test_mtp_layout_is_refused_for_a_dense_target(pair: tuple[Path, Path], tmp_p
 def test_v4_pro_layout_packs_verifies_and_splits(v4: tuple[Path, Path], tmp_path: Path) -> None:
     target, drafter = v4
     before = tree(target), tree(drafter)
-    done = build_bundle(target, drafter, tmp_path / "bundle")
+    done = bundles.build(target, drafter, tmp_path / "bundle")
     bundle = tmp_path / "bundle"
     assert done.verified.shape == "bundle (mtp)"
     shards = read_shards(bundle)
@@ -170,7 +165,7 @@ def test_v4_pro_layout_packs_verifies_and_splits(v4: tuple[Path, Path], tmp_path
     new = [p.name for p in bundle.iterdir() if p.suffix == ".safetensors" and p.stat().st_nlink < 2]
     assert new == []
     verify_any(bundle)
-    parts = split_bundle(bundle, tmp_path / "parts")
+    parts = bundles.split(bundle, tmp_path / "parts")
     assert parts.original
     assert (tree(parts.target), tree(parts.drafter)) == before
     verify_any(parts.drafter)
@@ -181,7 +176,7 @@ def test_a_v4_drafter_has_one_identity_alone_in_a_bundle_and_when_it_is_served(
 ) -> None:
     target, drafter = v4
     bundle = tmp_path / "bundle"
-    build_bundle(target, drafter, bundle)
+    bundles.build(target, drafter, bundle)
     served = weights_digest(bundle)
     assert open_package(bundle).drafter.digest == served == weights_digest(drafter)
     # What a server has fitted lies beside the weights, and belongs to them.
@@ -197,10 +192,10 @@ def test_a_v4_drafter_has_one_identity_alone_in_a_bundle_and_when_it_is_served(
 
 def test_a_bundle_is_not_packaged_as_a_drafter(v4: tuple[Path, Path], tmp_path: Path) -> None:
     target, drafter = v4
-    build_bundle(target, drafter, tmp_path / "bundle", JoinOptions(method="copy"))
+    bundles.build(target, drafter, tmp_path / "bundle", bundles.Options(method="copy"))
     (tmp_path / "bundle" / "dspark_bundle.json").unlink()
     with pytest.raises(CheckpointError) as caught:
-        build_artifact(tmp_path / "bundle", tmp_path / "out")
+        artifact.build(tmp_path / "bundle", tmp_path / "out")
     assert "--split" in caught.value.fix and not (tmp_path / "out").exists()
 
 
@@ -223,16 +218,16 @@ def test_a_next_token_layer_is_replaced_only_when_told(tmp_path: Path) -> None:
     target = v4_layout.write_target(tmp_path / "with-mtp", WIDTH, shards=3, next_token=True)
     before = tree(target)
     with pytest.raises(PackageError, match="--replace-mtp"):
-        build_bundle(target, drafter, tmp_path / "out")
-    options = JoinOptions(replace_mtp=True)
-    done = build_bundle(target, drafter, tmp_path / "out", options)
+        bundles.build(target, drafter, tmp_path / "out")
+    options = bundles.Options(replace_mtp=True)
+    done = bundles.build(target, drafter, tmp_path / "out", options)
     assert tree(target) == before
     assert done.methods["link"] >= 4
     assert done.written_bytes > 0
     stored = read_shards(tmp_path / "out").tensors
     assert "mtp.0.e_proj.weight" not in stored
     assert "next-token layer is replaced" in (tmp_path / "out" / "README.md").read_text()
-    parts = split_bundle(tmp_path / "out", tmp_path / "parts")
+    parts = bundles.split(tmp_path / "out", tmp_path / "parts")
     assert not parts.original
     assert parts.lost > 0
     whole, kept = read_shards(target), read_shards(parts.target)
@@ -243,7 +238,7 @@ def test_a_bundle_of_another_origin_is_split_by_names(
     v4: tuple[Path, Path], tmp_path: Path
 ) -> None:
     target, drafter = v4
-    build_bundle(target, drafter, tmp_path / "bundle", JoinOptions(method="copy"))
+    bundles.build(target, drafter, tmp_path / "bundle", bundles.Options(method="copy"))
     bundle = tmp_path / "bundle"
     for name in sorted(path.name for path in bundle.iterdir()):
         if name.startswith(("target-", "drafter-", "dspark_", "checksums")):
@@ -253,7 +248,7 @@ def test_a_bundle_of_another_origin_is_split_by_names(
     with pytest.raises(PackageError, match="no records of"):
         verify_any(bundle)
     stored = _all_bytes(bundle)
-    parts = split_bundle(bundle, tmp_path / "parts")
+    parts = bundles.split(bundle, tmp_path / "parts")
     assert not parts.original
     assert set(read_shards(parts.target).tensors) == set(read_shards(target).tensors)
     assert _all_bytes(parts.target) | _all_bytes(parts.drafter) == stored
@@ -275,7 +270,7 @@ def _mix(bundle: Path) -> None:
     both = header.tensors | {
         name: type(tensor)(tensor.dtype, tensor.shape, (end, end + len(moved)))
     }
-    from dspark_packaging.subset import write_subset
+    from dspark_packaging.transfer import write_subset
     from dspark_sglang.safetensors import encode_header
 
     (bundle / first).write_bytes(encode_header(both, {}) + raw[header.start :] + moved)
@@ -334,7 +329,7 @@ def test_v4_drafter_is_checked_key_by_key(
     )
     edit(source / "provenance.json", drafter_sha256=weights_digest(source))
     with pytest.raises(CheckpointError, match=message):
-        build_artifact(source, tmp_path / "out")
+        artifact.build(source, tmp_path / "out")
 
 
 # --- interruption ---------------------------------------------------------------------------------
@@ -402,17 +397,16 @@ def test_an_interrupted_bundle_is_continued(
 ) -> None:
     target, package = pair
     out = tmp_path / "bundle"
-    from dspark_packaging import join
 
     def stop(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(join, "write_manifest", stop)
+        patch.setattr(bundles, "write_manifest", stop)
         with pytest.raises(KeyboardInterrupt):
-            build_bundle(target, package, out)
+            bundles.build(target, package, out)
     assert not out.exists()
-    done = build_bundle(target, package, out)
+    done = bundles.build(target, package, out)
     assert done.resumed
     assert done.methods == {"there": sum(done.methods.values())}
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
@@ -474,4 +468,4 @@ def test_a_drafter_is_not_recorded_for_a_target_it_does_not_fit(tmp_path: Path) 
     source = write_package(tmp_path / "package").with_name("package-source")
     (target / "config.json").write_text(json.dumps({"hidden_size": 9, "vocab_size": 11}))
     with pytest.raises(DSparkError, match="hidden_size is 8"):
-        build_artifact(source, tmp_path / "out", BuildOptions(target=target), progress=silent)
+        artifact.build(source, tmp_path / "out", artifact.Options(target=target), progress=silent)

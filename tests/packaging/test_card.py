@@ -13,7 +13,7 @@ import dspark_packaging
 from dspark_packaging.card import check_card, render_card, write_card
 from dspark_packaging.errors import PackageError
 from dspark_packaging.hub_rules import check_front_matter
-from dspark_packaging.schemas import ACCEPTED_LENGTH
+from dspark_packaging.records import ACCEPTED_LENGTH
 from tests.packaging.samples import COMMITTED, add_measurements, draft_vocabulary, put
 
 TEMPLATE = Path(dspark_packaging.__file__).parent / "templates" / "card.md.jinja"

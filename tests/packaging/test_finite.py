@@ -15,13 +15,12 @@ import typer
 from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
-from dspark_packaging import smoke
-from dspark_packaging.build import build_artifact
+from dspark_packaging import artifact, smoke
+from dspark_packaging import bundle as bundles
 from dspark_packaging.errors import PackageError
-from dspark_packaging.finite import Scan, refuse_not_finite, scan_of
-from dspark_packaging.join import build_bundle
 from dspark_packaging.layout import SINGLE_FILE
-from dspark_packaging.schemas import read_eval_as_it_is
+from dspark_packaging.manifest import Scan, refuse_not_finite, scan_of
+from dspark_packaging.records import open_package
 from dspark_packaging.smoke import Loaded, check_accepted
 from dspark_sglang.checkpoint import weights_digest
 from dspark_sglang.cli import package as cli
@@ -125,7 +124,7 @@ def test_package_refuses_and_writes_nothing(source: Path, tmp_path: Path) -> Non
     digest = weights_digest(source)
     put(source / "provenance.json", provenance(digest))
     with pytest.raises(PackageError, match="1 in confidence_head"):
-        build_artifact(source, tmp_path / "out")
+        artifact.build(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -136,7 +135,7 @@ def test_a_continued_bundle_refuses_again(tmp_path: Path) -> None:
     _spoil(target / "model-00002-of-00002.safetensors")
     for _ in range(2):
         with pytest.raises(PackageError, match="NaN or infinite"):
-            build_bundle(target, package, tmp_path / "out")
+            bundles.build(target, package, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -151,7 +150,8 @@ SERVED = {"healthy": (125, 74), "healthy, no copies": (97, 54), "NaN": (92, 92)}
 def test_accepted_length_is_held_against_the_measured_one(state: str) -> None:
     tokens, rounds = SERVED[state]
     loaded = Loaded(text="", rounds=rounds, tokens=tokens)
-    recorded = read_eval_as_it_is(COMMITTED / "eval.json")
+    recorded = open_package(COMMITTED).records.eval
+    assert recorded is not None
     if state == "NaN":
         with pytest.raises(PackageError, match=r"1\.00 a round") as caught:
             check_accepted(loaded, recorded)
@@ -196,6 +196,6 @@ def test_verify_says_where_there_is_nothing_to_compare(
 
 def test_the_committed_drafter_is_finite(tmp_path: Path) -> None:
     shutil.copytree(COMMITTED, tmp_path / "copy")
-    build_artifact(tmp_path / "copy", tmp_path / "out")
+    artifact.build(tmp_path / "copy", tmp_path / "out")
     listed = json.loads((tmp_path / "out" / "checksums.json").read_text())
     assert listed == json.loads((COMMITTED / "checksums.json").read_text())

@@ -11,11 +11,10 @@ import yaml
 from huggingface_hub import parse_eval_result_entries
 
 import dspark_packaging
-from dspark_packaging.build import BuildOptions, build_artifact
-from dspark_packaging.card import check_card, render_card
+from dspark_packaging import artifact
+from dspark_packaging.card import FACTS_FILE, check_card, read_facts, render_card
 from dspark_packaging.errors import PackageError
 from dspark_packaging.hub_rules import check_front_matter
-from dspark_packaging.published import FACTS_FILE, read_facts
 from dspark_packaging.verify import verify_artifact
 from dspark_sglang.checkpoint import weights_digest
 from dspark_sglang.errors import ArtifactError
@@ -33,7 +32,7 @@ RESULTS = ROOT / "docs" / "results" / "package.json"
 
 def test_results_are_what_the_hub_reads(packed: Path) -> None:
     add_measurements(packed)
-    build_artifact(packed, packed)
+    artifact.build(packed, packed)
     path = packed / ".eval_results" / "accepted-length.yaml"
     entries = parse_eval_result_entries(yaml.safe_load(path.read_text()))
     values = {entry.task_id: entry.value for entry in entries}
@@ -47,7 +46,7 @@ def test_results_are_what_the_hub_reads(packed: Path) -> None:
 
 def test_results_that_say_something_else_are_refused(packed: Path) -> None:
     add_measurements(packed)
-    build_artifact(packed, packed)
+    artifact.build(packed, packed)
     path = packed / ".eval_results" / "accepted-length.yaml"
     path.write_text(path.read_text().replace("2.34", "3.34"))
     with pytest.raises(PackageError, match=r"not what eval\.json says"):
@@ -78,8 +77,8 @@ def load_summary(digest: str) -> dict[str, object]:
 
 def test_speeds_come_with_baseline_spread_command_and_machine(source: Path, tmp_path: Path) -> None:
     put(tmp_path / "load.json", load_summary(weights_digest(source)))
-    options = BuildOptions(throughput=tmp_path / "load.json")
-    build_artifact(source, tmp_path / "out", options)
+    options = artifact.Options(throughput=tmp_path / "load.json")
+    artifact.build(source, tmp_path / "out", options)
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| 0 | 1 | bfloat16 | 20.0 ± 0.5 | 30.0 ± 1.5 | 1.50× (1.40× to 1.60×) |" in card
     assert "| 1 | 8 | float32 |" in card
@@ -95,7 +94,9 @@ def test_speeds_come_with_baseline_spread_command_and_machine(source: Path, tmp_
 def test_speeds_of_another_drafter_are_refused(source: Path, tmp_path: Path) -> None:
     put(tmp_path / "load.json", load_summary("f" * 64))
     with pytest.raises(ArtifactError, match="was measured with drafter ffffffffffff"):
-        build_artifact(source, tmp_path / "out", BuildOptions(throughput=tmp_path / "load.json"))
+        artifact.build(
+            source, tmp_path / "out", artifact.Options(throughput=tmp_path / "load.json")
+        )
     assert not (tmp_path / "out").exists()
 
 
@@ -111,11 +112,11 @@ def test_typed_figures_are_refused(packed: Path, text: str) -> None:
 def test_a_step_cost_is_carried_if_it_is_of_this_drafter(source: Path, tmp_path: Path) -> None:
     fingerprint = {"gamma": "3", "drafter": weights_digest(source), "target": "some target"}
     put(source / "cost.json", {"kind": "cost", "fingerprint": fingerprint})
-    build_artifact(source, tmp_path / "out")
+    artifact.build(source, tmp_path / "out")
     assert "`cost.json`: step cost" in (tmp_path / "out" / "README.md").read_text()
     put(source / "cost.json", {"kind": "cost", "fingerprint": fingerprint | {"gamma": "5"}})
     with pytest.raises(ArtifactError, match="measured with gamma 5"):
-        build_artifact(source, tmp_path / "again")
+        artifact.build(source, tmp_path / "again")
 
 
 # --- calibration ------------------------------------------------------------------------------
@@ -133,16 +134,16 @@ def test_the_plot_is_drawn_from_what_was_measured(packed: Path) -> None:
         "reliability_before": [curve] * 3,
     }
     edit(packed / "eval.json", calibration=calibration)
-    build_artifact(packed, packed)
+    artifact.build(packed, packed)
     picture = (packed / "calibration.png").read_bytes()
     assert picture.startswith(b"\x89PNG")
     card = (packed / "README.md").read_text()
     assert "(calibration.png)" in card
     assert "| before | 0.0500 | 0.0400 | 0.0600 | 0.0500 |" in card
-    build_artifact(packed, packed)
+    artifact.build(packed, packed)
     assert (packed / "calibration.png").read_bytes() == picture
     edit(packed / "eval.json", calibration=None)
-    build_artifact(packed, packed)
+    artifact.build(packed, packed)
     assert not (packed / "calibration.png").exists()
 
 

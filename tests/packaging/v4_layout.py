@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from dspark_packaging.build import BuildOptions, build_artifact
+from dspark_packaging import artifact
 from dspark_packaging.layout import CONFIG_FILE, INDEX_FILE
 from dspark_sglang.checkpoint import weights_digest
 from dspark_sglang.safetensors import Tensor, encode_header
@@ -253,6 +253,6 @@ def write_pair(
     """A target and its packaged drafter in ``root``."""
     target = write_target(root / "target", width, shards=shards, sparse=sparse)
     source = write_drafter(root / "drafter-source", width, sparse=sparse)
-    options = BuildOptions(target=target if fingerprint else None, method="auto")
-    build_artifact(source, root / "drafter", options)
+    options = artifact.Options(target=target if fingerprint else None, method="auto")
+    artifact.build(source, root / "drafter", options)
     return target, root / "drafter"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -12,8 +15,15 @@ from dspark_sglang.demo.server import Server, free_port, serve_command
 from tests.golden import adapter, recorder, scenario
 from tests.golden.scenario import Case
 
+#: Numbers as every x86 machine with AVX2 computes them: newer ones add up in another order.
+PINNED = {
+    "ATEN_CPU_CAPABILITY": "avx2",
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+    "MKL_CBWR": "COMPATIBLE",
+    "OPENBLAS_CORETYPE": "Haswell",
+}
 #: One thread: the tiny models' operations are too small to share, and sums of several would differ.
-_ENVIRONMENT = {
+_ENVIRONMENT = PINNED | {
     "DSPARK_CPU_THREADS": "1",
     "OMP_NUM_THREADS": "1",
     "OMP_WAIT_POLICY": "passive",
@@ -33,7 +43,11 @@ def launch(case: Case, folder: Path) -> tuple[Server, Path]:
     Returns:
         The server, and the file that will hold its trace.
     """
-    target, drafter = adapter.models(folder / case.family, case.family)
+    place = folder / case.family
+    command = [sys.executable, "-m", "tests.golden.make", str(place), case.family]
+    threads = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run(command, env={**os.environ, **PINNED, **threads}, check=True)
+    target, drafter = adapter.models(place, case.family)
     trace, port = folder / f"{case.name}.jsonl", free_port()
     flags = list(_FLAGS)
     if drafter is None:

@@ -7,7 +7,7 @@ STAMP := $(VENV)/.dspark-installed
 SEED ?= 1
 SOURCES := dspark_sglang kernels packaging loadtests tests requirements
 
-.PHONY: help install demo test test-unit test-server lint format typecheck bench bench-kernels bench-load bench-load-full bench-faults bench-placement bench-selfcheck lossless simulate-fit simulate-check simulate-published net never-ends structure v4 v4-cuda report package-check deploy-check drill deploy-arguments deploy-rendered gpu lock wheel clean
+.PHONY: help install demo test test-unit test-server lint format typecheck bench bench-kernels bench-load bench-load-full bench-faults bench-placement bench-selfcheck lossless simulate-fit simulate-check simulate-published net never-ends golden structure v4 v4-cuda report package-check deploy-check drill deploy-arguments deploy-rendered gpu lock wheel clean
 
 # A command that fails leaves no half of a file behind.
 .DELETE_ON_ERROR:
@@ -87,10 +87,13 @@ net: install  ## Two thousand random requests to a plain server and to one with 
 never-ends: net  ## The same, every case and every planted fault: docs/results/never-ends.json
 	$(BIN)/python -m tests.net.record --net runs/net/plain.json --net runs/net/overlap.json
 
+golden: install  ## What scheduling decides and learns, step by step, against the stored traces (a few minutes)
+	$(BIN)/python -m tests.golden.record --check
+
 structure: install  ## How large the code is and how far one walks through it: docs/results/structure.json
 	$(BIN)/python -m tests.structure
 
-v4: install  ## DeepSeek-V4's tiny bundle against plain decoding and its reference: docs/results/v4.json (about half an hour)
+v4: install  ## DeepSeek-V4's tiny bundle against plain decoding and its reference: docs/results/v4.json (about two hours)
 	$(BIN)/python -m tests.v4.record
 
 v4-cuda: install  ## Compile SGLang's CUDA and Triton sources of V4's leaves for Hopper; needs nvcc, no GPU (about 10 minutes)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from sglang.srt.runtime_context import get_parallel
 
-from dspark_sglang.checkpoint import is_bundle, read_config, read_shapes, weight_files
+from dspark_sglang.checkpoint import bundle_at, read_shapes, weight_files
 from dspark_sglang.core.heads import ConfidenceHead, MarkovHead
 
 logger = logging.getLogger(__name__)
@@ -165,8 +165,9 @@ class Weights:
         names = seat.draft.own(read_shapes(drafter) if drafter.is_dir() else ())
         whole = seat.drafts and (seat.vocabulary is None or seat.head is not None)
         seat.draft.take_parts()
-        bundled = drafter.is_dir() and is_bundle(read_config(drafter, role="drafter"))
-        self._updater = DraftUpdater(runner.weight_updater, names, whole=whole, bundled=bundled)
+        self._updater = DraftUpdater(
+            runner.weight_updater, names, whole=whole, bundled=bundle_at(drafter) is not None
+        )
         self._target = digest(self._model)
         self._check_drafter()
 

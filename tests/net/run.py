@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import json
+import math
 import sys
 import tempfile
 import time
@@ -103,12 +104,18 @@ class Result(NamedTuple):
 
 
 def catch(
-    plain: Server, ours: Server, groups: Sequence[list[dict[str, Any]]], *, seconds: float
+    plain: Server,
+    ours: Server,
+    groups: Sequence[list[dict[str, Any]]],
+    *,
+    seconds: float = 7200.0,
+    enough: float = math.inf,
 ) -> Result:
-    """Send groups of requests to both servers until they are through or the time is over.
+    """Send groups of requests to both servers until they are through, enough, or the time is over.
 
     Args:
         seconds: after which no further group is begun.
+        enough: greedy requests compared, after which no further group is begun.
     """
     began, told = time.monotonic(), time.monotonic()
     requests = compared = ties = ended = 0
@@ -121,7 +128,7 @@ def catch(
         concurrent.futures.ThreadPoolExecutor(32) as pool,
     ):
         for group in groups:
-            if time.monotonic() - began > seconds:
+            if compared >= enough or time.monotonic() - began > seconds:
                 break
             try:
                 sent = [

@@ -8,7 +8,6 @@ import typer
 
 from dspark_sglang import __version__
 from dspark_sglang.cli import (
-    ablate,
     bench_compare,
     bench_kernels,
     bench_load,
@@ -16,13 +15,13 @@ from dspark_sglang.cli import (
     bench_round,
     calibrate,
     canary,
+    data,
     demo,
     doctor,
     drill,
     evaluate,
     fetch_target,
     gate,
-    generate_data,
     lossless,
     package,
     plan,
@@ -76,9 +75,8 @@ app.command("bench-kernels")(bench_kernels.bench_kernels)
 app.command("bench-load")(bench_load.bench_load)
 app.command("bench-placement")(bench_placement.bench_placement)
 app.command("fetch-target")(fetch_target.fetch_target)
-app.command("generate-data")(generate_data.generate_data)
+app.command("data")(data.data)
 app.command("train")(train.train)
-app.command("ablate")(ablate.ablate)
 app.command("eval")(evaluate.evaluate)
 app.command("lossless")(lossless.lossless)
 app.command("calibrate")(calibrate.calibrate)
@@ -92,6 +90,11 @@ app.command("push")(push.push)
 
 #: Commands that are gone: what took their place, and an example.
 GONE = {
+    "ablate": (
+        "dspark train, once a variant",
+        "dspark train --config train.yaml --set drafter.layers=3 --set out=runs/3",
+    ),
+    "generate-data": ("dspark data", "dspark data --target TARGET --out data.jsonl"),
     "economics": ("dspark simulate price", "dspark simulate price frontier.json --sla 80"),
     "report": ("make report in a checkout of the repository", "make report"),
     "package-check": ("make package-check in a checkout", "make package-check"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 import typer
@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 if TYPE_CHECKING:
+    from dspark_sglang.training.run_folder import Log
     from dspark_sglang.training.trainer import StepReport, Trainer
 
 EXAMPLE = """\
@@ -19,7 +20,7 @@ EXAMPLE = """\
 target: path/to/target                  # any Hugging Face causal language model
 out: runs/train                         # state, logs and the drafter; the same command resumes
 data:
-  files: [conversations.jsonl]          # from `dspark generate-data`
+  files: [conversations.jsonl]          # from `dspark data`
 drafter: {gamma: 5, layers: 2, markov_head: vanilla, markov_rank: 64}
 batch: {sequences: 16, anchors: 64}
 optim: {steps: 2000, lr: 1e-3}
@@ -79,44 +80,29 @@ def train(
         distributed.leave()
 
 
-def _columns(gamma: int) -> tuple[list[str], list[str]]:
-    positions = range(1, gamma + 1)
+def _logs(trainer: Trainer) -> tuple[Log, Log]:
+    """The CSV files of steps and of validations."""
+    from dspark_sglang.training.run_folder import Log
+
+    positions = range(1, trainer.config.drafter.gamma + 1)
     steps = ["step", "epoch", "loss", "confidence", "lr", "norm", "seconds", "blocks"]
     steps += [f"acceptance_{k}" for k in positions] + [f"match_{k}" for k in positions]
-    return steps, ["step", "greedy", "sampled", *(f"greedy_{k}" for k in positions)]
-
-
-def _row(report: StepReport) -> dict[str, object]:
-    row: dict[str, object] = {
-        "step": report.step,
-        "epoch": report.epoch,
-        "loss": report.loss,
-        "confidence": report.confidence,
-        "lr": report.rate,
-        "norm": report.norm,
-        "seconds": report.seconds,
-        "blocks": report.blocks,
-    }
-    for k, (accepted, matched) in enumerate(zip(report.acceptance, report.match, strict=True), 1):
-        row[f"acceptance_{k}"] = accepted
-        row[f"match_{k}"] = matched
-    return row
+    checks = ["step", "greedy", "sampled", *(f"greedy_{k}" for k in positions)]
+    return (
+        Log(trainer.folder / "steps.csv", steps, after=trainer.step),
+        Log(trainer.folder / "validations.csv", checks, after=trainer.step),
+    )
 
 
 def _run(console: Console, trainer: Trainer, minutes: float) -> None:
     from dspark_sglang.artifacts import write_json
-    from dspark_sglang.training import curves
 
     settings, world = trainer.config, trainer.world
     started = time.monotonic()
-    columns, checks = _columns(settings.drafter.gamma)
-    tables: list[Any] = []
+    logs = None
     if world.first:
         write_json(trainer.folder / "corpus.json", {**trainer.corpus.summary})
-        tables = [
-            curves.Table(trainer.folder / curves.STEPS, columns, after=trainer.step),
-            curves.Table(trainer.folder / curves.VALIDATIONS, checks, after=trainer.step),
-        ]
+        logs = _logs(trainer)
     layout = (
         TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
         BarColumn(),
@@ -126,14 +112,18 @@ def _run(console: Console, trainer: Trainer, minutes: float) -> None:
     with Progress(*layout, console=console) as bar:
         task = bar.add_task("", total=settings.optim.steps, completed=trainer.step, note="")
         for report in trainer.steps():
-            if world.first:
-                tables[0].add(_row(report))
+            if logs is not None:
+                logs[0].add(
+                    *(report.step, report.epoch, report.loss, report.confidence, report.rate),
+                    *(report.norm, report.seconds, report.blocks),
+                    *(report.acceptance + report.match),
+                )
                 _show(bar, task, report)
             late = bool(minutes) and world.sum_flag(time.monotonic() - started > 60 * minutes)
             last = trainer.step >= settings.optim.steps
             # Not when time is up: a stretch must not add validations of its own.
             if trainer.step % settings.validate_every == 0 or last:
-                last = _validate(console, trainer, tables) or last
+                last = _validate(console, trainer, logs) or last
             last = last or late
             if trainer.step % settings.checkpoint_every == 0 or last:
                 trainer.save()
@@ -141,7 +131,6 @@ def _run(console: Console, trainer: Trainer, minutes: float) -> None:
                 break
     if world.first:
         trainer.export(trainer.folder / "drafter")
-        curves.plot(trainer.folder)
         reused, computed = trainer.source.reused, trainer.source.computed
         console.print(
             f"step {trainer.step}; target states: {computed:,} tokens computed, {reused:,} "
@@ -156,24 +145,15 @@ def _show(bar: Progress, task: TaskID, report: StepReport) -> None:
     bar.update(task, completed=report.step, note=note)
 
 
-def _validate(console: Console, trainer: Trainer, tables: list[Any]) -> bool:
+def _validate(console: Console, trainer: Trainer, logs: tuple[Log, Log] | None) -> bool:
     """Score, keep the best drafter; True when patience has run out (on every process)."""
-    from dspark_sglang.training import curves
-
     stop = False
-    if trainer.world.first:
+    if logs is not None:
         walks = trainer.validator.run(trainer.model)
         greedy, sampled = walks["greedy"], walks["sampled"]
-        row: dict[str, object] = {
-            "step": trainer.step,
-            "greedy": greedy.accept_length,
-            "sampled": sampled.accept_length,
-        }
-        row |= {f"greedy_{k}": value for k, value in enumerate(greedy.per_position, 1)}
-        tables[1].add(row)
+        logs[1].add(trainer.step, greedy.accept_length, sampled.accept_length, *greedy.per_position)
         trainer.export(trainer.folder / "drafter")
         stop = trainer.judge(walks)
-        curves.plot(trainer.folder)
         positions = " ".join(f"{value:.2f}" for value in greedy.per_position)
         console.print(
             f"step {trainer.step}: accepted length {greedy.accept_length:.3f} greedy "

@@ -84,7 +84,7 @@ def iterate_lines(
     path: Path,
     *,
     expected: str = "a JSON Lines file",
-    fix: str = "Check the path, or make one with `dspark generate-data`.",
+    fix: str = "Check the path, or make one with `dspark data`.",
 ) -> Iterator[tuple[int, bytes]]:
     """Line numbers and non-empty lines of a file.
 
@@ -132,7 +132,7 @@ def load_conversations(paths: list[Path]) -> Scan:
         raise DataError(
             f"No usable conversation in {', '.join(map(str, paths))} ({broken} broken lines).",
             expected='lines like {"id": ..., "messages": [{"role": "user", ...}, ...]}',
-            fix="Make them with `dspark generate-data`.",
+            fix="Make them with `dspark data`.",
         )
     return Scan(list(found.values()), broken, duplicates, tuple(examples))
 

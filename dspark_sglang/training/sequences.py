@@ -63,7 +63,7 @@ class Encoder:
             raise DataError(
                 f"The target's chat template cannot render {roles}: {error}.",
                 expected="conversations in the form that this target takes",
-                fix="Make them with this target: `dspark generate-data --target ...`.",
+                fix="Make them with this target: `dspark data --target ...`.",
             ) from error
 
     def _encode(self, text: str) -> list[int]:

@@ -23,7 +23,7 @@ from dspark_sglang.artifacts import (
 )
 from dspark_sglang.checkpoint import parse_drafter_config
 from dspark_sglang.errors import DataError, NumericsError
-from dspark_sglang.training import bigram, runstate
+from dspark_sglang.training import bigram, run_folder
 from dspark_sglang.training.config import TrainConfig
 from dspark_sglang.training.conversations import is_validation, load_conversations
 from dspark_sglang.training.distributed import World
@@ -89,7 +89,7 @@ def load_corpus(config: TrainConfig, target: Target) -> Corpus:
         raise DataError(
             f"{len(train)} training and {len(held)} validation sequences.",
             expected=f"at least {config.batch.sequences} and 1",
-            fix="Generate more with `dspark generate-data`, or raise data.validation_per_mille.",
+            fix="Generate more with `dspark data`, or raise data.validation_per_mille.",
         )
     half = config.data.validation_conversations // 2
     greedy = [entry for entry in held if entry[1]][:half]
@@ -180,7 +180,7 @@ class Trainer:
         parsed = parse_drafter_config(self.drafter_config)
         self.model = Drafter(parsed, markov=spec.markov_head != "none")
         self.drafted = draft_vocabulary(config, self.corpus)
-        state = runstate.load_state(self.folder, config) if resume else None
+        state = run_folder.load_state(self.folder, config) if resume else None
         if state is None:
             self._begin(log)
         self.model.to(self.device)
@@ -274,7 +274,7 @@ class Trainer:
     def save(self) -> None:
         """Keep the state of the run (first process only)."""
         if self.world.first:
-            runstate.save_state(
+            run_folder.save_state(
                 self.folder,
                 {
                     "config": msgspec.json.encode(self.config),

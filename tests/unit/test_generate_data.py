@@ -1,4 +1,4 @@
-"""``dspark generate-data`` against a real HTTP server that answers well, badly, or not at all."""
+"""``dspark data`` against a real HTTP server that answers well, badly, or not at all."""
 
 from __future__ import annotations
 

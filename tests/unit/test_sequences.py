@@ -159,7 +159,7 @@ def test_a_template_without_system_messages_says_so() -> None:
     with pytest.raises(DataError) as caught:
         encode(GEMMA, conversation("Why?", "Because.", system="Be brief"))
     actionable(caught.value, found="system, user: System role not supported", expected="form")
-    assert "dspark generate-data" in caught.value.fix
+    assert "dspark data" in caught.value.fix
 
 
 def test_no_template() -> None:

@@ -100,7 +100,6 @@ def test_the_command_writes_a_drafter_that_our_loader_takes(tmp_path, workshop):
         parsed = parse_drafter_config(read_config(folder / name, role="drafter"))
         check_tensors(folder / name, parsed)
     assert [step for step, _ in losses(folder)] == [1, 2, 3, 4, 5, 6]
-    assert (folder / "curves.png").stat().st_size > 5000
     assert not list(folder.glob(".*"))
 
 

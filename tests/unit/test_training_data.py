@@ -110,7 +110,7 @@ def test_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         load_conversations([tmp_path / "none.jsonl"])
     actionable(caught.value, found="none.jsonl cannot be read: No such file", expected="JSON Lines")
-    assert "dspark generate-data" in caught.value.fix
+    assert "dspark data" in caught.value.fix
 
 
 # --- identity and split --------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""``dspark generate-data``: conversations whose answers the target wrote."""
+"""``dspark data``: conversations whose answers the target wrote."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _SERVER_FLAGS = ("--max-running-requests", "128", "--max-total-tokens", "131072")
 
 
-def generate_data(
+def data(
     target: Annotated[
         Path, typer.Option(help="The target's directory (its chat template is used).")
     ],

@@ -1,4 +1,4 @@
-"""``dspark generate-data``: what it says, exit codes, and a run that is killed and started again."""
+"""``dspark data``: what it says, exit codes, and a run that is killed and started again."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def prompts(tmp_path: Path) -> Path:
 
 def arguments(target: Path, out: Path, url: str, *more: object) -> list[str]:
     given = ["--target", target, "--out", out, "--url", url, "--concurrency", 2, *more]
-    return ["generate-data", *map(str, given)]
+    return ["data", *map(str, given)]
 
 
 def dspark(monkeypatch: pytest.MonkeyPatch, given: list[str]) -> int:
@@ -163,7 +163,7 @@ def test_a_wrong_argument_is_one_line_and_exit_code_2(
 ) -> None:
     usual = {"--target": str(target), "--out": str(tmp_path / "out.jsonl"), "--url": endpoint.url}
     given = [text for pair in (usual | changes).items() for text in pair]
-    assert dspark(monkeypatch, ["generate-data", *given]) == 2
+    assert dspark(monkeypatch, ["data", *given]) == 2
     line = capsys.readouterr().err
     assert line.startswith("dspark: error: ") and line.count("\n") == 1
     assert says in line and " Expected " in line

@@ -1,25 +1,28 @@
-"""The state of a run on disk: enough to go on as if nothing had happened.
+"""A run's folder: the state it goes on from as if nothing had happened, and logs as CSV.
 
-One file, replaced all or nothing, so a kill at any moment leaves the previous state. What is random
+The state is one file, replaced all or nothing, so a kill at any moment leaves the previous state. What is random
 in training is decided by (seed, step), so weights, optimiser and step are all there is to keep.
 """
 
 from __future__ import annotations
 
+import csv
+import io
 import os
 import pickle
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import torch
 
+from dspark_sglang.artifacts import write_bytes
 from dspark_sglang.errors import DataError
 from dspark_sglang.training.config import TrainConfig
 
 STATE = "state.pt"
-CONFIG = "config.json"
 #: What may change between stretches of one run without making it another run.
 _FREE = ("out", "validate_every", "checkpoint_every", "patience", "cache", "device", "loss")
 
@@ -94,3 +97,46 @@ def load_state(folder: Path, config: TrainConfig) -> dict[str, Any] | None:
             fix="Give another out, or remove the folder to train anew.",
         )
     return state
+
+
+class Log:
+    """A CSV file that grows a row a step and forgets the rows after a resumed step.
+
+    Args:
+        path: the file.
+        columns: the first is ``step``.
+        after: the step the run goes on from.
+    """
+
+    def __init__(self, path: Path, columns: Sequence[str], *, after: int) -> None:
+        self._path, self._columns = path, list(columns)
+        rows: list[dict[str, str]] = []
+        if path.exists():
+            with path.open(newline="") as old:
+                rows = list(csv.DictReader(old))
+        stream = io.StringIO(newline="")
+        writer = csv.DictWriter(stream, self._columns, extrasaction="ignore", restval="")
+        writer.writeheader()
+        for row in rows:  # a kill may have cut the last one
+            whole = None not in row.values() and row.get("step", "").isdigit()
+            if whole and int(row["step"]) <= after:
+                writer.writerow(row)
+        write_bytes(path, stream.getvalue().encode())
+
+    def add(self, *values: float) -> None:
+        """Append one row, values in the order of the columns.
+
+        Raises:
+            DataError: the disk is full.
+        """
+        try:
+            with self._path.open("a", newline="") as stream:
+                csv.writer(stream).writerow(
+                    f"{v:.6g}" if isinstance(v, float) else v for v in values
+                )
+        except OSError as error:
+            raise DataError(
+                f"{self._path} cannot be written: {error.strerror}.",
+                expected="space for the log of the run",
+                fix="Free some space and run the same command again.",
+            ) from error

@@ -19,7 +19,8 @@ from dspark_sglang.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from dspark_sglang.training.conversations import ConversationWriter
-    from dspark_sglang.training.generate import Draft, Options, Tally
+    from dspark_sglang.training.generate import Options, Tally
+    from dspark_sglang.training.prompts import Draft
 
 #: Large batches pay here; a speculating server is as fast at a few requests only.
 _SERVER_FLAGS = ("--max-running-requests", "128", "--max-total-tokens", "131072")
@@ -134,7 +135,7 @@ def _tokenizer(console: Console, target: Path) -> Any:
     """The target's tokenizer; says so where its chat template limits what can be asked."""
     from transformers import AutoTokenizer
 
-    from dspark_sglang.training.chat_template import accepts_system
+    from dspark_sglang.training.chat import accepts_system
 
     fix = "Give the directory of an instruction-tuned model with its tokenizer."
     try:
@@ -156,13 +157,11 @@ def _drafts(
     console: Console, prompts: list[Path] | None, recipe: str
 ) -> Callable[[random.Random], Draft | None]:
     """Where the next conversation to start comes from."""
-    from dspark_sglang.training.generate import draw_draft
-    from dspark_sglang.training.prompts import load_prompt_files
-    from dspark_sglang.training.recipe import load_recipe
+    from dspark_sglang.training.prompts import load_prompt_files, load_recipe
 
     if not prompts:
         chosen = load_recipe(recipe)
-        return lambda rng: draw_draft(chosen, rng)
+        return chosen.draw
     scan = load_prompt_files(prompts)
     console.print(f"{len(scan.drafts)} prompts, {scan.broken} broken entries skipped")
     for example in scan.examples:

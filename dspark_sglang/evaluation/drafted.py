@@ -17,10 +17,10 @@ import torch
 from dspark_sglang.core.draft import SHORTLIST, draft_block
 from dspark_sglang.core.heads import MarkovHead
 from dspark_sglang.evaluation.standalone import Pair
-from dspark_sglang.training.packing import pack
-from dspark_sglang.training.sequences import TokenSequence
+from dspark_sglang.training.batches import pack
+from dspark_sglang.training.chat import TokenSequence
+from dspark_sglang.training.replay import block_hidden
 from dspark_sglang.training.states import States
-from dspark_sglang.training.validate import block_hidden
 
 Float64 = npt.NDArray[np.float64]
 

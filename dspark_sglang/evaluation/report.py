@@ -13,7 +13,7 @@ from rich.table import Table
 
 from dspark_sglang.artifacts import Provenance
 from dspark_sglang.core.sts import BINS, area_under_curve, sigmoid, survival_errors
-from dspark_sglang.training.walk import Walk, nothing
+from dspark_sglang.training.replay import Walk, nothing
 
 Float64 = npt.NDArray[np.float64]
 

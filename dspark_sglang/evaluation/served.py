@@ -11,7 +11,7 @@ import numpy as np
 
 from dspark_sglang.errors import ServerError
 from dspark_sglang.evaluation.questions import Question
-from dspark_sglang.training.walk import Walk
+from dspark_sglang.training.replay import Walk
 
 
 def counters(url: str) -> dict[str, Any]:

@@ -5,7 +5,7 @@ On a CPU serving lets only the ``M`` tokens of largest base logit be drafted at 
 Markov bias included, and 0 elsewhere. Our kernels draft from those and from the tokens of largest bias
 (``following`` of them); greedy requests from these candidates alone, sampled ones from the whole
 vocabulary, with the bias at the candidates only. Everything else is as in
-:mod:`dspark_sglang.training.validate`, in the same arithmetic, so a difference is the shortlist's.
+:mod:`dspark_sglang.training.replay`, in the same arithmetic, so a difference is the shortlist's.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ import numpy.typing as npt
 import torch
 
 from dspark_sglang.artifacts import SCHEMA_VERSION, Provenance, write_json
-from dspark_sglang.training.packing import pack
-from dspark_sglang.training.sequences import TokenSequence
+from dspark_sglang.training.batches import pack
+from dspark_sglang.training.chat import TokenSequence
+from dspark_sglang.training.replay import Scores, block_hidden, gather_final
 from dspark_sglang.training.states import States
-from dspark_sglang.training.validate import Scores, block_hidden, gather_final
 
 if TYPE_CHECKING:
     from dspark_sglang.evaluation.standalone import Answer, Pair
@@ -146,7 +146,7 @@ def _drafted(
 def expected_rounds(answer: Answer, *, greedy: bool) -> float:
     """Rounds an answer takes on average over the draws that test its blocks.
 
-    :func:`dspark_sglang.training.walk.walk` draws them once; a small difference between two drafted
+    :func:`dspark_sglang.training.replay.walk` draws them once; a small difference between two drafted
     laws would drown in that. At temperature 0 nothing is drawn and both are the same.
     """
     chance = answer.match if greedy else answer.ratio

@@ -1,7 +1,7 @@
 """The standalone engine: the target answers, the drafter drafts at every position, rounds are replayed.
 
 No server is involved. At every position of an answer the drafter drafts with the answer's own
-tokens before it; :mod:`dspark_sglang.training.walk` then takes the rounds serving would have taken.
+tokens before it; :mod:`dspark_sglang.training.replay` then takes the rounds serving would have taken.
 """
 
 from __future__ import annotations
@@ -21,13 +21,12 @@ from dspark_sglang.core.sts import sigmoid
 from dspark_sglang.errors import CheckpointError
 from dspark_sglang.evaluation.questions import Question
 from dspark_sglang.evaluation.shortlist import score_shortlist
+from dspark_sglang.training.chat import TokenSequence
 from dspark_sglang.training.layouts import read_drafter
 from dspark_sglang.training.loss import Vocabulary, drafting
 from dspark_sglang.training.model import Drafter
-from dspark_sglang.training.sequences import TokenSequence
+from dspark_sglang.training.replay import Scores, Walk, score_sequence, walk
 from dspark_sglang.training.states import Target
-from dspark_sglang.training.validate import Scores, score_sequence
-from dspark_sglang.training.walk import Walk, walk
 
 Float64 = npt.NDArray[np.float64]
 Progress = Callable[[int], None]
@@ -47,7 +46,7 @@ class Answer(NamedTuple):
 
     question: int
     domain: str
-    #: ``[A, gamma]``, see :class:`dspark_sglang.training.validate.Scores`.
+    #: ``[A, gamma]``, see :class:`dspark_sglang.training.replay.Scores`.
     match: Float64
     ratio: Float64
     confidence: Float64

@@ -18,8 +18,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from dspark_sglang.training.chat import TokenSequence
 from dspark_sglang.training.model import Markov
-from dspark_sglang.training.sequences import TokenSequence
 
 #: Steps of the fit, pairs of a step at most, and how often a pair is drawn at most in the mean.
 _STEPS = 300

@@ -27,7 +27,7 @@ from dspark_sglang.checkpoint import (
 )
 from dspark_sglang.errors import CheckpointError
 
-#: Architectures whose layers :mod:`dspark_sglang.training.layers` computes.
+#: Architectures whose layers :mod:`dspark_sglang.training.model` computes.
 DSPARK = ("Qwen3DSparkModel", "LingDSparkModel", "DSparkDraftModel", "Gemma4DSparkModel")
 DFLASH = "DFlashDraftModel"
 #: Copies of the target's, and what is computed.

@@ -12,13 +12,13 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import httpx
 import msgspec
 
 from dspark_sglang.errors import DataError
-from dspark_sglang.training.chat_template import accepts_system, opens_thinking, user_turn_prefix
+from dspark_sglang.training.chat import accepts_system, opens_thinking, user_turn_prefix
 from dspark_sglang.training.conversations import (
     Conversation,
     ConversationWriter,
@@ -26,9 +26,13 @@ from dspark_sglang.training.conversations import (
     Message,
     prompt_id,
 )
-from dspark_sglang.training.endpoint import Endpoint, Refusal, Reply
-from dspark_sglang.training.recipe import Recipe
+from dspark_sglang.training.prompts import Draft
 
+_ATTEMPTS = 4
+#: This request is refused, others need not be: malformed, or longer than the context.
+_REFUSED = (400, 413, 422)
+#: Asking again may help: timeouts, too many requests, and whatever the server broke at.
+_AGAIN = (408, 425, 429)
 #: Of a prompt that the target wrote; prompts from files may be as short as they like.
 _MIN_PROMPT_CHARACTERS = 8
 #: Ends of answers that are not the target's own.
@@ -64,17 +68,6 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     seed: int = 0
 
 
-class Draft(NamedTuple):
-    """A conversation to be answered: user turns to come, or an opening to be continued."""
-
-    domain: str
-    system: str | None
-    #: User turns in order; the target answers each before the next.
-    turns: tuple[str, ...]
-    #: Whether the target still has to finish the (only) turn.
-    continued: bool = False
-
-
 class Tally(msgspec.Struct):
     """What happened so far."""
 
@@ -89,19 +82,105 @@ class Tally(msgspec.Struct):
     own_defaults: bool = False
 
 
+class ChatMessage(msgspec.Struct):
+    """A chat message; the reasoning is apart where the server splits it off."""
+
+    content: str | None = None
+    #: SGLang's name, and the one of newer vLLM.
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+
+
+class Choice(msgspec.Struct):
+    """One completion: ``text``, or ``message`` of a chat."""
+
+    finish_reason: str | None = None
+    text: str | None = None
+    message: ChatMessage = msgspec.field(default_factory=ChatMessage)
+
+
+class Usage(msgspec.Struct):
+    """What the server counted."""
+
+    completion_tokens: int | None = None
+
+
+class Reply(msgspec.Struct):
+    """The part of a completion or chat completion that is used here."""
+
+    choices: Annotated[list[Choice], msgspec.Meta(min_length=1)]
+    usage: Usage | None = None
+
+
+class Refusal(DataError):
+    """The endpoint will not answer this request; it may answer others."""
+
+
+class Endpoint:
+    """One endpoint and one of its models.
+
+    Args:
+        client: sends the requests.
+        options: address, model, key, and how long to wait.
+        tally: counts what is sent again.
+    """
+
+    def __init__(self, client: httpx.AsyncClient, options: Options, tally: Tally) -> None:
+        self._client, self._options, self._tally = client, options, tally
+        key = options.api_key
+        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
+
+    async def post(self, path: str, body: dict[str, Any]) -> Reply:
+        """POST to ``completions`` or ``chat/completions``; fields that are None are left out.
+
+        Raises:
+            Refusal: the endpoint refuses this request.
+            DataError: it keeps failing, or would fail with every request.
+        """
+        address = f"{self._options.url}/{path}"
+        body = {"model": self._options.model, **{k: v for k, v in body.items() if v is not None}}
+        fix = "Check the server and run the same command again; it goes on where it stopped."
+        reason = ""
+        for attempt in range(_ATTEMPTS):
+            if attempt:
+                self._tally.failed += 1
+                await asyncio.sleep(self._options.backoff * 2.0 ** (attempt - 1))
+            try:
+                answer = await self._client.post(
+                    address, json=body, headers=self._headers, timeout=self._options.timeout
+                )
+            except httpx.HTTPError as error:
+                reason = repr(error)
+                continue
+            said = answer.text[:200]
+            reason = f"{answer.status_code} {said}"
+            if answer.status_code == 200:
+                try:
+                    return msgspec.json.decode(answer.content, type=Reply)
+                except ValueError as error:
+                    reason = f"{error} in {said!r}"
+            elif answer.status_code in _REFUSED:
+                raise Refusal(
+                    f"{address} refused a request: {reason}.",
+                    expected="a request that fits the target",
+                    fix="Lower --max-tokens, or leave out prompts that fill the context.",
+                )
+            elif answer.status_code < 500 and answer.status_code not in _AGAIN:
+                fix = "Check --url (it ends in /v1), --model and OPENAI_API_KEY."
+                break
+        raise DataError(
+            f"{address} failed: {reason}.",
+            expected="an OpenAI-compatible endpoint that serves the target",
+            fix=fix,
+        )
+
+
 class Answer(NamedTuple):
     """What the target wrote in one turn."""
 
     text: str
     finish_reason: FinishReason
     tokens: int
-
-
-def draw_draft(recipe: Recipe, rng: random.Random, system_share: float = 0.3) -> Draft:
-    """A conversation to start, from the recipe; ``system_share`` of them get a system message."""
-    opening = recipe.draw(rng)
-    system = rng.choice(recipe.systems) if rng.random() < system_share else None
-    return Draft(opening.domain, system, (opening.text,), continued=not opening.complete)
 
 
 class Generator:
@@ -119,15 +198,7 @@ class Generator:
         self._tokenizer = tokenizer
         self._progress = progress
         self.tally = Tally()
-        self._endpoint = Endpoint(
-            client,
-            options.url,
-            options.model,
-            api_key=options.api_key,
-            timeout=options.timeout,
-            backoff=options.backoff,
-            retried=self._retried,
-        )
+        self._endpoint = Endpoint(client, options, self.tally)
         self._systems = accepts_system(tokenizer)
         self._think = "" if opens_thinking(tokenizer) else "<think>"
         # Only reasoning models: other servers than SGLang may refuse a field they do not know.
@@ -137,9 +208,6 @@ class Generator:
         #: Prompts in a row without an answer, and why the last one had none.
         self._barren = 0
         self._reason = ""
-
-    def _retried(self) -> None:
-        self.tally.failed += 1
 
     async def run(
         self, drafts: Callable[[random.Random], Draft | None], out: ConversationWriter, tokens: int

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from dspark_sglang.errors import CheckpointError, DataError
-from dspark_sglang.training.sequences import TokenSequence
+from dspark_sglang.training.chat import TokenSequence
 
 
 class States(NamedTuple):

@@ -24,6 +24,8 @@ from dspark_sglang.artifacts import (
 from dspark_sglang.checkpoint import parse_drafter_config
 from dspark_sglang.errors import DataError, NumericsError
 from dspark_sglang.training import bigram, run_folder
+from dspark_sglang.training.batches import Packed, pack, sample_anchors, step_batches
+from dspark_sglang.training.chat import Encoder, TokenSequence
 from dspark_sglang.training.config import TrainConfig
 from dspark_sglang.training.conversations import is_validation, load_conversations
 from dspark_sglang.training.distributed import World
@@ -38,12 +40,9 @@ from dspark_sglang.training.loss import (
 )
 from dspark_sglang.training.model import Drafter
 from dspark_sglang.training.optimizer import Optimizer
-from dspark_sglang.training.packing import Packed, pack, sample_anchors, step_batches
-from dspark_sglang.training.sequences import Encoder, TokenSequence
+from dspark_sglang.training.replay import Validator, Walk, block_hidden, gather_final
 from dspark_sglang.training.start import prepare
 from dspark_sglang.training.states import States, StateSource, Target
-from dspark_sglang.training.validate import Validator, block_hidden, gather_final
-from dspark_sglang.training.walk import Walk
 
 _GIB = 1 << 30
 

@@ -36,10 +36,10 @@ from dspark_sglang.checkpoint import check_served, check_tensors, parse_drafter_
 from dspark_sglang.core.drafter import DenseDrafter, DenseShape
 from dspark_sglang.serving.cpu.attention import CpuAttentionBackend
 from dspark_sglang.serving.cpu.platform import _kv_pool_cls
+from dspark_sglang.training.batches import Packed, visible
 from dspark_sglang.training.config import DrafterSpec
 from dspark_sglang.training.layouts import drafter_config, read_drafter, write_drafter
 from dspark_sglang.training.model import Drafter
-from dspark_sglang.training.packing import Packed, visible
 from dspark_sglang.training.start import from_drafter
 
 HIDDEN, VOCAB, LENGTH, ANCHORS = 32, 97, 12, (2, 7, 11)

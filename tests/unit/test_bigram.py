@@ -10,8 +10,8 @@ import torch
 
 from dspark_sglang.core.heads import MarkovHead
 from dspark_sglang.training import bigram
+from dspark_sglang.training.chat import TokenSequence
 from dspark_sglang.training.model import Markov
-from dspark_sglang.training.sequences import TokenSequence
 
 SIZE, RANK = 24, 6
 

@@ -40,11 +40,11 @@ from dspark_sglang.evaluation.questions import Question, load_questions
 from dspark_sglang.evaluation.report import Domain, calibration, lengths
 from dspark_sglang.provenance import provenance
 from dspark_sglang.training import config as configs
+from dspark_sglang.training.chat import TokenSequence
 from dspark_sglang.training.distributed import World
-from dspark_sglang.training.sequences import TokenSequence
+from dspark_sglang.training.replay import Walk, nothing
 from dspark_sglang.training.states import Target
 from dspark_sglang.training.trainer import Trainer
-from dspark_sglang.training.walk import Walk, nothing
 
 GAMMA = 3
 QUESTIONS = [

@@ -18,7 +18,7 @@ from generate_data_samples import made, texts
 from tokenizer_samples import CHATML, GEMMA, LLAMA3, QWEN3, tokenizer
 
 from dspark_sglang.errors import DataError
-from dspark_sglang.training.chat_template import (
+from dspark_sglang.training.chat import (
     accepts_system,
     opens_thinking,
     user_turn_prefix,
@@ -26,8 +26,8 @@ from dspark_sglang.training.chat_template import (
 from dspark_sglang.training.conversations import (
     ConversationWriter,
 )
-from dspark_sglang.training.generate import Draft, Generator, Options, Tally, draw_draft
-from dspark_sglang.training.recipe import load_recipe
+from dspark_sglang.training.generate import Generator, Options, Tally
+from dspark_sglang.training.prompts import Draft, load_recipe
 
 ENOUGH = 10**9
 
@@ -262,7 +262,7 @@ def test_system_messages_are_left_out_where_the_template_takes_none(
     assert accepts_system(tokenizer(CHATML)) and accepts_system(tokenizer(LLAMA3))
     assert not accepts_system(tokenizer(GEMMA))
     out, recipe = tmp_path / "out.jsonl", load_recipe("perfectblend")
-    drafts = listed(*(draw_draft(recipe, random.Random(seed), 1.0) for seed in range(20)))
+    drafts = listed(*(recipe.draw(random.Random(seed), 1.0) for seed in range(20)))
     generate(endpoint, out, drafts, template=GEMMA)
     assert made(out)
     for request in endpoint.requests:
@@ -298,9 +298,7 @@ def test_concurrency_is_reached_and_never_exceeded(
 
 def test_it_stops_at_enough_tokens(endpoint: FakeEndpoint, tmp_path: Path) -> None:
     out, recipe = tmp_path / "out.jsonl", load_recipe("perfectblend")
-    tally = generate(
-        endpoint, out, lambda rng: draw_draft(recipe, rng), tokens=95, concurrency=2, seed=3
-    )
+    tally = generate(endpoint, out, recipe.draw, tokens=95, concurrency=2, seed=3)
     assert 95 <= tally.tokens == sum(c.completion_tokens for c in made(out)) <= 110
     assert tally.written == len(made(out)) == tally.tokens // 10
 
@@ -318,7 +316,7 @@ def test_equal_prompts_are_kept_once(endpoint: FakeEndpoint, tmp_path: Path) -> 
 def test_a_new_start_draws_other_prompts(endpoint: FakeEndpoint, tmp_path: Path) -> None:
     out, recipe = tmp_path / "out.jsonl", load_recipe("perfectblend")
     for tokens in (200, 400):
-        generate(endpoint, out, lambda rng: draw_draft(recipe, rng), tokens=tokens, concurrency=1)
+        generate(endpoint, out, recipe.draw, tokens=tokens, concurrency=1)
     assert len(endpoint.asked) == len(set(endpoint.asked)) == len(made(out)) == 40
 
 

@@ -12,9 +12,7 @@ from drafter_samples import actionable
 from training_data_samples import ANSWER
 
 from dspark_sglang.errors import DataError
-from dspark_sglang.training.generate import Draft
-from dspark_sglang.training.prompts import load_prompt_files
-from dspark_sglang.training.recipe import Opening, load_recipe, recipe_names
+from dspark_sglang.training.prompts import Draft, load_prompt_files, load_recipe, recipe_names
 
 # --- prompts -------------------------------------------------------------------------------------
 
@@ -184,7 +182,7 @@ class Everything(random.Random):
 
 def test_every_opening_and_slot_is_filled() -> None:
     recipe, rng = load_recipe("perfectblend"), Everything()
-    drawn = {recipe.draw(rng).text for _ in range(20_000)}
+    drawn = {recipe.draw(rng).turns[0] for _ in range(25_000)}
     for domain, openings in recipe.openings.items():
         assert rng.turns[tuple(openings)] >= len(openings), domain
     unused = [name for name, values in recipe.slots.items() if tuple(values) not in rng.turns]
@@ -206,8 +204,10 @@ def test_the_same_seed_draws_the_same() -> None:
     ("text", "complete"),
     [("Why is that?", True), ("Go on.", True), ("Run!", True), ("Explain how", False)],
 )
-def test_an_opening_is_complete_when_it_ends(text: str, complete: bool) -> None:
-    assert Opening("chat", text).complete is complete
+def test_an_opening_is_complete_when_it_ends(text: str, complete: bool, tmp_path: Path) -> None:
+    (tmp_path / "one.json").write_text(json.dumps(RECIPE | {"openings": {"chat": [text]}}))
+    draft = load_recipe(str(tmp_path / "one.json")).draw(random.Random(0))
+    assert (draft.turns, draft.continued) == ((text,), not complete)
 
 
 RECIPE: dict[str, Any] = {
@@ -225,7 +225,7 @@ RECIPE: dict[str, Any] = {
 def test_a_recipe_file(tmp_path: Path) -> None:
     (tmp_path / "mine.json").write_text(json.dumps(RECIPE))
     recipe = load_recipe(str(tmp_path / "mine.json"))
-    texts = {recipe.draw(random.Random(seed)).text for seed in range(50)}
+    texts = {recipe.draw(random.Random(seed)).turns[0] for seed in range(50)}
     assert texts == {"Ada and Bo meet in Riga", "Bo and Ada meet in Riga"}
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dspark_sglang.training.sequences import TokenSequence
+from dspark_sglang.training.chat import TokenSequence
 
 
 class Packed(NamedTuple):

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from tokenizer_samples import CHATML, GEMMA, LLAMA3, QWEN3, tokenizer
 
 from dspark_sglang.errors import DataError
+from dspark_sglang.training.chat import Encoder, TokenSequence
 from dspark_sglang.training.conversations import Conversation, FinishReason, Message
-from dspark_sglang.training.sequences import Encoder, TokenSequence
 
 TEMPLATES = pytest.mark.parametrize(
     ("template", "end"),

@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from dspark_sglang.training.packing import (
+from dspark_sglang.training.batches import (
     epoch_batches,
     pack,
     sample_anchors,
     step_batches,
     visible,
 )
-from dspark_sglang.training.sequences import TokenSequence
+from dspark_sglang.training.chat import TokenSequence
 
 GAMMA = 3
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dspark_sglang.training.walk import nothing, walk
+from dspark_sglang.training.replay import nothing, walk
 
 GAMMA = 3
 

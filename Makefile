@@ -7,7 +7,7 @@ STAMP := $(VENV)/.dspark-installed
 SEED ?= 1
 SOURCES := dspark_sglang kernels packaging loadtests tests requirements
 
-.PHONY: help install demo test test-unit test-server lint format typecheck bench bench-kernels bench-load bench-load-full bench-faults bench-placement bench-selfcheck lossless simulate-fit simulate-check simulate-published net never-ends golden structure v4 v4-cuda report package-check deploy-check drill deploy-arguments deploy-rendered gpu lock wheel clean
+.PHONY: help install demo test test-unit test-server lint format typecheck bench bench-kernels bench-load bench-load-full bench-faults bench-placement bench-selfcheck exactness simulate-fit simulate-check simulate-published net never-ends golden structure v4 v4-cuda report package-check deploy-check drill deploy-arguments deploy-rendered gpu lock wheel clean
 
 # A command that fails leaves no half of a file behind.
 .DELETE_ON_ERROR:
@@ -76,8 +76,8 @@ simulate-check: install  ## Compare it with the server at loads that were not fi
 simulate-published: install  ## Re-derive the published V4 result (computed; about 6 minutes)
 	$(BIN)/dspark simulate published --out docs/results
 
-lossless: install  ## Prove through the real server that the output law is plain decoding's
-	$(BIN)/dspark lossless
+exactness: install  ## Prove through the real server that the output distribution is plain decoding's
+	$(BIN)/python -m tests.exactness
 
 net: install  ## Two thousand random requests to a plain server and to one with DSPARK, in both of SGLang's loops (half an hour)
 	mkdir -p runs/net

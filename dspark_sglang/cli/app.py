@@ -22,7 +22,6 @@ from dspark_sglang.cli import (
     evaluate,
     fetch_target,
     gate,
-    lossless,
     package,
     plan,
     profile,
@@ -78,7 +77,6 @@ app.command("fetch-target")(fetch_target.fetch_target)
 app.command("data")(data.data)
 app.command("train")(train.train)
 app.command("eval")(evaluate.evaluate)
-app.command("lossless")(lossless.lossless)
 app.command("calibrate")(calibrate.calibrate)
 app.command("plan")(plan.plan)
 app.command("profile")(profile.profile)
@@ -97,6 +95,7 @@ GONE = {
     "generate-data": ("dspark data", "dspark data --target TARGET --out data.jsonl"),
     "economics": ("dspark simulate price", "dspark simulate price frontier.json --sla 80"),
     "report": ("make report in a checkout of the repository", "make report"),
+    "lossless": ("make exactness in a checkout", "make exactness"),
     "package-check": ("make package-check in a checkout", "make package-check"),
 }
 

@@ -16,9 +16,9 @@ from dspark_sglang.artifacts import write_bytes
 from dspark_sglang.cli.demo import DRAFTER
 from dspark_sglang.core import placement as costs
 from dspark_sglang.demo import report
-from dspark_sglang.lossless.models import Heads, ensure_models
 from dspark_sglang.profiling.placement import Case, Found, kill_rank, measure, running
 from dspark_sglang.provenance import machine
+from tests.tiny_models import Heads, ensure_models
 
 #: Prompts of the tiny models, tokens.
 PROMPTS = ((1, 9, 40, 77, 130, 23, 68), (1, 150, 12, 99, 60), (1, 33, 34, 35), (1, 171, 90, 20, 8))
@@ -140,7 +140,7 @@ def summarise(known: list[Case], found: dict[str, Found], death: float | None) -
 
 
 def join_plan(summary: dict[str, Any], plan: Path) -> dict[str, Any]:
-    """The summary with what ``dspark_sglang.planning.measure`` wrote, where there is such a file."""
+    """The summary with what ``tests.planning.measure`` wrote, where there is such a file."""
     if not plan.is_file():
         return summary
     known = json.loads(plan.read_text(encoding="utf-8"))
@@ -165,7 +165,7 @@ def bench_placement(
     out: Annotated[Path, typer.Option(help="Where results go.")] = Path("runs/placement"),
     large: Annotated[bool, typer.Option(help="Also SmolLM2 on three ranks.")] = True,
     plan: Annotated[
-        Path, typer.Option(help="What `python -m dspark_sglang.planning.measure` wrote.")
+        Path, typer.Option(help="What `python -m tests.planning.measure` wrote.")
     ] = Path("docs/results/plan.json"),
 ) -> None:
     """Serve with several ranks on this machine: same texts, collectives counted, a rank killed."""

@@ -19,7 +19,7 @@ from dspark_sglang.drill.section import Findings, Section, Tell
 from dspark_sglang.drill.soak import GROWTH_PCT, Plan, soak
 from dspark_sglang.drill.world import Pair, World, memory, started
 from dspark_sglang.errors import ConfigError
-from dspark_sglang.lossless.store import key as digest
+from tests.exactness.store import key as digest
 from dspark_sglang.provenance import machine, versions
 
 Run = Callable[[Tell], Findings]

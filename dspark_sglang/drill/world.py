@@ -15,7 +15,7 @@ import psutil
 from dspark_sglang import targets
 from dspark_sglang.demo.server import Server, free_port, serve_command
 from dspark_sglang.errors import CheckpointError, ServerError
-from dspark_sglang.lossless.models import ensure_models
+from tests.tiny_models import ensure_models
 
 Pair = Literal["tiny", "real"]
 Part = Literal["scheduler", "detokenizer", "server"]

@@ -44,7 +44,7 @@ every rule. An H800 has an H100's memory and less NVLink: the plan is the same, 
 GB are 10^9 bytes. Weights are sums over tensors as SGLang 0.5.23 keeps and shares them. Activations, graphs and what
 CUDA takes before loading are estimates (SGLang's own heuristic); pools are what that leaves. "Requests" are requests at once
 by the context each has, never more than `--max-running-requests`. What plans are worth where a server does run, on a CPU,
-is in [`results/plan.json`](results/plan.json) (`python -m dspark_sglang.planning.measure --out docs/results/plan.json`).
+is in [`results/plan.json`](results/plan.json) (`python -m tests.planning.measure --out docs/results/plan.json`).
 """
 
 

@@ -418,7 +418,7 @@ def read_clock_from(clock: Any) -> None:
 def models(folder: Path, family: str) -> tuple[Path, Path | None]:
     """Target and drafter of a family, made below ``folder``; None: the target holds its drafter."""
     if family == "dense":
-        from dspark_sglang.lossless.models import ensure_models
+        from tests.tiny_models import ensure_models
 
         return ensure_models(folder, 3)
     from dspark_sglang.layouts.v4 import tiny

@@ -21,7 +21,7 @@ import httpx
 
 from dspark_sglang import targets
 from dspark_sglang.demo.server import Server, free_port, serve_command
-from dspark_sglang.lossless.statistics import Test, two_sample
+from tests.exactness.statistics import Test, two_sample
 from tests.net.generate import batches, greedy
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -11,7 +11,7 @@ import pytest
 from dspark_sglang import targets
 from dspark_sglang.cli.bench_placement import UNEVEN
 from dspark_sglang.demo.server import Server, free_port, serve_command
-from dspark_sglang.lossless.models import ensure_models
+from tests.tiny_models import ensure_models
 
 ROOT = Path(__file__).resolve().parents[2]
 DRAFTER = ROOT / "model_cards" / "smollm2-135m-instruct-dspark"

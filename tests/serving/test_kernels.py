@@ -12,8 +12,8 @@ import httpx
 import pytest
 
 from dspark_sglang.demo.server import Server, free_port, serve_command
-from dspark_sglang.lossless.models import PROMPT, ensure_models
 from tests.serving.tiny import require_undecidable_requests_end_alone
+from tests.tiny_models import PROMPT, ensure_models
 
 pytestmark = pytest.mark.server
 #: Nothing is measured at the start: the interpreter's times say nothing.

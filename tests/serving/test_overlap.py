@@ -15,7 +15,7 @@ from tests.serving.tiny import (
     Models,
     generate,
     ran,
-    require_the_law,
+    require_the_distribution,
     require_undecidable_requests_end_alone,
     start,
     tokens,
@@ -140,7 +140,7 @@ def test_every_step_is_counted_once(server: Server) -> None:
 def test_sampled_outputs_follow_plain_decodings_law(
     server: Server, models: Models, options: str
 ) -> None:
-    require_the_law(server, models[0], options)
+    require_the_distribution(server, models[0], options)
 
 
 def test_a_request_that_nothing_can_be_drawn_for_ends_alone(

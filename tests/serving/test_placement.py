@@ -11,9 +11,9 @@ import pytest
 
 from dspark_sglang.cli.bench_placement import EVEN, PROMPTS, UNEVEN
 from dspark_sglang.demo.server import Server
-from dspark_sglang.lossless.models import ensure_models
 from dspark_sglang.profiling.placement import DEATH_SECONDS, kill_rank
-from tests.serving.tiny import Models, generate, ran, require_the_law, start, tokens
+from tests.serving.tiny import Models, generate, ran, require_the_distribution, start, tokens
+from tests.tiny_models import ensure_models
 
 pytestmark = pytest.mark.server
 
@@ -66,7 +66,7 @@ def test_a_batch_of_greedy_and_sampling_requests(pair: Pair) -> None:
 
 
 def test_sampled_outputs_follow_plain_decodings_law(pair: Pair, models: Models) -> None:
-    require_the_law(pair.ranks, models[0], "temperature,all_filters,frequency_penalty")
+    require_the_distribution(pair.ranks, models[0], "temperature,all_filters,frequency_penalty")
 
 
 def test_logprobs_are_those_of_one_rank(pair: Pair) -> None:
@@ -176,7 +176,7 @@ def test_other_placements_have_the_same_text(
         exchanged = {"markov", "confidence"} & set(record["collectives"])
         assert len(exchanged) == (0 if heads == "replicate" else 2)
         assert record["accept_length"] > 1.3
-        require_the_law(servers[1], models[0], "temperature,top_k,top_p")
+        require_the_distribution(servers[1], models[0], "temperature,top_k,top_p")
     finally:
         for server in servers:
             server.stop()

@@ -1,4 +1,4 @@
-"""Servers of the tiny models whose law is known exactly, and what is asked of them."""
+"""Servers of the tiny models whose distribution is known exactly, and what is asked of them."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any
 import httpx
 
 from dspark_sglang.demo.server import Server, free_port, serve_command
-from dspark_sglang.lossless import sampled
-from dspark_sglang.lossless.law import Law, Model
-from dspark_sglang.lossless.models import PROMPT
-from dspark_sglang.lossless.options import choose
+from tests.exactness import sampled
+from tests.exactness.distribution import Distribution, Model
+from tests.exactness.options import choose
+from tests.tiny_models import PROMPT
 
 ONE_THREAD = {"DSPARK_CPU_THREADS": "1", "OMP_NUM_THREADS": "1", "DSPARK_COST": "online"}
 TOKENS = 40
@@ -65,8 +65,8 @@ def ran(server: Server) -> dict[str, int]:
     return found
 
 
-def require_the_law(server: Server, target: Path, options: str) -> None:
-    """Sampled outputs, all options mixed in every batch, against plain decoding's law."""
+def require_the_distribution(server: Server, target: Path, options: str) -> None:
+    """Sampled outputs, all options mixed in every batch, against plain decoding's distribution."""
     wanted = choose(options)
     calls = [wanted[place % len(wanted)].request for place in range(63)]
     counts: list[Counter[tuple[int, ...]]] = [Counter() for _ in wanted]
@@ -76,7 +76,7 @@ def require_the_law(server: Server, target: Path, options: str) -> None:
                 counts[place % len(wanted)][output] += 1
     model = Model(target, PROMPT)
     for option, seen in zip(wanted, counts, strict=True):
-        verdict = sampled.judge("", Law(model, option.request), dict(seen))
+        verdict = sampled.judge("", Distribution(model, option.request), dict(seen))
         assert verdict.freedom > 10
         assert verdict.p_value > 1e-4, (option.name, verdict)
 

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 NOT_IN_A_STEP = {
     "core": {"engine", "drafter", "placement", "sts"},
     "serving": {
-        "arguments", "bench_builtin", "compat", "cost_store", "diagnosis", "entry", "footprint", "hooks", "http_checks",
+        "arguments", "bench_builtin", "compat", "cost_store", "diagnosis", "entry", "hooks", "http_checks",
         "placement", "preflight", "preflight_argv", "rank_death", "served", "start_gate", "sts_load", "surroundings",
         "warmup",
     },

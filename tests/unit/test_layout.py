@@ -77,8 +77,6 @@ TOOLS = (
     "dspark_sglang.demo",
     "dspark_sglang.training",
     "dspark_sglang.evaluation",
-    "dspark_sglang.lossless",
-    "dspark_sglang.calibration",
     "dspark_sglang.profiling",
     "dspark_sglang.simulate",
     "dspark_sglang.planning",
@@ -101,6 +99,7 @@ def broken_rule(module: str, imported: str) -> str | None:
         and not (standard or within(imported, "torch", "triton", "dspark_kernels")),
         "only serving imports sglang": within(imported, "sglang")
         and not within(module, "dspark_sglang.serving"),
+        "the wheel imports nothing of the checkout": within(imported, "tests", "benchmarks"),
         "nobody imports the command line": within(imported, "dspark_sglang.cli")
         and not within(module, "dspark_sglang.cli"),
         "serving imports no tools": within(module, "dspark_sglang.serving")
@@ -248,6 +247,8 @@ def test_names_we_share_with_others_stay_theirs(name: str, through: str, tmp_pat
         ("dspark_sglang/layouts/bad.py", "import sglang", "layouts import the foundation"),
         ("dspark_sglang/layouts/bad.py", "import dspark_packaging.records", "layouts import the"),
         ("dspark_sglang/config.py", "from sglang.srt import environ", "only serving imports sg"),
+        ("dspark_sglang/cli/bad.py", "import tests.exactness", "the wheel imports nothing of"),
+        ("kernels/dspark_kernels/bad.py", "import benchmarks", "the wheel imports nothing of"),
         ("dspark_sglang/cli/bad.py", "import sglang.srt", "only serving imports sglang"),
         ("dspark_sglang/serving/bad.py", "from dspark_sglang import cli", "nobody imports the c"),
         ("dspark_sglang/serving/bad.py", "import dspark_packaging.card", "serving imports no t"),

@@ -97,7 +97,7 @@ def test_a_table_has_as_many_cells_in_every_row(tmp_path: Path) -> None:
 
 def test_what_is_missing_is_said(tmp_path: Path) -> None:
     text = report.render([tmp_path], PAGE)
-    for name in ("demo", "load", "lossless", "evaluation", "simulation", "price", "loadgen"):
+    for name in ("demo", "load", "exactness", "evaluation", "simulation", "price", "loadgen"):
         assert f"Missing: `{name}.json`. Make it with `" in text
     (tmp_path / "simulation.json").write_text(json.dumps({"label": "computed", "frontier": {}}))
     assert "run `make simulate-check`" in report.render([tmp_path], PAGE)

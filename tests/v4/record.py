@@ -337,13 +337,13 @@ def measure_names(folder: Path) -> dict[str, Any]:
 
 
 def measure_options(folder: Path) -> dict[str, Any]:
-    """``dspark lossless``: the law of the served text against the reference's, with mutants; resumes."""
-    out = ROOT / "runs" / "lossless-v4"
-    command = [str(Path(sys.executable).with_name("dspark")), "lossless", "--family", "v4"]
+    """The distribution of the served text against the reference's, with mutants; resumes."""
+    out = ROOT / "runs" / "exactness-v4"
+    command = [sys.executable, "-m", "tests.exactness", "--family", "v4"]
     # Few texts of five tokens repeat one, which a penalty frozen at the anchor needs to show.
     command += ["--mutant-samples", "16000", "--out", str(out)]
     command += ["--parts", "options,mutants", "--options", ",".join(OPTIONS)]
-    subprocess.run(command, check=True)
+    subprocess.run(command, check=True, cwd=ROOT)
     summary = json.loads((out / "summary.json").read_text())
     return {
         name: {

@@ -1,7 +1,7 @@
-"""A tiny random target and a drafter for it, small enough that its output law can be enumerated.
+"""A tiny random target and a drafter for it, small enough that its output distribution can be enumerated.
 
 The target is a random Llama that likes to repeat its last token, its LM head scaled until a next-token
-law spreads over about :data:`SPREAD` tokens. The drafter's Markov head is fitted to the target's mean
+distribution spreads over about :data:`SPREAD` tokens. The drafter's Markov head is fitted to the target's mean
 logits after each token, so that it is right often and wrong often; its confidence head is random, so that
 scheduling depends on drafted values as it would with a real one.
 """
@@ -34,9 +34,9 @@ V4_VOCABULARY = (*VOCABULARY, tiny.BEGIN, tiny.END, *tiny.SPECIALS)
 EOS = 2
 GAMMA = 3
 PROMPT = (1, 9, 40, 77, 130, 23, 68, 101, 55, 180)
-#: Wanted mean of exp(entropy) of a next-token law at temperature 1.
+#: Wanted mean of exp(entropy) of a next-token distribution at temperature 1.
 SPREAD = 5.0
-#: Scale of what attention and MLPs add: how much a law depends on more than the last token.
+#: Scale of what attention and MLPs add: how much a distribution depends on more than the last token.
 _CONTEXT = 0.35
 #: Logit of repeating the last token, in standard deviations of the others: penalties need repeats.
 REPEAT = 2.0
@@ -117,12 +117,12 @@ def _contexts(model: Any, seed: int, count: int) -> torch.Tensor:
 
 def spread(logits: torch.Tensor) -> float:
     """Mean of exp(entropy) of the rows of ``[..., V]`` logits."""
-    law = torch.log_softmax(logits.double(), dim=-1)
-    return float((-(law.exp() * law).sum(-1)).exp().mean())
+    distribution = torch.log_softmax(logits.double(), dim=-1)
+    return float((-(distribution.exp() * distribution).sum(-1)).exp().mean())
 
 
 def scale(logits: torch.Tensor) -> float:
-    """The factor at which the laws of ``logits`` have the wanted spread (bisection)."""
+    """The factor at which the distributions of ``logits`` have the wanted spread (bisection)."""
     low, high = 0.05, 50.0
     for _ in range(40):
         middle = (low * high) ** 0.5

@@ -1,4 +1,4 @@
-"""The law enumeration, the tests built on it, the option table, the mutants, and resuming."""
+"""The distribution enumeration, the tests built on it, the option table, the mutants, and resuming."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ import pytest
 import torch
 
 from dspark_sglang.errors import ConfigError, DataError
-from dspark_sglang.lossless import mutants, options, prompts, run, sampled, statistics, store
-from dspark_sglang.lossless.law import Law, Output, adjust, allowed, filtered
-from dspark_sglang.lossless.models import EOS, PAIRS, VOCABULARY
-from dspark_sglang.lossless.options import NAMES, OPTIONS, Option
-from dspark_sglang.lossless.statistics import goodness, holm, partition, two_sample
-from dspark_sglang.lossless.store import Clock, Judged, Sampled
+from tests.exactness import mutants, options, prompts, run, sampled, statistics, store
+from tests.exactness.distribution import Distribution, Output, adjust, allowed, filtered
+from tests.exactness.options import NAMES, OPTIONS, Option
+from tests.exactness.statistics import goodness, holm, partition, two_sample
+from tests.exactness.store import Clock, Judged, Sampled
+from tests.tiny_models import EOS, PAIRS, VOCABULARY
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -42,21 +42,21 @@ class Toy:
         return torch.stack(rows) * self.scale
 
 
-def every_output(law: Law, size: int) -> Iterator[tuple[Output, float]]:
+def every_output(distribution: Distribution, size: int) -> Iterator[tuple[Output, float]]:
     """Every finished output and its probability, token by token."""
 
     def below(output: Output, mass: float) -> Iterator[tuple[Output, float]]:
-        if law.ends(output):
+        if distribution.ends(output):
             yield output, mass
             return
         for token in range(size):
-            yield from below((*output, token), mass * float(law.after(output)[token]))
+            yield from below((*output, token), mass * float(distribution.after(output)[token]))
 
     return below((), 1.0)
 
 
-def draw(law: Law, size: int, samples: int, seed: int) -> Counter[Output]:
-    outputs, chances = zip(*every_output(law, size), strict=True)
+def draw(distribution: Distribution, size: int, samples: int, seed: int) -> Counter[Output]:
+    outputs, chances = zip(*every_output(distribution, size), strict=True)
     generator = torch.Generator().manual_seed(seed)
     weights = torch.tensor(chances)
     picked = torch.multinomial(weights, samples, replacement=True, generator=generator)
@@ -67,27 +67,27 @@ PLAIN: dict[str, Any] = {"temperature": 1.0, "max_new_tokens": 3, "ignore_eos": 
 STOPPING = PLAIN | {"ignore_eos": False, "stop_token_ids": [4], "min_new_tokens": 2}
 
 
-# --- the law ------------------------------------------------------------------------------------
+# --- the distribution ------------------------------------------------------------------------------------
 
 
-def test_the_law_of_an_output_is_the_product_of_softmaxes() -> None:
+def test_the_distribution_of_an_output_is_the_product_of_softmaxes() -> None:
     model = Toy()
-    law = Law(model, PLAIN | {"temperature": 0.7})
+    distribution = Distribution(model, PLAIN | {"temperature": 0.7})
     for output in itertools.product(range(5), repeat=3):
         wanted, found = 1.0, 1.0
         for length in range(3):
             row = model([output[:length]])[0] / 0.7
             wanted *= float(row.exp()[output[length]] / row.exp().sum())
-            found *= float(law.after(output[:length])[output[length]])
+            found *= float(distribution.after(output[:length])[output[length]])
         assert found == pytest.approx(wanted, rel=1e-12)
 
 
 def test_stops_end_outputs_and_are_held_back_at_first() -> None:
-    found = dict(every_output(Law(Toy(), STOPPING), 5))
+    found = dict(every_output(Distribution(Toy(), STOPPING), 5))
     assert sum(found.values()) == pytest.approx(1.0)
     assert all(mass == 0.0 for output, mass in found.items() if len(output) < 3)
     assert any(mass > 0 and output[-1] == 4 for output, mass in found.items())
-    early = dict(every_output(Law(Toy(), STOPPING | {"min_new_tokens": 0}), 5))
+    early = dict(every_output(Distribution(Toy(), STOPPING | {"min_new_tokens": 0}), 5))
     assert early[4,] > 0.0 and early[EOS,] > 0.0
 
 
@@ -161,20 +161,20 @@ def test_filters_are_those_of_sglangs_sampler(params: dict[str, Any]) -> None:
     if "all" in params:
         params = {"top_k": 6, "top_p": 0.8, "min_p": 0.05}
     generator = torch.Generator().manual_seed(2)
-    law = torch.softmax(2.0 * torch.randn((200, 40), generator=generator), dim=-1)
-    rows = torch.ones(len(law))
+    distribution = torch.softmax(2.0 * torch.randn((200, 40), generator=generator), dim=-1)
+    rows = torch.ones(len(distribution))
     _, weights, tokens, _ = top_k_top_p_min_p_sampling_from_probs_torch(
-        law.clone(),
+        distribution.clone(),
         (rows * params.get("top_k", 40)).int(),
         rows * params.get("top_p", 1.0),
         rows * params.get("min_p", 0.0),
         "min_p" in params,
         None,
-        torch.zeros(len(law), dtype=torch.int64),
+        torch.zeros(len(distribution), dtype=torch.int64),
         return_filtered_probs=True,
     )
-    wanted = torch.zeros_like(law).scatter_(-1, tokens.long(), weights)
-    found, margin = filtered(law.double(), params)
+    wanted = torch.zeros_like(distribution).scatter_(-1, tokens.long(), weights)
+    found, margin = filtered(distribution.double(), params)
     clear = margin > 1e-4
     assert int(clear.sum()) > 190
     wanted = wanted / wanted.sum(-1, keepdim=True)
@@ -196,14 +196,14 @@ def test_the_grammar_allows_what_can_still_become_a_match() -> None:
 
 
 def test_outputs_that_plain_decoding_never_gives_are_found() -> None:
-    law = Law(Toy(), STOPPING | {"top_k": 2})
-    likely = [output for output, mass in every_output(law, 5) if mass > 0]
-    assert law.impossible(likely) == []
+    distribution = Distribution(Toy(), STOPPING | {"top_k": 2})
+    likely = [output for output, mass in every_output(distribution, 5) if mass > 0]
+    assert distribution.impossible(likely) == []
     forbidden = next(
         o for o in itertools.product(range(4), repeat=3) if o not in likely and EOS not in o
     )
     run_over = (*likely[0][:2], 4, 0)
-    assert law.impossible([forbidden, run_over, likely[0][:1]]) == [
+    assert distribution.impossible([forbidden, run_over, likely[0][:1]]) == [
         forbidden,
         run_over,
         likely[0][:1],
@@ -214,11 +214,11 @@ def test_a_threshold_that_rounding_decides_is_left_alone() -> None:
     def model(outputs: Sequence[Output]) -> torch.Tensor:
         return torch.tensor([[0.5, 0.3, 0.2 + 1e-9]]).double().log().expand(len(outputs), -1)
 
-    law = Law(model, PLAIN | {"top_p": 0.5})
-    assert law.ambiguous(())
-    cells = partition(law, 10_000)
+    distribution = Distribution(model, PLAIN | {"top_p": 0.5})
+    assert distribution.ambiguous(())
+    cells = partition(distribution, 10_000)
     assert list(cells.chance) == [((), False)]
-    assert law.impossible([(2, 2, 2)]) == []
+    assert distribution.impossible([(2, 2, 2)]) == []
 
 
 # --- cells and tests -------------------------------------------------------------------------------
@@ -229,10 +229,10 @@ def test_a_threshold_that_rounding_decides_is_left_alone() -> None:
     "params", [PLAIN, STOPPING, PLAIN | {"top_k": 2}], ids=["plain", "stop", "k"]
 )
 def test_cells_are_a_partition_with_exact_chances(params: dict[str, Any], samples: int) -> None:
-    law = Law(Toy(scale=3.0), params)
-    cells = partition(law, samples)
+    distribution = Distribution(Toy(scale=3.0), params)
+    cells = partition(distribution, samples)
     brute: Counter[Any] = Counter()
-    for output, mass in every_output(law, 5):
+    for output, mass in every_output(distribution, 5):
         if mass > 0:
             brute[cells.of(output)] += mass  # type: ignore[assignment]
     assert set(brute) == set(cells.chance)
@@ -249,38 +249,46 @@ def test_the_tail_of_chi_square() -> None:
 
 
 def test_the_goodness_test_keeps_its_level() -> None:
-    law = Law(Toy(scale=2.0), PLAIN)
-    values = [goodness(law, draw(law, 5, 1_000, seed)).p_value for seed in range(400)]
+    distribution = Distribution(Toy(scale=2.0), PLAIN)
+    values = [
+        goodness(distribution, draw(distribution, 5, 1_000, seed)).p_value for seed in range(400)
+    ]
     for level in (0.01, 0.05, 0.5):
         share = sum(value <= level for value in values) / len(values)
         assert share == pytest.approx(level, abs=3.5 * (level * (1 - level) / len(values)) ** 0.5)
 
 
 def test_the_goodness_test_notices_a_slightly_different_law() -> None:
-    law, warmer = (Law(Toy(scale=2.0), PLAIN | {"temperature": t}) for t in (1.0, 1.08))
-    assert goodness(law, draw(warmer, 5, 20_000, 1)).p_value < 1e-6
-    law, late = (Law(Toy(scale=1.0), PLAIN | {"frequency_penalty": f}) for f in (0.2, 0.0))
-    assert goodness(law, draw(late, 5, 20_000, 1)).p_value < 1e-6
+    distribution, warmer = (
+        Distribution(Toy(scale=2.0), PLAIN | {"temperature": t}) for t in (1.0, 1.08)
+    )
+    assert goodness(distribution, draw(warmer, 5, 20_000, 1)).p_value < 1e-6
+    distribution, late = (
+        Distribution(Toy(scale=1.0), PLAIN | {"frequency_penalty": f}) for f in (0.2, 0.0)
+    )
+    assert goodness(distribution, draw(late, 5, 20_000, 1)).p_value < 1e-6
 
 
 def test_one_impossible_output_is_enough() -> None:
-    law = Law(Toy(), PLAIN | {"top_k": 2})
-    counts = draw(law, 5, 1_000, 3)
-    assert goodness(law, counts).p_value > 1e-3
-    never = next(o for o in itertools.product(range(5), repeat=3) if law.impossible([o]))
-    found = goodness(law, counts + Counter({never: 1}))
+    distribution = Distribution(Toy(), PLAIN | {"top_k": 2})
+    counts = draw(distribution, 5, 1_000, 3)
+    assert goodness(distribution, counts).p_value > 1e-3
+    never = next(o for o in itertools.product(range(5), repeat=3) if distribution.impossible([o]))
+    found = goodness(distribution, counts + Counter({never: 1}))
     assert (found.p_value, found.impossible) == (0.0, 1)
 
 
 def test_the_two_sample_test_keeps_its_level_and_has_power() -> None:
-    law = Law(Toy(scale=2.0), PLAIN)
+    distribution = Distribution(Toy(scale=2.0), PLAIN)
     values = [
-        two_sample(draw(law, 5, 800, seed), draw(law, 5, 500, 10_000 + seed)).p_value
+        two_sample(
+            draw(distribution, 5, 800, seed), draw(distribution, 5, 500, 10_000 + seed)
+        ).p_value
         for seed in range(300)
     ]
     assert sum(value <= 0.05 for value in values) / 300 == pytest.approx(0.05, abs=0.045)
-    warmer = Law(Toy(scale=2.0), PLAIN | {"temperature": 1.3})
-    assert two_sample(draw(law, 5, 4_000, 1), draw(warmer, 5, 4_000, 2)).p_value < 1e-6
+    warmer = Distribution(Toy(scale=2.0), PLAIN | {"temperature": 1.3})
+    assert two_sample(draw(distribution, 5, 4_000, 1), draw(warmer, 5, 4_000, 2)).p_value < 1e-6
 
 
 def test_holm_steps_down() -> None:
@@ -300,7 +308,7 @@ def test_every_option_is_there_with_a_mutant_of_its_own() -> None:
     ) == NAMES
     assert sorted(option.mutant for option in OPTIONS) == sorted(mutants.MUTANTS)
     for option in OPTIONS:
-        Law(Toy(len(VOCABULARY)), option.request)
+        Distribution(Toy(len(VOCABULARY)), option.request)
 
 
 def test_options_are_chosen_by_name() -> None:
@@ -338,8 +346,8 @@ def test_a_mutant_reaches_a_process_through_its_path(tmp_path: Path) -> None:
     environment = {**os.environ, **mutants.prepare("top_k_ignored", tmp_path)}
     code = (
         "import torch; from dspark_sglang.core.sampling import target_weights; "
-        "law = target_weights(torch.zeros(1, 4), torch.ones(1), top_k=torch.tensor([1])); "
-        "print(int((law > 0).sum()))"
+        "distribution = target_weights(torch.zeros(1, 4), torch.ones(1), top_k=torch.tensor([1])); "
+        "print(int((distribution > 0).sum()))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -347,14 +355,6 @@ def test_a_mutant_reaches_a_process_through_its_path(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.stdout.strip() == "4"
     assert mutants.said("top_k_ignored") in done.stderr
-
-
-def test_nothing_of_the_product_imports_the_mutants() -> None:
-    for file in (ROOT / "dspark_sglang").rglob("*.py"):
-        if "lossless" not in file.parts and file.name != "lossless.py":
-            assert "mutant" not in file.read_text(), file
-    for name in ("models", "__init__"):  # what others take from there
-        assert "mutant" not in (ROOT / "dspark_sglang" / "lossless" / f"{name}.py").read_text()
 
 
 # --- resuming -----------------------------------------------------------------------------------
@@ -392,7 +392,7 @@ def test_drawing_goes_on_where_it_stopped(tmp_path: Path, fake_server: list[int]
 
     def go(samples: int) -> dict[str, Sampled]:
         setting = sampled.Setting(tmp_path, 0, samples, 100)
-        return sampled.draw(setting, chosen, clock=Clock(0), advance=lambda *_: None)
+        return sampled.draw(setting, chosen, clock=Clock(0))
 
     assert all(piece.samples >= 300 for piece in go(300).values())
     first = sum(fake_server)
@@ -406,7 +406,7 @@ def test_drawing_goes_on_where_it_stopped(tmp_path: Path, fake_server: list[int]
 def test_no_time_starts_nothing(tmp_path: Path, fake_server: list[int]) -> None:
     setting = sampled.Setting(tmp_path, 0, 300, 100)
     clock = Clock(1e-9)
-    found = sampled.draw(setting, options.choose("top_k"), clock=clock, advance=lambda *_: None)
+    found = sampled.draw(setting, options.choose("top_k"), clock=clock)
     assert found["top_k"].samples == 0 and not fake_server
 
 

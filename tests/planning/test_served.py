@@ -6,17 +6,18 @@ from pathlib import Path
 
 import pytest
 
-from dspark_sglang.planning import measure, tiny
+from tests.planning import measure, tiny
 
 pytestmark = pytest.mark.server
 #: Per cent.
 TOLERANCE = 3.0
+DRAFTER = Path(__file__).resolve().parents[2] / "model_cards" / "smollm2-135m-instruct-dspark"
 NAMES = ("smollm2-135m-instruct", *(f"tiny {family}" for family in tiny.FAMILIES))
 
 
 @pytest.fixture(scope="module")
-def pairs(tmp_path_factory: pytest.TempPathFactory, drafter: Path) -> dict[str, measure.Pair]:
-    made = measure.pairs(tmp_path_factory.mktemp("plan"), drafter)
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, measure.Pair]:
+    made = measure.pairs(tmp_path_factory.mktemp("plan"), DRAFTER)
     return {pair.name: pair for pair in made}
 
 

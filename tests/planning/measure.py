@@ -1,6 +1,6 @@
 """Plans against real servers: what was computed, and what SGLang allocated on this machine.
 
-Run ``python -m dspark_sglang.planning.measure --out docs/results/plan.json``.
+Run ``python -m tests.planning.measure --out docs/results/plan.json``.
 """
 
 from __future__ import annotations
@@ -21,19 +21,20 @@ from dspark_sglang import targets
 from dspark_sglang.artifacts import write_json
 from dspark_sglang.demo.server import COMMON_FLAGS, Server, free_port, serve_command
 from dspark_sglang.errors import DSparkError, ServerError
-from dspark_sglang.planning import hardware, tiny
+from dspark_sglang.planning import hardware
 from dspark_sglang.planning import plan as planning
 from dspark_sglang.planning.anchors import anchors
 from dspark_sglang.planning.options import Options
 from dspark_sglang.planning.sizing import DRAFTER
 from dspark_sglang.provenance import machine, provenance
-from dspark_sglang.serving.footprint import MARK
+from tests.planning import tiny
+from tests.planning.footprint import MARK
 
 #: Cap of the pools in every server here.
 TOKENS = int(COMMON_FLAGS[COMMON_FLAGS.index("--max-total-tokens") + 1])
 #: Not weights of the checkpoint.
 _ASIDE = ("rotary tables", "packed copies", DRAFTER + "draft vocabulary")
-_ENTRY = "[sglang.srt.plugins]\ndspark_footprint = dspark_sglang.serving.footprint:activate\n"
+_ENTRY = "[sglang.srt.plugins]\ndspark_footprint = tests.planning.footprint:activate\n"
 _QUANTITIES = ("target weights", "drafter weights", "target KV", "draft KV")
 
 
@@ -74,7 +75,7 @@ def pairs(folder: Path, drafter: Path) -> list[Pair]:
 
 @contextmanager
 def _plugin() -> Iterator[dict[str, str]]:
-    """An environment in which servers load :mod:`dspark_sglang.serving.footprint` as a plugin."""
+    """An environment in which servers load :mod:`tests.planning.footprint` as a plugin."""
     with tempfile.TemporaryDirectory() as folder:
         info = Path(folder) / "dspark_footprint-0.dist-info"
         info.mkdir()
@@ -167,7 +168,7 @@ def main() -> None:
     except DSparkError as error:
         print(f"dspark: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    made = provenance(["python", "-m", "dspark_sglang.planning.measure", *sys.argv[1:]])
+    made = provenance(["python", "-m", "tests.planning.measure", *sys.argv[1:]])
     write_json(
         arguments.out,
         {"machine": machine(), "provenance": msgspec.to_builtins(made), **result},

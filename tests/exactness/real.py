@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
 
-from dspark_sglang.lossless import prompts, texts
-from dspark_sglang.lossless.law import Output
-from dspark_sglang.lossless.statistics import two_sample
-from dspark_sglang.lossless.store import Answers, Clock
-from dspark_sglang.lossless.texts import CHUNK, Phase
+from tests.exactness import prompts, texts
+from tests.exactness.distribution import Output
+from tests.exactness.statistics import two_sample
+from tests.exactness.store import Answers, Clock
+from tests.exactness.texts import CHUNK, Phase
 
 #: KV slots of the server that must retract, and how boldly it admits requests.
 _FEW = ("--max-total-tokens", "1900", "--schedule-conservativeness", "0.05")
@@ -21,8 +19,6 @@ _CHUNKED = ("--chunked-prefill-size", str(CHUNK))
 _SEEDED = ("--enable-deterministic-inference", "--sampling-backend", "pytorch")
 BF16_PROMPTS = 36
 SEEDED_PROMPTS = 32
-
-Advance = Callable[[str, int], None]
 
 
 class Real(NamedTuple):
@@ -71,48 +67,25 @@ def phases(real: Real, parts: set[str]) -> dict[str, list[Phase]]:
     return made
 
 
-def collect(
-    real: Real, parts: set[str], *, clock: Clock, advance: Advance, total: Advance
-) -> dict[str, Any]:
-    """Ask every server what is missing and compare; the entries of the summary.
-
-    Args:
-        advance, total: told the name of a server and how many more answers it has, or will have.
-    """
-    made = phases(real, parts)
-    for both in made.values():
-        for phase in both:
-            total(phase.name, len(phase.asks) + phase.draws)
+def collect(real: Real, parts: set[str], *, clock: Clock) -> dict[str, Any]:
+    """Ask every server what is missing and compare; the entries of the summary."""
     entries: dict[str, Any] = {}
-    for part, both in made.items():
-        answers = [
-            texts.collect(
-                phase,
-                real.out,
-                clock=clock,
-                advance=partial(advance, phase.name),
-            )
-            for phase in both
-        ]
+    for part, both in phases(real, parts).items():
+        answers = [texts.collect(phase, real.out, clock=clock) for phase in both]
         done = all(texts.complete(p, a) for p, a in zip(both, answers, strict=True))
         entries |= _compare(part, both[0], answers, real.target)
-        entries[f"{_NAMES[part]}_complete"] = done
+        entries[f"{_entry(part)}_complete"] = done
     return entries
 
 
-#: Parts and how their entries in the summary begin.
-_NAMES = {
-    "greedy": "greedy",
-    "retracted": "retracted",
-    "bf16": "bf16",
-    "two-sample": "two_sample",
-    "seeded": "seeded",
-}
+def _entry(part: str) -> str:
+    """How the entries of a part in the summary begin."""
+    return part.replace("-", "_")
 
 
 def _compare(part: str, phase: Phase, answers: list[Answers], target: Path) -> dict[str, Any]:
     plain, ours = answers
-    name = _NAMES[part]
+    name = _entry(part)
     if part == "two-sample":
         first, second = (_outputs(piece) for piece in answers)
         if not first or not second:

@@ -1,4 +1,4 @@
-"""Tests of samples against an exact law, and of two samples against each other."""
+"""Tests of samples against an exact distribution, and of two samples against each other."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from dspark_sglang.lossless.law import Law, Output
+from tests.exactness.distribution import Distribution, Output
 
 #: Smallest expected count of a cell.
 EXPECTED = 8.0
@@ -41,7 +41,7 @@ class Test(NamedTuple):
     p_value: float
     statistic: float
     freedom: int
-    #: Outputs that the law gives no probability.
+    #: Outputs that the distribution gives no probability.
     impossible: int = 0
 
 
@@ -53,7 +53,7 @@ def chi_square_tail(statistic: float, freedom: int) -> float:
     return float(torch.special.gammaincc(half[0], half[1]))
 
 
-def partition(law: Law, samples: int, *, expected: float = EXPECTED) -> Cells:
+def partition(distribution: Distribution, samples: int, *, expected: float = EXPECTED) -> Cells:
     """Cells of at least ``expected`` samples each, as deep as the samples resolve.
 
     A prefix is looked into when one of its children is large enough. The probabilities are exact: what is not looked into stays one cell.
@@ -63,13 +63,13 @@ def partition(law: Law, samples: int, *, expected: float = EXPECTED) -> Cells:
     chance: dict[tuple[Output, bool], float] = {}
     level: list[tuple[Output, float]] = [((), 1.0)]
     while level:
-        law.learn(prefix for prefix, _ in level if not law.ends(prefix))
+        distribution.learn(prefix for prefix, _ in level if not distribution.ends(prefix))
         below: list[tuple[Output, float]] = []
         for prefix, mass in level:
             children: dict[int, float] = {}
             rest = mass
-            if not law.ends(prefix) and not law.ambiguous(prefix):
-                children, rest = _split(law.after(prefix) * mass, floor)
+            if not distribution.ends(prefix) and not distribution.ambiguous(prefix):
+                children, rest = _split(distribution.after(prefix) * mass, floor)
             if not children:
                 chance[prefix, False] = mass
                 continue
@@ -95,8 +95,10 @@ def _split(masses: torch.Tensor, floor: float) -> tuple[dict[int, float], float]
     return children, rest
 
 
-def goodness(law: Law, counts: Mapping[Output, int], *, expected: float = EXPECTED) -> Test:
-    """Pearson's chi-square test of sampled outputs against their law.
+def goodness(
+    distribution: Distribution, counts: Mapping[Output, int], *, expected: float = EXPECTED
+) -> Test:
+    """Pearson's chi-square test of sampled outputs against their distribution.
 
     Args:
         counts: how often each output was drawn.
@@ -105,8 +107,8 @@ def goodness(law: Law, counts: Mapping[Output, int], *, expected: float = EXPECT
         The test; p-value 0 when an output of probability zero was drawn.
     """
     samples = sum(counts.values())
-    never = law.impossible(counts)
-    cells = partition(law, samples, expected=expected)
+    never = distribution.impossible(counts)
+    cells = partition(distribution, samples, expected=expected)
     seen: Counter[tuple[Output, bool]] = Counter()
     for output, count in counts.items():
         seen[cells.of(output)] += count
@@ -122,7 +124,7 @@ def goodness(law: Law, counts: Mapping[Output, int], *, expected: float = EXPECT
 def two_sample(
     first: Mapping[Output, int], second: Mapping[Output, int], *, expected: float = EXPECTED
 ) -> Test:
-    """Chi-square test that two samples come from one law; cells by prefix from both together."""
+    """Chi-square test that two samples come from one distribution; cells by prefix from both together."""
     samples = (sum(first.values()), sum(second.values()))
     # A cell is large enough when its smaller expected count is.
     floor = expected * sum(samples) / max(1, min(samples))

@@ -15,14 +15,15 @@ from typing import Any, TypeVar
 
 import msgspec
 
-import dspark_sglang
 from dspark_sglang.artifacts import write_bytes
 from dspark_sglang.errors import DataError
-from dspark_sglang.lossless.law import Output
 from dspark_sglang.provenance import versions
+from tests.exactness.distribution import Output
 
+ROOT = Path(__file__).resolve().parents[2]
 #: Folders and modules whose source decides a result.
-_SOURCES = ("core", "serving", "lossless/models.py", "lossless/mutants.py", "lossless/options.py")
+_SOURCES = ("dspark_sglang/core", "dspark_sglang/serving", "tests/tiny_models.py", "tests/exactness/mutants.py",
+            "tests/exactness/options.py")  # fmt: skip
 
 
 class Sampled(msgspec.Struct, kw_only=True):
@@ -69,24 +70,16 @@ class Judged(msgspec.Struct, kw_only=True):
     impossible: int
 
 
-class Planned(msgspec.Struct, kw_only=True):
-    """Microseconds of host planning, by implementation and number of requests."""
-
-    key: str
-    plan_us: dict[str, dict[str, float]]
-
-
-Piece = TypeVar("Piece", Sampled, Answers, Judged, Planned)
+Piece = TypeVar("Piece", Sampled, Answers, Judged)
 
 
 def source_digest() -> str:
     """Digest of the algorithm's source and of the libraries it runs on."""
-    root = Path(dspark_sglang.__file__).parent
     digest = hashlib.sha256(msgspec.json.encode(versions()))
     for name in _SOURCES:
-        path = root / name
+        path = ROOT / name
         for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
-            digest.update(file.relative_to(root).as_posix().encode())
+            digest.update(file.relative_to(ROOT).as_posix().encode())
             digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -110,13 +103,13 @@ def load(path: Path, kind: type[Piece], wanted: str) -> Piece | None:
     except (msgspec.DecodeError, OSError) as error:
         raise DataError(
             f"{path} is damaged: {error}.",
-            expected="results of an earlier `dspark lossless`",
+            expected="results of an earlier run",
             fix="Remove it and run the same command again.",
         ) from error
     return piece if piece.key == wanted else None
 
 
-def save(path: Path, piece: Sampled | Answers | Judged | Planned) -> None:
+def save(path: Path, piece: Sampled | Answers | Judged) -> None:
     """Write a piece, all or nothing.
 
     Raises:
@@ -150,12 +143,11 @@ class Clock:
 
 def commit() -> str:
     """The checkout's commit, ``+`` when the package differs from it; empty outside of one."""
-    root = Path(dspark_sglang.__file__).resolve().parents[1]
     answers = []
     for command in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "dspark_sglang"]):
         try:
             done = subprocess.run(
-                ["git", "-C", str(root), *command], capture_output=True, text=True, check=True
+                ["git", "-C", str(ROOT), *command], capture_output=True, text=True, check=True
             )
         except (OSError, subprocess.CalledProcessError):
             return ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dspark_sglang.artifacts import write_bytes
-from dspark_sglang.lossless.models import EOS, VOCABULARY, write_tokenizer
+from tests.tiny_models import EOS, VOCABULARY, write_tokenizer
 
 #: Families by the class SGLang runs them with.
 FAMILIES = ("qwen3", "gemma3")

@@ -14,9 +14,9 @@ import torch
 from dspark_sglang.demo.measure import NEAR_TIE
 from dspark_sglang.demo.server import Server, free_port, serve_command
 from dspark_sglang.errors import ServerError
-from dspark_sglang.lossless import store
-from dspark_sglang.lossless.prompts import Ask
-from dspark_sglang.lossless.store import Answers, Clock
+from tests.exactness import store
+from tests.exactness.prompts import Ask
+from tests.exactness.store import Answers, Clock
 
 #: Prompts are prefilled in pieces of this many tokens by the servers under test.
 CHUNK = 256
@@ -50,7 +50,7 @@ class Phase(NamedTuple):
         )
 
 
-def collect(phase: Phase, out: Path, *, clock: Clock, advance: Callable[[int], None]) -> Answers:
+def collect(phase: Phase, out: Path, *, clock: Clock) -> Answers:
     """Ask what was not answered yet; saves as it goes.
 
     Raises:
@@ -58,7 +58,6 @@ def collect(phase: Phase, out: Path, *, clock: Clock, advance: Callable[[int], N
     """
     path = out / "answers" / f"{phase.name}.json"
     found = store.load(path, Answers, phase.key()) or Answers(key=phase.key())
-    advance(len(found.answers) + min(phase.draws, sum(found.drawn.values())))
     if clock.over or complete(phase, found):
         return found
     port = free_port()
@@ -72,12 +71,13 @@ def collect(phase: Phase, out: Path, *, clock: Clock, advance: Callable[[int], N
     )
     saved = time.monotonic()
 
-    def progress(count: int) -> None:
+    def progress() -> None:
         nonlocal saved
-        advance(count)
         if time.monotonic() - saved > _SAVE_SECONDS:
             store.save(path, found)
             saved = time.monotonic()
+            done = len(found.answers) + sum(found.drawn.values())
+            print(f"{phase.name}: {done} of {len(phase.asks) + phase.draws}", flush=True)
 
     with (
         Server(command, port=port, log=out / "logs" / f"{phase.name}.log") as running,
@@ -121,7 +121,7 @@ def _answer(
     client: httpx.Client,
     running: Server,
     clock: Clock,
-    progress: Callable[[int], None],
+    progress: Callable[[], None],
 ) -> None:
     def one(ask: Ask) -> tuple[str, list[int]] | None:
         if clock.over:
@@ -139,7 +139,7 @@ def _answer(
             for answer in answers:
                 if answer is not None:
                     found.answers[answer[0]] = answer[1]
-                    progress(1)
+                    progress()
 
 
 def _abort(client: httpx.Client, running: Server, ask: Ask) -> None:
@@ -159,7 +159,7 @@ def _draw(
     client: httpx.Client,
     running: Server,
     clock: Clock,
-    progress: Callable[[int], None],
+    progress: Callable[[], None],
 ) -> None:
     params = {"temperature": 1.0, "max_new_tokens": DRAWN_TOKENS, "ignore_eos": True}
     while not clock.over and (left := phase.draws - sum(found.drawn.values())) > 0:
@@ -168,7 +168,7 @@ def _draw(
         for entry in _post(client, running, body):
             name = " ".join(map(str, entry["output_ids"]))
             found.drawn[name] = found.drawn.get(name, 0) + 1
-        progress(count)
+        progress()
 
 
 class Difference(NamedTuple):

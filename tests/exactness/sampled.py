@@ -1,10 +1,10 @@
-"""Drawing continuations through the real server and judging them against the exact law."""
+"""Drawing continuations through the real server and judging them against the exact distribution."""
 
 from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -13,14 +13,14 @@ import httpx
 
 from dspark_sglang.demo.server import Server, free_port, serve_command
 from dspark_sglang.errors import ServerError
-from dspark_sglang.lossless import mutants, store
-from dspark_sglang.lossless.law import Law, Model, NextLogits, Output
-from dspark_sglang.lossless.models import PROMPT, ensure_models
-from dspark_sglang.lossless.options import Option
-from dspark_sglang.lossless.statistics import Test, goodness
-from dspark_sglang.lossless.store import Clock, Judged, Sampled
-from dspark_sglang.lossless.v4 import Model as V4Model
-from dspark_sglang.lossless.v4 import ensure_bundle
+from tests.exactness import mutants, store
+from tests.exactness.distribution import Distribution, Model, NextLogits, Output
+from tests.exactness.options import Option
+from tests.exactness.statistics import Test, goodness
+from tests.exactness.store import Clock, Judged, Sampled
+from tests.exactness.v4 import Model as V4Model
+from tests.exactness.v4 import ensure_bundle
+from tests.tiny_models import PROMPT, ensure_models
 
 #: Requests of one HTTP call.
 CALL = 256
@@ -33,7 +33,6 @@ _ENVIRONMENT = {"DSPARK_CPU_THREADS": "1", "OMP_NUM_THREADS": "1"}
 _SHARES = (1.0, 0.5, 0.2)
 _GREEDY = {"temperature": 0.0, "max_new_tokens": 5, "ignore_eos": True}
 
-Advance = Callable[[str, int], None]
 Family = Literal["dense", "v4"]
 
 
@@ -129,16 +128,13 @@ def _calls(options: Sequence[Option], missing: dict[str, int]) -> list[list[Opti
     return calls
 
 
-def draw(
-    setting: Setting, options: Sequence[Option], *, clock: Clock, advance: Advance
-) -> dict[str, Sampled]:
+def draw(setting: Setting, options: Sequence[Option], *, clock: Clock) -> dict[str, Sampled]:
     """Draw what is missing of options that share a server; resumes, and saves as it goes."""
     folder = setting.out / "options"
     found = {}
     for option in options:
         known = store.load(folder / f"{option.name}.json", Sampled, setting.key(option))
         found[option.name] = known or Sampled(key=setting.key(option))
-        advance(option.name, min(found[option.name].samples, setting.samples))
 
     def missing() -> dict[str, int]:
         return {name: setting.samples - piece.samples for name, piece in found.items()}
@@ -169,10 +165,10 @@ def draw(
                 for name in {option.name for option in call if option}:
                     own = [x for o, x in zip(call, outputs, strict=True) if o and o.name == name]
                     found[name].add(own)
-                    advance(name, len(own))
             if time.monotonic() - saved > _SAVE_SECONDS:
                 save()
                 saved = time.monotonic()
+                print(f"{log}: {max(missing().values())} to draw", flush=True)
         save()
         _require_ours(running)
     return found
@@ -195,7 +191,7 @@ def _require_ours(running: Server) -> None:
 
 
 def challenge(
-    setting: Setting, option: Option, model: NextLogits, *, clock: Clock, advance: Advance
+    setting: Setting, option: Option, model: NextLogits, *, clock: Clock
 ) -> Judged | None:
     """The verdict on an option's mutant; None when there was no time.
 
@@ -206,7 +202,6 @@ def challenge(
     wanted = setting.key(option, option.mutant, str(setting.mutant_samples))
     known = store.load(path, Judged, wanted)
     if known is not None or clock.over:
-        advance(f"mutant of {option.name}", known.samples if known else 0)
         return known
     # Everything drafted is verified: where the scheduler sends nothing, as it may while a busy
     # machine teaches it its costs, a wrong acceptance has nothing to get wrong.
@@ -222,23 +217,21 @@ def challenge(
     ):
         running.wait_ready()
         while sampled.samples < setting.mutant_samples:
-            outputs = generate(client, running, [option.request] * CALL)
-            sampled.add(outputs)
-            advance(f"mutant of {option.name}", len(outputs))
+            sampled.add(generate(client, running, [option.request] * CALL))
     if mutants.said(option.mutant) not in running.log.read_text(errors="replace"):
         raise ServerError(
             f"The mutant {option.mutant} never ran in its server.",
             expected="its line in the log",
             fix=f"See {running.log}; the mutant may patch a name that has moved.",
         )
-    verdict = judge(wanted, Law(model, option.request), sampled.outputs())
+    verdict = judge(wanted, Distribution(model, option.request), sampled.outputs())
     store.save(path, verdict)
     return verdict
 
 
-def judge(wanted: str, law: Law, counts: dict[Output, int]) -> Judged:
+def judge(wanted: str, distribution: Distribution, counts: dict[Output, int]) -> Judged:
     """The goodness-of-fit test as a result."""
-    test: Test = goodness(law, counts)
+    test: Test = goodness(distribution, counts)
     return Judged(
         key=wanted,
         p_value=test.p_value,

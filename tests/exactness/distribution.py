@@ -1,9 +1,9 @@
-"""The exact output law of plain decoding, from the target's own logits.
+"""The exact output distribution of plain decoding, from the target's own logits.
 
 Independent of the plugin and of SGLang: logits from transformers, and the semantics of SGLang's
 ``pytorch`` sampling backend written out here (``srt/layers/sampler.py``,
 ``srt/sampling/sampling_batch_info.py`` and ``srt/sampling/penaltylib``): penalties, grammar mask,
-logit bias, temperature, softmax, then top-k, top-p and min-p against the unfiltered law.
+logit bias, temperature, softmax, then top-k, top-p and min-p against the unfiltered distribution.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any, Protocol
 
 import torch
 
-from dspark_sglang.lossless.models import EOS, SPECIAL, VOCABULARY
-from dspark_sglang.lossless.options import REGEX, REGEX_PREFIX, ends, text_of
+from tests.exactness.options import REGEX, REGEX_PREFIX, ends, text_of
+from tests.tiny_models import EOS, SPECIAL, VOCABULARY
 
 Output = tuple[int, ...]
 #: A context whose filter threshold is closer than this (relative) to a token's probability is
@@ -92,24 +92,26 @@ def allowed(text: str, size: int = len(VOCABULARY)) -> torch.Tensor:
     return torch.tensor(possible)
 
 
-def filtered(law: torch.Tensor, params: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Apply top-k, top-p and min-p, all against the unfiltered law.
+def filtered(
+    distribution: torch.Tensor, params: Mapping[str, Any]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Apply top-k, top-p and min-p, all against the unfiltered distribution.
 
     Args:
-        law: ``[N, V]`` probabilities.
+        distribution: ``[N, V]`` probabilities.
 
     Returns:
         ``[N, V]`` normalised probabilities, and ``[N]`` relative distance of each row's nearest
         threshold from a probability (infinite without filters).
     """
-    ordered, index = law.sort(dim=-1, descending=True)
+    ordered, index = distribution.sort(dim=-1, descending=True)
     before = ordered.cumsum(-1) - ordered
-    rank = torch.arange(law.shape[1])
+    rank = torch.arange(distribution.shape[1])
     top_k, top_p, min_p = (
         params.get(n, d) for n, d in (("top_k", 0), ("top_p", 1.0), ("min_p", 0.0))
     )
     keep = torch.ones_like(ordered, dtype=torch.bool)
-    margin = law.new_full((len(law),), float("inf"))
+    margin = distribution.new_full((len(distribution),), float("inf"))
     if top_k:
         keep &= rank < top_k
         margin = torch.minimum(margin, ordered[:, top_k - 1] / ordered[:, top_k] - 1.0)
@@ -120,12 +122,12 @@ def filtered(law: torch.Tensor, params: Mapping[str, Any]) -> tuple[torch.Tensor
         keep &= ordered >= min_p * ordered[:, :1]
         ratio = ordered / (min_p * ordered[:, :1])
         margin = torch.minimum(margin, (ratio - 1.0).abs().min(dim=-1).values)
-    kept = torch.zeros_like(law).scatter_(-1, index, ordered * keep)
+    kept = torch.zeros_like(distribution).scatter_(-1, index, ordered * keep)
     return kept / kept.sum(-1, keepdim=True), margin
 
 
-class Law:
-    """Next-token laws of one request, each context computed once.
+class Distribution:
+    """Next-token distributions of one request, each context computed once.
 
     Args:
         model: the target.
@@ -134,7 +136,7 @@ class Law:
 
     def __init__(self, model: NextLogits, params: Mapping[str, Any]) -> None:
         unknown = set(params) - _KNOWN
-        assert not unknown, f"no law for {sorted(unknown)}"
+        assert not unknown, f"no distribution for {sorted(unknown)}"
         self.params = dict(params)
         self._model = model
         self._known: dict[Output, tuple[torch.Tensor, bool]] = {}
@@ -144,7 +146,7 @@ class Law:
         return ends(self.params, output)
 
     def learn(self, outputs: Iterable[Output]) -> None:
-        """Compute the laws after many outputs at once."""
+        """Compute the distributions after many outputs at once."""
         by_length: dict[int, list[Output]] = {}
         for output in dict.fromkeys(outputs):
             if output not in self._known:
@@ -152,13 +154,13 @@ class Law:
         for group in by_length.values():
             logits = self._model(group).clone()
             adjust(logits, group, self.params)
-            law = torch.softmax(logits / self.params.get("temperature", 1.0), dim=-1)
-            kept, margin = filtered(law, self.params)
+            distribution = torch.softmax(logits / self.params.get("temperature", 1.0), dim=-1)
+            kept, margin = filtered(distribution, self.params)
             for output, row, near in zip(group, kept, margin.tolist(), strict=True):
                 self._known[output] = row, near < AMBIGUOUS
 
     def after(self, output: Output) -> torch.Tensor:
-        """``[V]`` law of the token after ``output``."""
+        """``[V]`` distribution of the token after ``output``."""
         self.learn([output])
         return self._known[output][0]
 
@@ -181,7 +183,7 @@ class Law:
             context = output[:length]
             if self.ends(context):
                 return False
-            law, near = self._known[context]
-            if not near and float(law[token]) <= 0.0:
+            distribution, near = self._known[context]
+            if not near and float(distribution[token]) <= 0.0:
                 return False
         return True

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dspark_sglang.artifacts import write_bytes
 from dspark_sglang.errors import ConfigError
-from dspark_sglang.lossless import plan, sampled, store
-from dspark_sglang.lossless.law import Law
-from dspark_sglang.lossless.options import Option
-from dspark_sglang.lossless.real import Real, collect
-from dspark_sglang.lossless.sampled import Setting
-from dspark_sglang.lossless.statistics import holm
-from dspark_sglang.lossless.store import Clock, Judged
 from dspark_sglang.provenance import machine, versions
+from tests.exactness import sampled, store
+from tests.exactness.distribution import Distribution
+from tests.exactness.options import Option
+from tests.exactness.real import Real, collect
+from tests.exactness.sampled import Setting
+from tests.exactness.statistics import holm
+from tests.exactness.store import Clock, Judged
 
-PARTS = ("plan", "options", "mutants", "greedy", "two-sample", "seeded")
+PARTS = ("options", "mutants", "greedy", "two-sample", "seeded")
 #: Chance that a correct plugin fails anywhere among its options.
 LEVEL = 1e-3
 
@@ -35,34 +32,6 @@ class Proof(NamedTuple):
     parts: frozenset[str]
     setting: Setting
     real: Real | None
-
-
-class Bars:
-    """Progress bars by name, made when first told of."""
-
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
-        self._tasks: dict[str, Any] = {}
-
-    def total(self, name: str, count: int) -> None:
-        """Show a bar of ``count``."""
-        self._tasks[name] = self._progress.add_task(name, total=count)
-
-    def advance(self, name: str, count: int) -> None:
-        """Move a bar on."""
-        self._progress.advance(self._tasks[name], count)
-
-
-@contextlib.contextmanager
-def _bars(console: Console) -> Iterator[Bars]:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, refresh_per_second=2) as progress:
-        yield Bars(progress)
 
 
 def choose_parts(names: str) -> frozenset[str]:
@@ -83,7 +52,7 @@ def choose_parts(names: str) -> frozenset[str]:
     return frozenset(wanted)
 
 
-def run(proof: Proof, console: Console, *, clock: Clock) -> dict[str, Any]:
+def run(proof: Proof, *, clock: Clock) -> dict[str, Any]:
     """Do what is missing while there is time, and write ``summary.json``.
 
     Returns:
@@ -96,26 +65,18 @@ def run(proof: Proof, console: Console, *, clock: Clock) -> dict[str, Any]:
         "greedy_equal": None,
         "greedy_near_ties": None,
         "greedy_total": None,
-        "plan_us": None,
         "level": LEVEL,
         "machine": machine(),
         "versions": versions(),
         "commit": store.commit(),
     }
     write = proof.out / "summary.json"
-    if "plan" in proof.parts:
-        with console.status("timing the host planning"):
-            summary["plan_us"] = plan.plan_times(proof.out).plan_us
-        write_bytes(write, _encoded(summary))
     if proof.parts & {"options", "mutants"}:
-        summary["options"] = _options(proof, console, clock)
+        summary["options"] = _options(proof, clock)
         write_bytes(write, _encoded(summary))
     if proof.real is not None:
         wanted = set(proof.parts & {"greedy", "two-sample", "seeded"})
-        with _bars(console) as bars:
-            summary |= collect(
-                proof.real, wanted, clock=clock, advance=bars.advance, total=bars.total
-            )
+        summary |= collect(proof.real, wanted, clock=clock)
     write_bytes(write, _encoded(summary))
     return summary
 
@@ -124,33 +85,24 @@ def _encoded(summary: dict[str, Any]) -> bytes:
     return msgspec.json.format(msgspec.json.encode(summary), indent=1) + b"\n"
 
 
-def _options(proof: Proof, console: Console, clock: Clock) -> dict[str, Any]:
+def _options(proof: Proof, clock: Clock) -> dict[str, Any]:
     setting, found = proof.setting, dict[str, Judged]()
-    with console.status("making the tiny target and its drafter"):
-        model = setting.model()
+    model = setting.model()
     if "options" in proof.parts:
-        with _bars(console) as bars:
-            for option in proof.options:
-                bars.total(option.name, setting.samples)
-            for group in _servers(proof.options):
-                drawn = sampled.draw(setting, group, clock=clock, advance=bars.advance)
-                for option in group:
-                    counts = drawn[option.name].outputs()
-                    if counts:
-                        law = Law(model, option.request)
-                        found[option.name] = sampled.judge("", law, counts)
+        for group in _servers(proof.options):
+            for name, piece in sampled.draw(setting, group, clock=clock).items():
+                if counts := piece.outputs():
+                    option = next(option for option in group if option.name == name)
+                    distribution = Distribution(model, option.request)
+                    found[name] = sampled.judge("", distribution, counts)
     rejected = holm({name: verdict.p_value for name, verdict in found.items()}, LEVEL)
     killed: dict[str, Judged] = {}
     if "mutants" in proof.parts:
-        with _bars(console) as bars:
-            for option in proof.options:
-                bars.total(f"mutant of {option.name}", setting.mutant_samples)
-            for option in proof.options:
-                verdict = sampled.challenge(
-                    setting, option, model, clock=clock, advance=bars.advance
-                )
-                if verdict is not None:
-                    killed[option.name] = verdict
+        for option in proof.options:
+            verdict = sampled.challenge(setting, option, model, clock=clock)
+            if verdict is not None:
+                killed[option.name] = verdict
+                print(f"mutant of {option.name}: p-value {verdict.p_value:.1e}", flush=True)
     # A mutant must fall to the strictest step of the test that its option passes.
     threshold = LEVEL / max(1, len(proof.options))
     return {

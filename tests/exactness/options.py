@@ -1,7 +1,7 @@
-"""The request options whose output law is proved, each as SGLang's sampling parameters.
+"""The request options whose output distribution is proved, each as SGLang's sampling parameters.
 
-The parameters are chosen for the tiny target of :mod:`dspark_sglang.lossless.models`: each changes
-its law well beyond what the samples resolve, and most of what it forbids would be drawn without it.
+The parameters are chosen for the tiny target of :mod:`tests.tiny_models`: each changes
+its distribution well beyond what the samples resolve, and most of what it forbids would be drawn without it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dspark_sglang.errors import ConfigError
-from dspark_sglang.lossless.models import EOS, V4_VOCABULARY, VOCABULARY
+from tests.tiny_models import EOS, V4_VOCABULARY, VOCABULARY
 
 #: Tokens of a continuation: one from the prefill, then a whole block and the bonus token, or several
 #: rounds where drafted tokens are rejected.

@@ -18,9 +18,9 @@ from dspark_sglang.artifacts import write_bytes
 from dspark_sglang.layouts.v4 import tiny
 from dspark_sglang.layouts.v4.reference import Reference
 from dspark_sglang.layouts.v4.target import TargetShape
-from dspark_sglang.lossless import models
-from dspark_sglang.lossless.law import Output
-from dspark_sglang.lossless.models import PROMPT, SPECIAL, V4_VOCABULARY, write_tokenizer
+from tests import tiny_models as models
+from tests.exactness.distribution import Output
+from tests.tiny_models import PROMPT, SPECIAL, V4_VOCABULARY, write_tokenizer
 
 _DONE = "complete"
 CONFIG = tiny.CONFIG | {

@@ -1,4 +1,4 @@
-"""The short form of ``dspark lossless``: three options and a mutant through the real server."""
+"""The short form of ``make exactness``: three options and a mutant through the real server."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 
-from dspark_sglang.lossless import sampled
-from dspark_sglang.lossless.law import Law, Model
-from dspark_sglang.lossless.models import PROMPT
-from dspark_sglang.lossless.options import choose
-from dspark_sglang.lossless.sampled import Setting
-from dspark_sglang.lossless.store import Clock, Judged, Sampled
+from tests.exactness import sampled
+from tests.exactness.distribution import Distribution, Model
+from tests.exactness.options import choose
+from tests.exactness.sampled import Setting
+from tests.exactness.store import Clock, Judged, Sampled
+from tests.tiny_models import PROMPT
 
 pytestmark = pytest.mark.server
 #: A correct server fails a check at this level once in ten thousand seeds; the seeds are fixed.
@@ -23,7 +23,7 @@ MUTATED = choose("temperature")[0]
 
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
-    made = Setting(tmp_path_factory.mktemp("lossless"), 0, 2_000, 1_024)
+    made = Setting(tmp_path_factory.mktemp("exactness"), 0, 2_000, 1_024)
     made.models()
     return made
 
@@ -40,10 +40,10 @@ Both = tuple[Future[dict[str, Sampled]], Future[Judged | None]]
 def both(setting: Setting, model: Model) -> Iterator[Both]:
     """The server and the one with a mutant, side by side: most of their time is the start."""
     with ThreadPoolExecutor(2) as pool:
-        more = {"clock": Clock(0), "advance": lambda *_: None}
+        clock = Clock(0)
         yield (
-            pool.submit(sampled.draw, setting, OPTIONS, **more),
-            pool.submit(sampled.challenge, setting, MUTATED, model, **more),
+            pool.submit(sampled.draw, setting, OPTIONS, clock=clock),
+            pool.submit(sampled.challenge, setting, MUTATED, model, clock=clock),
         )
 
 
@@ -51,7 +51,7 @@ def test_sampled_output_follows_plain_decodings_law(both: Both, model: Model) ->
     drawn = both[0].result()
     for option in OPTIONS:
         counts = drawn[option.name].outputs()
-        verdict = sampled.judge("", Law(model, option.request), counts)
+        verdict = sampled.judge("", Distribution(model, option.request), counts)
         assert verdict.samples >= 2_000 and verdict.freedom > 30
         assert verdict.p_value > THRESHOLD, (option.name, verdict)
 

@@ -1,6 +1,6 @@
 """Says in the server's log how many bytes its models and pools really take.
 
-Not one of this package's own entry points: ``dspark_sglang.planning.measure`` names it as a plugin for
+Not one of this package's own entry points: ``tests.planning.measure`` names it as a plugin for
 the servers it starts, so that plans are compared with sums over the very tensors in the scheduler.
 """
 

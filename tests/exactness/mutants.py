@@ -1,8 +1,6 @@
 """Deliberately wrong acceptance, one per option: each must be rejected by the test of its option.
 
-They are shipped with the command and not with the tests, because a proof that cannot fail proves
-nothing: ``dspark lossless`` of an installed wheel shows its own power on the machine it runs on.
-Nothing of the product imports this module. It reaches a server only through a ``sitecustomize.py``
+A proof that cannot fail proves nothing. A mutant reaches a server only through a ``sitecustomize.py``
 that :func:`prepare` writes into a run's folder, put on that one server's ``PYTHONPATH``, and patches
 modules right after they are imported there. Only the standard library is imported up here: the
 hook runs in every process of that server.
@@ -22,10 +20,10 @@ from types import ModuleType
 from typing import Any
 
 #: Chooses the mutant in the processes of a server. Not ``DSPARK_*``: those are settings.
-VARIABLE = "LOSSLESS_MUTANT"
+VARIABLE = "EXACTNESS_MUTANT"
 _SITE = f"""import os
 
-from dspark_sglang.lossless.mutants import install
+from tests.exactness.mutants import install
 
 install(os.environ["{VARIABLE}"])
 """
@@ -50,7 +48,7 @@ def _correction_from_target(module: ModuleType, original: Callable[..., Any]) ->
 
 
 def _residual_against_masked_draft(module: ModuleType, original: Callable[..., Any]) -> Any:
-    """The residual subtracts the drafted law renormalised over the tokens the grammar allows."""
+    """The residual subtracts the drafted distribution renormalised over the tokens the grammar allows."""
 
     def mutated(round_: Any, uniforms: Any) -> Any:
         rows, _ = round_.target()
@@ -100,13 +98,13 @@ def _top_p_drops_the_crossing_token(module: ModuleType, original: Callable[..., 
 
     def mutated(logits: Any, temperature: Any, **filters: Any) -> Any:
         top_p = filters.get("top_p")
-        law = original(logits, temperature, **{**filters, "top_p": None})
+        distribution = original(logits, temperature, **{**filters, "top_p": None})
         if top_p is None:
-            return law
-        ordered, index = law.sort(dim=-1, descending=True)
+            return distribution
+        ordered, index = distribution.sort(dim=-1, descending=True)
         drop = ordered.cumsum(-1) > top_p[:, None]
         drop[:, 0] = False
-        return law.zero_().scatter_(-1, index, ordered.masked_fill(drop, 0.0))
+        return distribution.zero_().scatter_(-1, index, ordered.masked_fill(drop, 0.0))
 
     return mutated
 
@@ -115,12 +113,16 @@ def _filters_renormalise_in_turn(module: ModuleType, original: Callable[..., Any
     """Top-k, then top-p of what it left, then min-p of what that left."""
 
     def mutated(logits: Any, temperature: Any, **filters: Any) -> Any:
-        law = original(logits, temperature)
+        distribution = original(logits, temperature)
         for name in ("top_k", "top_p", "min_p"):
-            law = law / law.sum(-1, keepdim=True)
+            distribution = distribution / distribution.sum(-1, keepdim=True)
             if filters.get(name) is not None:
-                law = original(law.log(), law.new_ones(len(law)), **{name: filters[name]})
-        return law
+                distribution = original(
+                    distribution.log(),
+                    distribution.new_ones(len(distribution)),
+                    **{name: filters[name]},
+                )
+        return distribution
 
     return mutated
 
@@ -224,7 +226,7 @@ MUTANTS: Mapping[str, tuple[str, str, Make]] = {
 
 def said(mutant: str) -> str:
     """The line a server's log has once a mutant has really run."""
-    return f"lossless mutant {mutant} ran"
+    return f"mutant {mutant} ran"
 
 
 def apply(mutant: str, module: ModuleType) -> None:
@@ -289,6 +291,7 @@ def prepare(mutant: str, folder: Path) -> dict[str, str]:
     """Write the hook into ``folder``; returns the environment of a server with the mutant."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "sitecustomize.py").write_text(_SITE, encoding="utf-8")
-    given = {**os.environ}.get("PYTHONPATH")
-    paths = [str(folder.resolve()), *([given] if given else [])]
+    given = os.environ.get("PYTHONPATH")
+    root = Path(__file__).resolve().parents[2]
+    paths = [str(folder.resolve()), *([given] if given else []), str(root)]
     return {"PYTHONPATH": os.pathsep.join(paths), VARIABLE: mutant}

@@ -1,0 +1,1 @@
+"""Plans against what real servers allocate."""

@@ -148,7 +148,7 @@ deploy-check: install  ## Every overlay through every validator, rules through p
 	$(BIN)/python tests/deploy/check.py
 
 drill: install  ## Kill, drain, starve and misuse real servers; faults for the canary (about 35 minutes; goes on where it stopped)
-	$(BIN)/python tests/deploy/drill/run.py $(DRILL)
+	$(BIN)/python -m tests.drill $(DRILL)
 
 deploy-arguments: install  ## Ask dspark plan for the flags of the GPU overlays again
 	$(BIN)/python -m dspark_sglang.deployment.generate --arguments

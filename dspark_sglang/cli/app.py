@@ -18,7 +18,6 @@ from dspark_sglang.cli import (
     data,
     demo,
     doctor,
-    drill,
     evaluate,
     fetch_target,
     gate,
@@ -63,7 +62,6 @@ app.command("serve", context_settings={"allow_extra_args": True, "ignore_unknown
 )
 app.command("gate")(gate.gate)
 app.command("canary")(canary.canary)
-app.command("drill")(drill.drill)
 app.command("demo")(demo.demo)
 bench_app.command("compare")(bench_compare.compare)
 bench_app.command("gate")(bench_compare.check)
@@ -95,6 +93,7 @@ GONE = {
     "generate-data": ("dspark data", "dspark data --target TARGET --out data.jsonl"),
     "economics": ("dspark simulate price", "dspark simulate price frontier.json --sla 80"),
     "report": ("make report in a checkout of the repository", "make report"),
+    "drill": ("make drill in a checkout", "make drill DRILL='--url URL --requests 500'"),
     "lossless": ("make exactness in a checkout", "make exactness"),
     "package-check": ("make package-check in a checkout", "make package-check"),
 }

@@ -11,16 +11,16 @@ from typing import Any
 import msgspec
 
 from dspark_sglang.artifacts import write_json
-from dspark_sglang.drill.clients import Address, malformed, slow
-from dspark_sglang.drill.crash import RESTART_S, drain, kills
-from dspark_sglang.drill.disk import disk
-from dspark_sglang.drill.key import key
-from dspark_sglang.drill.section import Findings, Section, Tell
-from dspark_sglang.drill.soak import GROWTH_PCT, Plan, soak
-from dspark_sglang.drill.world import Pair, World, memory, started
 from dspark_sglang.errors import ConfigError
-from tests.exactness.store import key as digest
 from dspark_sglang.provenance import machine, versions
+from tests.drill.clients import Address, malformed, slow
+from tests.drill.crash import RESTART_S, drain, kills
+from tests.drill.disk import disk
+from tests.drill.key import key
+from tests.drill.section import Findings, Section, Tell, teller
+from tests.drill.soak import GROWTH_PCT, Plan, soak
+from tests.drill.world import Pair, World, memory, started
+from tests.exactness.store import key as digest
 
 Run = Callable[[Tell], Findings]
 
@@ -42,7 +42,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
 def _served(world: World, name: str, part: Callable[..., Findings], tell: Tell, pair: Pair = "tiny",
             *, flags: tuple[str, ...] = (), watch: bool = False, **more: Any) -> Findings:  # fmt: skip
     """A section against a server of its own, which has to outlive it."""
-    tell("starting a server", 0.0)
+    tell("starting a server")
     server = world.server(name, pair=pair, flags=flags)
     with started(server):
         if watch:
@@ -108,22 +108,15 @@ def _kept(path: Path, wanted: str) -> Section | None:
     return None
 
 
-def run(
-    sections: Mapping[str, Run], options: Options, *, tell: Callable[[str], Tell], fresh: bool
-) -> Iterator[Section]:
-    """Run what has not passed yet; each is kept as soon as it ends.
-
-    Args:
-        tell: makes what a section of that name tells its progress.
-        fresh: run everything again.
-    """
+def run(sections: Mapping[str, Run], options: Options, *, fresh: bool) -> Iterator[Section]:
+    """Run what has not passed yet, or everything if ``fresh``; each is kept as soon as it ends."""
     settings = (options.seed, options.tiny_requests, options.real_requests, options.url)
     for name, part in sections.items():
         path = options.out / "sections" / f"{name}.json"
         wanted = digest(name, *settings)
         known = None if fresh else _kept(path, wanted)
         if known is None:
-            known = part(tell(name)).section(name, wanted)
+            known = part(teller(name)).section(name, wanted)
             write_json(path, known)
         yield known
 

@@ -11,9 +11,9 @@ import httpx
 import psutil
 
 from dspark_sglang.demo.server import Server
-from dspark_sglang.drill.requests import End, Reference, Result, ask, ask_all, client, references
-from dspark_sglang.drill.section import Findings, Tell
-from dspark_sglang.drill.world import (
+from tests.drill.requests import End, Reference, Result, ask, ask_all, client, references
+from tests.drill.section import Findings, Tell
+from tests.drill.world import (
     Pair,
     Part,
     World,
@@ -80,12 +80,12 @@ def kills(world: World, tell: Tell, *, pair: Pair) -> Findings:
     restarts: dict[str, float] = {}
     gone: dict[str, float] = {}
     with contextlib.ExitStack() as stack:
-        tell("starting a server", 0.0)
+        tell("starting a server")
         stack.enter_context(started(server))
         wanted = asyncio.run(_take(server.url, 16, _TOKENS if pair == "tiny" else 32, world.seed))
         load = (wanted * (streams // len(wanted) + 1))[:streams]
         for number, part in enumerate(_PARTS):
-            tell(f"kill -9 of the {part} with {streams} streams", number / len(_PARTS))
+            tell(f"kill -9 of the {part} with {streams} streams")
             known = processes(server)
             victim = find(server, part)
             results, at = asyncio.run(_killed(server.url, load, victim))
@@ -102,7 +102,7 @@ def kills(world: World, tell: Tell, *, pair: Pair) -> Findings:
             server = world.server(f"crash-{pair}-{number}", pair=pair, port=port)
             stack.enter_context(started(server))
             restarts[part] = round(time.monotonic() - at, 1)
-            tell(f"asking again after the kill of the {part}", (number + 0.8) / len(_PARTS))
+            tell(f"asking again after the kill of the {part}")
             found.take(f"after the kill of the {part}",
                        asyncio.run(_again(server.url, wanted)), allowed=())  # fmt: skip
             found.expect(
@@ -116,11 +116,11 @@ def kills(world: World, tell: Tell, *, pair: Pair) -> Findings:
 def drain(world: World, tell: Tell, *, in_flight: int = IN_FLIGHT) -> Findings:
     """SIGTERM with ``in_flight`` requests running and waiting: every one gets its whole text."""
     found = Findings()
-    tell("starting a server", 0.0)
+    tell("starting a server")
     with started(world.server("drain")) as server:
         wanted = asyncio.run(_take(server.url, 24, _TOKENS, world.seed + 1))
         load = (wanted * (in_flight // len(wanted) + 1))[:in_flight]
-        tell(f"SIGTERM with {in_flight} requests in flight", 0.4)
+        tell(f"SIGTERM with {in_flight} requests in flight")
         results, figures = asyncio.run(_drained(server, load))
         lost = found.take("drain", results, allowed=())
         known = processes(server)

@@ -9,10 +9,25 @@ from typing import Any
 
 import msgspec
 
-from dspark_sglang.drill.requests import End, Result
+from tests.drill.requests import End, Result
 
-#: Told what goes on: a line of text, and how much of the section is done, 0 to 1.
-Tell = Callable[[str, float], None]
+#: Told what goes on, in a line of text.
+Tell = Callable[[str], None]
+#: A line of progress is printed so often at most.
+_EVERY_S = 10.0
+
+
+def teller(name: str) -> Tell:
+    """Prints the progress of a section, not every line of it."""
+    said = -_EVERY_S
+
+    def tell(what: str) -> None:
+        nonlocal said
+        if time.monotonic() - said >= _EVERY_S:
+            said = time.monotonic()
+            print(f"{name}: {what}", flush=True)
+
+    return tell
 
 
 class Section(msgspec.Struct, frozen=True, kw_only=True):

@@ -14,9 +14,9 @@ from pathlib import Path
 import httpx
 
 from dspark_sglang.demo.server import Server
-from dspark_sglang.drill.requests import Reference, ask_all, client, references
-from dspark_sglang.drill.section import Findings, Tell
-from dspark_sglang.drill.world import World, started
+from tests.drill.requests import Reference, ask_all, client, references
+from tests.drill.section import Findings, Tell
+from tests.drill.world import World, started
 
 LIMIT_S = 120.0
 _BALLAST = "ballast"
@@ -86,7 +86,7 @@ def disk(world: World, tell: Tell) -> Findings:
             found.skipped = "a small file system cannot be mounted here: run as root"
             return found
         fill(cache)
-        tell("starting with a full cache directory", 0.0)
+        tell("starting with a full cache directory")
         server = world.server(
             "disk",
             environment={"DSPARK_CACHE_DIR": str(cache.resolve())},
@@ -105,7 +105,7 @@ def disk(world: World, tell: Tell) -> Findings:
 def _full_log(
     server: Server, log: Path, wanted: list[Reference], found: Findings, tell: Tell, seed: int
 ) -> None:
-    tell("serving with a full log", 0.4)
+    tell("serving with a full log")
     fill(log)
     before = server.log.stat().st_size
     asyncio.run(_answers(server.url, wanted, seed, "full log", found))
@@ -122,7 +122,7 @@ def _full_log(
 def _refused_writes(
     server: Server, cache: Path, wanted: list[Reference], found: Findings, tell: Tell
 ) -> None:
-    tell("writing cost and calibration to a full disk", 0.7)
+    tell("writing cost and calibration to a full disk")
     # A fit needs blocks that were verified.
     found.expect(_command(server.url, "dspark_speculation", 1), "speculation cannot be turned on")
     asyncio.run(_answers(server.url, wanted * 3, 0, "speculation on", found))

@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 
 from dspark_sglang.artifacts import write_bytes
-from dspark_sglang.cli import drill as command
-from dspark_sglang.drill import run as runs
-from dspark_sglang.drill.clients import cases
-from dspark_sglang.drill.disk import small_disk
-from dspark_sglang.drill.requests import End, Received, Reference, Result, ask
-from dspark_sglang.drill.section import Findings, Section, Tell
-from dspark_sglang.drill.soak import growth
 from dspark_sglang.errors import ConfigError
+from tests.drill import __main__ as command
+from tests.drill import run as runs
+from tests.drill.clients import cases
+from tests.drill.disk import small_disk
+from tests.drill.requests import End, Received, Reference, Result, ask
+from tests.drill.section import Findings, Section, Tell
+from tests.drill.soak import growth
 
 WANTED = Reference("a", 4, [1, 2, 3, 4], "wxyz")
 
@@ -146,7 +146,7 @@ def test_a_drill_goes_on_where_it_stopped(tmp_path: Path) -> None:
 
     def part(name: str, fault: str = "") -> Callable[[Tell], Findings]:
         def run(tell: Tell) -> Findings:
-            tell("at work", 0.5)
+            tell("at work")
             ran.append(name)
             found = Findings()
             found.expect(not fault, fault)

@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from dspark_sglang.artifacts import STS_FILE
 from dspark_sglang.canary import run as runs
 from dspark_sglang.demo.server import Server
-from dspark_sglang.drill.section import Findings, Tell
-from dspark_sglang.drill.world import Pair, World, started
 from dspark_sglang.provenance import provenance
+from tests.drill.section import Findings, Tell
+from tests.drill.world import Pair, World, started
 
 FAULTS = Path(__file__).parent / "faults"
 TOKENS = 24
@@ -107,17 +107,14 @@ def _right(
     path = world.out / "canary" / f"baseline-{pair}.json"
     with served(world, pair) as server:
         watched = _canary(server, count, seed=1000, stop=True, at_once=8)
-        told = lambda done, _: tell(f"baseline of {pair}: {done} of {count}", 0.05)  # noqa: E731
+        told = lambda done, _: tell(f"baseline of {pair}: {done} of {count}")  # noqa: E731
         runs.record(watched, path, told, provenance(["make", "drill"]))
         if not requests:
             return path, {}
         watched = _canary(server, requests, seed=1, stop=False, at_once=16)
 
         def progress(done: int, faults: int) -> None:
-            tell(
-                f"right server, {done} of {requests}, {faults} false alarms",
-                0.1 + 0.5 * done / requests,
-            )
+            tell(f"right server, {done} of {requests}, {faults} false alarms")
 
         report = runs.run(watched, runs.read_baseline(path, watched), progress)
     alarms = len(report.faults) + (report.drifted_at is not None)
@@ -139,7 +136,7 @@ def _planted(
         watched = _canary(server, fault.within, seed=7, stop=True, at_once=8)
 
         def progress(done: int, faults: int) -> None:
-            tell(f"{fault.name}: {done} of {fault.within}", 0.7)
+            tell(f"{fault.name}: {done} of {fault.within}")
 
         report = runs.run(watched, runs.read_baseline(baseline, watched), progress)
         ran = fault.name == "drafter" or f"canary fault {fault.name} ran" in server.log.read_text()
@@ -169,7 +166,7 @@ def canary(
         baseline, result = _right(world, pair, count, long, tell, found)
         right |= {pair: result} if result else {}
         for fault in (planted for planted in PLANTED if planted.pair == pair):
-            tell(f"{fault.name}: starting", 0.65)
+            tell(f"{fault.name}: starting")
             detail[fault.name] = _planted(world, fault, baseline, tell, found)
     seen = [entry["found_at"] for entry in detail.values() if entry["found_at"] is not None]
     found.figures = {

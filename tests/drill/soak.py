@@ -11,8 +11,8 @@ import httpx
 import msgspec
 import numpy as np
 
-from dspark_sglang.drill.clients import Address, busy
-from dspark_sglang.drill.requests import (
+from tests.drill.clients import Address, busy
+from tests.drill.requests import (
     End,
     Reference,
     Result,
@@ -20,7 +20,7 @@ from dspark_sglang.drill.requests import (
     client,
     references,
 )
-from dspark_sglang.drill.section import Findings, Tell
+from tests.drill.section import Findings, Tell
 
 #: Seconds for one request, among others.
 LIMIT_S = 180.0
@@ -75,7 +75,7 @@ async def _run(
                 results.append(await _one(http, rng.choice(wanted), number, rng))
                 done = len(results)
                 if done % every == 0:
-                    tell(f"{done} of {plan.requests} requests", done / plan.requests)
+                    tell(f"{done} of {plan.requests} requests")
                     if read is not None and done >= WARM * plan.requests:
                         readings.append((done, read()))
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import httpx
 
-from dspark_sglang.drill.requests import (
+from tests.drill.requests import (
     End,
     Reference,
     Result,
@@ -20,7 +20,7 @@ from dspark_sglang.drill.requests import (
     client,
     references,
 )
-from dspark_sglang.drill.section import Findings, Tell
+from tests.drill.section import Findings, Tell
 
 LIMIT_S = 120.0
 #: Seconds a slow client reads, in which its neighbours are asked again and again.
@@ -85,11 +85,11 @@ def _slow_reader(address: Address, wanted: Reference, seconds: float) -> tuple[i
 async def _slow(address: Address, found: Findings, seed: int, tell: Tell, seconds: float) -> None:
     async with client(address.url, address.key) as http:
         wanted = await references(http, 12, tokens=64, seed=seed)
-        tell("neighbours without slow clients", 0.1)
+        tell("neighbours without slow clients")
         began = time.monotonic()
         found.take("before slow clients", await ask_all(http, wanted, limit_s=LIMIT_S), allowed=())
         usual = time.monotonic() - began
-        tell(f"4 clients read a byte a second for {seconds:.0f} s", 0.2)
+        tell(f"4 clients read a byte a second for {seconds:.0f} s")
         readers = [
             asyncio.create_task(asyncio.to_thread(_slow_reader, address, reference, seconds))
             for reference in wanted[:4]
@@ -210,7 +210,7 @@ async def _malformed(address: Address, found: Findings, seed: int, tell: Tell) -
         everything = list(cases())
         statuses: dict[str, int] = {}
         for number, case in enumerate(everything):
-            tell(case.name, number / len(everything))
+            tell(case.name)
             result = await _send(http, case, statuses)
             found.take(case.name, [result], allowed={End.REFUSED})
             if result.end is End.CUT and not await _up(http):

@@ -7,11 +7,11 @@ from typing import Any
 
 import httpx
 
-from dspark_sglang.drill.clients import Address
-from dspark_sglang.drill.requests import ask_all, client, references
-from dspark_sglang.drill.section import Findings, Tell
-from dspark_sglang.drill.world import World, started
 from dspark_sglang.errors import ServerError
+from tests.drill.clients import Address
+from tests.drill.requests import ask_all, client, references
+from tests.drill.section import Findings, Tell
+from tests.drill.world import World, started
 
 KEY = "drill-key-of-one-run"
 #: What probes and Prometheus read.
@@ -70,8 +70,8 @@ async def _check(url: str, found: Findings, tell: Tell, seed: int) -> None:
     async with client(url) as http:
         routes = await _routes(http)
         tried, answered = 0, dict[str, int]()
-        for number, (method, path) in enumerate(routes):
-            tell(f"{method} {path}", number / len(routes))
+        for method, path in routes:
+            tell(f"{method} {path}")
             for how, headers in _headers().items():
                 status = await _try(http, method, path, headers)
                 tried += 1
@@ -94,7 +94,7 @@ async def _check(url: str, found: Findings, tell: Tell, seed: int) -> None:
 def key(world: World, tell: Tell) -> Findings:
     """Try every route without the key."""
     found = Findings()
-    tell("starting a server with a key", 0.0)
+    tell("starting a server with a key")
     server = world.server("key", flags=("--api-key", KEY))
     with started(server):
         asyncio.run(_check(Address(server.url).url, found, tell, world.seed + 4))

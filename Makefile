@@ -47,22 +47,22 @@ typecheck: install  ## Check types, strictly
 	$(BIN)/mypy
 
 bench: install  ## Measure a round against a plain step, and where its time goes
-	$(BIN)/dspark bench-round
+	$(BIN)/python -m benchmarks.round_cost
 
 bench-kernels: install  ## Count what the kernels cost, next to floor and builtin; time them on a GPU
-	$(BIN)/dspark bench-kernels
+	$(BIN)/python -m benchmarks.kernels
 
 bench-load: install  ## Keep servers under load, four ways of serving in turn (about half an hour)
-	$(BIN)/dspark bench-load
+	$(BIN)/python -m benchmarks.load
 
 bench-load-full: install  ## The same at six concurrencies, twice as many turns
-	$(BIN)/dspark bench-load --concurrency 1,2,4,8,16,32 --blocks 6
+	$(BIN)/python -m benchmarks.load --concurrency 1,2,4,8,16,32 --blocks 6
 
 bench-selfcheck: install  ## Check the load generator itself: 500 streams on one core, known truth on another (1 minute)
 	$(BIN)/dspark bench --self-check --duration 30 --out runs/bench
 
 bench-placement: install  ## Serve with several ranks: same texts, collectives counted, a rank killed
-	$(BIN)/dspark bench-placement
+	$(BIN)/python -m benchmarks.placement
 
 bench-faults: install  ## Faults under load on a real server, and how soon they are got over (about 10 minutes)
 	$(BIN)/python -m pytest -q tests/serving/test_faults.py
@@ -124,7 +124,7 @@ $(RESULTS)/loadgen.json: | $(STAMP)
 	cp runs/bench/selfcheck.json $@
 
 $(RESULTS)/load.json $(RESULTS)/frontier-cpu.json &: | $(STAMP)
-	$(BIN)/dspark bench-load --concurrency 1,2,4,8,16,32 --dtypes bfloat16 --resume --out runs/load-report
+	$(BIN)/python -m benchmarks.load --concurrency 1,2,4,8,16,32 --dtypes bfloat16 --resume --out runs/load-report
 	cp runs/load-report/summary.json $(RESULTS)/load.json
 	cp runs/load-report/load.png $(RESULTS)/load.png
 	cp runs/load-report/frontier-T1-bfloat16.json $(RESULTS)/frontier-cpu.json
@@ -142,7 +142,7 @@ gpu: install  ## On a CUDA machine: run what needs one and save the results
 	mkdir -p runs/gpu
 	$(BIN)/dspark doctor | tee runs/gpu/doctor.txt
 	$(BIN)/python -m pytest -m gpu --junitxml=runs/gpu/tests.xml
-	$(BIN)/dspark bench-kernels --out runs/gpu/kernels
+	$(BIN)/python -m benchmarks.kernels --out runs/gpu/kernels
 
 deploy-check: install  ## Every overlay through every validator, rules through promtool (fetches tools once)
 	$(BIN)/python tests/deploy/check.py

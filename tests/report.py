@@ -58,7 +58,7 @@ def short(value: float) -> str:
 
 
 def loads(cells: dict[str, Any]) -> list[tuple[str, int, dict[str, Any]]]:
-    """Temperature, requests at once and figures of the cells of ``dspark bench-load``."""
+    """Temperature, requests at once and figures of the cells of ``make bench-load``."""
     parts = [(re.match(r"T([\d.]+)-c(\d+)", name), cell) for name, cell in cells.items()]
     return [(found[1], int(found[2]), cell) for found, cell in parts if found]
 

@@ -9,10 +9,6 @@ import typer
 from dspark_sglang import __version__
 from dspark_sglang.cli import (
     bench_compare,
-    bench_kernels,
-    bench_load,
-    bench_placement,
-    bench_round,
     calibrate,
     canary,
     data,
@@ -67,10 +63,6 @@ bench_app.command("compare")(bench_compare.compare)
 bench_app.command("gate")(bench_compare.check)
 bench_app.command("frontier")(bench_compare.draw)
 app.add_typer(bench_app, name="bench")
-app.command("bench-round")(bench_round.bench_round)
-app.command("bench-kernels")(bench_kernels.bench_kernels)
-app.command("bench-load")(bench_load.bench_load)
-app.command("bench-placement")(bench_placement.bench_placement)
 app.command("fetch-target")(fetch_target.fetch_target)
 app.command("data")(data.data)
 app.command("train")(train.train)
@@ -93,6 +85,10 @@ GONE = {
     "generate-data": ("dspark data", "dspark data --target TARGET --out data.jsonl"),
     "economics": ("dspark simulate price", "dspark simulate price frontier.json --sla 80"),
     "report": ("make report in a checkout of the repository", "make report"),
+    "bench-round": ("make bench in a checkout", "make bench"),
+    "bench-kernels": ("make bench-kernels in a checkout", "make bench-kernels"),
+    "bench-load": ("make bench-load in a checkout", "make bench-load"),
+    "bench-placement": ("make bench-placement in a checkout", "make bench-placement"),
     "drill": ("make drill in a checkout", "make drill DRILL='--url URL --requests 500'"),
     "lossless": ("make exactness in a checkout", "make exactness"),
     "package-check": ("make package-check in a checkout", "make package-check"),

@@ -6,6 +6,7 @@ import errno
 import os
 import signal
 import sys
+from collections.abc import Callable
 from typing import Any
 
 #: What a full, read-only or protected disk answers, and a path that cannot be.
@@ -40,11 +41,18 @@ def main() -> None:
         signal.signal(signal.SIGINT, _interrupted)
     signal.signal(signal.SIGTERM, _terminate)
     from dspark_sglang.cli.app import app
-    from dspark_sglang.errors import DSparkError
 
     signal.signal(signal.SIGINT, interrupt)
+    run(app)
+
+
+def run(command: Callable[[], object]) -> None:
+    """Run a command; what it returns is the exit code. A command of a checkout starts here too."""
+    from dspark_sglang.errors import DSparkError
+
+    signal.signal(signal.SIGTERM, _terminate)
     try:
-        app()
+        code = command()
     except DSparkError as error:
         _say(str(error))
         raise SystemExit(2) from None
@@ -58,6 +66,8 @@ def main() -> None:
     except KeyboardInterrupt:
         print("dspark: interrupted", file=sys.stderr)
         raise SystemExit(130) from None
+    if code:
+        raise SystemExit(code)
 
 
 def _say(error: str) -> None:

@@ -41,7 +41,7 @@ def package(
         typer.Option(help="The target's folder: its fingerprint is recorded in target.json."),
     ] = None,
     throughput: Annotated[
-        Path | None, typer.Option(help="A result of `dspark bench-load` to put on the card.")
+        Path | None, typer.Option(help="A result of `make bench-load` to put on the card.")
     ] = None,
     bundle: Annotated[
         Path | None,

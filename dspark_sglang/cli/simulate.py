@@ -364,7 +364,7 @@ def price_(
     file: Annotated[
         Path,
         typer.Argument(
-            metavar="FRONTIER", help="Of `dspark simulate`, `dspark bench` or `dspark bench-load`."
+            metavar="FRONTIER", help="Of `dspark simulate`, `dspark bench` or `make bench-load`."
         ),
     ],
     sla: Annotated[float, typer.Option(help="Tokens a second that every user gets at least.")],

@@ -64,7 +64,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     tpot_ms: list[float] | None
     e2e_ms: list[float] | None
     #: Tokens a round (bonus included), drafted tokens verified a request and step, share of steps
-    #: that drafted; as ``dspark bench-load`` counts them.
+    #: that drafted; as ``make bench-load`` counts them.
     accept_length: float | None
     budget: float
     drafting: float

@@ -21,7 +21,7 @@ from dspark_sglang.errors import ConfigError
 PromptKind = Literal["chat", "math", "code", "instructions"]
 KINDS: tuple[PromptKind, ...] = get_args(PromptKind)
 SCHEMA_VERSION = 1
-#: The first prompts, nine of each kind, are what evaluation, exactness and `dspark bench-load` were measured on. The
+#: The first prompts, nine of each kind, are what evaluation, exactness and `make bench-load` were measured on. The
 #: rest bring the published mix of domains: 39.4% math, 38.9% code, 17.6% chat, 4.1% instructions.
 BALANCED = 36
 

@@ -36,7 +36,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
 
     #: The target, to record its fingerprint as ``target.json``.
     target: Path | None = None
-    #: A result of ``dspark bench-load``, to record as ``throughput.json``.
+    #: A result of ``make bench-load``, to record as ``throughput.json``.
     throughput: Path | None = None
     #: How weights are brought; ``copy`` keeps source and package apart.
     method: Method = "copy"
@@ -222,12 +222,12 @@ def _row(name: str, cell: Mapping[str, Any]) -> Speed | None:
 
 
 def write_throughput(summary: Path, out: Path, *, gamma: int, drafter_sha256: str) -> None:
-    """Write ``throughput.json`` from what ``dspark bench-load`` measured.
+    """Write ``throughput.json`` from what ``make bench-load`` measured.
 
     Raises:
         ArtifactError: another drafter's result, or no cell with both ways of serving.
     """
-    value = read_json(summary, what="the summary.json of `dspark bench-load`")
+    value = read_json(summary, what="the summary.json of `make bench-load`")
     if value.get("drafter_sha256") != drafter_sha256:
         raise ArtifactError(
             f"{summary} was measured with drafter {str(value.get('drafter_sha256'))[:12]}.",
@@ -254,7 +254,7 @@ def write_throughput(summary: Path, out: Path, *, gamma: int, drafter_sha256: st
         msgspec.json.decode(msgspec.json.encode(artifact), type=ThroughputArtifact)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ArtifactError(
-            f"{summary} is no result of `dspark bench-load`: {error}.",
+            f"{summary} is no result of `make bench-load`: {error}.",
             expected="cells with modes none and dspark",
             fix=MEASURE_AGAIN,
         ) from error

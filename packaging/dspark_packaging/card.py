@@ -143,7 +143,7 @@ def _refuse_figures(provenance: DrafterProvenance) -> None:
             raise PackageError(
                 f'{layout.PROVENANCE_FILE} says "{found[0]}" in its limits, with no measurement behind it.',
                 expected=f"figures in {layout.EVAL_FILE} or {layout.THROUGHPUT_FILE}, with command and hardware",
-                fix="Measure it (`dspark eval --record`, `dspark bench-load`), or say it without "
+                fix="Measure it (`dspark eval --record`, `make bench-load`), or say it without "
                 "a figure.",
             )
 

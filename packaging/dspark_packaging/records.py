@@ -46,7 +46,7 @@ Layout = Literal["mtp", "folder"]
 Rate = Annotated[float, msgspec.Meta(gt=0)]
 Spread = Annotated[float, msgspec.Meta(ge=0)]
 MEASURE_AGAIN = (
-    "Measure again with `dspark bench-load`, or leave the file out: the card then says so."
+    "Measure again with `make bench-load`, or leave the file out: the card then says so."
 )
 
 #: For whoever measures: what the numbers mean unless the measurement differs.

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from dspark_sglang.profiling.children import results
+from benchmarks.children import results
 
 BATCH, COLUMNS, GAMMA, RANK, KEPT = 2, 5000, 3, 16, 1
 #: Blocks that SGLang's kernels work in.
@@ -20,8 +20,8 @@ CHAIN, STATS, RESAMPLE, MARKOV = 4096, 8192, 1024, 1024
 
 def counted() -> Iterator[dict[str, Any]]:
     """Runs in the child: what each of SGLang's parts moves, twice over."""
-    from dspark_sglang.profiling import moved
-    from dspark_sglang.profiling import round as rounds
+    from benchmarks import moved
+    from benchmarks import round as rounds
 
     sizes, cpu = rounds.Sizes(GAMMA, RANK, KEPT), torch.device("cpu")
     for name, part in rounds.PARTS.items():

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -21,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from dspark_sglang.artifacts import write_json
+from dspark_sglang.cli.main import run as run_command
 from dspark_sglang.config import read_api_key
-from dspark_sglang.errors import DSparkError
 from tests.drill import canary as planted
 from tests.drill import run as runs
 from tests.drill.section import Section
@@ -102,15 +101,5 @@ def _lines(section: Section) -> list[str]:
     ]
 
 
-def _terminate(number: int, frame: object) -> None:
-    """End like an interrupt, so that servers and mounts are cleaned up."""
-    raise SystemExit(128 + number)
-
-
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, _terminate)
-    try:
-        sys.exit(main())
-    except DSparkError as error:
-        print(f"drill: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    run_command(main)

@@ -7,14 +7,13 @@ wrong, or a mutant was not noticed. 2: bad input.
 from __future__ import annotations
 
 import argparse
-import signal
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from dspark_sglang import targets
-from dspark_sglang.errors import CheckpointError, DSparkError
+from dspark_sglang.cli.main import run as run_command
+from dspark_sglang.errors import CheckpointError
 from tests.exactness import run
 from tests.exactness.options import choose
 from tests.exactness.real import Real
@@ -120,15 +119,5 @@ def _verdicts(entry: dict[str, Any]) -> list[str]:
     return said
 
 
-def _terminate(number: int, frame: object) -> None:
-    """End like an interrupt, so that servers are ended too."""
-    raise SystemExit(128 + number)
-
-
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, _terminate)
-    try:
-        sys.exit(prove())
-    except DSparkError as error:
-        print(f"exactness: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    run_command(prove)

@@ -10,8 +10,8 @@ import msgspec
 
 from dspark_sglang.artifacts import write_bytes
 from dspark_sglang.errors import ConfigError
-from dspark_sglang.provenance import machine, versions
-from tests.exactness import sampled, store
+from dspark_sglang.provenance import commit, machine, versions
+from tests.exactness import sampled
 from tests.exactness.distribution import Distribution
 from tests.exactness.options import Option
 from tests.exactness.real import Real, collect
@@ -68,7 +68,7 @@ def run(proof: Proof, *, clock: Clock) -> dict[str, Any]:
         "level": LEVEL,
         "machine": machine(),
         "versions": versions(),
-        "commit": store.commit(),
+        "commit": commit("dspark_sglang"),
     }
     write = proof.out / "summary.json"
     if proof.parts & {"options", "mutants"}:

@@ -7,7 +7,6 @@ algorithm. A piece with another key is made again, never mixed.
 from __future__ import annotations
 
 import hashlib
-import subprocess
 import time
 from collections import Counter
 from pathlib import Path
@@ -139,20 +138,6 @@ class Clock:
     def over(self) -> bool:
         """Whether no further piece should be started."""
         return time.monotonic() >= self._end
-
-
-def commit() -> str:
-    """The checkout's commit, ``+`` when the package differs from it; empty outside of one."""
-    answers = []
-    for command in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "dspark_sglang"]):
-        try:
-            done = subprocess.run(
-                ["git", "-C", str(ROOT), *command], capture_output=True, text=True, check=True
-            )
-        except (OSError, subprocess.CalledProcessError):
-            return ""
-        answers.append(done.stdout.strip())
-    return answers[0] + ("+" if answers[1] else "")
 
 
 def digest(directory: Path) -> str:

@@ -60,7 +60,7 @@ def _interpret_what_is_imported() -> None:
 
 def _holds_kernels(module: str) -> bool:
     """Whether a module is ours, or part of Triton's language, device libraries left out."""
-    ours = module.split(".")[0] == "dspark_kernels"
+    ours = module.split(".")[0] in ("dspark_kernels", "benchmarks")
     return ours or (
         module.startswith("triton.language") and not module.startswith("triton.language.extra")
     )

@@ -11,6 +11,7 @@ from accept_operands import Case, _moved, agree, operands, poisoned, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.traffic import count
 from dspark_kernels.accept import (
     DenseDraft,
     Filters,
@@ -19,7 +20,6 @@ from dspark_kernels.accept import (
     accept,
 )
 from dspark_kernels.support.errors import OperandError
-from dspark_kernels.support.traffic import count
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -282,10 +282,10 @@ def test_combined_features_compile_without_spills(
 ) -> None:
     """Beyond the configurations of the bench: several features at the largest vocabulary."""
     code = """
-from dspark_kernels.accept.bench import Shape, signature
+from benchmarks.ops.accept import Shape, signature
 from dspark_kernels.accept.kernel import accept_kernel
 from dspark_kernels.accept.plan import WARPS, constants
-from dspark_kernels.support.aot import compile_sm90
+from benchmarks.aot import compile_sm90
 everything = dict(coupled=True, filtered=True, adjusted=True, joint=True)
 for flags in (
     dict(everything, law=0), dict(everything, law=1), dict(everything, law=2),

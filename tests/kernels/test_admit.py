@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks import traffic
 from dspark_kernels.admit import Admission, admit, bench
 from dspark_kernels.admit.reference import reference
-from dspark_kernels.support import traffic
 from dspark_kernels.support.backend import LAUNCHES
 from dspark_kernels.support.errors import OperandError
 from dspark_sglang.core.schedule.admission import admission_order, lengths

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from dspark_kernels.support import report
-from dspark_kernels.support.aot import Resources, compile_sm90
+from benchmarks import report
+from benchmarks.aot import Resources, compile_sm90
 
 CASES = [(op, case) for op in report.ops() for case in report.bench(op).cases()]
 
@@ -25,8 +25,8 @@ def compiled(compiling_python: Callable[[str], str]) -> dict[str, dict[str, list
 
     def compile_op(op: str) -> Any:
         code = (
-            "import json; from dspark_kernels.support import report; "
-            f"print(json.dumps(report.compile_op({op!r})))"
+            "import json; from benchmarks import report; "
+            f"print(json.dumps(dict(report.compile_op({op!r}))))"
         )
         return json.loads(compiling_python(code).splitlines()[-1])
 
@@ -67,7 +67,7 @@ with tempfile.TemporaryDirectory() as folder:
     pathlib.Path(folder, "greedy_kernel.py").write_text(source)
     sys.path.insert(0, folder)
     kernel = importlib.import_module("greedy_kernel").greedy
-    from dspark_kernels.support.aot import compile_sm90
+    from benchmarks.aot import compile_sm90
     print(compile_sm90(kernel, signature={"x": "*fp32", "out": "*fp32"},
                        constants={"BLOCK": 16384}, num_warps=1).spills)
 """

@@ -13,9 +13,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks import traffic
 from dspark_kernels.confidence import Confidence, bench, confidence
 from dspark_kernels.confidence.reference import reference
-from dspark_kernels.support import traffic
 from dspark_kernels.support.backend import LAUNCHES
 from dspark_kernels.support.errors import OperandError
 from dspark_sglang.core.heads import ConfidenceHead, MarkovHead

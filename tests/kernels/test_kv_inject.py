@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+from benchmarks import traffic
 from dspark_kernels.kv_inject import Pools, bench, kv_inject, pools, rope_table
 from dspark_kernels.kv_inject.reference import reference
-from dspark_kernels.support import traffic
 from dspark_kernels.support.backend import LAUNCHES
 from dspark_kernels.support.errors import OperandError
 from dspark_sglang.core.drafter import rotate

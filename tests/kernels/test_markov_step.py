@@ -29,6 +29,7 @@ from markov_operands import (
     run_shortlist,
 )
 
+from benchmarks import traffic
 from dspark_kernels.markov_step import (
     Sampling,
     bench,
@@ -40,7 +41,6 @@ from dspark_kernels.markov_step import (
 )
 from dspark_kernels.markov_step.noise import noise_of
 from dspark_kernels.markov_step.plan import Plan, plan
-from dspark_kernels.support import traffic
 from dspark_kernels.support.backend import LAUNCHES, interpreting
 from dspark_sglang.core import draft as core
 from dspark_sglang.core import seeded
@@ -426,8 +426,8 @@ def test_other_dtypes_batches_and_options_compile_without_spills(
 ) -> None:
     code = """
 import json
-from dspark_kernels.markov_step import bench
-from dspark_kernels.support.aot import compile_sm90
+from benchmarks.ops import markov_step as bench
+from benchmarks.aot import compile_sm90
 found = []
 for b in bench.variants():
     used = compile_sm90(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dspark_sglang.profiling.served import count_step
+from benchmarks.served import count_step
 
 
 def test_operations_of_a_round_launch_little() -> None:

@@ -30,6 +30,7 @@ from tail_operands import (
     wanted,
 )
 
+from benchmarks import traffic
 from dspark_kernels.accept import ListedDraft, Rows, accept
 from dspark_kernels.markov_step import (
     Head,
@@ -41,7 +42,6 @@ from dspark_kernels.markov_step import (
     successor_table,
     successors,
 )
-from dspark_kernels.support import traffic
 from dspark_kernels.support.backend import LAUNCHES, interpreting
 from dspark_kernels.support.errors import OperandError
 

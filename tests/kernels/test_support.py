@@ -9,8 +9,9 @@ import torch
 import triton
 import triton.language as tl
 
+from benchmarks import report, traffic
+from benchmarks.children import MeasurementError
 from dspark_kernels.support import backend as backends
-from dspark_kernels.support import report, traffic
 from dspark_kernels.support.backend import LAUNCHES, interpreting, launched, resolve
 from dspark_kernels.support.checks import operand
 from dspark_kernels.support.errors import OperandError
@@ -212,7 +213,7 @@ def test_counted_bytes_lie_on_a_line_or_are_refused() -> None:
 
 
 def test_the_summary_of_an_op() -> None:
-    summary = report.summarise(("kv_inject",))["kv_inject"]
+    summary = report.summarise("kv_inject")
     assert set(summary) == {case.name for case in report.bench("kv_inject").cases()}
     batches = ["1", "4", "16", "64", "256"]
     for entry in summary.values():
@@ -226,5 +227,5 @@ def test_the_summary_of_an_op() -> None:
 
 
 def test_a_summary_fails_where_the_op_does() -> None:
-    with pytest.raises(RuntimeError, match=r"No module named 'dspark_kernels\.nothing'"):
-        report.summarise(("nothing",))
+    with pytest.raises(MeasurementError, match=r"No module named 'benchmarks\.ops\.nothing'"):
+        report.summarise("nothing")

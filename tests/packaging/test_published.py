@@ -71,7 +71,7 @@ def load_summary(digest: str) -> dict[str, object]:
         "blocks": 3,
         "window_s": 7.0,
         "versions": {"sglang": "0.5.23"},
-        "command": "dspark bench-load --blocks 3",
+        "command": "make bench-load --blocks 3",
     }
 
 
@@ -82,7 +82,7 @@ def test_speeds_come_with_baseline_spread_command_and_machine(source: Path, tmp_
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| 0 | 1 | bfloat16 | 20.0 ± 0.5 | 30.0 ± 1.5 | 1.50× (1.40× to 1.60×) |" in card
     assert "| 1 | 8 | float32 |" in card
-    assert "dspark bench-load --blocks 3" in card
+    assert "make bench-load --blocks 3" in card
     assert "Slower than no speculation at temperature 1 with 8 requests" in card
     value = json.loads((tmp_path / "out" / "throughput.json").read_text())
     value["provenance"]["command"] = " "
@@ -213,4 +213,4 @@ def test_the_committed_check_held() -> None:
 def test_the_committed_card_has_speed_and_fingerprint() -> None:
     card = (COMMITTED / "README.md").read_text()
     assert "Fingerprint in `target.json`" in card
-    assert "dspark bench-load" in card
+    assert "bench-load --concurrency" in card

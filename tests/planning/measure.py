@@ -19,8 +19,9 @@ import msgspec
 
 from dspark_sglang import targets
 from dspark_sglang.artifacts import write_json
+from dspark_sglang.cli.main import run
 from dspark_sglang.demo.server import COMMON_FLAGS, Server, free_port, serve_command
-from dspark_sglang.errors import DSparkError, ServerError
+from dspark_sglang.errors import ServerError
 from dspark_sglang.planning import hardware
 from dspark_sglang.planning import plan as planning
 from dspark_sglang.planning.anchors import anchors
@@ -162,12 +163,7 @@ def main() -> None:
     )
     parser.add_argument("--runs", type=Path, default=Path("runs/plan"), help="models and logs")
     arguments = parser.parse_args()
-    try:
-        chosen = pairs(arguments.runs, arguments.drafter)
-        result = measure(chosen, arguments.runs)
-    except DSparkError as error:
-        print(f"dspark: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    result = measure(pairs(arguments.runs, arguments.drafter), arguments.runs)
     made = provenance(["python", "-m", "tests.planning.measure", *sys.argv[1:]])
     write_json(
         arguments.out,
@@ -177,4 +173,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

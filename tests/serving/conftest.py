@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import pytest
 
+from benchmarks.placement import UNEVEN
 from dspark_sglang import targets
-from dspark_sglang.cli.bench_placement import UNEVEN
 from dspark_sglang.demo.server import Server, free_port, serve_command
 from tests.tiny_models import ensure_models
 

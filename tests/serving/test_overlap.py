@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from dspark_sglang.cli.bench_placement import PROMPTS
+from benchmarks.placement import PROMPTS
 from dspark_sglang.demo.server import Server
 from tests.serving.tiny import (
     Models,

@@ -9,9 +9,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from dspark_sglang.cli.bench_placement import EVEN, PROMPTS, UNEVEN
+from benchmarks.placement import DEATH_SECONDS, EVEN, PROMPTS, UNEVEN, kill_rank
 from dspark_sglang.demo.server import Server
-from dspark_sglang.profiling.placement import DEATH_SECONDS, kill_rank
 from tests.serving.tiny import Models, generate, ran, require_the_distribution, start, tokens
 from tests.tiny_models import ensure_models
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,32 +11,30 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from typer.testing import CliRunner
 
+from benchmarks import kernels, moved, report, summary, timing
+from benchmarks import round as rounds
+from benchmarks.children import MeasurementError, results
 from dspark_sglang.artifacts import Provenance
-from dspark_sglang.cli.main import app
 from dspark_sglang.errors import ArtifactError, ConfigError, DSparkError
-from dspark_sglang.profiling import kernels, moved, tables, timing
-from dspark_sglang.profiling import round as rounds
-from dspark_sglang.profiling.children import MeasurementError, results
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMITTED = ROOT / "docs" / "results" / "kernels.json"
 DOCUMENT = ROOT / "docs" / "kernels.md"
-WHEN = Provenance(created="2026-01-01", command="dspark bench-kernels", versions={"torch": "2"})
-LOSS = '{"tau_loss_pct": 0.7, "by_temperature": [{"candidates": 128, "following": 128, "more": 1}]}'
+WHEN = Provenance(created="2026-01-01", command="make bench-kernels", versions={"torch": "2"})
+BATCHES = (*report.COUNTED, *report.EXTRAPOLATED)
 ACCEPT, MARKOV = "gamma5-V1000-bf16-dense", "full-vanilla-gamma5-V1000-r256-sampled"
 
 
 def entry(each: int, launches: int) -> dict[str, Any]:
-    """A configuration as ``dspark_kernels.support.report`` gives it; ``each`` bytes a request."""
+    """A configuration as ``benchmarks.report`` gives it; ``each`` bytes a request."""
     return {
         "registers": 40,
         "spills": 0,
         "shared_bytes": 2048,
-        "counted_bytes": {str(batch): each * batch for batch in kernels.BATCHES},
-        "formula_bytes": {str(batch): each * batch for batch in kernels.BATCHES},
-        "floor_bytes": {str(batch): each * batch // 2 for batch in kernels.BATCHES},
+        "counted_bytes": {str(batch): each * batch for batch in BATCHES},
+        "formula_bytes": {str(batch): each * batch for batch in BATCHES},
+        "floor_bytes": {str(batch): each * batch // 2 for batch in BATCHES},
         "launches": launches,
         "max_error": 0.0,
     }
@@ -65,12 +62,6 @@ def measured(**changed: Any) -> kernels.Measured:
             "markov_step": {MARKOV: entry(5000, 6)},
             "kv_inject": {"gamma5": entry(10, 1)},
         },
-        sizes={
-            f"accept/{ACCEPT}": {"gamma": 5, "width": 1000, "bfloat16": 1},
-            "accept/gamma5-V1000-fp32-dense": {"gamma": 5, "width": 1000, "bfloat16": 0},
-            f"markov_step/{MARKOV}": {"gamma": 5, "V": 1000, "r": 256},
-            "kv_inject/gamma5": {"rows": 6},
-        },
         parts=parts,
         times={},
         device=None,
@@ -79,10 +70,8 @@ def measured(**changed: Any) -> kernels.Measured:
     return found._replace(**changed)
 
 
-def summed(found: kernels.Measured, loss: float | None = 0.25) -> kernels.Summary:
-    return kernels.summary(
-        found, shortlist_tau_loss_pct=loss, machine="here", commit="abc", provenance=WHEN
-    )
+def summed(found: kernels.Measured) -> summary.Summary:
+    return kernels.summarise(found, machine="here", commit="abc", provenance=WHEN)
 
 
 # --- the summary -------------------------------------------------------------------------------
@@ -98,22 +87,7 @@ def test_the_round_is_extrapolated_with_half_of_the_drafts_kept() -> None:
     assert found.draft_accept_shortlist_gb == pytest.approx(7.5 * unit, abs=1e-4)
     assert found.builtin_draft_accept_gb == pytest.approx(62.5 * unit, abs=1e-4)
     assert found.builtin_optin_accept_gb == pytest.approx(20.5 * unit, abs=1e-4)
-    assert found.shortlist_tau_loss_pct == 0.25
     assert (found.launches_per_step, found.torch_operations_per_step) == (7, 11)
-
-
-def test_configurations_stand_beside_what_sglang_runs_instead() -> None:
-    ops = summed(measured()).ops
-    config = ops["accept"][ACCEPT]
-    assert config.builtin_bytes == {str(b): 51 * b * 1000 for b in kernels.BATCHES}
-    assert config.builtin_optin_bytes == {str(b): 21 * b * 1000 for b in kernels.BATCHES}
-    assert config.note == ""
-    assert ops["markov_step"][MARKOV].builtin_bytes == {
-        str(b): 12 * b * 1000 for b in kernels.BATCHES
-    }
-    for op, name in (("accept", "gamma5-V1000-fp32-dense"), ("kv_inject", "gamma5")):
-        assert ops[op][name].builtin_bytes is None
-        assert ops[op][name].note
 
 
 def test_a_roofline_is_computed_and_nothing_is_timed_without_a_device() -> None:
@@ -124,7 +98,7 @@ def test_a_roofline_is_computed_and_nothing_is_timed_without_a_device() -> None:
     assert found.device is None
     assert config.timed_us is None
     assert all(part.timed_us is None for part in found.round.values())
-    shown = tables.markdown(found)
+    shown = summary.text(found)
     assert "Nothing was timed" in shown
     assert "timed, µs" not in shown
 
@@ -134,20 +108,19 @@ def test_times_get_a_column_of_their_own() -> None:
     found = summed(measured(times=times, device="a GPU"))
     assert found.ops["accept"][ACCEPT].timed_us == 12.5
     assert found.round["accept"].timed_us == 35.0
-    shown = tables.markdown(found)
+    shown = summary.text(found)
     assert "Timed on a GPU." in shown
     assert "timed, µs" in shown
     assert "not measured" in shown  # the others
 
 
 def test_what_was_not_measured_is_none() -> None:
-    found = summed(measured(parts={}, step=None), loss=None)
-    gigabytes = [name for name in kernels.Summary.__struct_fields__ if name.endswith("_gb")]
+    found = summed(measured(parts={}, step=None))
+    gigabytes = [name for name in summary.Summary.__struct_fields__ if name.endswith("_gb")]
     assert len(gigabytes) == 8
     assert {getattr(found, name) for name in gigabytes} == {None}
     assert found.launches_per_step is None
-    assert found.ops["accept"][ACCEPT].builtin_bytes is None
-    assert {value for _, value, _ in tables.headline_rows(found)} == {"not measured"}
+    assert {value for _, value, _ in summary.headline_rows(found)} == {"not measured"}
 
 
 @given(st.tuples(*[st.integers(0, 10**9)] * 4), st.integers(1, 300), st.integers(1, 300_000))
@@ -250,85 +223,57 @@ def test_a_child_that_fails_says_why() -> None:
 # --- command line --------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
-    """Measurements that cost nothing; the ops asked for."""
+def test_the_command_writes_what_it_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     asked: list[tuple[str, ...]] = []
+    monkeypatch.setattr(kernels, "measure", lambda ops: asked.append(ops) or measured())
+    kernels.main(["--out", str(tmp_path), "--ops", "accept, markov_step"])
+    assert asked == [("accept", "markov_step")]
+    assert summary.read(tmp_path / "summary.json").accept_gb == summed(measured()).accept_gb
+    shown = capsys.readouterr().out
+    assert "Nothing was timed" in shown
+    assert shown.count(f"| {ACCEPT} |") == 1
 
-    def stages(self: kernels.Measurement) -> Iterator[list[kernels.Step]]:
-        asked.append(self.ops)
-        yield [kernels.Step("nothing", lambda: None)]
 
-    monkeypatch.setattr(kernels.Measurement, "stages", stages)
-    monkeypatch.setattr(kernels.Measurement, "measured", lambda self: measured())
-    return asked
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Children that answer at once."""
+    monkeypatch.setattr(kernels, "_summarise", lambda op: measured().report[op])
+    monkeypatch.setattr(kernels, "_count", lambda part: measured().parts[part])
+    monkeypatch.setattr(kernels, "_count_step", lambda: (6, 11))
+    monkeypatch.setattr(kernels, "_times", lambda entries, parts: (None, {}))
 
 
-def test_the_command_writes_what_it_measured(quick: list[tuple[str, ...]], tmp_path: Path) -> None:
-    loss = tmp_path / "shortlist.json"
-    loss.write_text(LOSS)
-    flags = ["bench-kernels", "--out", str(tmp_path), "--ops", "accept, markov_step"]
-    done = CliRunner().invoke(app, [*flags, "--shortlist", str(loss)])
-    assert done.exit_code == 0, done.output
-    assert quick == [("accept", "markov_step")]
-    written = kernels.read_summary(tmp_path / "summary.json")
-    assert written.shortlist_tau_loss_pct == 0.7
-    assert written.provenance.command == "dspark bench-kernels --ops 'accept, markov_step'"
-    assert "Nothing was timed" in done.stdout
+def test_the_round_is_counted_where_both_its_ops_are_asked_for(quick: None) -> None:
+    both, one = (kernels.measure(ops) for ops in (("markov_step", "accept"), ("kv_inject",)))
+    assert both == measured(report={op: measured().report[op] for op in ("markov_step", "accept")})
+    assert (set(one.report), one.parts, one.step) == ({"kv_inject"}, {}, (6, 11))
 
 
 def test_a_step_that_fails_ends_the_command(
-    quick: list[tuple[str, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def wrong() -> None:
+    def wrong() -> tuple[int, int]:
         raise MeasurementError("A kernel is wrong.", expected="right ones", fix="Correct it.")
 
-    stages = [[kernels.Step("wrong", wrong), kernels.Step("right", lambda: None)]]
-    monkeypatch.setattr(kernels.Measurement, "stages", lambda self: iter(stages))
-    done = CliRunner().invoke(app, ["bench-kernels", "--out", str(tmp_path)])
-    assert isinstance(done.exception, MeasurementError)
+    monkeypatch.setattr(kernels, "_count_step", wrong)
+    with pytest.raises(MeasurementError):
+        kernels.main(["--out", str(tmp_path), "--ops", "kv_inject"])
     assert not (tmp_path / "summary.json").exists()
-
-
-def test_stages_count_sglang_for_the_ops_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = kernels.Measurement(("accept", "admit"))
-    monkeypatch.setattr(
-        kernels,
-        "results",
-        lambda *words, interpret: [{"name": ACCEPT, "sizes": {"gamma": 5, "width": 1000}}],
-    )
-    stages = found.stages()
-    for step in next(stages):
-        step.run()
-    names = [step.name for step in next(stages)]
-    assert names == [
-        *("accept: kernels", "admit: kernels"),
-        *("round: builtin_accept:5:256:3", "round: builtin_accept_optin:5:256:3"),
-        "launches of a served step",
-    ]
-    assert found.total == 2 + len(names) + 1
-
-
-def test_json_is_the_whole_output(quick: list[tuple[str, ...]], tmp_path: Path) -> None:
-    flags = ["bench-kernels", "--out", str(tmp_path), "--json", "--shortlist", "none.json"]
-    found = json.loads(CliRunner().invoke(app, flags).stdout)
-    assert found == json.loads((tmp_path / "summary.json").read_text())
-    assert found["shortlist_tau_loss_pct"] is None
-    assert found["ops"]["accept"][ACCEPT]["builtin_bytes"]["64"] == 51 * 64 * 1000
 
 
 def test_tables_are_written_into_a_document(tmp_path: Path) -> None:
     path, document = tmp_path / "summary.json", tmp_path / "kernels.md"
     path.write_bytes(msgspec.json.encode(summed(measured())))
-    document.write_text(f"before\n{tables.BEGIN}\nold\n{tables.END}\nafter\n")
-    flags = ["bench-kernels", "--summary", str(path), "--docs", str(document)]
+    document.write_text(f"before\n{summary.BEGIN}\nold\n{summary.END}\nafter\n")
     for _ in range(2):  # written again it stays as it is
-        assert CliRunner().invoke(app, flags).exit_code == 0
+        kernels.main(["--summary", str(path), "--docs", str(document)])
         text = document.read_text()
-        assert text.startswith(f"before\n{tables.BEGIN}\nNothing was timed")
-        assert text.endswith(f"{tables.END}\nafter\n")
+        assert text.startswith(f"before\n{summary.BEGIN}\nNothing was timed")
+        assert text.endswith(f"{summary.END}\nafter\n")
         assert "old" not in text
-        assert text.count(f"| {ACCEPT} |") == 1
+        assert text.count("| SGLang: Markov loop |") == 1
 
 
 @pytest.mark.parametrize(
@@ -339,31 +284,16 @@ def test_tables_are_written_into_a_document(tmp_path: Path) -> None:
         (["--summary", "none.json"], ArtifactError, "none.json"),
         (["--summary", "SUMMARY", "--docs", "none.md"], ConfigError, "none.md"),
         (["--summary", "SUMMARY", "--docs", "SUMMARY"], ConfigError, "no generated part"),
-        (["--ops", "admit", "--shortlist", "BROKEN"], ArtifactError, "--shortlist-loss"),
-        (["--ops", "admit", "--shortlist", "LONGER"], ArtifactError, "1024 + 1024 candidates"),
     ],
-    ids=[
-        "no such op",
-        "no op",
-        "no summary",
-        "no document",
-        "no markers",
-        "broken loss",
-        "other loss",
-    ],
+    ids=["no such op", "no op", "no summary", "no document", "no markers"],
 )
 def test_wrong_flags_are_explained(
     flags: list[str], error: type[DSparkError], match: str, tmp_path: Path
 ) -> None:
-    summary, broken = tmp_path / "summary.json", tmp_path / "broken.json"
-    summary.write_bytes(msgspec.json.encode(summed(measured())))
-    broken.write_text("{}")
-    longer = tmp_path / "longer.json"
-    longer.write_text(LOSS.replace("128", "1024"))
-    names = {"SUMMARY": str(summary), "BROKEN": str(broken), "LONGER": str(longer)}
-    done = CliRunner().invoke(app, ["bench-kernels", *(names.get(flag, flag) for flag in flags)])
-    assert isinstance(done.exception, error), done.output
-    assert match in str(done.exception)
+    path = tmp_path / "summary.json"
+    path.write_bytes(msgspec.json.encode(summed(measured())))
+    with pytest.raises(error, match=match):
+        kernels.main([str(path) if flag == "SUMMARY" else flag for flag in flags])
 
 
 # --- what is committed ---------------------------------------------------------------------------
@@ -371,18 +301,18 @@ def test_wrong_flags_are_explained(
 
 def test_the_document_shows_the_committed_summary() -> None:
     text = DOCUMENT.read_text()
-    generated = tables.markdown(kernels.read_summary(COMMITTED))
-    assert tables.replaced(text, generated, "docs/kernels.md") == text
+    generated = summary.markdown(summary.read(COMMITTED))
+    assert summary.replaced(text, generated, "docs/kernels.md") == text
 
 
 def test_every_op_is_explained() -> None:
     text = DOCUMENT.read_text()
-    for op in kernels.known_ops():
+    for op in report.ops():
         assert f"## `{op}`" in text, op
 
 
 def test_nothing_committed_spills_or_was_timed_without_a_device() -> None:
-    found = kernels.read_summary(COMMITTED)
+    found = summary.read(COMMITTED)
     for op, configs in found.ops.items():
         for name, config in configs.items():
             assert config.spills == 0, (op, name)

@@ -23,14 +23,14 @@ ROOT = Path(__file__).resolve().parents[2]
 NOT_IN_A_STEP = {
     "core": {"engine", "drafter", "placement", "sts"},
     "serving": {
-        "arguments", "bench_builtin", "compat", "cost_store", "diagnosis", "entry", "hooks", "http_checks",
+        "arguments", "compat", "cost_store", "diagnosis", "entry", "hooks", "http_checks",
         "placement", "preflight", "preflight_argv", "rank_death", "served", "start_gate", "sts_load", "surroundings",
         "warmup",
     },
     "ops": {"choose", "selfcheck"},
     "cpu": {"bench_packing", "limits", "patches"},
 }  # fmt: skip
-NOT_IN_A_KERNEL = {"reference", "bench", "aot", "report", "traffic"}
+NOT_IN_A_KERNEL = {"reference"}
 
 
 def raising(path: Path, module: str) -> Iterator[str]:

@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from benchmarks.load import _names
 from dspark_loadtests.prompts import load_prompts
 from dspark_loadtests.report import tokens_in
 from dspark_loadtests.stream import Outcome, RequestRecord
-from dspark_sglang.cli.bench_load import _names
 from dspark_sglang.demo.server import Server
 from dspark_sglang.errors import ConfigError, ServerError
 from dspark_sglang.load import closed_loop, compare, summary

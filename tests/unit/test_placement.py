@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks import collectives
+from benchmarks.placement import COMPUTED
 from dspark_sglang.checkpoint import DrafterConfig, parse_drafter_config, read_config
-from dspark_sglang.cli.bench_placement import COMPUTED, join_plan
 from dspark_sglang.config import Settings
 from dspark_sglang.core.placement import (
     CPU,
@@ -27,7 +27,6 @@ from dspark_sglang.core.placement import (
     seconds,
 )
 from dspark_sglang.errors import ConfigError
-from dspark_sglang.profiling import collectives
 from dspark_sglang.serving import placement
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -179,15 +178,6 @@ def test_collectives_are_wrapped_as_their_module_loads(
 
     assert sys.meta_path == before
     assert hasattr(made_up_groups.GroupCoordinator.all_reduce, "__wrapped__")
-
-
-def test_what_planning_measured_is_joined(tmp_path: Path) -> None:
-    summary = {"tp2": {}, "plan_error_pct": None, "anchors": {}}
-    assert join_plan(summary, tmp_path / "none.json") == summary
-    known = tmp_path / "plan.json"
-    known.write_text(json.dumps({"plan_error_pct": 0.4, "anchors": {"a": 1}, "other": 2}))
-    joined = join_plan(summary, known)
-    assert joined == {"tp2": {}, "plan_error_pct": 0.4, "anchors": {"a": 1}}
 
 
 @pytest.mark.parametrize(

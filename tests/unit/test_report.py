@@ -184,7 +184,7 @@ def test_make_runs_what_is_older(checkout: Path, name: str, expected: list[str])
     ("name", "expected"),
     [
         ("loadgen.json", "bench --self-check"),
-        ("load.json", "bench-load"),
+        ("load.json", "benchmarks.load"),
         ("frontier-flash.json", "simulate published"),
         ("simulation.json", "simulate published"),
     ],
@@ -196,11 +196,11 @@ def test_make_runs_what_is_missing_once(checkout: Path, name: str, expected: str
 
 
 def test_make_uses_commands_and_options_that_exist(checkout: Path) -> None:
-    """Each command of `make report` is taken by the command line as far as its own checks."""
+    """Each `dspark` of `make report` is taken by the command line as far as its own checks."""
     shutil.rmtree(checkout / "docs")
     shutil.rmtree(checkout / "runs")
     lines = [line.split(">")[0].split()[1:] for line in would_run(checkout) if "/dspark " in line]
-    assert len(lines) == 6
+    assert len(lines) == 5
     for words in lines:
         at = typer.main.get_command(app)
         while words[0] in getattr(at, "commands", {}):

@@ -370,7 +370,7 @@ TRITON = {
 
 def _resources() -> dict[str, dict[str, int]]:
     """What each Triton kernel takes. To be called in a process without Triton's interpreter."""
-    from dspark_kernels.support.aot import compile_sm90
+    from benchmarks.aot import compile_sm90
 
     return {
         name: compile_sm90(

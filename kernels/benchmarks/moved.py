@@ -1,6 +1,6 @@
 """Bytes that a call moves: by its Triton kernels and by its torch operations, nothing else.
 
-Kernels are counted lane by lane in Triton's interpreter (:mod:`dspark_kernels.support.traffic`).
+Kernels are counted lane by lane in Triton's interpreter (:mod:`benchmarks.traffic`).
 A torch operation counts the bytes of its tensor inputs and outputs: an elementwise operation,
 a reduction or a matrix product on a GPU reads the ones and writes the others once. Views and
 allocations are free; operations that pick rows or elements count those and not the whole table.
@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from triton.runtime import interpreter
 
-from dspark_kernels.support import traffic
+from benchmarks import traffic
 from dspark_kernels.support.backend import interpreting
 
 #: Return memory, write none of it.

@@ -1,7 +1,7 @@
 """SGLang's own Markov loop and sampled acceptance, as its CUDA path runs them, on given tensors.
 
 For comparison only: nothing here is served. Callers count what a call moves
-(:mod:`dspark_sglang.profiling.moved`) or time it. What is run is SGLang's code, imported from the
+(:mod:`benchmarks.moved`) or time it. What is run is SGLang's code, imported from the
 installed package, with two substitutions that :func:`interpretable` makes while kernels are
 interpreted: the choice between a CPU and a CUDA path is made for CUDA, and ``log1p`` of CUDA's
 device library, which the interpreter does not know, is ``log(1 + x)``. Neither changes what is read

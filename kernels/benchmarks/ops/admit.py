@@ -1,14 +1,14 @@
-"""Configurations and bytes of ``admit``; the protocol is in :mod:`dspark_kernels.support.report`."""
+"""Configurations and bytes of ``admit``; the protocol is in :mod:`benchmarks.report`."""
 
 from __future__ import annotations
 
 import torch
 import triton
 
+from benchmarks.report import Build, Case, Example
 from dspark_kernels.admit import Admission, admit, num_warps
 from dspark_kernels.admit.kernel import admit_kernel
 from dspark_kernels.admit.reference import reference
-from dspark_kernels.support.report import Build, Case, Example
 
 
 def cases() -> list[Case]:

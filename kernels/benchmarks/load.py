@@ -1,16 +1,22 @@
-"""``dspark bench-load``: throughput under load, ours against no speculation and fixed ways."""
+"""Throughput under load, ours against no speculation and static ways, in paired blocks on real servers.
+
+The ways of serving run by turns of a second or two.
+"""
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import itertools
+import shlex
+import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
 import httpx
 import msgspec
-import typer
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -26,6 +32,7 @@ from dspark_sglang import targets
 from dspark_sglang.artifacts import write_bytes, write_json
 from dspark_sglang.checkpoint import weights_digest
 from dspark_sglang.cli.demo import DRAFTER
+from dspark_sglang.cli.main import run as run_command
 from dspark_sglang.demo import report
 from dspark_sglang.demo.measure import running, stream_text
 from dspark_sglang.demo.server import Server, free_ports, pause_when_up
@@ -108,54 +115,6 @@ def _try(
             missing[name] = server.reason()
             server.stop()
     return missing
-
-
-def bench_load(
-    out: Annotated[Path, typer.Option(help="Where results and logs go.")] = Path("runs/load"),
-    drafter: Annotated[Path, typer.Option(help="The drafter to serve.")] = DRAFTER,
-    target: Annotated[
-        Path | None, typer.Option(help="Default: the bundle itself, else SmolLM2, fetched once.")
-    ] = None,
-    concurrency: Annotated[str, typer.Option(help="Concurrent requests.")] = "1,8,32",
-    temperatures: Annotated[str, typer.Option(help="Temperatures.")] = "0,1",
-    dtypes: Annotated[str, typer.Option(help="bfloat16, float32.")] = "bfloat16,float32",
-    modes: Annotated[str, typer.Option(help="What is compared.")] = ",".join(MODES),
-    blocks: Annotated[int, typer.Option(min=2, help="Loads of each mode in a cell.")] = 3,
-    warm_s: Annotated[float, typer.Option(min=0.0, help="Seconds before a window.")] = 2.5,
-    window_s: Annotated[float, typer.Option(min=1.0, help="Seconds of a window.")] = 7.0,
-    slice_s: Annotated[
-        float, typer.Option(min=0.5, help="Seconds one mode runs before the next one does.")
-    ] = 1.5,
-    max_tokens: Annotated[int, typer.Option(min=8, help="Tokens of each answer.")] = 96,
-    resume: Annotated[
-        bool, typer.Option(help="Keep the cells that an earlier run of the same setting finished.")
-    ] = False,
-) -> None:
-    """Keep real servers under load in paired blocks, the ways of serving by turns of a second or two."""
-    console = Console()
-    run = _Run(
-        console=console,
-        out=out,
-        target=targets.of_drafter(drafter, target),
-        drafter=drafter,
-        modes=_names(modes, "--modes", MODES),
-        concurrency=read_numbers(concurrency, "--concurrency", int),
-        temperatures=read_numbers(temperatures, "--temperatures", float, zero=True),
-        blocks=blocks,
-        warm_s=warm_s,
-        window_s=window_s,
-        slice_s=slice_s,
-        max_tokens=max_tokens,
-    )
-    run.command = _command(locals())
-    if resume:
-        run.cells = _finished(out, run.setting())
-    for dtype in _names(dtypes, "--dtypes", _DTYPES):
-        run.measure(dtype)
-    summary = run.write()
-    draw(summary, out / "load.png")
-    console.print(table(run.cells))
-    console.print(f"Written: {out / 'summary.json'}, {out / 'load.png'}")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -307,8 +266,49 @@ def _finished(out: Path, setting: dict[str, Any]) -> dict[str, Any]:
     return cells
 
 
-def _command(given: dict[str, Any]) -> str:
-    options = ("concurrency", "temperatures", "dtypes", "modes", "blocks", "warm_s", "window_s",
-               "slice_s", "max_tokens")  # fmt: skip
-    shown = (f"--{name.replace('_', '-')} {given[name]}" for name in options)
-    return f"dspark bench-load {' '.join(shown)}"
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, show and write."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.load", description=__doc__)
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("runs/load"), help="where results and logs go")
+    add("--drafter", type=Path, default=DRAFTER)
+    add("--target", type=Path, help="default: the bundle itself, else SmolLM2, fetched once")
+    add("--concurrency", default="1,8,32", help="concurrent requests")
+    add("--temperatures", default="0,1")
+    add("--dtypes", default=",".join(_DTYPES))
+    add("--modes", default=",".join(MODES), help="what is compared")
+    add("--blocks", type=int, default=3, help="loads of each mode in a cell, two at least")
+    add("--warm-s", type=float, default=2.5, help="seconds before a window")
+    add("--window-s", type=float, default=7.0, help="seconds of a window")
+    add("--slice-s", type=float, default=1.5, help="seconds one mode runs before the next one")
+    add("--max-tokens", type=int, default=96, help="tokens of each answer")
+    add("--resume", action="store_true", help="keep the cells that an earlier run finished")
+    given = parser.parse_args(arguments)
+    if given.blocks < 2:
+        parser.error(f"--blocks is {given.blocks}: expected two at least")
+    own = {f.name for f in dataclasses.fields(_Run)}
+    chosen = {name: value for name, value in vars(given).items() if name in own}
+    run = _Run(
+        **chosen
+        | {
+            "console": Console(),
+            "target": targets.of_drafter(given.drafter, given.target),
+            "modes": _names(given.modes, "--modes", MODES),
+            "concurrency": read_numbers(given.concurrency, "--concurrency", int),
+            "temperatures": read_numbers(given.temperatures, "--temperatures", float, zero=True),
+            "command": shlex.join(
+                ["python", "-m", "benchmarks.load", *(arguments or sys.argv[1:])]
+            ),
+        }
+    )
+    if given.resume:
+        run.cells = _finished(given.out, run.setting())
+    for dtype in _names(given.dtypes, "--dtypes", _DTYPES):
+        run.measure(dtype)
+    draw(run.write(), given.out / "load.png")
+    run.console.print(table(run.cells))
+    run.console.print(f"Written: {given.out / 'summary.json'}, {given.out / 'load.png'}")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,14 +1,14 @@
-"""Configurations and bytes of ``confidence``; the protocol is in :mod:`dspark_kernels.support.report`."""
+"""Configurations and bytes of ``confidence``; the protocol is in :mod:`benchmarks.report`."""
 
 from __future__ import annotations
 
 import torch
 import triton
 
+from benchmarks.report import Build, Case, Example
 from dspark_kernels.confidence import BLOCK, NUM_WARPS, Confidence, confidence
 from dspark_kernels.confidence.kernel import confidence_kernel
 from dspark_kernels.confidence.reference import reference
-from dspark_kernels.support.report import Build, Case, Example
 
 #: gamma, d, r and V of what is served: V4 Flash and Pro, Qwen3-8B, SmolLM2, and no Markov part.
 _SIZES = (

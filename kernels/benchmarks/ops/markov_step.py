@@ -1,4 +1,4 @@
-"""Configurations and bytes of ``markov_step``; the protocol is in :mod:`dspark_kernels.support.report`.
+"""Configurations and bytes of ``markov_step``; the protocol is in :mod:`benchmarks.report`.
 
 Formula bytes follow the launches: what a step's programs read again beyond the floor is their own
 copy of the latents and the best score of every chunk of the step before; ``select`` and ``merge`` pass
@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from benchmarks.report import Build, Case, Example
 from dspark_kernels.markov_step import (
     Draft,
     Head,
@@ -30,7 +31,6 @@ from dspark_kernels.markov_step import (
     reference,
     shortlist,
 )
-from dspark_kernels.support.report import Build, Case, Example
 
 #: M, K, and rows that kernels are compiled for.
 SIZE = 128

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 
+from benchmarks import moved
 from dspark_sglang.core.heads import ConfidenceHead, MarkovHead
-from dspark_sglang.profiling import moved
+from dspark_sglang.serving import telemetry
+from dspark_sglang.serving.ops import rows, triton_ops
 
 _GAMMA, _VOCABULARY, _RANK, _HIDDEN, _REQUESTS = 5, 600, 16, 32, 3
-_OPS = "dspark_sglang.serving.ops"
 
 
 def _operations(generator: torch.Generator) -> Any:
     """:class:`dspark_sglang.serving.ops.triton_ops.TritonOps` on a small random drafter."""
-    triton_ops = importlib.import_module(f"{_OPS}.triton_ops")
-    telemetry = importlib.import_module("dspark_sglang.serving.telemetry")
     width = _HIDDEN + _RANK
     table = torch.randn(_VOCABULARY, _RANK, generator=generator)
     return triton_ops.TritonOps(
@@ -41,7 +39,7 @@ def count_step() -> Iterator[dict[str, Any]]:
         one kernel sits in the draft model's own step, is not in it.
     """
     random = torch.Generator().manual_seed(3)
-    ops, rows = _operations(random), importlib.import_module(f"{_OPS}.rows")
+    ops = _operations(random)
     sampled = rows.SampledRows(torch.arange(_REQUESTS), torch.ones(_REQUESTS), None, None, None)
     hidden = torch.randn(_REQUESTS, _GAMMA, _HIDDEN, generator=random).bfloat16()
     base = torch.randn(_REQUESTS, _GAMMA, _VOCABULARY, generator=random).bfloat16()

@@ -1,4 +1,4 @@
-"""Configurations and bytes of ``accept``; the protocol is in :mod:`dspark_kernels.support.report`.
+"""Configurations and bytes of ``accept``; the protocol is in :mod:`benchmarks.report`.
 
 In the example every request keeps ``(gamma + 1) // 2`` drafted tokens, the least that is half of them, and
 rejects the next, so ``(gamma + 1) // 2 + 1`` rows are read. The floor counts each of these rows once, and the
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from benchmarks.report import Build, Case, Example
 from dspark_kernels.accept import (
     Accepted,
     Adjustments,
@@ -27,7 +28,6 @@ from dspark_kernels.accept.final import SEARCH
 from dspark_kernels.accept.kernel import accept_kernel
 from dspark_kernels.accept.plan import WARPS, constants
 from dspark_kernels.accept.reference import judge
-from dspark_kernels.support.report import Build, Case, Example
 
 #: Tokens of a listed law, as serving's shortlist; tokens with an adjustment in the example.
 LISTED = 128

@@ -13,7 +13,6 @@ uniforms are one half. How many bytes move depends on these through nothing else
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
@@ -22,6 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from benchmarks import moved
 from dspark_kernels.accept import Accepted, DenseDraft, ListedDraft, Rows, accept
 from dspark_kernels.markov_step import (
     Head,
@@ -33,7 +33,6 @@ from dspark_kernels.markov_step import (
     plan,
 )
 from dspark_sglang.core.draft import FOLLOWING, SHORTLIST
-from dspark_sglang.profiling import moved
 
 #: The round that the targets are set for.
 BATCH, GAMMA, VOCABULARY, RANK = 64, 5, 129280, 256
@@ -46,7 +45,6 @@ COUNTED, CONFIRMING = (1, 4), 2
 TOLERANCE = 5e-3
 #: Columns of a tile of ``scan`` on a GPU; the interpreter takes several at once.
 _TILE = 64
-_BUILTIN = "dspark_sglang.serving.bench_builtin"
 
 
 class Sizes(NamedTuple):
@@ -92,11 +90,6 @@ class Counts(NamedTuple):
         ]
         slope = (by_columns[1] - by_columns[0]) / (wide - narrow)
         return round(by_columns[0] + slope * (columns - narrow))
-
-
-def _builtin() -> Any:
-    """SGLang's own code; only ``dspark_sglang.serving`` may import sglang, so by name."""
-    return importlib.import_module(_BUILTIN)
 
 
 # --- operands ----------------------------------------------------------------------------------
@@ -279,7 +272,9 @@ def _accept(dense: bool) -> Callable[[Sizes, int, int, torch.device], Call]:
 
 
 def _builtin_draft(sizes: Sizes, batch: int, columns: int, device: torch.device) -> Call:
-    builtin, given = _builtin(), _drafting(sizes, batch, columns, device)
+    from benchmarks import builtin
+
+    given = _drafting(sizes, batch, columns, device)
     loop = builtin.MarkovLoop(given.head.w1, given.head.w2, batch)
     stored = torch.empty_like(given.base)
 
@@ -292,7 +287,9 @@ def _builtin_draft(sizes: Sizes, batch: int, columns: int, device: torch.device)
 
 def _builtin_accept(blockwise: bool) -> Callable[[Sizes, int, int, torch.device], Call]:
     def make(sizes: Sizes, batch: int, columns: int, device: torch.device) -> Call:
-        builtin, given = _builtin(), _judging(sizes, columns, device)
+        from benchmarks import builtin
+
+        given = _judging(sizes, columns, device)
         acceptance = builtin.Acceptance(
             _spread(given.candidates, batch),
             _spread(given.target, batch).flatten(0, 1),

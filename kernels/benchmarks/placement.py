@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import concurrent.futures
 import os
+import re
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,28 @@ from typing import Any
 import httpx
 import msgspec
 
+from benchmarks import collectives
+from dspark_sglang import targets
+from dspark_sglang.artifacts import write_bytes
+from dspark_sglang.cli.demo import DRAFTER
+from dspark_sglang.cli.main import run
+from dspark_sglang.core import placement as costs
+from dspark_sglang.demo import report
 from dspark_sglang.demo.server import Server, free_port, serve_command
 from dspark_sglang.errors import ServerError
-from dspark_sglang.profiling import collectives
+from dspark_sglang.provenance import machine
+from tests.tiny_models import Heads, ensure_models
+
+#: Prompts of the tiny models, tokens.
+PROMPTS = ((1, 9, 40, 77, 130, 23, 68), (1, 150, 12, 99, 60), (1, 33, 34, 35), (1, 171, 90, 20, 8))
+#: Heads that do not divide over two ranks: those of SmolLM2's drafter.
+UNEVEN = Heads(target=(8, 4), drafter=(9, 3))
+EVEN = Heads(target=(8, 4), drafter=(8, 4))
+#: The shape the byte counts at eight ranks are computed for: DeepSeek-V4-Pro's width and vocabulary.
+COMPUTED: dict[str, Any] = {"requests": 64, "gamma": 5, "ranks": 8, "hidden": 7168}
+_VOCABULARY = 129280
+_SEED = 3
+
 
 #: One thread a rank: ranks share the cores of one machine.
 _ALONE = {"OMP_NUM_THREADS": "1", "DSPARK_CPU_THREADS": "1", "DSPARK_COST": "online"}
@@ -197,3 +218,140 @@ def _quietly(server: Server, prompt: tuple[int, ...]) -> Any:
             generate(server, prompt, 400)
         except ServerError as error:
             return error
+
+
+def cases(folder: Path, *, large: bool) -> list[Case]:
+    """The servers that are compared; texts have to equal those of the case with one rank."""
+    target, uneven = ensure_models(folder / "uneven", _SEED, UNEVEN)
+    _, even = ensure_models(folder / "even", _SEED, EVEN)
+
+    def tiny(
+        name: str, drafter: Path, ranks: int, placement: str | None, heads: str = "auto"
+    ) -> Case:
+        return Case(
+            name=name,
+            target=target,
+            drafter=drafter,
+            ranks=ranks,
+            placement=placement,
+            heads=heads,
+            prompts=PROMPTS,
+        )
+
+    found = [
+        tiny("tp1", uneven, 1, "auto"),
+        tiny("tp2-replicate", uneven, 2, "replicate"),
+        tiny("tp2-single", uneven, 2, "single"),
+        tiny("tp2-shard", even, 2, "shard"),
+        tiny("tp2-heads-shard", uneven, 2, "replicate", "shard"),
+        tiny("tp2-heads-single", uneven, 2, "single", "single"),
+        tiny("tp2-builtin", even, 2, None),
+        tiny("tp4-replicate", uneven, 4, "replicate"),
+        tiny("tp4-single", uneven, 4, "single"),
+        tiny("tp4-shard", even, 4, "shard"),
+        tiny("tp4-heads-shard", even, 4, "shard", "shard"),
+    ]
+    if large:
+        prompts = ((504, 2365, 260, 3575, 30), (6330, 346, 1232, 1195, 563))
+        found += [
+            Case(
+                name=name,
+                target=targets.ensure_target(),
+                drafter=DRAFTER,
+                ranks=ranks,
+                placement=placement,
+                prompts=prompts,
+                max_tokens=32,
+            )
+            for name, ranks, placement in (
+                ("smollm2-tp1", 1, "replicate"),
+                ("smollm2-tp3", 3, "replicate"),
+                ("smollm2-tp3-single", 3, "single"),
+                ("smollm2-tp3-shard", 3, "shard"),
+            )
+        ]
+    return found
+
+
+def _against(case: Case) -> str:
+    """The case on one rank that has the texts of ``case``."""
+    return "smollm2-tp1" if case.name.startswith("smollm2") else "tp1"
+
+
+def _row(case: Case, found: dict[str, Found]) -> dict[str, Any]:
+    own = found[case.name]
+    ours = {"count": own.collectives, "bytes": own.collective_bytes}
+    parts = {
+        kind: round(sum(v for k, v in values.items() if k != "target"), 2)
+        for kind, values in ours.items()
+    }
+    return {
+        "identical": own.texts == found[_against(case)].texts,
+        "accept_length": own.accept_length,
+        "collectives": parts["count"],
+        "collective_bytes": parts["bytes"],
+        "by_purpose": {
+            name: [own.collectives[name], own.collective_bytes[name]] for name in own.collectives
+        },
+    }
+
+
+def summarise(known: list[Case], found: dict[str, Found], death: float | None) -> dict[str, Any]:
+    """The numbers of a run."""
+    result: dict[str, Any] = {}
+    for case in known:
+        if case.ranks == 1:
+            continue
+        group = f"smollm2_tp{case.ranks}" if "smollm2" in case.name else f"tp{case.ranks}"
+        name = case.placement or "builtin"
+        if case.heads != "auto":
+            name += f", heads {case.heads}"
+        result.setdefault(group, {})[name] = _row(case, found)
+    ours = {
+        kind: costs.exchanged_bytes(**COMPUTED, sampled=kind == "sampled")
+        for kind in ("greedy", "sampled")
+    }
+    apart = costs.exchanged_bytes(**COMPUTED, sampled=True, heads="shard")
+    builtin = costs.builtin_bytes(**COMPUTED, vocabulary=_VOCABULARY)
+    return result | {
+        "tp8_computed_bytes": max(parts["all"] for parts in ours.values()),
+        "builtin_tp8_computed_bytes": builtin["all"],
+        "tp8_computed": {
+            "shape": COMPUTED | {"vocabulary": _VOCABULARY},
+            **ours,
+            "sampled, heads shard": apart,
+            "builtin": builtin,
+        },
+        "rank_death_s": None if death is None else round(death, 2),
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Serve every case and compare; 1 where a text is not that of one rank."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.placement", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("runs/placement"))
+    parser.add_argument("--no-large", action="store_true", help="no SmolLM2 on three ranks")
+    given = parser.parse_args(arguments)
+    known = cases(given.out / "models", large=not given.no_large)
+    found: dict[str, Found] = {}
+    for case in known:
+        found[case.name] = measure(case, given.out)
+        same = found[case.name].texts == found[_against(case)].texts
+        print(
+            f"{case.name}: text {'' if same else 'NOT '}of one rank, {found[case.name].collectives} a step"
+        )
+    with running(known[1], given.out) as (server, _):
+        death, said = kill_rank(server, PROMPTS[0])
+    print(f"A rank was killed: the server ended after {death:.1f} s: {said}")
+    summary = summarise(known, found, death) | {
+        "rank_death_said": re.sub(r"pid \d+", "pid N", said),
+        "machine": machine(),
+        "command": f"python -m benchmarks.placement{' --no-large' if given.no_large else ''}",
+    }
+    write_bytes(given.out / "summary.json", report.dumps(summary))
+    print(f"Written: {given.out / 'summary.json'}")
+    return int(any(not _row(case, found)["identical"] for case in known))
+
+
+if __name__ == "__main__":
+    run(main)

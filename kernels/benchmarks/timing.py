@@ -1,4 +1,4 @@
-"""Times on a CUDA device. Runs in a child process of :mod:`dspark_sglang.profiling.kernels`.
+"""Times on a CUDA device. Runs in a child process of :mod:`benchmarks.kernels`.
 
 An op is timed only after its result was compared with its reference on the same operands.
 """
@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from dspark_kernels.support import report
-from dspark_sglang.profiling import round as rounds
+from benchmarks import report
+from benchmarks import round as rounds
 
 #: Repeats of each; the median is reported.
 WARMUP, REPEATS = 10, 50

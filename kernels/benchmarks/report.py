@@ -1,6 +1,6 @@
 """What every op costs: resources of its compiled kernels, and bytes counted against formula and floor.
 
-Each op's ``bench.py`` implements this protocol, module-level names all of them:
+A module of :mod:`benchmarks.ops` for each op implements this protocol, module-level names all of them:
 
 - ``cases() -> list[Case]``: the configurations served. ``Case.name`` is a readable id
   (``"gamma5-V129280-bf16"``), ``Case.sizes`` every size apart from the batch, ``Case.builds`` one
@@ -15,25 +15,21 @@ Each op's ``bench.py`` implements this protocol, module-level names all of them:
   be equal: raise if they are not).
 
 Bytes are counted in Triton's interpreter and kernels are compiled outside it, so :func:`summarise`
-starts one process for each.
+starts one process for each (:mod:`benchmarks.children`).
 """
 
 from __future__ import annotations
 
 import importlib
-import json
-import os
 import pkgutil
-import subprocess
-import sys
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import torch
 
-import dspark_kernels
-from dspark_kernels.support import aot, traffic
+import benchmarks.ops
+from benchmarks import aot, traffic
+from benchmarks.children import results
 from dspark_kernels.support.rounding import round_as_a_gpu
 
 #: Batches counted in the interpreter, and batches that a straight line through them gives.
@@ -74,7 +70,7 @@ class Example(NamedTuple):
 
 
 class Bench(Protocol):
-    """A ``bench.py``."""
+    """A module of :mod:`benchmarks.ops`."""
 
     def cases(self) -> list[Case]:
         """The configurations served."""
@@ -90,44 +86,40 @@ class Bench(Protocol):
 
 
 def ops() -> list[str]:
-    """Names of the ops: the packages of :mod:`dspark_kernels` that hold a ``bench.py``."""
-    root = Path(next(iter(dspark_kernels.__path__)))
-    return sorted(
-        module.name
-        for module in pkgutil.iter_modules([str(root)])
-        if module.ispkg and (root / module.name / "bench.py").is_file()
-    )
+    """Names of the ops: the modules of :mod:`benchmarks.ops`."""
+    return sorted(module.name for module in pkgutil.iter_modules(benchmarks.ops.__path__))
 
 
 def bench(op: str) -> Bench:
-    """The ``bench.py`` of an op."""
-    module: Any = importlib.import_module(f"dspark_kernels.{op}.bench")
+    """The module of an op."""
+    module: Any = importlib.import_module(f"benchmarks.ops.{op}")
     return module  # type: ignore[no-any-return]
 
 
-def compile_op(op: str) -> dict[str, list[dict[str, int]]]:
+def compile_op(op: str) -> Iterator[tuple[str, list[dict[str, int]]]]:
     """Resources of every configuration of an op, one entry for each of its kernels in order.
 
     Raises:
         RuntimeError: called in the interpreter.
     """
-    return {
-        case.name: [
-            aot.compile_sm90(
-                build.kernel,
-                signature=dict(build.signature),
-                constants=dict(build.constants),
-                num_warps=build.num_warps,
-                num_stages=build.num_stages,
-                aligned=build.aligned,
-            )._asdict()
-            for build in case.builds
-        ]
-        for case in bench(op).cases()
-    }
+    for case in bench(op).cases():
+        yield (
+            case.name,
+            [
+                aot.compile_sm90(
+                    build.kernel,
+                    signature=dict(build.signature),
+                    constants=dict(build.constants),
+                    num_warps=build.num_warps,
+                    num_stages=build.num_stages,
+                    aligned=build.aligned,
+                )._asdict()
+                for build in case.builds
+            ],
+        )
 
 
-def count_op(op: str) -> dict[str, dict[str, Any]]:
+def count_op(op: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Bytes, launches and error of every configuration of an op, run in the interpreter.
 
     Raises:
@@ -135,7 +127,6 @@ def count_op(op: str) -> dict[str, dict[str, Any]]:
     """
     round_as_a_gpu()
     module = bench(op)
-    found = {}
     for case in module.cases():
         totals, errors, launches = {}, [], set()
         for batch in COUNTED:
@@ -151,14 +142,16 @@ def count_op(op: str) -> dict[str, dict[str, Any]]:
             totals[batch] = counted.total
             launches.add(counted.launches)
             errors.append(example.max_error(kept[0]))
-        found[case.name] = {
-            "counted": totals,
-            "launches": sorted(launches),
-            "max_error": max(errors),
-            "floor": {b: module.floor_bytes(case, b) for b in (*COUNTED, *EXTRAPOLATED)},
-            "formula": {b: module.formula_bytes(case, b) for b in (*COUNTED, *EXTRAPOLATED)},
-        }
-    return found
+        yield (
+            case.name,
+            {
+                "counted": totals,
+                "launches": sorted(launches),
+                "max_error": max(errors),
+                "floor": {b: module.floor_bytes(case, b) for b in (*COUNTED, *EXTRAPOLATED)},
+                "formula": {b: module.formula_bytes(case, b) for b in (*COUNTED, *EXTRAPOLATED)},
+            },
+        )
 
 
 def extrapolate(counted: Mapping[int, int]) -> dict[int, int]:
@@ -173,28 +166,23 @@ def extrapolate(counted: Mapping[int, int]) -> dict[int, int]:
     return {b: counted[low] + slope * (b - low) for b in (*COUNTED, *EXTRAPOLATED)}
 
 
-def summarise(only: tuple[str, ...] = ()) -> dict[str, dict[str, dict[str, Any]]]:
-    """Every op and configuration: resources, bytes, launches, error.
+def summarise(op: str) -> dict[str, dict[str, Any]]:
+    """Every configuration of an op: resources, bytes, launches, error.
 
     Bytes are keyed by batch, as text, in the form JSON keeps. ``registers``, ``spills`` and
     ``shared_bytes`` are the largest of the configuration's kernels.
 
-    Args:
-        only: the ops wanted; none: all.
-
     Returns:
-        ``{op: {configuration: {"registers", "spills", "shared_bytes", "counted_bytes",
-        "formula_bytes", "floor_bytes", "launches", "max_error"}}}``.
+        ``{configuration: {"registers", "spills", "shared_bytes", "counted_bytes", "formula_bytes",
+        "floor_bytes", "launches", "max_error"}}``.
 
     Raises:
-        RuntimeError: a kernel does not compile or run, or its bytes are not linear in the batch.
+        MeasurementError: a kernel does not compile or run.
+        RuntimeError: its bytes are not linear in the batch.
     """
-    summary = {}
-    for op in only or ops():
-        compiled = _in_a_process("compile_op", op, interpret=False)
-        counted = _in_a_process("count_op", op, interpret=True)
-        summary[op] = {name: _entry(op, name, compiled[name], counted[name]) for name in compiled}
-    return summary
+    compiled = dict(results(f"{__name__}.compile_op", op, interpret=False))
+    counted = dict(results(f"{__name__}.count_op", op, interpret=True))
+    return {name: _entry(op, name, compiled[name], counted[name]) for name in compiled}
 
 
 def _entry(
@@ -203,8 +191,8 @@ def _entry(
     if counted["launches"] != [len(compiled)]:
         raise RuntimeError(
             f"{op}, {name}: {counted['launches']} launches at batches {COUNTED}, and "
-            f"{len(compiled)} kernels compiled. Expected: one build for each launch. Correct its "
-            "bench.py."
+            f"{len(compiled)} kernels compiled. Expected: one build for each launch. Correct "
+            f"benchmarks/ops/{op}.py."
         )
     bytes_ = extrapolate({int(batch): total for batch, total in counted["counted"].items()})
     return {
@@ -215,20 +203,3 @@ def _entry(
         "launches": len(compiled),
         "max_error": counted["max_error"],
     }
-
-
-def _in_a_process(function: str, op: str, *, interpret: bool) -> dict[str, Any]:
-    """Call ``compile_op`` or ``count_op`` in a new Python, with or without the interpreter."""
-    environment = {**os.environ}
-    environment.pop("TRITON_INTERPRET", None)
-    if interpret:
-        environment["TRITON_INTERPRET"] = "1"
-    environment["PYTHONPATH"] = os.pathsep.join(entry for entry in sys.path if entry)
-    code = f"import json; from {__name__} import {function}; print(json.dumps({function}({op!r})))"
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
-    )
-    if done.returncode:
-        raise RuntimeError(f"{function}({op!r}) failed: {done.stderr.strip()}")
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found

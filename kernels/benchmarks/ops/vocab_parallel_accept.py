@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dspark_kernels.accept import Accepted, accept, bench
-from dspark_kernels.support.report import Build, Case, Example
+from benchmarks.ops import accept as bench
+from benchmarks.report import Build, Case, Example
+from dspark_kernels.accept import Accepted, accept
 from dspark_kernels.vocab_parallel_accept import Shard, vocab_parallel_accept
 from dspark_kernels.vocab_parallel_accept.steps import KERNELS, WARPS, configuration
 

@@ -1,13 +1,13 @@
-"""Configurations and bytes of ``kv_inject``; the protocol is in :mod:`dspark_kernels.support.report`."""
+"""Configurations and bytes of ``kv_inject``; the protocol is in :mod:`benchmarks.report`."""
 
 from __future__ import annotations
 
 import torch
 
+from benchmarks.report import Build, Case, Example
 from dspark_kernels.kv_inject import NUM_WARPS, blocks, kv_inject, pools, rope_table
 from dspark_kernels.kv_inject.kernel import kv_inject_kernel
 from dspark_kernels.kv_inject.reference import reference
-from dspark_kernels.support.report import Build, Case, Example
 
 #: Positions of the example's table and slots of its pool; neither is read as a whole.
 _POSITIONS = 64

@@ -1,1 +1,0 @@
-"""What the kernels cost: bytes, launches and resources counted without a GPU, times with one."""

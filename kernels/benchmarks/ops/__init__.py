@@ -1,0 +1,1 @@
+"""Costs and configurations of one op each; the protocol is in :mod:`benchmarks.report`."""

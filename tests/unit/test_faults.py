@@ -28,7 +28,7 @@ NOT_IN_A_STEP = {
         "warmup",
     },
     "ops": {"choose", "selfcheck"},
-    "cpu": {"bench_packing", "limits", "patches"},
+    "cpu": {"limits", "patches"},
 }  # fmt: skip
 NOT_IN_A_KERNEL = {"reference"}
 

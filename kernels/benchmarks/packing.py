@@ -1,4 +1,4 @@
-"""``python -m dspark_sglang.serving.cpu.bench_packing``: plain against packed projections, and padded rows.
+"""``python -m benchmarks.packing``: plain against packed projections, and padded rows.
 
 Times all projections of a model shape once per repetition, so that weights come from memory as they
 do in a decode step and not from a cache that holds one of them.

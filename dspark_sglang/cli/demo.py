@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from dspark_loadtests.prompts import KINDS, Prompt, load_prompts
 from dspark_sglang import targets
-from dspark_sglang.artifacts import write_bytes
+from dspark_sglang.artifacts import require_writable, write_bytes
 from dspark_sglang.demo import report
 from dspark_sglang.demo.measure import (
     NEAR_TIE,
@@ -124,6 +124,14 @@ def _ties(plain: Server, prompts: list[Prompt], both: Comparison, limit: int) ->
     return found
 
 
+def _fetched(directory: Path | None) -> Path:
+    """The converted target, made unless it is there."""
+    if directory is not None:
+        require_writable(directory, folder=True)
+    with Console(stderr=True).status("checking SmolLM2-135M-Instruct") as status:
+        return targets.ensure_target(directory, progress=status.update)
+
+
 def demo(
     out: Annotated[Path, typer.Option(help="Where results and logs go.")] = Path("runs/demo"),
     model: Annotated[
@@ -138,8 +146,15 @@ def demo(
     ] = None,
     per_kind: Annotated[int, typer.Option(min=1, max=9, help="Prompts of each kind.")] = 2,
     max_tokens: Annotated[int, typer.Option(min=16, help="Tokens of each answer.")] = 48,
-) -> None:
+    fetch_only: Annotated[
+        bool, typer.Option("--fetch-only", help="Fetch SmolLM2 into --target (default: the user's "
+                                                "cache), print its folder, serve nothing.")
+    ] = False,
+) -> None:  # fmt: skip
     """Serve a real model without and with DSPARK and show what changes: speed, not text."""
+    if fetch_only:
+        print(_fetched(target))
+        return
     console = Console()
     if model == "v4-tiny":
         from dspark_sglang.layouts.v4 import tiny

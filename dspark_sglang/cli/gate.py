@@ -30,7 +30,7 @@ def gate(
 ) -> None:  # fmt: skip
     """Check size and SHA-256 of every file that a server loads; exit code 2 when one differs.
 
-    CHECKSUMS is what `dspark package`, `dspark fetch-target` or
+    CHECKSUMS is what `dspark package`, `dspark demo --fetch-only` or
     `python -m sglang.srt.utils.model_file_verifier generate` wrote. Weight files that it does not list are
     refused too.
     """

@@ -235,7 +235,8 @@ def _downloads(container: Doc, context: Context) -> list[tuple[str, int]]:
         if found:
             plain = 80 if mirror.startswith("http:") else 443
             return [(found[1], int(found[2] or plain))]
-    return [("pypi.org", 443)] if words == ["dspark", "fetch-target"] else []
+    fetches = words == ["dspark", "demo"] and "--fetch-only" in container.get("args", [])
+    return [("pypi.org", 443)] if fetches else []
 
 
 def _urls(container: Doc, context: Context) -> list[tuple[str, int]]:

@@ -30,7 +30,7 @@ def failed(*words: str | Path) -> str:
     "words",
     [
         ["package", DRAFTER],
-        ["fetch-target", "--out"],
+        ["demo", "--fetch-only", "--target"],
         ["calibrate", "--target", DRAFTER, "--drafter", DRAFTER, "--out"],
     ],
     ids=lambda words: words[0],

@@ -121,8 +121,8 @@ def test_container_commands(rendered: list[Doc]) -> None:
     ]
     assert flags["--served-model-name"] == ["smollm2-135m-instruct"]
     assert (fetch["command"], arguments(fetch, context)) == (
-        ["dspark", "fetch-target"],
-        [("--out", [target])],
+        ["dspark", "demo"],
+        [("--fetch-only", []), ("--target", [target])],
     )
 
 

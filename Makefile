@@ -7,7 +7,7 @@ STAMP := $(VENV)/.dspark-installed
 SEED ?= 1
 SOURCES := dspark_sglang kernels packaging loadtests tests requirements
 
-.PHONY: help install demo test test-unit test-server lint format typecheck bench bench-kernels bench-load bench-load-full bench-faults bench-placement bench-selfcheck exactness simulate-fit simulate-check simulate-published net never-ends golden structure v4 v4-cuda report package-check deploy-check drill deploy-arguments deploy-rendered gpu lock wheel clean
+.PHONY: help install demo test test-unit test-server lint format typecheck bench bench-kernels bench-load bench-load-full bench-faults bench-placement bench-selfcheck exactness simulate-fit simulate-check simulate-published net never-ends golden structure v4 v4-cuda report package-check deploy-check drill plan layouts deploy-arguments deploy-rendered gpu lock wheel clean
 
 # A command that fails leaves no half of a file behind.
 .DELETE_ON_ERROR:
@@ -155,6 +155,12 @@ deploy-arguments: install  ## Ask dspark plan for the flags of the GPU overlays 
 
 deploy-rendered: install  ## Write deploy/rendered/NAME.yaml again
 	$(BIN)/python -m dspark_sglang.deployment.generate --rendered
+
+plan: install  ## Hold plans against what real servers allocate here: docs/results/plan.json (a few minutes)
+	$(BIN)/python -m tests.planning.measure --out $(RESULTS)/plan.json
+
+layouts: install  ## Plan the published layouts again: docs/layouts.md
+	$(BIN)/python -m tests.planning.document
 
 lock: install  ## Resolve requirements/cpu.in again
 	$(BIN)/python requirements/lock.py

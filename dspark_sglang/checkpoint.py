@@ -228,10 +228,41 @@ def attention_shape(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def dense_layer(
+    *, hidden: int, wide: int, heads: int, kv_heads: int, head_dim: int, gemma4: bool
+) -> dict[str, tuple[int, ...]]:
+    """Every tensor of one dense layer, by the name in it, and its shape.
+
+    Args:
+        wide: width of the MLP.
+        gemma4: with the norms and the scalar that Gemma's layers have more.
+    """
+    width, kv_width = heads * head_dim, kv_heads * head_dim
+    shapes: dict[str, tuple[int, ...]] = {
+        "self_attn.q_proj.weight": (width, hidden),
+        "self_attn.k_proj.weight": (kv_width, hidden),
+        "self_attn.v_proj.weight": (kv_width, hidden),
+        "self_attn.o_proj.weight": (hidden, width),
+        "self_attn.q_norm.weight": (head_dim,),
+        "self_attn.k_norm.weight": (head_dim,),
+        "mlp.gate_proj.weight": (wide, hidden),
+        "mlp.up_proj.weight": (wide, hidden),
+        "mlp.down_proj.weight": (hidden, wide),
+        "input_layernorm.weight": (hidden,),
+        "post_attention_layernorm.weight": (hidden,),
+    }
+    if gemma4:
+        shapes |= {
+            "pre_feedforward_layernorm.weight": (hidden,),
+            "post_feedforward_layernorm.weight": (hidden,),
+            "layer_scalar": (1,),
+        }
+    return shapes
+
+
 def dense_tensors(config: DrafterConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor of the dense layout and its shape."""
     hidden, rank, vocab = config.hidden_size, config.markov_rank, config.vocab_size
-    width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     features = hidden + (rank if config.confidence_with_markov else 0)
     shapes: dict[str, tuple[int, ...]] = {
         "fc.weight": (hidden, len(config.target_layer_ids) * hidden),
@@ -249,29 +280,18 @@ def dense_tensors(config: DrafterConfig) -> dict[str, tuple[int, ...]]:
     if config.confidence_head:
         shapes["confidence_head.proj.weight"] = (1, features)
         shapes["confidence_head.proj.bias"] = (1,)
+    own = dense_layer(
+        hidden=hidden,
+        wide=config.intermediate_size,
+        heads=config.num_heads,
+        kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        gemma4=config.gemma4,
+    )
+    if config.shared_kv:
+        del own["self_attn.v_proj.weight"]
     for layer in range(config.num_layers):
-        prefix = f"layers.{layer}."
-        shapes |= {
-            prefix + "self_attn.q_proj.weight": (width, hidden),
-            prefix + "self_attn.k_proj.weight": (kv_width, hidden),
-            prefix + "self_attn.v_proj.weight": (kv_width, hidden),
-            prefix + "self_attn.o_proj.weight": (hidden, width),
-            prefix + "self_attn.q_norm.weight": (config.head_dim,),
-            prefix + "self_attn.k_norm.weight": (config.head_dim,),
-            prefix + "mlp.gate_proj.weight": (config.intermediate_size, hidden),
-            prefix + "mlp.up_proj.weight": (config.intermediate_size, hidden),
-            prefix + "mlp.down_proj.weight": (hidden, config.intermediate_size),
-            prefix + "input_layernorm.weight": (hidden,),
-            prefix + "post_attention_layernorm.weight": (hidden,),
-        }
-        if config.gemma4:
-            shapes |= {
-                prefix + "pre_feedforward_layernorm.weight": (hidden,),
-                prefix + "post_feedforward_layernorm.weight": (hidden,),
-                prefix + "layer_scalar": (1,),
-            }
-        if config.shared_kv:
-            del shapes[prefix + "self_attn.v_proj.weight"]
+        shapes |= {f"layers.{layer}.{name}": shape for name, shape in own.items()}
     return shapes
 
 
@@ -287,7 +307,7 @@ def check_served(config: DrafterConfig, target: Mapping[str, Any] | None = None)
             the layers read, which its loader refuses, or the target's last layer, whose output it
             never captures (the first request would end the server).
     """
-    layers = None if target is None else _text_config(target).get("num_hidden_layers")
+    layers = None if target is None else text_config(target).get("num_hidden_layers")
     if layers is not None and max(config.target_layer_ids) == int(layers) - 1:
         raise CheckpointError(
             f"The drafter reads target layers {list(config.target_layer_ids)}.",
@@ -362,7 +382,7 @@ def check_tensors(directory: Path, config: DrafterConfig) -> None:
             )
 
 
-def _text_config(target: Mapping[str, Any]) -> Mapping[str, Any]:
+def text_config(target: Mapping[str, Any]) -> Mapping[str, Any]:
     """The language model's part of a ``config.json``, nested or not."""
     text = target.get("text_config")
     return text if isinstance(text, Mapping) else target
@@ -379,7 +399,7 @@ def check_fits(config: DrafterConfig, target: Mapping[str, Any], *, name: str = 
     Raises:
         CheckpointError: hidden size, vocabulary, layer ids or mask token do not fit.
     """
-    shape = _text_config(target)
+    shape = text_config(target)
     fix = f"Use a drafter made for {name}, at the same revision."
     for ours, theirs, what in (
         (config.hidden_size, shape.get("hidden_size"), "hidden_size"),

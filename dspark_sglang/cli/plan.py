@@ -12,6 +12,9 @@ from dspark_sglang.planning import hardware, report
 from dspark_sglang.planning import plan as planning
 from dspark_sglang.planning.options import Options
 
+#: The parameters below that are a plan's own, under the same names.
+_FIELDS = Options.__struct_fields__
+
 
 def plan(
     model: Annotated[
@@ -33,7 +36,6 @@ def plan(
     tp: Annotated[int | None, typer.Option(help="Ranks. Default: as many as can be used.")] = None,
     ep: Annotated[int, typer.Option(help="Expert parallel size.")] = 1,
     attention_dp: Annotated[int, typer.Option(help="Attention data parallel size.")] = 1,
-    pp: Annotated[int, typer.Option(help="Pipeline stages.")] = 1,
     pd: Annotated[
         Literal["null", "prefill", "decode"], typer.Option(help="Side of PD disaggregation.")
     ] = "null",
@@ -41,14 +43,19 @@ def plan(
         int | None, typer.Option(help="Tokens a request must have room for. Default: 32,768.")
     ] = None,
     requests: Annotated[int, typer.Option(help="So many of them at once, at least.")] = 1,
-    max_running_requests: Annotated[
-        int | None, typer.Option(help="Default: 48, fewer where it would not fit.")
+    max_running: Annotated[
+        int | None,
+        typer.Option("--max-running-requests", help="Default: 48, fewer where it would not fit."),
     ] = None,
-    chunked_prefill_size: Annotated[
-        int | None, typer.Option(help="Default: SGLang's, less where it would not fit.")
+    chunked_prefill: Annotated[
+        int | None,
+        typer.Option(
+            "--chunked-prefill-size", help="Default: SGLang's, less where it would not fit."
+        ),
     ] = None,
-    mem_fraction_static: Annotated[
-        float | None, typer.Option(help="Default: what SGLang's heuristic gives.")
+    mem_fraction: Annotated[
+        float | None,
+        typer.Option("--mem-fraction-static", help="Default: what SGLang's heuristic gives."),
     ] = None,
     max_total_tokens: Annotated[int | None, typer.Option(help="Cap of the pool.")] = None,
     page_size: Annotated[int | None, typer.Option(help="Tokens a page.")] = None,
@@ -57,13 +64,17 @@ def plan(
     ] = None,
     kv_cache_dtype: Annotated[str, typer.Option(help="auto, bf16 or fp8_e4m3.")] = "auto",
     attention_backend: Annotated[str | None, typer.Option(help="Of the target.")] = None,
-    moe_runner_backend: Annotated[str | None, typer.Option(help="Kernels of the experts.")] = None,
-    moe_a2a_backend: Annotated[str, typer.Option(help="All-to-all of the experts.")] = "none",
+    moe_runner: Annotated[
+        str | None, typer.Option("--moe-runner-backend", help="Kernels of the experts.")
+    ] = None,
+    moe_a2a: Annotated[
+        str, typer.Option("--moe-a2a-backend", help="All-to-all of the experts.")
+    ] = "none",
     lora: Annotated[bool, typer.Option("--lora", help="Serve LoRA adapters.")] = False,
     hicache: Annotated[bool, typer.Option("--hicache", help="Hierarchical KV cache.")] = False,
-    no_radix_cache: Annotated[
-        bool, typer.Option("--no-radix-cache", help="No prefix reuse.")
-    ] = False,
+    radix_cache: Annotated[
+        bool, typer.Option(" /--no-radix-cache", help="No prefix reuse.")
+    ] = True,
     eplb: Annotated[bool, typer.Option("--eplb", help="Balance experts while serving.")] = False,
     builtin: Annotated[
         bool, typer.Option("--builtin", help="Draft with SGLang's builtin (DSPARK_PLUGIN=off).")
@@ -80,6 +91,7 @@ def plan(
 
     Exit code 0: it fits. 1: it does not. 2: the input is wrong, or SGLang refuses the combination.
     """
+    options = Options(**{name: value for name, value in locals().items() if name in _FIELDS})
     if show_hardware is not None:
         print(hardware.show(hardware.read(show_hardware)), end="")
         return
@@ -89,30 +101,6 @@ def plan(
             expected="a model and a machine",
             fix="For example: dspark plan deepseek-v4-flash-dspark --hardware h100-80x8",
         )
-    options = Options(
-        tp=tp,
-        ep=ep,
-        attention_dp=attention_dp,
-        pp=pp,
-        pd=pd,
-        context=context,
-        requests=requests,
-        max_running=max_running_requests,
-        chunked_prefill=chunked_prefill_size,
-        mem_fraction=mem_fraction_static,
-        max_total_tokens=max_total_tokens,
-        page_size=page_size,
-        dtype=dtype,
-        kv_cache_dtype=kv_cache_dtype,
-        attention_backend=attention_backend,
-        moe_runner=moe_runner_backend,
-        moe_a2a=moe_a2a_backend,
-        lora=lora,
-        hicache=hicache,
-        radix_cache=not no_radix_cache,
-        eplb=eplb,
-        builtin=builtin,
-    )
     made = planning.make(model, drafter, hardware.read(machine), options, config_only=config_only)
     if json:
         print(report.as_json(made))

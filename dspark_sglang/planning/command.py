@@ -5,7 +5,7 @@ from __future__ import annotations
 from dspark_sglang.planning.hardware import Hardware
 from dspark_sglang.planning.model import Model
 from dspark_sglang.planning.options import Options, needs_marlin
-from dspark_sglang.planning.reserve import Reserve
+from dspark_sglang.planning.sizing import Reserve
 from dspark_sglang.planning.tensors import Layout
 
 #: Stands for the address of the first node where there are several.

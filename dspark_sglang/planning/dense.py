@@ -8,12 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import msgspec
-
-from dspark_sglang.checkpoint import DrafterConfig, dense_tensors
+from dspark_sglang.checkpoint import DrafterConfig, dense_layer, dense_tensors
 from dspark_sglang.errors import CheckpointError
-from dspark_sglang.planning.kv import DraftKv, FullKv, SlidingKv
-from dspark_sglang.planning.reading import integer, optional
+from dspark_sglang.planning.kv import FullKv, SlidingKv
+from dspark_sglang.planning.reading import integer
 from dspark_sglang.planning.tensors import SIZES, Split, Tensor
 
 Config = Mapping[str, Any]
@@ -46,11 +44,10 @@ def heads(config: Config, architecture: str, layer: int) -> Heads:
         CheckpointError: a field is missing or nonsense, or asks for what is not planned.
     """
     query = integer(config, "num_attention_heads")
-    groups = query if config.get("num_key_value_heads") is None else integer(config, "num_key_value_heads")  # fmt: skip
-    dim = integer(config, "hidden_size") // query
-    dim = dim if config.get("head_dim") is None else integer(config, "head_dim")
+    groups = integer(config, "num_key_value_heads", default=query)
+    dim = integer(config, "head_dim", default=integer(config, "hidden_size") // query)
     if architecture == GEMMA4 and layer_types(config)[layer] == _FULL:
-        dim = dim if config.get("global_head_dim") is None else integer(config, "global_head_dim")
+        dim = integer(config, "global_head_dim", default=dim)
     return Heads(query, groups, dim)
 
 
@@ -77,10 +74,6 @@ def layer_types(config: Config) -> list[str]:
     return found
 
 
-def _tied(config: Config, architecture: str) -> bool:
-    return bool(optional(config, "tie_word_embeddings", architecture in _GEMMAS))
-
-
 def target(config: Config, architecture: str, stored: str, kept: str) -> list[Tensor]:
     """Every tensor of a dense target.
 
@@ -90,66 +83,71 @@ def target(config: Config, architecture: str, stored: str, kept: str) -> list[Te
         stored: type on disk.
         kept: type on the device.
     """
+    gemma = architecture in _GEMMAS
     hidden, vocab = integer(config, "hidden_size"), integer(config, "vocab_size")
-    # Gemma's embedding is an ordinary one there, whole on every rank.
-    rows = Split.WHOLE if architecture in _GEMMAS else Split.VOCAB
-    made = [_tensor("model.embed_tokens.weight", (vocab, hidden), "embedding", rows)]
-    made.append(_tensor("model.norm.weight", (hidden,), "norms"))
-    if not _tied(config, architecture):
-        made.append(_tensor("lm_head.weight", (vocab, hidden), "head", Split.HEAD_VOCAB))
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (vocab, hidden),
+        "model.norm.weight": (hidden,),
+    }
+    tied = config.get("tie_word_embeddings")
+    if not (gemma if tied is None else tied):
+        shapes["lm_head.weight"] = (vocab, hidden)
+    made = [
+        # Gemma's embedding is an ordinary one there, whole on every rank.
+        _tensor(name, shape, *_share(name, 1), stored, kept, whole=gemma and "embed" in name)
+        for name, shape in shapes.items()
+    ]
     for layer in range(integer(config, "num_hidden_layers")):
-        made += _layer(config, architecture, layer)
-    return [msgspec.structs.replace(tensor, stored=stored, kept=kept) for tensor in made]
+        own = heads(config, architecture, layer)
+        for local, shape in _layer(config, architecture, own).items():
+            name = f"model.layers.{layer}.{local}"
+            made.append(_tensor(name, shape, *_share(name, own.dim), stored, kept))
+    return made
+
+
+def _layer(config: Config, architecture: str, own: Heads) -> dict[str, tuple[int, ...]]:
+    """What a layer of a target has, by the name in it."""
+    shapes = dense_layer(
+        hidden=integer(config, "hidden_size"),
+        wide=integer(config, "intermediate_size"),
+        heads=own.query,
+        kv_heads=own.groups,
+        head_dim=own.dim,
+        gemma4=architecture in _GEMMAS,
+    )
+    if architecture not in _QK_NORM:
+        del shapes["self_attn.q_norm.weight"], shapes["self_attn.k_norm.weight"]
+    if architecture == GEMMA3:
+        del shapes["layer_scalar"]
+    if config.get("attention_bias"):
+        for name in "qkvo":
+            weight = shapes[f"self_attn.{name}_proj.weight"]
+            shapes[f"self_attn.{name}_proj.bias"] = weight[:1]
+    return shapes
 
 
 def _tensor(
-    name: str, shape: tuple[int, ...], part: str, split: Split = Split.WHOLE, *, dim: int = 0,
-    grain: int = 1,
+    name: str, shape: tuple[int, ...], part: str, split: Split, dim: int, grain: int,
+    stored: str, kept: str, *, whole: bool = False,
 ) -> Tensor:  # fmt: skip
-    extent = shape[dim] if split is not Split.WHOLE else 0
+    split = Split.WHOLE if whole else split
+    extent = 0 if split is Split.WHOLE else shape[dim]
     return Tensor(
-        name=name,
-        shape=shape,
-        stored="",
-        kept="",
-        part=part,
-        split=split,
-        extent=extent,
-        grain=grain,
-    )
+        name=name, shape=shape, stored=stored, kept=kept, part=part, split=split, extent=extent, grain=grain
+    )  # fmt: skip
 
 
-def _layer(config: Config, architecture: str, layer: int) -> list[Tensor]:
-    prefix = f"model.layers.{layer}."
-    hidden, wide = integer(config, "hidden_size"), integer(config, "intermediate_size")
-    query, groups, dim = heads(config, architecture, layer)
-    attention = [
-        ("q_proj", (query * dim, hidden), Split.ATTENTION, 0),
-        ("k_proj", (groups * dim, hidden), Split.HEADS, 0),
-        ("v_proj", (groups * dim, hidden), Split.HEADS, 0),
-        ("o_proj", (hidden, query * dim), Split.ATTENTION, 1),
-    ]
-    made = []
-    for name, shape, split, axis in attention:
-        name = f"{prefix}self_attn.{name}"
-        made.append(_tensor(f"{name}.weight", shape, "attention", split, dim=axis, grain=dim))
-        if config.get("attention_bias"):
-            shared = split if axis == 0 else Split.WHOLE
-            made.append(_tensor(f"{name}.bias", shape[:1], "attention", shared, grain=dim))
-    if architecture in _QK_NORM:
-        made += [_tensor(f"{prefix}self_attn.{n}_norm.weight", (dim,), "norms") for n in "qk"]
-    made += [
-        _tensor(f"{prefix}mlp.{name}_proj.weight", (wide, hidden), "mlp", Split.TENSOR)
-        for name in ("gate", "up")
-    ]
-    down = f"{prefix}mlp.down_proj.weight"
-    made.append(_tensor(down, (hidden, wide), "mlp", Split.TENSOR, dim=1))
-    norms = ["input_layernorm", "post_attention_layernorm"]
-    if architecture in _GEMMAS:
-        norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
-    if architecture == GEMMA4:
-        made.append(_tensor(f"{prefix}layer_scalar", (1,), "norms"))
-    return made + [_tensor(f"{prefix}{name}.weight", (hidden,), "norms") for name in norms]
+def _share(name: str, dim: int) -> tuple[str, Split, int, int]:
+    """Part, kind of sharing, shared dimension and smallest piece of it, from the name of a tensor."""
+    if "norm" in name or name.endswith(("layer_scalar", "o_proj.bias")):
+        return "attention" if "o_proj" in name else "norms", Split.WHOLE, 0, 1
+    if "mlp." in name:
+        return "mlp", Split.TENSOR, int("down_proj" in name), 1
+    if ".k_proj" in name or ".v_proj" in name:
+        return "attention", Split.HEADS, 0, dim
+    if "self_attn." in name:
+        return "attention", Split.ATTENTION, int("o_proj" in name), dim
+    return ("head", Split.HEAD_VOCAB, 0, 1) if "lm_head" in name else ("embedding", Split.VOCAB, 0, 1)  # fmt: skip
 
 
 def kv(config: Config, architecture: str, element: int) -> FullKv | SlidingKv:
@@ -180,43 +178,16 @@ def drafter(config: DrafterConfig, stored: str, kept: str) -> list[Tensor]:
     """Every tensor of a stand-alone drafter: layers shared like the target's, heads whole."""
     made = []
     for name, shape in dense_tensors(config).items():
-        split, dim, grain = _draft_split(name, config)
-        extent = shape[dim] if split is not Split.WHOLE else 0
+        _, *shared = _share(name, config.head_dim)
+        part = next((p for p in ("markov_head", "confidence_head", "fc") if name.startswith(p)), "layers")  # fmt: skip
         # SGLang keeps the confidence head in float32 (models/dspark.py:431).
-        own = "F32" if name.startswith("confidence_head.") else kept
-        made.append(
-            Tensor(
-                name=name, shape=shape, stored=stored, kept=own, part=_draft_part(name),
-                split=split, extent=extent, grain=grain,
-            )
-        )  # fmt: skip
+        own = "F32" if part == "confidence_head" else kept
+        whole = not name.startswith("layers.")
+        made.append(_tensor(name, shape, part, *shared, stored, own, whole=whole))  # type: ignore[arg-type]
     return made
 
 
-def _draft_part(name: str) -> str:
-    for prefix in ("markov_head", "confidence_head", "fc"):
-        if name.startswith(prefix):
-            return prefix
-    return "layers"
-
-
-def _draft_split(name: str, config: DrafterConfig) -> tuple[Split, int, int]:
-    if not name.startswith("layers.") or name.endswith(("norm.weight", "scalar")):
-        return Split.WHOLE, 0, 1
-    if "mlp." in name:
-        return Split.TENSOR, int("down_proj" in name), 1
-    if ".k_proj" in name or ".v_proj" in name:
-        return Split.HEADS, 0, config.head_dim
-    return Split.ATTENTION, int("o_proj" in name), config.head_dim
-
-
-def draft_kv(config: DrafterConfig, kept: str) -> DraftKv:
+def draft_kv(config: DrafterConfig, kept: str) -> FullKv:
     """The pool of a stand-alone drafter."""
-    return DraftKv(
-        full=FullKv(
-            layers=config.num_layers,
-            heads=config.num_kv_heads,
-            width=2 * config.head_dim,
-            element=SIZES[kept],
-        )
-    )
+    heads = Heads(config.num_heads, config.num_kv_heads, config.head_dim)
+    return _pool(heads, config.num_layers, SIZES[kept])

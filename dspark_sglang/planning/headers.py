@@ -17,6 +17,7 @@ INDEX = "model.safetensors.index.json"
 _SKIPPED = ("rotary_emb.inv_freq",)
 #: Copies of the target's that drafters and tied targets may carry; SGLang leaves them out.
 COPIES = ("embed_tokens.weight", "lm_head.weight")
+_BOTH = "Weights and config.json belong to different checkpoints or revisions: download both."
 
 
 class Stored(NamedTuple):
@@ -28,49 +29,50 @@ class Stored(NamedTuple):
     total: int | None
 
 
-def read(directory: Path) -> Stored:
+def read(directory: Path, prefix: str = "") -> Stored:
     """Names of all tensors, and their headers where every shard is there.
+
+    Args:
+        prefix: left out of names that begin with it.
 
     Raises:
         CheckpointError: neither index nor weights, or an index that names shards which lack a tensor.
     """
     index, files = directory / INDEX, weight_files(directory)
-    if not index.is_file():
-        if not files:
+    total, weights = None, None
+    if index.is_file():
+        raw = read_json(index, what="an index of safetensors shards")
+        weights, total = raw.get("weight_map"), (raw.get("metadata") or {}).get("total_size")
+        if not isinstance(weights, dict) or not weights:
             raise CheckpointError(
-                f"{directory} has no {INDEX} and no .safetensors file.",
-                expected="the index beside config.json (weights are not needed)",
-                fix=f"`hf download NAME config.json {INDEX}`, or pass --config-only to trust the "
-                "configuration alone.",
+                f"{index} has no weight_map.",
+                expected="tensor names and their shards",
+                fix="Download the index again.",
             )
-        headers = _merged(files)
-        return Stored(frozenset(headers), headers, None)
-    raw = read_json(index, what="an index of safetensors shards")
-    weights, metadata = raw.get("weight_map"), raw.get("metadata") or {}
-    if not isinstance(weights, dict) or not weights:
+    elif not files:
         raise CheckpointError(
-            f"{index} has no weight_map.",
-            expected="tensor names and their shards",
-            fix="Download the index again.",
+            f"{directory} has no {INDEX} and no .safetensors file.",
+            expected="the index beside config.json (weights are not needed)",
+            fix=f"`hf download NAME config.json {INDEX}`, or pass --config-only to trust the "
+            "configuration alone.",
         )
-    total = metadata.get("total_size")
-    shards = {directory / str(shard) for shard in weights.values()}
-    headers = _merged(sorted(shards)) if shards <= set(files) else {}
-    if headers and headers.keys() != weights.keys():
+    shards = {directory / str(shard) for shard in weights.values()} if weights else set(files)
+    headers = {}
+    if shards <= set(files):
+        for path in sorted(shards):
+            headers |= read_header(path).tensors
+    if weights and headers and headers.keys() != weights.keys():
         odd = sorted(headers.keys() ^ weights.keys())
         raise CheckpointError(
             f"Index and shards in {directory} differ in {len(odd)} tensors, the first {odd[0]}.",
             expected="an index that lists what the shards hold",
             fix="They belong to different revisions: download both again.",
         )
-    return Stored(frozenset(weights), headers, int(total) if isinstance(total, int) else None)
-
-
-def _merged(files: Iterable[Path]) -> dict[str, Header]:
-    found: dict[str, Header] = {}
-    for path in files:
-        found |= read_header(path).tensors
-    return found
+    return Stored(
+        frozenset(name.removeprefix(prefix) for name in weights or headers),
+        {name.removeprefix(prefix): header for name, header in headers.items()},
+        total if isinstance(total, int) else None,
+    )
 
 
 def check(stored: Stored, computed: Iterable[Tensor], *, where: Path) -> None:
@@ -85,46 +87,38 @@ def check(stored: Stored, computed: Iterable[Tensor], *, where: Path) -> None:
     _same_names(found - copies, wanted, where)
     for name, tensor in wanted.items():
         header = stored.headers.get(name)
-        if header is not None:
-            _same_tensor(header, tensor, where)
+        plain = {"BF16", "F16", "F32"}
+        if header is None or (
+            header.shape == tensor.shape
+            and (header.dtype == tensor.stored or {header.dtype, tensor.stored} <= plain)
+        ):
+            continue
+        raise CheckpointError(
+            f"{tensor.name} in {where} is {header.dtype} {list(header.shape)}.",
+            expected=f"{tensor.stored} {list(tensor.shape)} (from config.json)",
+            fix=_BOTH,
+        )
     total = disk_bytes(wanted.values())
-    if stored.total is not None and not copies and not stored.headers:
-        _same_total(stored.total, total, where)
+    # Plain tensors may be stored wider than assumed; more than that is another checkpoint.
+    told = None if copies or stored.headers else stored.total
+    if told is not None and abs(told - total) > 0.01 * total:
+        raise CheckpointError(
+            f"The index in {where} says {told / 1e9:.2f} GB.",
+            expected=f"{total / 1e9:.2f} GB (from config.json)",
+            fix=_BOTH,
+        )
 
 
 def _same_names(found: set[str], wanted: dict[str, Tensor], where: Path) -> None:
     missing, unknown = sorted(wanted.keys() - found), sorted(found - wanted.keys())
-    if missing or unknown:
-        what = [
-            f"{len(names)} tensors {verb}, the first {names[0]}"
-            for names, verb in ((missing, "are missing"), (unknown, "are unknown"))
-            if names
-        ]
+    what = [
+        f"{len(names)} tensors {verb}, the first {names[0]}"
+        for names, verb in ((missing, "are missing"), (unknown, "are unknown"))
+        if names
+    ]
+    if what:
         raise CheckpointError(
             f"In {where} {' and '.join(what)}.",
             expected=f"the {len(wanted)} tensors that its config.json implies",
-            fix="Weights and config.json belong to different checkpoints or revisions: download both. "
-            "If SGLang serves them all the same, pass --config-only.",
-        )
-
-
-def _same_tensor(header: Header, tensor: Tensor, where: Path) -> None:
-    plain = {"BF16", "F16", "F32"}
-    same_kind = header.dtype == tensor.stored or {header.dtype, tensor.stored} <= plain
-    if header.shape == tensor.shape and same_kind:
-        return
-    raise CheckpointError(
-        f"{tensor.name} in {where} is {header.dtype} {list(header.shape)}.",
-        expected=f"{tensor.stored} {list(tensor.shape)} (from config.json)",
-        fix="Weights and config.json belong to different checkpoints or revisions: download both.",
-    )
-
-
-def _same_total(said: int, computed: int, where: Path) -> None:
-    # Plain tensors may be stored wider than assumed; more than that is another checkpoint.
-    if abs(said - computed) > 0.01 * computed:
-        raise CheckpointError(
-            f"The index in {where} says {said / 1e9:.2f} GB.",
-            expected=f"{computed / 1e9:.2f} GB (from config.json)",
-            fix="Index and config.json belong to different checkpoints or revisions: download both.",
+            fix=_BOTH + " If SGLang serves them all the same, pass --config-only.",
         )

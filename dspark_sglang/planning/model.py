@@ -16,18 +16,18 @@ from dspark_sglang.checkpoint import (
     parse_drafter_config,
     read_config,
     read_json,
+    text_config,
 )
 from dspark_sglang.errors import CheckpointError, ConfigError
-from dspark_sglang.planning import dense, headers, mla, published, reading, v4
+from dspark_sglang.planning import dense, headers, published, reading, v4
 from dspark_sglang.planning.kv import COMPRESSED_PAGE, DEFAULT_PAGE, DraftKv, Kv
 from dspark_sglang.planning.tensors import SIZES, Split, Tensor
 
 Config = Mapping[str, Any]
 
-V4, V3 = "DeepseekV4ForCausalLM", "DeepseekV3ForCausalLM"
-DENSE = ("LlamaForCausalLM", "Qwen3ForCausalLM", dense.GEMMA3, dense.GEMMA4)
+V4 = "DeepseekV4ForCausalLM"
 #: Targets whose memory is known here.
-ARCHITECTURES = (*DENSE, V3, V4)
+ARCHITECTURES = ("LlamaForCausalLM", "Qwen3ForCausalLM", dense.GEMMA3, dense.GEMMA4, V4)
 _PROVENANCE = "provenance.json"
 _W2 = "markov_head.markov_w2.weight"
 
@@ -162,12 +162,7 @@ def _compressed(source: Source, drafter: str | None, loading: Loading) -> Model:
     if drafter is not None:
         own = find(drafter, role="drafter")
         _same_bundle(source, own)
-    kernels = v4.Kernels(
-        fp8_wo_a=loading.blackwell,
-        fp8_experts=config.get("expert_dtype") == "fp8",
-        expert_grain=64 if loading.marlin else 128,
-    )
-    shape = v4.shape_of(config)
+    kernels = v4.Kernels(fp8_wo_a=loading.blackwell, expert_grain=64 if loading.marlin else 128)
     quantised = v4.is_quantised(config)
 
     def kept(tensors: list[Tensor]) -> list[Tensor]:
@@ -177,6 +172,8 @@ def _compressed(source: Source, drafter: str | None, loading: Loading) -> Model:
         named = reading.TYPES[loading.dtype] if loading.dtype else stored
         return v4.on_cpu(tensors, named, quantised=quantised)
 
+    stages = v4.drafter_shape(config) if bundled else None
+    context = reading.integer(config, "max_position_embeddings")
     return Model(
         architecture=V4,
         target=source,
@@ -185,11 +182,11 @@ def _compressed(source: Source, drafter: str | None, loading: Loading) -> Model:
         draft_tensors=kept(v4.drafter(config, kernels)) if bundled else [],
         mtp_tensors=kept(v4.mtp_layer(config, kernels)),
         kv=v4.kv(config),
-        draft_kv=v4.draft_kv(config) if bundled else DraftKv(),
-        context=reading.integer(config, "max_position_embeddings"),
-        gamma=shape.gamma if bundled else 0,
-        rope_bytes=v4.rope_bytes(config),
-        heads=(shape.heads,),
+        draft_kv=DraftKv(compressed_stages=stages.layers if stages else 0),
+        context=context,
+        gamma=stages.gamma if stages else 0,
+        rope_bytes=v4.rope_bytes(config, context),
+        heads=(reading.integer(config, "num_attention_heads"),),
         bundled=bundled,
     )
 
@@ -209,28 +206,22 @@ def _same_bundle(target: Source, drafter: Source) -> None:
 
 
 def _standalone(source: Source, architecture: str, drafter: str | None, loading: Loading) -> Model:
-    config = reading.text(source.config)
+    config = text_config(source.config)
     stored = reading.weight_type({**source.config, **config})
     kept = reading.TYPES[loading.dtype] if loading.dtype else stored
-    element = loading.kv_element or SIZES[kept]
-    block = _block(source.config)
-    if architecture == V3:
-        weights = mla.Weights(stored, kept, block)
-        tensors = mla.target(config, weights)
-        pool: Kv = mla.kv(config, element)
-    else:
-        _unquantised(source.config)
-        tensors = dense.target(config, architecture, stored, kept)
-        pool = dense.kv(config, architecture, element)
+    _unquantised(source.config)
+    pool = dense.kv(config, architecture, loading.kv_element or SIZES[kept])
+    tensors = dense.target(config, architecture, stored, kept)
     own = find(drafter, role="drafter") if drafter is not None else _nested(source)
     parsed = _drafter(own, source) if own is not None else None
     draft: list[Tensor] = []
     if own is not None and parsed is not None:
-        kept = reading.TYPES[loading.dtype] if loading.dtype else reading.weight_type(own.config)
-        draft = dense.drafter(parsed, reading.weight_type(own.config), kept)
+        stored = reading.weight_type(own.config)
+        kept = reading.TYPES[loading.dtype] if loading.dtype else stored
+        draft = dense.drafter(parsed, stored, kept)
         if own.directory is not None and not loading.config_only:
-            _check_drafter(own.directory, draft)
-    heads = [reading.integer(config, "num_attention_heads")]
+            headers.check(headers.read(own.directory, "model."), draft, where=own.directory)
+    heads = dense.heads(config, architecture, 0)
     context = reading.integer(config, "max_position_embeddings")
     return Model(
         architecture=architecture,
@@ -240,19 +231,12 @@ def _standalone(source: Source, architecture: str, drafter: str | None, loading:
         draft_tensors=draft,
         mtp_tensors=[],
         kv=pool,
-        draft_kv=dense.draft_kv(parsed, kept) if parsed else DraftKv(),
+        draft_kv=DraftKv(full=dense.draft_kv(parsed, kept) if parsed else None),
         context=context,
         gamma=parsed.gamma if parsed else 0,
-        rope_bytes=context * _rotary(config, architecture) * 4,
-        heads=(*heads, *((parsed.num_heads,) if parsed else ())),
+        rope_bytes=context * heads.dim * 4,
+        heads=(heads.query, *((parsed.num_heads,) if parsed else ())),
     )
-
-
-def _rotary(config: Config, architecture: str) -> int:
-    """Width of the rotary table."""
-    if architecture == V3:
-        return reading.integer(config, "qk_rope_head_dim")
-    return dense.heads(config, architecture, 0).dim
 
 
 def _nested(target: Source) -> Source | None:
@@ -274,45 +258,12 @@ def _drafter(own: Source, target: Source) -> DrafterConfig:
     return config
 
 
-def _check_drafter(directory: Path, draft: list[Tensor]) -> None:
-    stored = headers.read(directory)
-    plain = {name.removeprefix("model."): name for name in stored.names}
-    renamed = headers.Stored(
-        frozenset(plain),
-        {new: stored.headers[old] for new, old in plain.items() if old in stored.headers},
-        stored.total,
-    )
-    headers.check(renamed, draft, where=directory)
-
-
-def _quantisation(config: Config) -> Mapping[str, Any]:
-    found = config.get("quantization_config") or reading.text(config).get("quantization_config")
-    return found if isinstance(found, Mapping) else {}
-
-
-def _block(config: Config) -> int:
-    """Width of fp8 blocks; 0 where weights are not quantised.
-
-    Raises:
-        CheckpointError: quantised in a way that is not planned.
-    """
-    found = _quantisation(config)
-    if not found:
-        return 0
-    block = found.get("weight_block_size")
-    if found.get("quant_method") != "fp8" or block != [128, 128]:
-        raise CheckpointError(
-            f"The target is quantised ({found.get('quant_method')!r}, blocks {block!r}).",
-            expected="no quantisation, or fp8 in blocks of 128 by 128",
-            fix="Its memory cannot be planned; nothing is assumed to fit.",
-        )
-    return 128
-
-
 def _unquantised(config: Config) -> None:
-    if _quantisation(config):
+    found = config.get("quantization_config") or text_config(config).get("quantization_config")
+    if found:
+        method = found.get("quant_method") if isinstance(found, Mapping) else found
         raise CheckpointError(
-            f"The target is quantised ({_quantisation(config).get('quant_method')!r}).",
+            f"The target is quantised ({method!r}).",
             expected="bfloat16, float16 or float32 weights for this architecture",
             fix="Its memory cannot be planned; nothing is assumed to fit.",
         )

@@ -26,7 +26,6 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     """Arguments of a server, as far as a plan reads them; None: SGLang's or this plan's choice."""
 
     tp: int | None = None
-    pp: int = 1
     attention_dp: int = 1
     ep: int = 1
     pd: Role = "null"
@@ -63,7 +62,7 @@ def check(options: Options) -> None:
         ConfigError: one of them, by its flag.
     """
     numbers = (
-        "tp", "pp", "attention_dp", "ep", "page_size", "max_running", "chunked_prefill",
+        "tp", "attention_dp", "ep", "page_size", "max_running", "chunked_prefill",
         "max_total_tokens", "requests", "context",
     )  # fmt: skip
     for name in numbers:

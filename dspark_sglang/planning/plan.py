@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from typing import Any
 
 import msgspec
 
@@ -40,24 +41,24 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     tp: int
     attention_dp: int
     ep: int
-    fits: bool
+    fits: bool = False
     #: Bytes left after the least that has to fit; negative: missing.
-    headroom: int
+    headroom: int = 0
     #: The least that has to fit.
     requests: int
     context: int
-    per_gpu_bytes: dict[str, int]
-    weights_by_part: dict[str, int]
+    per_gpu_bytes: dict[str, int] = {}
+    weights_by_part: dict[str, int] = {}
     drafter_bytes: DrafterCost | None
     #: Tokens of context that all requests of the server can hold together.
-    tokens: int
+    tokens: int = 0
     #: Context length to requests at once.
-    max_concurrency: dict[str, int]
+    max_concurrency: dict[str, int] = {}
     #: Fewest ranks that the least fits on; None: none of them.
-    smallest_tp: int | None
-    mem_fraction_static: float
+    smallest_tp: int | None = None
+    mem_fraction_static: float = 0.0
     #: Environment and arguments; on several nodes that of the first. Empty where it is refused.
-    command: str
+    command: str = ""
     findings: list[Finding]
     label: str = LABEL
 
@@ -143,7 +144,9 @@ class _Planner:
         findings: dict[int, list[Finding]] = {tp: self._findings(tp) for tp in wanted}
         allowed = [tp for tp in wanted if not _refused(findings[tp])]
         if not allowed:
-            return self._refusal(wanted[0], findings[wanted[0]])
+            layout = given.layout(self.options, self.model, wanted[0])
+            layout = msgspec.structs.replace(layout, ep=self.options.ep)
+            return self._plan(layout, findings[wanted[0]])
         sized = self._sizes(allowed)
         fitting = [tp for tp, found in sized.items() if found.headroom >= 0]
         chosen = next(iter(sized))
@@ -183,27 +186,18 @@ class _Planner:
         kept = round(self.machine.usable * (1 - reserved.mem_fraction)) - reserved.graphs
         parts["activations"] = max(0, min(kept, free)) if sized.headroom >= 0 else kept
         parts["unused"] = max(0, free - parts["activations"])
-        tokens = pools.tokens * layout.attention_dp
-        return Plan(
-            target=self.model.target.name,
-            drafter=self.model.drafter.name if self.model.drafter else None,
-            hardware=self.machine,
-            tp=layout.tp,
-            attention_dp=layout.attention_dp,
-            ep=layout.ep,
+        return self._plan(
+            layout,
+            findings,
             fits=sized.headroom >= 0,
             headroom=sized.headroom,
-            requests=self.options.requests,
-            context=self.context,
             per_gpu_bytes=parts,
             weights_by_part=sized.weights,
-            drafter_bytes=self._drafter_cost(),
-            tokens=tokens,
+            tokens=pools.tokens * layout.attention_dp,
             max_concurrency=self._concurrency(pools.tokens, sized),
             smallest_tp=smallest,
             mem_fraction_static=reserved.mem_fraction,
             command=shlex.join(command(self.model, self.machine, sized.options, layout, reserved)),
-            findings=findings,
         )
 
     def _concurrency(self, tokens: int, sized: Sized) -> dict[str, int]:
@@ -224,28 +218,20 @@ class _Planner:
         )
         return DrafterCost(gross=gross, mtp_layer=replaced, net=gross - replaced)
 
-    def _refusal(self, tp: int, findings: list[Finding]) -> Plan:
-        """A plan that says only why there is none."""
+    def _plan(self, layout: Layout, findings: list[Finding], **sized: Any) -> Plan:
+        """A plan; without what was sized it says only why there is none."""
         return Plan(
             target=self.model.target.name,
             drafter=self.model.drafter.name if self.model.drafter else None,
             hardware=self.machine,
-            tp=tp,
-            attention_dp=self.options.attention_dp,
-            ep=self.options.ep,
-            fits=False,
-            headroom=0,
+            tp=layout.tp,
+            attention_dp=layout.attention_dp,
+            ep=layout.ep,
             requests=self.options.requests,
             context=self.context,
-            per_gpu_bytes={},
-            weights_by_part={},
             drafter_bytes=self._drafter_cost(),
-            tokens=0,
-            max_concurrency={},
-            smallest_tp=None,
-            mem_fraction_static=0.0,
-            command="",
             findings=findings,
+            **sized,
         )
 
 

@@ -13,44 +13,18 @@ _FIX = "Download config.json of this model again with `hf download`."
 TYPES = {"bfloat16": "BF16", "float16": "F16", "half": "F16", "float32": "F32", "float": "F32"}
 
 
-def integer(config: Config, key: str, low: int = 1) -> int:
-    """A required integer of at least ``low``.
+def integer(config: Config, key: str, low: int = 1, *, default: int | None = None) -> int:
+    """An integer of at least ``low``; ``default`` where it is missing or null.
 
     Raises:
-        CheckpointError: missing, of another type or too small.
+        CheckpointError: missing without a default, of another type or too small.
     """
-    value = config.get(key)
+    value = default if config.get(key) is None else config[key]
     if not isinstance(value, int) or isinstance(value, bool) or value < low:
         raise CheckpointError(
             f"config.json says {key} {value!r}.", expected=f"an integer of at least {low}", fix=_FIX
         )
     return value
-
-
-def integers(config: Config, key: str) -> tuple[int, ...]:
-    """A required list of integers.
-
-    Raises:
-        CheckpointError: missing or anything else.
-    """
-    value = config.get(key)
-    if not isinstance(value, list) or not value or not all(type(item) is int for item in value):
-        raise CheckpointError(
-            f"config.json says {key} {value!r}.", expected="a list of integers", fix=_FIX
-        )
-    return tuple(value)
-
-
-def optional(config: Config, key: str, default: Any) -> Any:
-    """A value, or ``default`` where it is missing or null."""
-    value = config.get(key)
-    return default if value is None else value
-
-
-def text(config: Config) -> Config:
-    """The language model's part of a configuration, nested or not."""
-    nested = config.get("text_config")
-    return nested if isinstance(nested, Mapping) else config
 
 
 def architecture(config: Config) -> str:

@@ -1,1 +1,1 @@
-"""Plans against what real servers allocate."""
+"""Plans against what is published and against what real servers allocate."""

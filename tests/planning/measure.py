@@ -1,6 +1,6 @@
 """Plans against real servers: what was computed, and what SGLang allocated on this machine.
 
-Run ``python -m tests.planning.measure --out docs/results/plan.json``.
+``make plan`` writes ``docs/results/plan.json``.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from dspark_sglang.demo.server import COMMON_FLAGS, Server, free_port, serve_com
 from dspark_sglang.errors import ServerError
 from dspark_sglang.planning import hardware
 from dspark_sglang.planning import plan as planning
-from dspark_sglang.planning.anchors import anchors
 from dspark_sglang.planning.options import Options
 from dspark_sglang.planning.sizing import DRAFTER
 from dspark_sglang.provenance import machine, provenance
 from tests.planning import tiny
+from tests.planning.anchors import anchors
 from tests.planning.footprint import MARK
 
 #: Cap of the pools in every server here.

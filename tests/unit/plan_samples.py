@@ -36,27 +36,6 @@ GEMMA4: dict[str, Any] = LLAMA | {
     "sliding_window": 16,
     "tie_word_embeddings": True,
 }
-#: A DeepSeek-V3 with one dense and one expert layer, in fp8 blocks.
-V3: dict[str, Any] = {
-    "architectures": ["DeepseekV3ForCausalLM"],
-    "hidden_size": 256,
-    "intermediate_size": 256,
-    "num_hidden_layers": 2,
-    "first_k_dense_replace": 1,
-    "num_attention_heads": 4,
-    "q_lora_rank": 128,
-    "kv_lora_rank": 64,
-    "qk_nope_head_dim": 32,
-    "qk_rope_head_dim": 16,
-    "v_head_dim": 32,
-    "n_routed_experts": 8,
-    "n_shared_experts": 1,
-    "moe_intermediate_size": 256,
-    "vocab_size": 512,
-    "max_position_embeddings": 1024,
-    "torch_dtype": "bfloat16",
-    "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]},
-}
 SMALL_GPU = Hardware(
     gpu="small", memory_mib=16384, runtime_mib=512, architecture="sm90", gpus=8, name="small"
 )

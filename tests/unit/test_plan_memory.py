@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from plan_samples import GEMMA4, LLAMA, V3, small_v4
+from plan_samples import GEMMA4, LLAMA, small_v4
 
 from dspark_sglang.errors import CheckpointError, ConfigError
-from dspark_sglang.planning import dense, kv, mla, published, v4
+from dspark_sglang.planning import dense, kv, published, v4
 from dspark_sglang.planning.kv import CompressedKv, DraftKv, FullKv, Serving
 from dspark_sglang.planning.tensors import (
     Layout,
@@ -72,7 +72,7 @@ def test_an_uneven_share_is_refused(split: Split) -> None:
         rank_bytes(tensor(split, (60, 4), grain=10), Layout(tp=4))
 
 
-# --- dense and latent models -----------------------------------------------------------------
+# --- dense models -----------------------------------------------------------------
 
 
 def test_a_llama_by_hand() -> None:
@@ -99,31 +99,6 @@ def test_gemma_4_has_wider_heads_where_it_sees_everything() -> None:
 def test_gemma_4_variants_are_refused(key: str) -> None:
     with pytest.raises(CheckpointError, match=key):
         dense.kv(GEMMA4 | {key: 1}, "Gemma4ForCausalLM", 2)
-
-
-def test_a_latent_model_keeps_one_latent_on_every_rank() -> None:
-    pool = mla.kv(V3, 2)
-    assert pool.token_bytes(Layout()) == 2 * (64 + 16) * 2
-    assert pool.token_bytes(Layout(tp=4)) == pool.token_bytes(Layout())
-
-
-def test_deepseek_v3_by_its_published_size() -> None:
-    """671 B parameters; 685 B with the MTP layer, 688.6 GB on disk."""
-    config = V3 | {
-        "hidden_size": 7168, "intermediate_size": 18432, "num_hidden_layers": 61,
-        "first_k_dense_replace": 3, "num_attention_heads": 128, "q_lora_rank": 1536,
-        "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
-        "n_routed_experts": 256, "moe_intermediate_size": 2048, "vocab_size": 129280,
-        "num_nextn_predict_layers": 1,
-    }  # fmt: skip
-    tensors = mla.target(config, mla.Weights("BF16", "BF16", 128))
-    assert disk_bytes(tensors) / 1e9 == pytest.approx(688.6, rel=2e-3)
-    values = sum(t.elements for t in tensors if t.kept and "scale" not in t.name and not t.derived)
-    assert values / 1e9 == pytest.approx(671, rel=1e-3)
-    # The MTP layer is on disk only.
-    assert not any(
-        rank_bytes(t, Layout()) for t in tensors if t.name.startswith("model.layers.61.")
-    )
 
 
 # --- DeepSeek-V4 -----------------------------------------------------------------------------

@@ -20,8 +20,7 @@ from dspark_sglang.layouts.v4.names import (
     plain_bundle,
     published_bundle,
 )
-from dspark_sglang.planning import published, v4
-from dspark_sglang.planning.tensors import Tensor
+from dspark_sglang.planning import published
 
 NAMES = (
     "deepseek-v4-flash",
@@ -160,16 +159,6 @@ def test_every_published_name_maps(name: str, lists: dict[str, dict[str, Stored]
     assert found.missing == []
     assert len(found.mapped) == len(lists[name])
     assert set(found.mapped.values()) == plain_bundle(config(name)).keys()
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_the_plan_counts_the_same_tensors(name: str, lists: dict[str, dict[str, Stored]]) -> None:
-    """Written for another purpose, from SGLang's loader: both lists must say the same."""
-    kernels = v4.Kernels(fp8_wo_a=False)
-    own = config(name)
-    parts: list[Tensor] = v4.target(own, kernels)
-    parts += v4.drafter(own, kernels) if has_drafter(own) else v4.mtp_layer(own, kernels)
-    assert {t.name: Stored(t.stored, t.shape) for t in parts if not t.derived} == lists[name]
 
 
 def test_what_is_left_over_is_named() -> None:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
-from dspark_sglang.planning import layouts, published
-
-ROOT = Path(__file__).resolve().parents[2]
+from dspark_sglang.planning import published
+from tests.planning import document
 
 
 @pytest.mark.parametrize("name", published.names())
@@ -20,4 +17,4 @@ def test_published_values_have_one_source_each(name: str) -> None:
 
 
 def test_the_document_is_current() -> None:
-    assert (ROOT / "docs/layouts.md").read_text() == layouts.document()
+    assert document.OUT.read_text() == document.document()

@@ -1,20 +1,17 @@
-"""The document of planned layouts: ``python -m dspark_sglang.planning.layouts --out docs/layouts.md``."""
+"""The document of planned layouts: ``make layouts``."""
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from dspark_sglang.artifacts import write_bytes
-from dspark_sglang.errors import DSparkError
 from dspark_sglang.planning import plan as planning
-from dspark_sglang.planning.anchors import Anchor, anchors
 from dspark_sglang.planning.hardware import read
 from dspark_sglang.planning.plan import LABEL, Plan
 from dspark_sglang.planning.report import gigabytes, verdict
+from tests.planning.anchors import Anchor, anchors
 
+OUT = Path(__file__).resolve().parents[2] / "docs" / "layouts.md"
 #: What is planned: target, stand-alone drafter, title.
 MODELS = (
     ("deepseek-v4-flash-dspark", None, "DeepSeek-V4-Flash-DSpark"),
@@ -37,14 +34,14 @@ _NOTES = ("v4-plugin",)
 
 _INTRO = f"""# Layouts
 
-**Every figure here is {LABEL}.** Made by `python -m dspark_sglang.planning.layouts --out docs/layouts.md` from shapes
+**Every figure here is {LABEL}.** Made by `make layouts` from shapes
 alone; nothing here was run on a GPU. `dspark plan MODEL --hardware NAME` gives the same for one machine, with the source of
 every rule. An H800 has an H100's memory and less NVLink: the plan is the same, the speed will not be.
 
 GB are 10^9 bytes. Weights are sums over tensors as SGLang 0.5.23 keeps and shares them. Activations, graphs and what
 CUDA takes before loading are estimates (SGLang's own heuristic); pools are what that leaves. "Requests" are requests at once
 by the context each has, never more than `--max-running-requests`. What plans are worth where a server does run, on a CPU,
-is in [`results/plan.json`](results/plan.json) (`python -m tests.planning.measure --out docs/results/plan.json`).
+is in [`results/plan.json`](results/plan.json) (`make plan`).
 """
 
 
@@ -112,17 +109,5 @@ def _anchors(found: dict[str, Anchor]) -> Iterator[str]:
         yield f"| `{name}` | {values} | {anchor.note} |"
 
 
-def main() -> None:
-    """Write the document."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="Markdown file to write")
-    arguments = parser.parse_args()
-    try:
-        write_bytes(arguments.out, document().encode())
-    except DSparkError as error:
-        print(f"dspark: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-
-
 if __name__ == "__main__":
-    main()
+    OUT.write_text(document(), encoding="utf-8")

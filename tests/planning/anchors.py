@@ -57,7 +57,7 @@ def _drafter(model: Model, key: str, gross: float, net: float) -> dict[str, Anch
     whole = sum(by_part(model.draft_tensors, Layout()).values())
     replaced = sum(by_part(model.mtp_tensors, Layout()).values())
     experts = [tensor for tensor in model.draft_tensors if tensor.part == "experts"]
-    stages = v4.shape_of(model.target.config).layers
+    stages = v4.drafter_shape(model.target.config).layers
     routed = disk_bytes(experts) / _GB
     note = "all weights of the drafter, in the GiB that SGLang's logs call GB"
     return {

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import msgspec
+
 from dspark_sglang.checkpoint import DrafterConfig, dense_layer, dense_tensors
 from dspark_sglang.errors import CheckpointError
 from dspark_sglang.planning.kv import FullKv, SlidingKv
@@ -94,14 +96,14 @@ def target(config: Config, architecture: str, stored: str, kept: str) -> list[Te
         shapes["lm_head.weight"] = (vocab, hidden)
     made = [
         # Gemma's embedding is an ordinary one there, whole on every rank.
-        _tensor(name, shape, *_share(name, 1), stored, kept, whole=gemma and "embed" in name)
+        _tensor(name, shape, stored, kept, whole=gemma and "embed" in name)
         for name, shape in shapes.items()
     ]
     for layer in range(integer(config, "num_hidden_layers")):
         own = heads(config, architecture, layer)
         for local, shape in _layer(config, architecture, own).items():
             name = f"model.layers.{layer}.{local}"
-            made.append(_tensor(name, shape, *_share(name, own.dim), stored, kept))
+            made.append(_tensor(name, shape, stored, kept, width=own.dim))
     return made
 
 
@@ -127,26 +129,28 @@ def _layer(config: Config, architecture: str, own: Heads) -> dict[str, tuple[int
 
 
 def _tensor(
-    name: str, shape: tuple[int, ...], part: str, split: Split, dim: int, grain: int,
-    stored: str, kept: str, *, whole: bool = False,
+    name: str, shape: tuple[int, ...], stored: str, kept: str, *, width: int = 1, whole: bool = False
 ) -> Tensor:  # fmt: skip
-    split = Split.WHOLE if whole else split
+    """A tensor with its share, by its name; ``width`` is that of a head."""
+    part, split, dim, grain = _share(name, width)
+    if whole:
+        split, grain = Split.WHOLE, 1
     extent = 0 if split is Split.WHOLE else shape[dim]
     return Tensor(
         name=name, shape=shape, stored=stored, kept=kept, part=part, split=split, extent=extent, grain=grain
     )  # fmt: skip
 
 
-def _share(name: str, dim: int) -> tuple[str, Split, int, int]:
+def _share(name: str, width: int) -> tuple[str, Split, int, int]:
     """Part, kind of sharing, shared dimension and smallest piece of it, from the name of a tensor."""
     if "norm" in name or name.endswith(("layer_scalar", "o_proj.bias")):
         return "attention" if "o_proj" in name else "norms", Split.WHOLE, 0, 1
     if "mlp." in name:
         return "mlp", Split.TENSOR, int("down_proj" in name), 1
     if ".k_proj" in name or ".v_proj" in name:
-        return "attention", Split.HEADS, 0, dim
+        return "attention", Split.HEADS, 0, width
     if "self_attn." in name:
-        return "attention", Split.ATTENTION, int("o_proj" in name), dim
+        return "attention", Split.ATTENTION, int("o_proj" in name), width
     return ("head", Split.HEAD_VOCAB, 0, 1) if "lm_head" in name else ("embedding", Split.VOCAB, 0, 1)  # fmt: skip
 
 
@@ -178,12 +182,12 @@ def drafter(config: DrafterConfig, stored: str, kept: str) -> list[Tensor]:
     """Every tensor of a stand-alone drafter: layers shared like the target's, heads whole."""
     made = []
     for name, shape in dense_tensors(config).items():
-        _, *shared = _share(name, config.head_dim)
         part = next((p for p in ("markov_head", "confidence_head", "fc") if name.startswith(p)), "layers")  # fmt: skip
         # SGLang keeps the confidence head in float32 (models/dspark.py:431).
         own = "F32" if part == "confidence_head" else kept
         whole = not name.startswith("layers.")
-        made.append(_tensor(name, shape, part, *shared, stored, own, whole=whole))  # type: ignore[arg-type]
+        one = _tensor(name, shape, stored, own, width=config.head_dim, whole=whole)
+        made.append(msgspec.structs.replace(one, part=part))
     return made
 
 

@@ -57,7 +57,7 @@ def read(directory: Path, prefix: str = "") -> Stored:
             "configuration alone.",
         )
     shards = {directory / str(shard) for shard in weights.values()} if weights else set(files)
-    headers = {}
+    headers: dict[str, Header] = {}
     if shards <= set(files):
         for path in sorted(shards):
             headers |= read_header(path).tensors

@@ -117,7 +117,7 @@ def mtp_layer(config: Config, kernels: Kernels) -> list[Tensor]:
 def _kept(sizes: Sizes, config: Config, shape: V4Shape, kernels: Kernels) -> list[Tensor]:
     """Stored tensors of plain ones, scales included, with what SGLang makes of each when it loads."""
     fp8_experts = config.get("expert_dtype") == "fp8"
-    made = []
+    made: list[Tensor] = []
     for name, size in sizes.items():
         local = name.split(".", 2)[2] if name.startswith(("layers.", "mtp.")) else name
         split, dim, grain = _share(local, shape, kernels)

@@ -9,17 +9,16 @@ of this is in a server that was not started so.
 from __future__ import annotations
 
 import functools
-import importlib.abc
-import importlib.machinery
-import importlib.util
 import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType, ModuleType
 from typing import Any
+
+from tests.patching import on_import
 
 _MODULE = "sglang.srt.distributed.parallel_state"
 #: What a collective is for, by the innermost of these functions that it runs in. All but ``target`` is
@@ -93,32 +92,13 @@ def _counted(name: str, original: Callable[..., Any], counts: Counts) -> Callabl
     return collective
 
 
-class _Finder(importlib.abc.MetaPathFinder):
-    """Wraps the collectives of one module as it is loaded."""
-
-    def __init__(self, counts: Counts) -> None:
-        self._counts = counts
-
-    def find_spec(
-        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        if name != _MODULE:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        assert spec is not None and spec.loader is not None
-        load = spec.loader.exec_module
-
-        def load_and_wrap(module: ModuleType) -> None:
-            load(module)
-            group: Any = module.GroupCoordinator
-            for method in _FACTORS:
-                setattr(group, method, _counted(method, getattr(group, method), self._counts))
-
-        spec.loader.exec_module = load_and_wrap  # type: ignore[method-assign]
-        return spec
-
-
 def count_into(folder: str) -> None:
     """Count the collectives of this process into a file of ``folder``."""
-    sys.meta_path.insert(0, _Finder(Counts(Path(folder))))
+    counts = Counts(Path(folder))
+
+    def wrap(module: ModuleType) -> None:
+        group: Any = module.GroupCoordinator
+        for method in _FACTORS:
+            setattr(group, method, _counted(method, getattr(group, method), counts))
+
+    on_import({_MODULE: wrap})

@@ -35,9 +35,9 @@ class Measured(NamedTuple):
 
     #: ``{op: {configuration: entry}}`` of :func:`benchmarks.report.summarise`.
     report: Mapping[str, Mapping[str, Mapping[str, Any]]]
-    #: Counts of parts by ``name:gamma:rank:kept``.
+    #: Counts of SGLang's parts of the round.
     parts: Mapping[str, rounds.Counts]
-    #: Median microseconds by ``op/configuration`` and ``name:gamma:rank:kept``; empty without CUDA.
+    #: Median microseconds by ``op/configuration`` and by part; empty without CUDA.
     times: Mapping[str, float]
     device: str | None
     #: Launches and torch operations of a served step, :mod:`benchmarks.served`.
@@ -67,15 +67,6 @@ def choose(text: str) -> tuple[str, ...]:
     return wanted
 
 
-def round_parts() -> list[str]:
-    """The parts of the round that the headline is of, as :func:`benchmarks.round.count_parts` takes them."""
-    found = []
-    for name in rounds.PARTS:
-        kept = rounds.KEPT if "accept" in name else rounds.KEPT[:1]
-        found += [f"{name}:{rounds.GAMMA}:{rounds.RANK}:{k}" for k in kept]
-    return found
-
-
 def _summarise(op: str) -> dict[str, Any]:
     try:
         return report.summarise(op)
@@ -88,7 +79,7 @@ def _summarise(op: str) -> dict[str, Any]:
 
 
 def _count(part: str) -> rounds.Counts:
-    (found,) = results(f"{rounds.__name__}.count_parts", part, interpret=True)
+    (found,) = results(f"{rounds.__name__}.count_part", part, interpret=True)
     return rounds.read_counts(found)
 
 
@@ -103,7 +94,7 @@ def measure(ops: tuple[str, ...]) -> Measured:
     Raises:
         MeasurementError: a kernel is wrong, or could not be run.
     """
-    wanted = round_parts() if {"accept", "markov_step"} <= set(ops) else []
+    wanted = list(rounds.PARTS) if {"accept", "markov_step"} <= set(ops) else []
     with ThreadPoolExecutor(max_workers=2) as pool:
         # The longest first, so that nothing long is left over for the end.
         compiled = {
@@ -153,7 +144,7 @@ def summarise(
         op: {name: _config(measured, op, name, entry) for name, entry in entries.items()}
         for op, entries in measured.report.items()
     }
-    parts = _round(measured)
+    parts = _round(ops, measured)
 
     def gigabytes(*names: str) -> float | None:
         if not all(name in parts for name in names):
@@ -196,30 +187,29 @@ def _config(measured: Measured, op: str, name: str, entry: Mapping[str, Any]) ->
     )
 
 
-def _round(measured: Measured) -> dict[str, PartBytes]:
-    """The parts of the round, those that depend on it at half of the drafts kept."""
-    grouped: dict[str, list[str]] = {}
-    for text in round_parts():
-        grouped.setdefault(text.partition(":")[0], []).append(text)
-    found = {}
-    for name, texts in grouped.items():
-        if not all(text in measured.parts for text in texts):
-            continue
-        counts = [measured.parts[text] for text in texts]
-        place = BATCH, rounds.VOCABULARY
-        bytes_ = round(sum(c.at(*place) for c in counts) / len(counts))
-        floors = [
-            rounds.floor(name, rounds.Sizes(*map(int, text.split(":")[1:])), *place)
-            for text in texts
-        ]
-        timed = [measured.times[text] for text in texts if text in measured.times]
+def _round(ops: Mapping[str, Mapping[str, Config]], measured: Measured) -> dict[str, PartBytes]:
+    """The parts of the round, ours and SGLang's."""
+    key, found = str(BATCH), {}
+    for name, (op, configuration) in rounds.OURS.items():
+        config = ops.get(op, {}).get(configuration)
+        if config is not None:
+            found[name] = PartBytes(
+                counted_bytes=config.counted_bytes[key],
+                floor_bytes=config.floor_bytes[key],
+                launches=config.launches,
+                torch_operations=0,
+                roofline_us=config.roofline_us,
+                timed_us=config.timed_us,
+            )
+    for name, counts in measured.parts.items():
+        bytes_ = counts.at(BATCH, rounds.VOCABULARY)
         found[name] = PartBytes(
             counted_bytes=bytes_,
-            floor_bytes=None if rounds.PARTS[name].builtin else round(sum(floors) / len(floors)),
-            launches=counts[0].launches,
-            torch_operations=counts[0].operations,
+            floor_bytes=None,
+            launches=counts.launches,
+            torch_operations=counts.operations,
             roofline_us=_microseconds(bytes_),
-            timed_us=round(sum(timed) / len(timed), 2) if len(timed) == len(texts) else None,
+            timed_us=measured.times.get(name),
         )
     return found
 

@@ -51,7 +51,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PartBytes(msgspec.Struct, frozen=True, kw_only=True):
-    """A part of the round of :data:`LABELS`, at its batch, half of the drafts kept."""
+    """A part of the round of :mod:`benchmarks.round`."""
 
     counted_bytes: int
     floor_bytes: int | None
@@ -67,8 +67,8 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
 
     schema_version: int
     ops: dict[str, dict[str, Config]]
-    #: Gigabytes (1e9) of a round of 64 requests, gamma 5, V 129280, rank 256, temperature 1, half of
-    #: the drafts kept, bfloat16 logits: acceptance of a dense and of a listed drafted distribution; drafting
+    #: Gigabytes (1e9) of a round of 64 requests, gamma 5, V 129280, rank 256, temperature 1, three of
+    #: five drafts kept, bfloat16 logits: acceptance of a dense and of a listed drafted distribution; drafting
     #: over the whole vocabulary and from a shortlist with the base tail, each with the acceptance of
     #: its distribution, which is dense; and SGLang's.
     accept_gb: float | None

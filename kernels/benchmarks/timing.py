@@ -45,7 +45,7 @@ def times(*keys: str) -> Iterator[dict[str, Any]]:
     """Median microseconds of a call at batch 64.
 
     Args:
-        keys: ``op/configuration``, or ``name:gamma:rank:kept`` of a part of a round.
+        keys: ``op/configuration``, or the name of a part of a round.
 
     Raises:
         RuntimeError: a result is not the reference's.
@@ -72,10 +72,8 @@ def _case(op: str, name: str, device: torch.device) -> Callable[[], Any]:
     return example.run
 
 
-def _part(text: str, device: torch.device) -> Callable[[], Any]:
-    name, *numbers = text.split(":")
-    sizes = rounds.Sizes(*map(int, numbers))
-    call = rounds.PARTS[name].make(sizes, rounds.BATCH, rounds.VOCABULARY, device)
+def _part(name: str, device: torch.device) -> Callable[[], Any]:
+    call = rounds.PARTS[name].make(rounds.Sizes(), rounds.BATCH, rounds.VOCABULARY, device)
     call.check(call.run())
     return call.run
 

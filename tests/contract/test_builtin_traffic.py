@@ -25,12 +25,11 @@ def counted() -> Iterator[dict[str, Any]]:
 
     sizes, cpu = rounds.Sizes(GAMMA, RANK, KEPT), torch.device("cpu")
     for name, part in rounds.PARTS.items():
-        if part.builtin:
-            call = part.make(sizes, BATCH, COLUMNS, cpu)
-            kept: list[Any] = []
-            found = [moved.count(lambda run=call.run, k=kept: k.append(run())) for _ in range(2)]  # type: ignore[misc]
-            call.check(kept[0])
-            yield {"part": name, "found": [entry._asdict() for entry in found]}
+        call = part.make(sizes, BATCH, COLUMNS, cpu)
+        kept: list[Any] = []
+        found = [moved.count(lambda run=call.run, k=kept: k.append(run())) for _ in range(2)]  # type: ignore[misc]
+        call.check(kept[0])
+        yield {"part": name, "found": [entry._asdict() for entry in found]}
 
 
 @pytest.fixture(scope="module")

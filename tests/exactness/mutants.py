@@ -2,7 +2,7 @@
 
 A proof that cannot fail proves nothing. A mutant reaches a server only through a ``sitecustomize.py``
 that :func:`prepare` writes into a run's folder, put on that one server's ``PYTHONPATH``, and patches
-modules right after they are imported there. Only the standard library is imported up here: the
+modules right after they are imported there. Nothing large is imported up here: the
 hook runs in every process of that server.
 """
 
@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.abc
-import importlib.machinery
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from tests.patching import on_import
 
 #: Chooses the mutant in the processes of a server. Not ``DSPARK_*``: those are settings.
 VARIABLE = "EXACTNESS_MUTANT"
@@ -251,40 +251,9 @@ def apply(mutant: str, module: ModuleType) -> None:
     setattr(owner, name, property(counted) if isinstance(found, property) else counted)
 
 
-class _Finder(importlib.abc.MetaPathFinder):
-    """Finds one module as Python would and patches it as soon as its code has run."""
-
-    def __init__(self, mutant: str) -> None:
-        self._mutant = mutant
-        self._busy = False
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        if fullname != MUTANTS[self._mutant][0] or self._busy:
-            return None
-        self._busy = True
-        try:
-            spec = importlib.util.find_spec(fullname)
-        finally:
-            self._busy = False
-        if spec is None or spec.loader is None:
-            return None
-        execute = spec.loader.exec_module
-
-        def execute_and_patch(module: ModuleType) -> None:
-            execute(module)
-            apply(self._mutant, module)
-
-        spec.loader.exec_module = execute_and_patch  # type: ignore[method-assign]
-        return spec
-
-
 def install(mutant: str) -> None:
     """Patch the mutant's module when this process imports it."""
-    import importlib.util  # noqa: F401 - the finder's
-
-    sys.meta_path.insert(0, _Finder(mutant))
+    on_import({MUTANTS[mutant][0]: functools.partial(apply, mutant)})
 
 
 def prepare(mutant: str, folder: Path) -> dict[str, str]:

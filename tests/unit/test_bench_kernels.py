@@ -23,7 +23,8 @@ COMMITTED = ROOT / "docs" / "results" / "kernels.json"
 DOCUMENT = ROOT / "docs" / "kernels.md"
 WHEN = Provenance(created="2026-01-01", command="make bench-kernels", versions={"torch": "2"})
 BATCHES = (*report.COUNTED, *report.EXTRAPOLATED)
-ACCEPT, MARKOV = "gamma5-V1000-bf16-dense", "full-vanilla-gamma5-V1000-r256-sampled"
+OURS = rounds.OURS
+ACCEPT = OURS["accept"][1]
 
 
 def entry(each: int, launches: int) -> dict[str, Any]:
@@ -47,21 +48,18 @@ def counts(each: int, launches: int = 1, operations: int = 0) -> rounds.Counts:
 
 
 def measured(**changed: Any) -> kernels.Measured:
-    rates = {
-        **{"draft": 10, "draft_shortlist": 3, "builtin_draft": 12},
-        **{"accept": 4, "accept_shortlist": 2, "builtin_accept": 50, "builtin_accept_optin": 20},
+    each = {"draft": (10_000, 6), "draft_shortlist": (3000, 3)}
+    each |= {"accept": (4000, 1), "accept_shortlist": (2000, 1)}
+    report: dict[str, dict[str, Any]] = {"accept": {}, "markov_step": {}}
+    for part, (op, name) in OURS.items():
+        report[op][name] = entry(*each[part])
+    parts = {
+        "builtin_draft": counts(12, 3, 2),
+        "builtin_accept": counts(50),
+        "builtin_accept_optin": counts(20),
     }
-    parts = {}
-    for text in kernels.round_parts():
-        name, *_, kept = text.split(":")
-        # Three kept of five move a byte more than two.
-        parts[text] = counts(rates[name] + (kept == "3"), 3, 2 if "builtin" in name else 0)
     found = kernels.Measured(
-        report={
-            "accept": {ACCEPT: entry(1000, 1), "gamma5-V1000-fp32-dense": entry(2000, 1)},
-            "markov_step": {MARKOV: entry(5000, 6)},
-            "kv_inject": {"gamma5": entry(10, 1)},
-        },
+        report=report | {"kv_inject": {"gamma5": entry(10, 1)}},
         parts=parts,
         times={},
         device=None,
@@ -77,23 +75,29 @@ def summed(found: kernels.Measured) -> summary.Summary:
 # --- the summary -------------------------------------------------------------------------------
 
 
-def test_the_round_is_extrapolated_with_half_of_the_drafts_kept() -> None:
+def test_the_round_is_ours_beside_sglangs() -> None:
     found = summed(measured())
-    unit = rounds.BATCH * rounds.VOCABULARY / 1e9
-    assert found.accept_gb == round(4.5 * unit, 4)
-    assert found.accept_shortlist_gb == round(2.5 * unit, 4)
-    assert found.draft_accept_gb == pytest.approx(14.5 * unit, abs=1e-4)
-    # Its law is over every token.
-    assert found.draft_accept_shortlist_gb == pytest.approx(7.5 * unit, abs=1e-4)
-    assert found.builtin_draft_accept_gb == pytest.approx(62.5 * unit, abs=1e-4)
-    assert found.builtin_optin_accept_gb == pytest.approx(20.5 * unit, abs=1e-4)
+    unit, row = rounds.BATCH * rounds.VOCABULARY / 1e9, rounds.BATCH / 1e6
+    assert found.accept_gb == round(4 * row, 4)
+    assert found.accept_shortlist_gb == round(2 * row, 4)
+    assert found.draft_accept_gb == pytest.approx(14 * row, abs=1e-4)
+    # Its distribution is over every token.
+    assert found.draft_accept_shortlist_gb == pytest.approx(7 * row, abs=1e-4)
+    assert found.builtin_draft_accept_gb == pytest.approx(62 * unit, abs=1e-4)
+    assert found.builtin_optin_accept_gb == pytest.approx(20 * unit, abs=1e-4)
     assert (found.launches_per_step, found.torch_operations_per_step) == (7, 11)
+    assert found.round["draft"].floor_bytes == rounds.BATCH * 5000
+
+
+def test_our_parts_of_the_round_are_configurations_of_the_ops() -> None:
+    for op, name in OURS.values():
+        assert name in {case.name for case in report.bench(op).cases()}
 
 
 def test_a_roofline_is_computed_and_nothing_is_timed_without_a_device() -> None:
     found = summed(measured())
     config = found.ops["accept"][ACCEPT]
-    assert config.roofline_us == round(64 * 1000 / 3.35e12 * 1e6, 2)
+    assert config.roofline_us == round(64 * 4000 / 3.35e12 * 1e6, 2)
     assert "computed, not timed" in found.labels["roofline_us"]
     assert found.device is None
     assert config.timed_us is None
@@ -104,10 +108,11 @@ def test_a_roofline_is_computed_and_nothing_is_timed_without_a_device() -> None:
 
 
 def test_times_get_a_column_of_their_own() -> None:
-    times = {f"accept/{ACCEPT}": 12.5, "accept:5:256:2": 30.0, "accept:5:256:3": 40.0}
+    times = {f"accept/{ACCEPT}": 12.5, "builtin_accept": 35.0}
     found = summed(measured(times=times, device="a GPU"))
     assert found.ops["accept"][ACCEPT].timed_us == 12.5
-    assert found.round["accept"].timed_us == 35.0
+    assert found.round["accept"].timed_us == 12.5
+    assert found.round["builtin_accept"].timed_us == 35.0
     shown = summary.text(found)
     assert "Timed on a GPU." in shown
     assert "timed, µs" in shown
@@ -115,7 +120,7 @@ def test_times_get_a_column_of_their_own() -> None:
 
 
 def test_what_was_not_measured_is_none() -> None:
-    found = summed(measured(parts={}, step=None))
+    found = summed(measured(report={"admit": {"R1": entry(1, 1)}}, parts={}, step=None))
     gigabytes = [name for name in summary.Summary.__struct_fields__ if name.endswith("_gb")]
     assert len(gigabytes) == 8
     assert {getattr(found, name) for name in gigabytes} == {None}
@@ -132,14 +137,6 @@ def test_counts_are_linear_in_batch_and_vocabulary(
 
     known = {(b, v): exact(b, v) for b in (1, 4) for v in (64640, 129280)}
     assert rounds.Counts(known, 1, 0).at(batch, columns) == exact(batch, columns)
-
-
-def test_our_parts_have_a_floor_below_what_their_rows_take() -> None:
-    sizes = rounds.Sizes(kept=2)
-    rows = 64 * 3 * 2 * 1000
-    assert rows < rounds.floor("accept_shortlist", sizes, 64, 1000) < rows + 64 * 6000
-    assert rounds.floor("accept", sizes, 64, 1000) > rows + 64 * 2000
-    assert rounds.floor("draft", sizes, 64, 1000) > 5 * 1000 * (2 * 256 + 64 * 4)
 
 
 # --- counting torch operations -------------------------------------------------------------------

@@ -7,14 +7,14 @@ the product.
 
 from __future__ import annotations
 
-import importlib.abc
-import importlib.machinery
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from tests.patching import on_import
 
 NAME = os.environ.get("CANARY_FAULT", "")
 SWITCH = Path(os.environ.get("CANARY_SWITCH", "/nowhere"))
@@ -99,25 +99,5 @@ CHANGES: dict[str, tuple[str, Callable[[ModuleType], None]]] = {
 }
 
 
-class Finder(importlib.abc.MetaPathFinder):
-    """Changes one module of ours as it is imported."""
-
-    def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
-        wanted, change = CHANGES[NAME]
-        if name != wanted:
-            return None
-        spec = importlib.machinery.PathFinder.find_spec(name, path)
-        if spec is None or spec.loader is None:
-            return None
-        run = spec.loader.exec_module
-
-        def exec_module(module: ModuleType) -> None:
-            run(module)
-            change(module)
-
-        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
-        return spec
-
-
 if NAME:
-    sys.meta_path.insert(0, Finder())
+    on_import(dict([CHANGES[NAME]]))

@@ -6,14 +6,13 @@ step, so a fault begins and ends while the server runs. Nothing of this is in th
 
 from __future__ import annotations
 
-import importlib.abc
-import importlib.machinery
 import os
-import sys
 import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from tests.patching import on_import
 
 FILE = os.environ.get("FAULT_FILE", "")
 STALL_EVERY, STALLED_FOR = 10, 10
@@ -128,24 +127,5 @@ CHANGES = {
 }
 
 
-class Finder(importlib.abc.MetaPathFinder):
-    """Changes modules of ours as they are imported."""
-
-    def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
-        if name not in CHANGES:
-            return None
-        spec = importlib.machinery.PathFinder.find_spec(name, path)
-        if spec is None or spec.loader is None:
-            return None
-        run = spec.loader.exec_module
-
-        def exec_module(module: ModuleType) -> None:
-            run(module)
-            CHANGES[name](module)
-
-        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
-        return spec
-
-
 if FILE:
-    sys.meta_path.insert(0, Finder())
+    on_import(CHANGES)

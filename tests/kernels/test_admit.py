@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks import traffic
-from dspark_kernels.admit import Admission, admit, bench
+from benchmarks.ops import admit as bench
+from dspark_kernels.admit import Admission, admit
 from dspark_kernels.admit.reference import reference
 from dspark_kernels.support.backend import LAUNCHES
 from dspark_kernels.support.errors import OperandError

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks import traffic
-from dspark_kernels.confidence import Confidence, bench, confidence
+from benchmarks.ops import confidence as bench
+from dspark_kernels.confidence import Confidence, confidence
 from dspark_kernels.confidence.reference import reference
 from dspark_kernels.support.backend import LAUNCHES
 from dspark_kernels.support.errors import OperandError

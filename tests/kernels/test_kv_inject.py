@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from benchmarks import traffic
-from dspark_kernels.kv_inject import Pools, bench, kv_inject, pools, rope_table
+from benchmarks.ops import kv_inject as bench
+from dspark_kernels.kv_inject import Pools, kv_inject, pools, rope_table
 from dspark_kernels.kv_inject.reference import reference
 from dspark_kernels.support.backend import LAUNCHES
 from dspark_kernels.support.errors import OperandError

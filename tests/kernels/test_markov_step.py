@@ -30,9 +30,9 @@ from markov_operands import (
 )
 
 from benchmarks import traffic
+from benchmarks.ops import markov_step as bench
 from dspark_kernels.markov_step import (
     Sampling,
-    bench,
     draft_block,
     draft_shortlist,
     launch,

@@ -59,7 +59,7 @@ bench-load-full: install  ## The same at six concurrencies, twice as many turns
 	$(BIN)/python -m benchmarks.load --concurrency 1,2,4,8,16,32 --blocks 6
 
 bench-selfcheck: install  ## Check the load generator itself: 500 streams on one core, known truth on another (1 minute)
-	$(BIN)/dspark bench --self-check --duration 30 --out runs/bench
+	$(BIN)/python -m tests.selfcheck --seconds 30
 
 bench-placement: install  ## Serve with several ranks: same texts, collectives counted, a rank killed
 	$(BIN)/python -m benchmarks.placement
@@ -120,8 +120,7 @@ $(MADE)/price-cpu.json: $(RESULTS)/frontier-cpu.json
 	$(PRICE) --sla 10 --preset cpu >$@
 
 $(RESULTS)/loadgen.json: | $(STAMP)
-	$(BIN)/dspark bench --self-check --duration 30 --out runs/bench
-	cp runs/bench/selfcheck.json $@
+	$(BIN)/python -m tests.selfcheck --seconds 30 --out $@
 
 $(RESULTS)/load.json $(RESULTS)/frontier-cpu.json &: | $(STAMP)
 	$(BIN)/python -m benchmarks.load --concurrency 1,2,4,8,16,32 --dtypes bfloat16 --resume --out runs/load-report

@@ -39,12 +39,12 @@ from dspark_loadtests.client import (  # noqa: E402
     read_api_key,
     request_headers,
 )
+from dspark_loadtests.generator import LoadSession  # noqa: E402
 from dspark_loadtests.prompts import cycle, load_prompts  # noqa: E402
-from dspark_loadtests.report import summarize, write_summary  # noqa: E402
+from dspark_loadtests.report import print_summaries, summarize, verdict  # noqa: E402
 from dspark_loadtests.schema import RunSettings, Slo, Summary  # noqa: E402
-from dspark_loadtests.session import LoadSession  # noqa: E402
 from dspark_loadtests.stream import Outcome, RequestRecord, StreamRecorder  # noqa: E402
-from dspark_loadtests.terminal import print_summary, verdict  # noqa: E402
+from dspark_sglang.artifacts import write_json  # noqa: E402
 from dspark_sglang.errors import ConfigError, DSparkError  # noqa: E402
 
 # A dead server refuses in microseconds; without a pause every user would spin on it and the
@@ -167,12 +167,12 @@ def _stop(environment: Any, **_: Any) -> None:
         _fire(environment, "UNFINISHED", record.e2e_s)
     summary = run.summary()
     console = Console()
-    print_summary(summary, console)
+    print_summaries([summary], console)
     passed, line = verdict(summary)
     _State.exit_code = 0 if passed else 1
     console.print(line, markup=False, highlight=False, soft_wrap=True)
     try:
-        write_summary(summary, run.summary_path)
+        write_json(run.summary_path, summary)
     except OSError as error:
         _State.exit_code = 2
         print(

@@ -58,7 +58,7 @@ app.command("serve", context_settings={"allow_extra_args": True, "ignore_unknown
 app.command("gate")(gate.gate)
 app.command("canary")(canary.canary)
 app.command("demo")(demo.demo)
-bench_app.command("compare")(bench_compare.compare)
+bench_app.command("compare")(bench_compare.compare_servers)
 bench_app.command("gate")(bench_compare.check)
 bench_app.command("frontier")(bench_compare.draw)
 app.add_typer(bench_app, name="bench")

@@ -8,14 +8,14 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from dspark_loadtests import plan
-from dspark_loadtests.bench import connect
-from dspark_loadtests.client import read_api_key
-from dspark_loadtests.report import read_result
-from dspark_loadtests.schema import Slo
+from dspark_loadtests import bench, compare, frontier, gate
+from dspark_loadtests.client import RequestSettings, connect, read_api_key
+from dspark_loadtests.compare import SWITCHES, Cell, Versus, Way
+from dspark_loadtests.generator import Load
+from dspark_loadtests.prompts import read_prompts
+from dspark_loadtests.schema import BenchResult, Slo
 from dspark_sglang import artifacts
 from dspark_sglang.cli.bench import (
     ApiKey,
@@ -30,10 +30,6 @@ from dspark_sglang.cli.bench import (
     command,
 )
 from dspark_sglang.errors import ConfigError, DSparkError
-from dspark_sglang.load import figure, frontier, gate, versus
-from dspark_sglang.load.frontier import Frontier
-from dspark_sglang.load.prompts import read_prompts
-from dspark_sglang.load.versus import SWITCHES, Cell, Versus, Way
 from dspark_sglang.provenance import machine, provenance
 from dspark_sglang.values import read_numbers
 
@@ -58,7 +54,7 @@ def _ways(given: list[str], modes: str, model: str | None, key: str | None, gpus
     return [Way(each, endpoint, SWITCHES[each], gpus) for each in chosen]
 
 
-def compare(
+def compare_servers(
     servers: Annotated[
         list[str],
         typer.Argument(
@@ -89,41 +85,41 @@ def compare(
     """
     console = Console()
     source = read_prompts(prompts)
-    request = plan.Request(
-        concurrency=tuple(read_numbers(concurrency, "--concurrency", int)),
-        duration_s=duration,
-        warmup_s=warmup,
-        temperature=temperature,
-        max_tokens=max_tokens,
-        seed=seed,
-        slo=Slo(ttft_ms=sla_ttft_ms, tpot_ms=sla_tpot_ms),
-    )
-    plan.check(request, source.prompts)
+    slo = Slo(ttft_ms=sla_ttft_ms, tpot_ms=sla_tpot_ms)
+    loads = {
+        f"c{users}": Load(
+            settings=RequestSettings(model="", temperature=temperature, max_tokens=max_tokens),
+            users=users,
+            warm_s=warmup,
+            window_s=duration,
+            drain_s=60.0,
+            seed=seed,
+        )
+        for users in read_numbers(concurrency, "--concurrency", int)
+    }
+    bench.check(loads, source, slo)
     ways = _ways(servers, modes, model, read_api_key(api_key_file), gpus)
     cells: list[Cell] = []
+    stopped = ""
 
     def keep(cell: Cell) -> None:
         cells.append(cell)
-        _write(_result(ways, cells, complete=len(cells) == len(request.concurrency)), out)
+        _write(_result(ways, cells, complete=len(cells) == len(loads)), out)
 
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn())  # fmt: skip
-    with Progress(*columns, console=console, transient=True, refresh_per_second=2) as bar:
-        task = bar.add_task("", total=len(request.concurrency) * blocks * len(ways))
+    def told(users: int, block: int, way: str) -> None:
+        console.print(f"{users} users, block {block + 1} of {blocks}, {way} ...", highlight=False)
 
-        def told(users: int, block: int, way: str) -> None:
-            done = bar.tasks[0].fields.get("turns", -1) + 1
-            bar.update(task, completed=done, turns=done, description=f"{users} users, block {block + 1}, {way}")  # fmt: skip
-
-        try:
-            versus.compare(ways, source.prompts, request, blocks=blocks, source=source.name, told=told, finished=keep)  # fmt: skip
-        except (KeyboardInterrupt, DSparkError) as error:
-            if not cells:
-                raise
-            _write(_result(ways, cells, complete=False, why=str(error) or "interrupted"), out)
-            console.print(
-                f"[red]Incomplete[/]: {escape(str(error) or 'interrupted')}", soft_wrap=True
-            )
-    found = _result(ways, cells, complete=len(cells) == len(request.concurrency))
+    try:
+        compare.compare(
+            ways, source, list(loads.values()), blocks=blocks, slo=slo, told=told, finished=keep
+        )
+    except (KeyboardInterrupt, DSparkError) as error:
+        if not cells:
+            raise
+        stopped = str(error) or "interrupted"
+        console.print(f"[red]Incomplete[/]: {escape(stopped)}", soft_wrap=True)
+    found = _result(ways, cells, complete=len(cells) == len(loads), why=stopped)
+    _write(found, out)
     console.print(_table(found))
     console.print(f"Written: {out}/compare.json, frontier.json, frontier.png")
     raise typer.Exit(0 if found.complete else 1)
@@ -143,10 +139,10 @@ def _result(ways: list[Way], cells: list[Cell], *, complete: bool, why: str = ""
 
 def _write(found: Versus, out: Path) -> None:
     artifacts.write_json(out / "compare.json", found)
-    line = versus.frontier_of(found)
+    line = compare.frontier_of(found)
     artifacts.write_json(out / "frontier.json", line)
-    figure.draw_frontier(line, out / "frontier.png", ours=found.ways[0])
-    figure.draw_budget(line, out / "budget.png")
+    frontier.draw_frontier(line, out / "frontier.png", ours=found.ways[0])
+    frontier.draw_budget(line, out / "budget.png")
 
 
 def _table(found: Versus) -> Table:
@@ -179,7 +175,11 @@ def check(
     Also 1: requests failed that did not before, a stage is missing, the load differs or the run is incomplete.
     """
     console = Console()
-    found = gate.compare(read_result(result), read_result(baseline), tolerance=tolerance)
+    both = (
+        artifacts.read_artifact(path, BenchResult, "a result", "Make one with `dspark bench`.")
+        for path in (result, baseline)
+    )
+    found = gate.compare(*both, tolerance=tolerance)
     view = Table(title=f"{result} against {baseline}, tolerance {tolerance:.1%}")
     for heading in ("stage", "metric", "before", "after", "change (95%)", "verdict"):
         view.add_column(heading, justify="left" if heading in ("stage", "metric") else "right")
@@ -214,17 +214,17 @@ def draw(
 ) -> None:
     """Draw throughput against a user's speed (the paper's Figure 7) and budget against load (Figure 8), with ratios at equal service."""
     console = Console()
-    merged = _merge([frontier.read(path) for path in files])
+    merged = frontier.merge([frontier.read(path) for path in files])
     first = ours or merged.series[0].name
     merged.of(first)
     speeds = read_numbers(user_speed, "--user-speed", float, zero=True) if user_speed else None
     artifacts.write_json(out / "frontier.json", merged)
-    figure.draw_frontier(merged, out / "frontier.png", ours=first, speeds=speeds)
-    drawn = figure.draw_budget(merged, out / "budget.png")
+    frontier.draw_frontier(merged, out / "frontier.png", ours=first, speeds=speeds)
+    drawn = frontier.draw_budget(merged, out / "budget.png")
     view = Table(title=f"{first} over the others at equal service")
     for heading in ("over", "at", first, "other", "ratio"):
         view.add_column(heading, justify="left" if heading == "over" else "right")
-    for found in figure.iso(merged, first, speeds=speeds):
+    for found in frontier.iso(merged, first, speeds=speeds):
         unit = "tok/s a user" if found.kind == "speed" else "tok/s a GPU"
         values = [
             "cannot" if each is None else f"{each:.1f}" for each in (found.ours, found.theirs)
@@ -233,24 +233,3 @@ def draw(
         view.add_row(found.other, f"{found.at:.1f} {unit}", *values, ratio)
     console.print(view)
     console.print(f"Written: {out}/frontier.json, frontier.png" + (", budget.png" if drawn else ""))
-
-
-def _merge(found: list[Frontier]) -> Frontier:
-    series = [each for one in found for each in one.series]
-    names = [each.name for each in series]
-    doubled = sorted({name for name in names if names.count(name) > 1})
-    models = sorted({Path(one.model).name for one in found})
-    if doubled or len(models) > 1 or len({one.source for one in found}) > 1:
-        raise ConfigError(
-            f"The files are of the models {', '.join(models)}"
-            + (f" and both have a series {', '.join(doubled)}." if doubled else "."),
-            expected="one model, all measured or all simulated, and series of different names",
-            fix="Name them with dspark bench --name.",
-        )
-    return Frontier(
-        source=found[0].source,
-        model=found[0].model,
-        hardware=", ".join(dict.fromkeys(one.hardware for one in found)),
-        assumptions=found[0].assumptions,
-        series=series,
-    )

@@ -36,8 +36,8 @@ def profile(
     Serve with it by DSPARK_COST=runs/profile/cost.json; a server of other models, dtype, device or
     ranks refuses it.
     """
+    from dspark_loadtests.closed_loop import make_server, mode
     from dspark_sglang.demo.server import Server, free_port
-    from dspark_sglang.load.modes import make_server, mode
 
     if dtype not in ("bfloat16", "float32"):
         raise ConfigError(

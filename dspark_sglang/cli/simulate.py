@@ -397,7 +397,7 @@ def price_(
     """
     import msgspec
 
-    from dspark_sglang.load import frontier
+    from dspark_loadtests import frontier
     from dspark_sglang.simulate import price
 
     given = price.load(preset, prices, gpu_hour=gpu_hour, utilisation=utilisation)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dspark_sglang.load.frontier import Frontier, Point, non_dominated, throughput_at
+from dspark_loadtests.frontier import Frontier, Point, non_dominated, throughput_at
 
 _COLOURS = ("#8c8c8c", "#1f6fb4", "#c44e52", "#2e8b57")
 

@@ -12,14 +12,21 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from dspark_loadtests.client import RequestSettings
+from dspark_loadtests.closed_loop import (
+    Delivered,
+    difference,
+    make_server,
+    mode,
+    run_block,
+    wait_idle,
+)
+from dspark_loadtests.generator import Load
 from dspark_loadtests.prompts import Prompt, load_prompts
 from dspark_sglang.artifacts import CostArtifact, read_artifact
 from dspark_sglang.checkpoint import weights_digest
 from dspark_sglang.demo.server import Server, free_port
 from dspark_sglang.errors import ServerError
-from dspark_sglang.load.closed_loop import Delivered, Load, run_block
-from dspark_sglang.load.compare import difference, wait_idle
-from dspark_sglang.load.modes import make_server, mode
 from dspark_sglang.provenance import machine, provenance
 from dspark_sglang.simulate.parameters import Observed, Parameters, overheads
 
@@ -42,9 +49,10 @@ class Plan:
     def load(self, users: int, seed: int) -> Load:
         """One block."""
         return Load(
-            concurrency=users,
-            temperature=self.temperature,
-            max_tokens=self.max_tokens,
+            settings=RequestSettings(
+                model="default", temperature=self.temperature, max_tokens=self.max_tokens
+            ),
+            users=users,
             warm_s=self.warm_s,
             window_s=self.window_s,
             seed=seed,
@@ -95,12 +103,12 @@ def observe(
     counted = difference(before, after)
     if delivered.tpot_s is None or delivered.ttft_s is None:
         raise ServerError(
-            f"No answer ended within {load.warm_s + load.window_s:.0f} s at {load.concurrency} requests.",
+            f"No answer ended within {load.warm_s + load.window_s:.0f} s at {load.users} requests.",
             expected="some that did",
             fix="Raise --window-s, or lower --max-tokens.",
         )
     observed = Observed(
-        users=load.concurrency,
+        users=load.users or 0,
         tok_s=delivered.tok_s,
         tpot_s=delivered.tpot_s,
         ttft_s=delivered.ttft_s,
@@ -110,7 +118,7 @@ def observe(
         wall_s=min(wall, load.warm_s + load.window_s),
         step_s=counted["s_step"],
         steps=int(counted["steps"]),
-        began=delivered.requests + load.concurrency,
+        began=delivered.requests + (load.users or 0),
     )
     return observed, delivered, after
 

@@ -162,7 +162,7 @@ def twin(given: Parameters) -> Server:
 
 
 def predict(given: Parameters, users: int, *, seconds: float = _SECONDS, seed: int = 0) -> Summary:
-    """A closed loop of ``users`` on the twin, as :mod:`dspark_sglang.load.closed_loop` runs it."""
+    """A closed loop of ``users`` on the twin, as :mod:`dspark_loadtests.closed_loop` runs it."""
     server, rng = twin(given), np.random.default_rng(seed)
     count = max(64, 4 * users, int(40 * seconds))
     output = rng.choice(given.answer_tokens, count)

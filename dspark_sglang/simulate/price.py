@@ -17,10 +17,10 @@ from typing import Any
 
 import msgspec
 
+from dspark_loadtests import frontier
+from dspark_loadtests.frontier import Frontier, Point, Series
 from dspark_sglang.artifacts import SCHEMA_VERSION
 from dspark_sglang.errors import ConfigError
-from dspark_sglang.load import frontier
-from dspark_sglang.load.frontier import Frontier, Point, Series
 
 UNITS = {
     "gpu_hour": "$/GPU-hour",

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from dspark_sglang.load.frontier import (
+from dspark_loadtests.frontier import (
     Frontier,
     Point,
     Series,

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import msgspec
 import numpy as np
 
+from dspark_loadtests.frontier import Frontier, Point, Series
 from dspark_sglang.artifacts import SCHEMA_VERSION, Provenance, write_json
 from dspark_sglang.core.steps import CostModel
 from dspark_sglang.errors import ConfigError
-from dspark_sglang.load.frontier import Frontier, Point, Series
 from dspark_sglang.provenance import machine, provenance
 from dspark_sglang.simulate import acceptance, arrivals, figures, parameters
 from dspark_sglang.simulate.acceptance import Mixture

@@ -8,8 +8,8 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from dspark_loadtests.frontier import Point
 from dspark_sglang.errors import ConfigError
-from dspark_sglang.load.frontier import Point
 from dspark_sglang.simulate.costs import StepTimes
 from dspark_sglang.simulate.engine import Result
 

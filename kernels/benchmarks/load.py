@@ -27,6 +27,10 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from benchmarks.blocks import cell_name, draw, frontier_of, run_cell, summarise_cell, table
+from dspark_loadtests.client import RequestSettings
+from dspark_loadtests.closed_loop import MODES, ModeName, make_server, mode
+from dspark_loadtests.generator import Load
 from dspark_loadtests.prompts import BALANCED, Prompt, load_prompts
 from dspark_sglang import targets
 from dspark_sglang.artifacts import write_bytes, write_json
@@ -37,18 +41,6 @@ from dspark_sglang.demo import report
 from dspark_sglang.demo.measure import running, stream_text
 from dspark_sglang.demo.server import Server, free_ports, pause_when_up
 from dspark_sglang.errors import ConfigError, ServerError
-from dspark_sglang.load.closed_loop import Load
-from dspark_sglang.load.compare import run_cell
-from dspark_sglang.load.modes import MODES, ModeName, make_server, mode
-from dspark_sglang.load.summary import (
-    cell_name,
-    draw,
-    frontier_of,
-    on_share,
-    service_figures,
-    summarise_cell,
-    table,
-)
 from dspark_sglang.provenance import machine, versions
 from dspark_sglang.values import read_numbers
 
@@ -186,12 +178,12 @@ class _Run:
             servers,
             prompts,
             Load(
-                concurrency=users,
-                temperature=heat,
-                max_tokens=self.max_tokens,
+                settings=RequestSettings(
+                    model="default", temperature=heat, max_tokens=self.max_tokens
+                ),
+                users=users,
                 warm_s=self.warm_s,
                 window_s=self.window_s,
-                seed=0,
             ),
             blocks=self.blocks,
             slice_s=self.slice_s,
@@ -222,8 +214,6 @@ class _Run:
         summary = {
             "schema_version": SCHEMA_VERSION,
             "cells": self.cells,
-            "on_share": on_share(self.cells),
-            **service_figures(self.about),
             "server": self.about,
             **self.setting(),
             "command": self.command,

@@ -1,15 +1,17 @@
-"""What the load test asks of the server besides the load: its model, its state, one chat."""
+"""How the load test talks to a server: its control endpoints, and hundreds of streamed chats."""
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import aiohttp
 import httpx
 import msgspec
 
 from dspark_loadtests.prompts import Prompt
-from dspark_loadtests.stream import STREAM_OPTIONS
+from dspark_loadtests.stream import STREAM_OPTIONS, RequestRecord, StreamRecorder
 from dspark_sglang.errors import ConfigError, ServerError
 
 CHAT_PATH = "/v1/chat/completions"
@@ -29,7 +31,7 @@ def chat_payload(prompt: Prompt, settings: RequestSettings) -> dict[str, Any]:
         "model": settings.model,
         "messages": prompt.messages(),
         "temperature": settings.temperature,
-        "max_tokens": prompt.max_tokens or settings.max_tokens,
+        "max_tokens": settings.max_tokens,
         "stream": True,
         "stream_options": STREAM_OPTIONS,
         # SGLang then ends the stream with the request's verify rounds.
@@ -137,3 +139,79 @@ class ServerApi:
                 fix="Name the model.",
             )
         return models[0].id
+
+    def alive(self) -> bool:
+        """Whether anything listens; what it answers does not matter, a full server may refuse."""
+        try:
+            self._client.get(f"{self.host}/v1/models", timeout=3.0)
+        except httpx.TransportError:
+            return False
+        return True
+
+
+class Endpoint(NamedTuple):
+    """A server and how it is reached."""
+
+    url: str
+    model: str
+    api: ServerApi
+    api_key: str | None = None
+
+
+def connect(url: str, *, model: str | None = None, api_key: str | None = None) -> Endpoint:
+    """Reach a server and ask which model it serves.
+
+    Raises:
+        ConfigError: the address is none.
+        ServerError: it does not answer.
+    """
+    url = url.rstrip("/")
+    if not url.startswith(("http://", "https://")):
+        raise ConfigError(
+            f"The server's address is {url!r}.",
+            expected="a base URL",
+            fix="As in http://127.0.0.1:30000.",
+        )
+    api = ServerApi(url, api_key=api_key)
+    return Endpoint(url, model or api.model(), api, api_key)
+
+
+class ChatClient:
+    """Streams chats from one server, hundreds at a time: aiohttp, whose parser is in C.
+
+    Args:
+        host: base URL.
+        api_key: sent as a bearer token when given.
+        read_s: longest wait for the next bytes of an answer.
+    """
+
+    def __init__(self, host: str, *, api_key: str | None = None, read_s: float = 300.0) -> None:
+        self._url = host.rstrip("/") + CHAT_PATH
+        self._session = aiohttp.ClientSession(
+            # Servers drop idle connections after 5 s (uvicorn); a request must not meet that.
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=2.0),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=10.0, sock_read=read_s),
+            headers=request_headers(api_key),
+            auto_decompress=False,
+        )
+
+    async def close(self) -> None:
+        """Close every connection."""
+        await self._session.close()
+
+    async def stream(self, payload: bytes, recorder: StreamRecorder) -> RequestRecord:
+        """Send one chat and record it; cancelled, it is recorded as unfinished."""
+        try:
+            headers = {"Content-Type": "application/json"}
+            async with self._session.post(self._url, data=payload, headers=headers) as response:
+                if response.status != 200:
+                    text = (await response.content.read(200)).decode("utf-8", "replace")
+                    return recorder.fail(f"HTTP {response.status}: {text}")
+                # What the socket had, as it had it.
+                async for data in response.content.iter_any():
+                    recorder.feed(data)
+        except asyncio.CancelledError:
+            return recorder.abandon()
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            return recorder.fail(f"{type(error).__name__}: {error}")
+        return recorder.finish()

@@ -11,85 +11,135 @@ import gc
 import math
 import random
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import msgspec
 
-from dspark_loadtests.chat import ChatClient
-from dspark_loadtests.client import RequestSettings, chat_payload
+from dspark_loadtests.acceptance import Snapshot, take_snapshot
+from dspark_loadtests.client import ChatClient, RequestSettings, ServerApi, chat_payload
 from dspark_loadtests.prompts import Prompt, cycle
-from dspark_loadtests.session import LoadSession
-from dspark_loadtests.stream import Clock, Outcome, RequestRecord
-from dspark_loadtests.watch import Watch
+from dspark_loadtests.stream import Clock, Outcome, RequestRecord, StreamRecorder
 
 #: A dead server refuses in microseconds; without a pause every user would spin on it.
 _PAUSE_AFTER_FAILURE_S = 0.5
 #: Requests in a row that have to fail before the server is asked whether it lives.
 _SUSPICIOUS = 8
 _POLL_S = 0.02
+#: A look at the clock that is later than this says that the whole process stood still.
+_STALL_S = 1.0
+_NOT_ASKED = Snapshot(problem="the server was not asked for its counters")
+
+
+class LoadSession:
+    """Hands out requests and collects their records: nothing that was sent is lost from the count.
+
+    A conversation's next turn is handed out as soon as its answer is there, before a new conversation begins.
+
+    Args:
+        prompts: conversations; the order of sends is the order drawn.
+        clock: monotonic seconds.
+    """
+
+    def __init__(self, prompts: Iterator[Prompt], *, clock: Clock = time.perf_counter) -> None:
+        self._prompts = prompts
+        self._clock = clock
+        self._in_flight: dict[int, tuple[StreamRecorder, Prompt]] = {}
+        self._ready: deque[Prompt] = deque()
+        self.records: list[RequestRecord] = []
+
+    def open_since(self) -> list[float]:
+        """When each request that has not ended was sent."""
+        return [recorder.sent_at for recorder, _ in self._in_flight.values()]
+
+    def begin(self, scheduled_at: float | None = None) -> tuple[Prompt, StreamRecorder]:
+        """The next prompt, and a recorder whose clock starts now: send at once.
+
+        Args:
+            scheduled_at: when an open loop wanted it to be sent.
+        """
+        prompt = self._ready.popleft() if self._ready else next(self._prompts)
+        recorder = StreamRecorder(
+            prompt_id=prompt.id,
+            prompt_kind=prompt.kind,
+            clock=self._clock,
+            scheduled_at=scheduled_at,
+        )
+        self._in_flight[id(recorder)] = recorder, prompt
+        return prompt, recorder
+
+    def end(self, recorder: StreamRecorder, record: RequestRecord) -> None:
+        """File the record with which ``recorder`` was closed."""
+        _, prompt = self._in_flight.pop(id(recorder))
+        self.records.append(record)
+        if record.outcome is Outcome.COMPLETED:
+            following = prompt.after(recorder.text)
+            if following is not None:
+                self._ready.append(following)
+
+    def abandon_in_flight(self) -> list[RequestRecord]:
+        """File what is still open as unfinished, and return those records.
+
+        Leaving it out would drop exactly the slowest requests of the run.
+        """
+        abandoned = [recorder.abandon() for recorder, _ in self._in_flight.values()]
+        self._in_flight.clear()
+        self.records.extend(abandoned)
+        return abandoned
 
 
 class Load(msgspec.Struct, frozen=True, kw_only=True):
-    """One stage.
+    """One load: a closed loop of ``users``, or an open loop that sends ``rate`` requests a second.
 
     Attributes:
-        users: of a closed loop; None: an open one.
-        warm_s, warm_requests: the window opens once both are over.
+        warm_s: seconds before the window opens.
         requests: measured ones, after which the window ends; None: it ends after ``window_s``.
         drain_s: longest wait for measured requests after the window; 0 cuts them off at its end.
-        seed: of the order of prompts, and of the lengths of the first answers: with a warm-up, users of a closed loop
-            start with answers of different lengths, or they would stay in step.
+        seed: of the order of prompts, of an open loop's instants, and of the lengths of the first answers: with a
+            warm-up, users of a closed loop start with answers of different lengths, or they would stay in step.
     """
 
     settings: RequestSettings
     users: int | None = None
+    rate: float | None = None
     warm_s: float = 0.0
-    warm_requests: int = 0
     window_s: float = math.inf
     requests: int | None = None
     drain_s: float = 30.0
     seed: int = 0
-
-    @property
-    def warms(self) -> bool:
-        """Whether there is a warm-up."""
-        return self.warm_s > 0 or self.warm_requests > 0
 
 
 class Ran(NamedTuple):
     """What a run left. Times are on the records' clock."""
 
     records: list[RequestRecord]
-    #: When the load began, the window's begin, the end of sending measured requests, and when the last of these was
-    #: answered or given up. The load is steady from ``begin`` to ``end``.
-    began: float
+    #: The window's begin, the end of sending measured requests, and when the last of these was answered or given up.
+    #: The load is steady from ``begin`` to ``end``.
     begin: float
     closed: float
     end: float
-    #: ``(when, seconds late)`` of the event loop's probes.
-    lags: list[tuple[float, float]]
+    #: Seconds that each look at the clock in the window was late: a bound for how late a chunk was stamped.
+    lags: list[float]
     peak: int
     incidents: list[str]
     complete: bool
+    #: The server's counters at the window's ends.
+    before: Snapshot
+    after: Snapshot
 
-    def sent_between(self, begin: float, end: float) -> list[RequestRecord]:
-        """Requests sent in ``[begin, end)``, in order of sending."""
-        own = [record for record in self.records if begin <= record.sent_at < end]
+    def measured(self) -> list[RequestRecord]:
+        """Requests sent in the window, in order of sending."""
+        own = [record for record in self.records if self.begin <= record.sent_at < self.closed]
         return sorted(own, key=lambda record: record.sent_at)
 
 
-#: Told at the window's ``"begin"`` and ``"end"``; may await.
-Edge = Callable[[str], Awaitable[None]]
-#: Whether the server still lives.
-Alive = Callable[[], Awaitable[bool]]
-
-
-async def _no_edge(_: str) -> None: ...
-
-
-async def _always() -> bool:
-    return True
+def poisson(rate: float, rng: random.Random) -> Iterator[float]:
+    """Seconds after the start at which an open loop sends: drawn beforehand, whatever the server does."""
+    due = 0.0
+    while True:
+        due += rng.expovariate(rate)
+        yield due
 
 
 class Generator:
@@ -97,11 +147,9 @@ class Generator:
 
     Args:
         client: already open.
-        prompts: of any order; each pass is shuffled by the load's seed. A trace's are sent as they come.
-        instants: seconds after the start at which an open loop sends, ascending; they should go on beyond the window.
-        edge: told when the window begins and ends.
-        alive: asked when many requests in a row have failed.
-        told: called with the requests in flight and done about ten times a second.
+        prompts: of any order; each pass is shuffled by the load's seed.
+        api: asked for the server's counters when the window begins and ends, and whether it lives when many requests in
+            a row have failed; None: nobody is asked.
     """
 
     def __init__(
@@ -110,25 +158,18 @@ class Generator:
         prompts: Sequence[Prompt],
         load: Load,
         *,
-        instants: Iterator[float] | None = None,
-        edge: Edge = _no_edge,
-        alive: Alive = _always,
-        told: Callable[[LoadSession], None] = lambda _: None,
+        api: ServerApi | None = None,
         clock: Clock = time.perf_counter,
     ) -> None:
         self._client = client
         self._load = load
-        self._instants = instants
-        self._edge = edge
-        self._alive = alive
-        self._told = told
+        self._api = api
         self._clock = clock
         self._rng = random.Random(load.seed)
-        traced = all(prompt.at_s is not None for prompt in prompts)
-        order = iter(prompts) if traced else cycle(prompts, self._rng)
-        self._session = LoadSession(order, clock=clock)
+        self._session = LoadSession(cycle(prompts, self._rng), clock=clock)
         self._encoder = msgspec.json.Encoder()
         self._incidents: list[str] = []
+        self._lags: list[float] = []
         self._failures_in_a_row = 0
         self._dead = False
         self._peak = 0
@@ -137,98 +178,102 @@ class Generator:
         self._before: int | None = None
         self._begin = math.inf
         self._closed = math.inf
+        self._before_window = self._after_window = _NOT_ASKED
         self._cut = False
-        self._tasks: set[asyncio.Task[RequestRecord | None]] = set()
+        self._tasks: set[asyncio.Task[RequestRecord]] = set()
 
     async def run(self) -> Ran:
         """Make the load to its end. A server that dies or an interrupt ends it early; what there was is kept."""
         # Collecting what lies there from before would stop the loop for tens of milliseconds.
         gc.collect()
         gc.freeze()
-        watch = Watch(self._incidents.append, clock=self._clock)
-        began = self._clock()
-        running = [asyncio.create_task(watch.run())]
+        senders: list[asyncio.Task[None]] = []
         try:
-            if not self._load.warms:
-                await self._edge("begin")
-                began = self._clock()
+            if not self._load.warm_s:
+                self._before_window = await self._ask()
+            began = self._clock()
             senders = self._start(began)
-            running += senders
-            end = await self._follow(began, senders)
+            end = await self._follow(began)
         except asyncio.CancelledError:
             # Ctrl-C cancels the event loop's main task, once; the second one is not caught here.
             self._cut = True
             self._incidents.append("the run was interrupted")
             end = self._clock()
         finally:
-            for task in (*running, *self._tasks):
+            for task in (*senders, *self._tasks):
                 task.cancel()
-            await asyncio.gather(*running, *self._tasks, return_exceptions=True)
+            await asyncio.gather(*senders, *self._tasks, return_exceptions=True)
             self._session.abandon_in_flight()
             gc.unfreeze()
         return Ran(
             records=self._session.records,
-            began=began,
             begin=min(self._begin, end),
             closed=min(self._closed, end),
             end=end,
-            lags=[probe for probe in watch.lags if probe[0] <= end],
+            lags=self._lags,
             peak=self._peak,
             incidents=self._incidents,
             complete=not (self._dead or self._cut),
+            before=self._before_window,
+            after=self._after_window,
         )
 
     # --- the window ------------------------------------------------------------------------------------
 
-    async def _follow(self, began: float, senders: Sequence[asyncio.Task[None]]) -> float:
+    async def _follow(self, began: float) -> float:
         """Open the window, close it and wait for its requests; returns when the last was answered."""
         load = self._load
-        if load.warms:
-            await self._wait(lambda: self._is_warm(began), senders)
-            await self._edge("begin")
+        if load.warm_s:
+            await self._wait(lambda: self._clock() >= began + load.warm_s)
+            self._before_window = await self._ask()
         # Without a warm-up the senders have not run yet: what they send first is sent in the window.
         self._begin = begin = self._clock()
         self._before = self._sent
-        await self._wait(
-            lambda: self._closed < math.inf or self._clock() >= begin + load.window_s, senders
-        )
+        self._lags.clear()
+        await self._wait(lambda: self._closed < math.inf or self._clock() >= begin + load.window_s)
         self._closed = min(self._closed, self._clock(), begin + load.window_s)
         deadline = self._closed + load.drain_s
-        await self._wait(lambda: not self._unanswered(begin) or self._clock() >= deadline, senders)
+        await self._wait(lambda: not self._unanswered(begin) or self._clock() >= deadline)
         left = self._unanswered(begin)
         if left and load.drain_s > 0 and not self._dead:
             self._incidents.append(
                 f"{left} measured requests were unanswered {load.drain_s:g} s after the window"
             )
         end = self._clock()
-        await self._edge("end")
+        self._after_window = await self._ask()
         return end
 
-    def _is_warm(self, began: float) -> bool:
-        done = len(self._session.records)
-        return self._clock() >= began + self._load.warm_s and done >= self._load.warm_requests
+    async def _ask(self) -> Snapshot:
+        # In a thread: the generator goes on sending while the server answers.
+        return await asyncio.to_thread(take_snapshot, self._api) if self._api else _NOT_ASKED
 
     def _unanswered(self, begin: float) -> int:
         return sum(begin <= at < self._closed for at in self._session.open_since())
 
-    async def _wait(self, over: Callable[[], bool], senders: Sequence[asyncio.Task[None]]) -> None:
-        """Until ``over``, the server is dead, or nothing can happen any more."""
+    async def _wait(self, over: Callable[[], bool]) -> None:
+        """Until ``over`` or the server is dead."""
         while not over() and not self._dead:
-            if all(task.done() for task in senders) and not self._session.in_flight:
-                return
-            self._told(self._session)
+            due = time.perf_counter() + _POLL_S
             await asyncio.sleep(_POLL_S)
+            late = max(0.0, time.perf_counter() - due)
+            self._lags.append(late)
+            if late > _STALL_S:
+                self._incidents.append(
+                    f"the generator stood still for {late:.1f} s (the process or the machine was stopped): "
+                    "latencies of that time are not the server's"
+                )
 
     # --- sending ---------------------------------------------------------------------------------------
 
     def _start(self, began: float) -> list[asyncio.Task[None]]:
         load = self._load
-        if load.users is None:
-            return [asyncio.create_task(self._dispatch(began))]
+        if load.rate is not None:
+            instants = poisson(load.rate, random.Random(load.seed + 1))
+            return [asyncio.create_task(self._dispatch(began, instants))]
         longest = load.settings.max_tokens
         firsts = [
-            self._rng.randint(max(1, longest // 4), longest) if load.warms else longest
-            for _ in range(load.users)
+            self._rng.randint(max(1, longest // 4), longest) if load.warm_s else longest
+            for _ in range(load.users or 0)
         ]
         return [asyncio.create_task(self._user(first)) for first in firsts]
 
@@ -237,15 +282,15 @@ class Generator:
         settings = msgspec.structs.replace(self._load.settings, max_tokens=first_tokens)
         while not self._dead:
             record = await self._send(settings)
-            if record is None or record.outcome is Outcome.UNFINISHED:
-                return  # the trace is over, or this task was cancelled
+            if record.outcome is Outcome.UNFINISHED:
+                return  # this task was cancelled
             settings = self._load.settings
             if record.outcome is Outcome.FAILED:
                 await asyncio.sleep(_PAUSE_AFTER_FAILURE_S)
 
-    async def _dispatch(self, began: float) -> None:
+    async def _dispatch(self, began: float, instants: Iterator[float]) -> None:
         """An open loop: every instant its request, whatever became of the ones before."""
-        for instant in self._instants or ():
+        for instant in instants:
             due = began + instant
             while (left := due - self._clock()) > 0:
                 await asyncio.sleep(left)
@@ -255,18 +300,13 @@ class Generator:
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
-    async def _send(
-        self, settings: RequestSettings, due: float | None = None
-    ) -> RequestRecord | None:
-        try:
-            prompt, recorder = self._session.begin(due)
-        except StopIteration:
-            return None
+    async def _send(self, settings: RequestSettings, due: float | None = None) -> RequestRecord:
+        prompt, recorder = self._session.begin(due)
         self._sent += 1
         wanted = self._load.requests
         if wanted is not None and self._before is not None and self._sent - self._before == wanted:
             self._closed = math.nextafter(recorder.sent_at, math.inf)
-        self._peak = max(self._peak, self._session.in_flight)
+        self._peak = max(self._peak, len(self._session.open_since()))
         payload = self._encoder.encode(chat_payload(prompt, settings))
         record = await self._client.stream(payload, recorder)
         self._session.end(recorder, record)
@@ -279,7 +319,9 @@ class Generator:
             self._failures_in_a_row = 0
             return
         self._failures_in_a_row += 1
-        if self._failures_in_a_row % _SUSPICIOUS or self._dead or await self._alive():
+        if self._failures_in_a_row % _SUSPICIOUS or self._dead or self._api is None:
+            return
+        if await asyncio.to_thread(self._api.alive):
             return
         self._dead = True
         self._incidents.append(

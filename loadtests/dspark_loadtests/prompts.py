@@ -1,6 +1,6 @@
-"""The prompts the load is made of.
+"""The prompts the load is made of: the packaged ones, or those of a file.
 
-They were written for this project and appear in no public benchmark, so no drafter has been
+The packaged ones were written for this project and appear in no public benchmark, so no drafter has been
 trained or tuned on them. Real text matters: on random tokens a drafter's acceptance says
 nothing about service. Prompts of one kind share a system message, as one application's
 requests do, so the server's prefix cache is exercised too.
@@ -12,11 +12,11 @@ import random
 from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import msgspec
 
-from dspark_sglang.errors import ConfigError
+from dspark_sglang.errors import ConfigError, DataError
 
 PromptKind = Literal["chat", "math", "code", "instructions"]
 KINDS: tuple[PromptKind, ...] = get_args(PromptKind)
@@ -37,9 +37,6 @@ class Prompt(msgspec.Struct, frozen=True):
     follow_ups: tuple[str, ...] = ()
     #: User turns and answers before this one, alternating.
     history: tuple[str, ...] = ()
-    #: Longest answer, where the source of the prompt says so; and seconds into a trace.
-    max_tokens: int | None = None
-    at_s: float | None = None
 
     def messages(self) -> list[dict[str, str]]:
         """The chat messages to send."""
@@ -108,6 +105,64 @@ def load_prompts(path: Path | None = None) -> tuple[Prompt, ...]:
         )
         for entry in content.prompts
     )
+
+
+class Source(NamedTuple):
+    """Prompts and where they are from, for the report."""
+
+    prompts: list[Prompt]
+    name: str
+
+
+def read_prompts(path: Path | None) -> Source:
+    """Prompts of a file in any format this kit reads; None: the packaged ones.
+
+    The user turns of a conversation are asked one after the other, each after the server's own answer to the one
+    before.
+
+    Raises:
+        ConfigError: nothing usable is in it.
+    """
+    if path is None:
+        return Source(list(load_prompts()), "packaged")
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(
+            f"Cannot read {path}: {error}.", expected="a file of prompts", fix="Check --prompts."
+        ) from error
+    if not data.strip():
+        raise ConfigError(
+            f"{path} is empty.",
+            expected="prompts: this kit's, ShareGPT, messages or text lines",
+            fix="Name another file with --prompts, or leave it out for the packaged ones.",
+        )
+    if b'"hash_ids"' in data.lstrip().split(b"\n", 1)[0]:
+        raise ConfigError(
+            f"{path} is a Mooncake trace, which has lengths and no text.",
+            expected="prompts",
+            fix="Replay it with aiperf: docs/load-testing.md.",
+        )
+    if b'"systems"' in data:
+        return Source(list(load_prompts(path)), path.name)
+    # Not at the top: the reader belongs to training, and locust must start without it.
+    from dspark_sglang.training.prompts import load_prompt_files
+
+    try:
+        scan = load_prompt_files([path])
+    except DataError as error:
+        raise ConfigError(error.found, expected=error.expected, fix=error.fix) from error
+    prompts = [
+        Prompt(
+            id=f"{path.stem}-{number}",
+            kind=draft.domain,
+            system=draft.system or "",
+            user=draft.turns[0],
+            follow_ups=tuple(draft.turns[1:]),
+        )
+        for number, draft in enumerate(scan.drafts)
+    ]
+    return Source(prompts, path.name)
 
 
 def cycle(prompts: Sequence[Prompt], rng: random.Random) -> Iterator[Prompt]:

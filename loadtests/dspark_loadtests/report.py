@@ -1,4 +1,4 @@
-"""From records to a summary.
+"""From records to a summary, with intervals, and from a summary to lines for a person.
 
 Percentiles interpolate linearly between neighbouring ranks.
 """
@@ -7,18 +7,21 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-import msgspec
+import numpy as np
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
 
 from dspark_loadtests.acceptance import Acceptance, ServerIdentity
 from dspark_loadtests.schema import (
-    SCHEMA_VERSION,
-    BenchResult,
     Counts,
     Distribution,
     ErrorCount,
+    Estimate,
     Goodput,
     Latency,
     RunSettings,
@@ -29,108 +32,109 @@ from dspark_loadtests.schema import (
     UserSpeed,
 )
 from dspark_loadtests.stream import Outcome, RequestRecord
-from dspark_sglang.artifacts import read_artifact, write_json
-from dspark_sglang.errors import ArtifactError
 
 _MAX_ERRORS = 20
-
-
-def percentile(ordered: Sequence[float], fraction: float) -> float:
-    """The ``fraction`` quantile of a sorted, non-empty sample."""
-    position = fraction * (len(ordered) - 1)
-    low = math.floor(position)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
+_DRAWS = 1000
+#: Values drawn at once, which bounds the memory.
+_AT_ONCE = 2_000_000
+#: Neighbouring seconds share requests, so that blocks of them are drawn, not seconds.
+_BLOCK_S = 5.0
 
 
 def distribution(values: Iterable[float | None]) -> Distribution | None:
     """Describe the values that are there; None when none is."""
-    ordered = sorted(value for value in values if value is not None)
-    if not ordered:
+    known = np.array([value for value in values if value is not None])
+    if not len(known):
         return None
+    least, p50, p90, p99, most = np.percentile(known, [0, 50, 90, 99, 100]).tolist()
     return Distribution(
-        count=len(ordered),
-        mean=math.fsum(ordered) / len(ordered),
-        min=ordered[0],
-        p50=percentile(ordered, 0.50),
-        p90=percentile(ordered, 0.90),
-        p99=percentile(ordered, 0.99),
-        max=ordered[-1],
+        count=len(known), mean=float(known.mean()), min=least, p50=p50, p90=p90, p99=p99, max=most
     )
 
 
-class Window(msgspec.Struct, frozen=True, kw_only=True):
-    """The steady part of a run, on the recorder's clock: what arrived in it, of whichever request."""
+class Window(NamedTuple):
+    """The steady part of a run, on the recorder's clock, and every request of the run, measured or not."""
 
     begin: float
     end: float
-    tokens: float
-    completed: int
+    records: Sequence[RequestRecord]
 
-    @property
-    def seconds(self) -> float:
-        """Its length."""
-        return self.end - self.begin
+
+def chunk_tokens(record: RequestRecord) -> list[float]:
+    """Tokens of each content chunk; evenly spread where the server tells usage only at the end."""
+    count = record.content_chunks
+    if not record.chunk_tokens:
+        return [(record.completion_tokens or 0) / max(1, count)] * count
+    return [*record.chunk_tokens, *[0] * (count - len(record.chunk_tokens))]
 
 
 def tokens_in(record: RequestRecord, begin: float, end: float) -> float:
-    """Tokens of a request that arrived in ``[begin, end)``.
-
-    Where the server tells usage only at the end, its tokens count evenly over the chunks.
-    """
-    arrivals = record.arrivals
-    tokens: Sequence[float] = record.chunk_tokens
-    if not tokens and record.completion_tokens and arrivals:
-        tokens = [record.completion_tokens / len(arrivals)] * len(arrivals)
-    pairs = zip(arrivals, tokens, strict=False)
+    """Tokens of a request that arrived in ``[begin, end)``."""
+    pairs = zip(record.arrivals, chunk_tokens(record), strict=True)
     return math.fsum(count for at, count in pairs if begin <= at < end)
 
 
-def window_of(records: Sequence[RequestRecord], begin: float, end: float) -> Window:
-    """What all requests of a run, measured or not, brought in ``[begin, end)``."""
-    return Window(
-        begin=begin,
-        end=end,
-        tokens=math.fsum(tokens_in(record, begin, end) for record in records),
-        completed=sum(
-            record.outcome is Outcome.COMPLETED and begin <= record.ended_at < end
-            for record in records
-        ),
-    )
+def _interval(drawn: np.ndarray, value: float) -> Estimate:
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    return Estimate(low=float(low), value=value, high=float(high))
 
 
-def itl_ms(record: RequestRecord) -> list[float]:
-    """One sample for each token after the first chunk: its chunk's gap over the chunk's tokens."""
-    found: list[float] = []
-    for gap, tokens in zip(record.gaps_s, record.chunk_tokens[1:], strict=False):
-        found += [gap * 1e3 / tokens] * tokens if tokens > 0 else []
-    return found
+def over_requests(
+    values: Sequence[float], statistic: Callable[[np.ndarray], np.ndarray], seed: int = 0
+) -> Estimate | None:
+    """A statistic over the last axis with its interval; None for fewer than two values."""
+    if len(values) < 2:
+        return None
+    found, rng = np.asarray(values), np.random.default_rng(seed)
+    rows = max(1, _AT_ONCE // len(found))
+    drawn = [
+        statistic(found[rng.integers(0, len(found), (min(rows, _DRAWS - done), len(found)))])
+        for done in range(0, _DRAWS, rows)
+    ]
+    return _interval(np.concatenate(drawn), float(statistic(found)))
 
 
-def latency(completed: Sequence[RequestRecord]) -> Latency:
-    """Every latency of completed requests."""
-    return Latency(
-        ttft_ms=distribution(_ms(record.ttft_s) for record in completed),
-        tpot_ms=distribution(_ms(record.tpot_s) for record in completed),
-        inter_chunk_ms=distribution(_ms(gap) for record in completed for gap in record.gaps_s),
-        e2e_ms=distribution(_ms(record.e2e_s) for record in completed),
-        itl_ms=distribution(each for record in completed for each in itl_ms(record)),
-        ttft_from_schedule_ms=distribution(_ms(r.ttft_from_schedule_s) for r in completed),
-    )
+def _throughput_estimate(window: Window, seed: int = 0) -> Estimate | None:
+    """Tokens a second, by blocks of the window that follow one another."""
+    seconds = window.end - window.begin
+    count = min(40, int(seconds // 0.5))
+    if count < 4:
+        return None
+    edges = np.linspace(window.begin, window.end, count + 1)
+    brought = np.zeros(count)
+    for record in window.records:
+        brought += np.histogram(record.arrivals, edges, weights=chunk_tokens(record))[0]
+    length = max(1, min(count // 2, round(_BLOCK_S * count / seconds)))
+    starts = np.random.default_rng(seed).integers(0, count, (_DRAWS, -(-count // length)))
+    # circular blocks, so that every second is drawn as often as any other
+    chosen = (starts[..., None] + np.arange(length)) % count
+    drawn = brought[chosen.reshape(_DRAWS, -1)[:, :count]].mean(axis=1) * count / seconds
+    return _interval(drawn, float(brought.sum() / seconds))
 
 
-def _counts(
-    records: Sequence[RequestRecord],
-    completed: Sequence[RequestRecord],
-    failed: Sequence[RequestRecord],
-) -> Counts:
-    return Counts(
-        sent=len(records),
-        completed=len(completed),
-        failed=len(failed),
-        unfinished=len(records) - len(completed) - len(failed),
-        empty=sum(record.ttft_s is None for record in completed),
-    )
+def estimates(measured: Sequence[RequestRecord], window: Window, slo: Slo) -> dict[str, Estimate]:
+    """The metrics a regression gate compares, each with its interval; those without enough data are left out."""
+    done = [record for record in measured if record.outcome is Outcome.COMPLETED]
+    ttft = [r.ttft_from_schedule_s * 1e3 for r in done if r.ttft_from_schedule_s is not None]
+    tpot = [r.tpot_s * 1e3 for r in done if r.tpot_s is not None]
+
+    def quantile(fraction: float) -> Callable[[np.ndarray], np.ndarray]:
+        return lambda sample: np.asarray(np.quantile(sample, fraction, axis=-1))
+
+    def mean(sample: np.ndarray) -> np.ndarray:
+        return np.asarray(sample.mean(axis=-1))
+
+    # The same draw of requests for all: what one resample says it says of one set of requests.
+    found = {
+        "output_tok_s": _throughput_estimate(window),
+        "ttft_ms_p50": over_requests(ttft, quantile(0.5)),
+        "ttft_ms_p99": over_requests(ttft, quantile(0.99)),
+        "tpot_ms_mean": over_requests(tpot, mean),
+        "tpot_ms_p99": over_requests(tpot, quantile(0.99)),
+        "e2e_ms_p50": over_requests([r.e2e_s * 1e3 for r in done], quantile(0.5)),
+        "goodput_ratio": over_requests([float(slo.met_by(r)) for r in measured], mean),
+    }
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _goodput(records: Sequence[RequestRecord], slo: Slo, duration_s: float) -> Goodput:
@@ -166,27 +170,50 @@ def summarize(
     Args:
         records: the measured requests.
         started_at: ISO 8601 in UTC.
-        window: what rates are taken over; None: from the first send to the last end.
+        window: what rates are taken over; None: completed requests, from the first send to the last end.
     """
     completed = [record for record in records if record.outcome is Outcome.COMPLETED]
     failed = [record for record in records if record.outcome is Outcome.FAILED]
-    duration_s = _duration_s(records) if window is None else window.seconds
     reasons = Counter(record.error or "no reason recorded" for record in failed)
+    rate = _throughput(records, completed, window)
     return Summary(
         started_at=started_at,
         settings=settings,
         server=server,
-        counts=_counts(records, completed, failed),
-        latency=latency(completed),
+        counts=Counts(
+            sent=len(records),
+            completed=len(completed),
+            failed=len(failed),
+            unfinished=len(records) - len(completed) - len(failed),
+            empty=sum(record.ttft_s is None for record in completed),
+            unmeasured=0 if window is None else len(window.records) - len(records),
+        ),
+        latency=Latency(
+            ttft_ms=distribution(_ms(record.ttft_s) for record in completed),
+            tpot_ms=distribution(_ms(record.tpot_s) for record in completed),
+            inter_chunk_ms=distribution(gap * 1e3 for r in completed for gap in r.gaps_s),
+            e2e_ms=distribution(record.e2e_s * 1e3 for record in completed),
+            itl_ms=distribution(each for record in completed for each in itl_ms(record)),
+            ttft_from_schedule_ms=distribution(_ms(r.ttft_from_schedule_s) for r in completed),
+        ),
         tokens=_tokens(records, completed),
-        throughput=_throughput(completed, duration_s, window),
-        goodput=_goodput(records, settings.slo, duration_s),
+        throughput=rate,
+        goodput=_goodput(records, settings.slo, rate.duration_s),
         acceptance=acceptance,
         errors=[
             ErrorCount(message=text, count=count)
             for text, count in reasons.most_common(_MAX_ERRORS)
         ],
+        estimates={} if window is None else estimates(records, window, settings.slo),
     )
+
+
+def itl_ms(record: RequestRecord) -> list[float]:
+    """One sample for each token after the first chunk: its chunk's gap over the chunk's tokens."""
+    found: list[float] = []
+    for gap, tokens in zip(record.gaps_s, record.chunk_tokens[1:], strict=False):
+        found += [gap * 1e3 / tokens] * tokens if tokens > 0 else []
+    return found
 
 
 def _ms(seconds: float | None) -> float | None:
@@ -195,12 +222,6 @@ def _ms(seconds: float | None) -> float | None:
 
 def _per_s(amount: float, duration_s: float) -> float:
     return amount / duration_s if duration_s > 0 else 0.0
-
-
-def _duration_s(records: Sequence[RequestRecord]) -> float:
-    if not records:
-        return 0.0
-    return max(record.ended_at for record in records) - min(record.sent_at for record in records)
 
 
 def _tokens(records: Sequence[RequestRecord], completed: Sequence[RequestRecord]) -> Tokens:
@@ -217,57 +238,101 @@ def _tokens(records: Sequence[RequestRecord], completed: Sequence[RequestRecord]
 
 
 def _throughput(
-    completed: Sequence[RequestRecord], duration_s: float, window: Window | None
+    records: Sequence[RequestRecord], completed: Sequence[RequestRecord], window: Window | None
 ) -> Throughput:
-    # A zero (all chunks in one network read) is below the clock's reach, not infinite speed.
-    speeds = sorted(1 / record.tpot_s for record in completed if record.tpot_s)
-    output: float = sum(record.completion_tokens or 0 for record in completed)
-    ended = len(completed)
-    if window is not None:
-        output, ended = window.tokens, window.completed
-    return Throughput(
-        duration_s=duration_s,
-        requests_per_s=_per_s(ended, duration_s),
-        output_tok_s=_per_s(output, duration_s),
-        user_tok_s=UserSpeed(
-            mean=math.fsum(speeds) / len(speeds),
-            p50=percentile(speeds, 0.50),
-            p90=percentile(speeds, 0.10),
-            p99=percentile(speeds, 0.01),
+    if window is None:
+        begin = min((record.sent_at for record in records), default=0.0)
+        end = max((record.ended_at for record in records), default=0.0)
+        output: float = sum(record.completion_tokens or 0 for record in completed)
+        ended = len(completed)
+    else:
+        begin, end = window.begin, window.end
+        output = math.fsum(tokens_in(record, begin, end) for record in window.records)
+        ended = sum(
+            record.outcome is Outcome.COMPLETED and begin <= record.ended_at < end
+            for record in window.records
         )
-        if speeds
-        else None,
+    # A zero (all chunks in one network read) is below the clock's reach, not infinite speed.
+    speeds = distribution(1 / record.tpot_s for record in completed if record.tpot_s)
+    slow = distribution(-1 / record.tpot_s for record in completed if record.tpot_s)
+    return Throughput(
+        duration_s=end - begin,
+        requests_per_s=_per_s(ended, end - begin),
+        output_tok_s=_per_s(output, end - begin),
+        user_tok_s=None
+        if speeds is None or slow is None
+        else UserSpeed(mean=speeds.mean, p50=speeds.p50, p90=-slow.p90, p99=-slow.p99),
     )
 
 
-def write_summary(summary: Summary, path: Path) -> None:
-    """Write the summary as indented JSON, creating the folder."""
-    write_json(path, summary)
+# --- for a person ----------------------------------------------------------------------------------------
 
 
-def read_summary(path: Path) -> Summary:
-    """Read what :func:`write_summary` wrote.
-
-    Raises:
-        ArtifactError: the file is missing, damaged, or of another schema version.
-    """
-    expected = f"a load-test summary of schema_version {SCHEMA_VERSION}"
-    fix = "Run the load test again with this version of dspark-sglang."
-    try:
-        summary = msgspec.json.decode(path.read_bytes(), type=Summary)
-    except (OSError, msgspec.DecodeError) as error:
-        raise ArtifactError(f"Cannot read {path}: {error}.", expected=expected, fix=fix) from error
-    if summary.schema_version != SCHEMA_VERSION:
-        raise ArtifactError(
-            f"{path} has schema_version {summary.schema_version}.", expected=expected, fix=fix
+def print_summaries(summaries: Sequence[Summary], console: Console) -> None:
+    """A row for each stage, and below it what a table cannot hold."""
+    settings = summaries[0].settings
+    table = Table(
+        title=f"{Path(settings.model).name} at {settings.host}",
+        caption="tok/s of all and of one user; TTFT from schedule and TPOT in ms; accepted length; verified a request",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
+    headings = ("stage", "sent", "fail", "tok/s", "user", "TTFT", "p99", "TPOT", "p99", "good", "acc", "ver")  # fmt: skip
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading == "stage" else "right", no_wrap=True)
+    for one in summaries:
+        good, speed = one.goodput.ratio, one.throughput.user_tok_s
+        ttft, tpot = one.latency.ttft_from_schedule_ms, one.latency.tpot_ms
+        table.add_row(
+            (one.name or "run") + ("" if one.complete else " (cut)"),
+            str(one.counts.sent),
+            str(one.counts.failed),
+            _number(one.throughput.output_tok_s, 1),
+            _number(speed and speed.mean, 1),
+            _number(ttft and ttft.p50, 0),
+            _number(ttft and ttft.p99, 0),
+            _number(tpot and tpot.p50, 1),
+            _number(tpot and tpot.p99, 1),
+            "-" if good is None else f"{good:.0%}",
+            _number(one.acceptance.accepted_length, 2),
+            _number(one.acceptance.budget, 2),
         )
-    return summary
+    console.print(table)
+    for one in summaries:
+        counts, acceptance = one.counts, one.acceptance
+        lines = [
+            f"{counts.sent} sent = {counts.completed} completed + {counts.failed} failed + "
+            f"{counts.unfinished} unfinished, in {one.throughput.duration_s:.2f} s",
+            f"no accepted length: {acceptance.note}"
+            if acceptance.accepted_length is None
+            else f"{acceptance.accepted_length:.3f} tokens a round, bonus included "
+            f"({acceptance.source}: {acceptance.note})",
+            *([one.goodput.note] if one.goodput.note else []),
+            *(f"{error.count} x {error.message}" for error in one.errors),
+        ]
+        for line in lines:
+            # Plain text: error messages and model names may hold square brackets.
+            text = f"{one.name}: {line}" if one.name else line
+            console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-def read_result(path: Path) -> BenchResult:
-    """Read the ``result.json`` of ``dspark bench``.
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
 
-    Raises:
-        ArtifactError: the file is missing, damaged, or of another kind or schema.
-    """
-    return read_artifact(path, BenchResult, "a result", "Make one with `dspark bench`.")
+
+def verdict(summary: Summary) -> tuple[bool, str]:
+    """Whether the run passed, and the line that says so."""
+    counts = summary.counts
+    if counts.failed:
+        first = summary.errors[0].message
+        return (
+            False,
+            f"FAILED: {counts.failed} of {counts.sent} requests failed, most often: {first}",
+        )
+    if not counts.completed:
+        return False, (
+            f"FAILED: no request completed ({counts.sent} sent), so nothing was measured. "
+            "Run longer, or allow more time to drain."
+        )
+    return True, f"OK: {counts.completed} of {counts.sent} requests completed, none failed"

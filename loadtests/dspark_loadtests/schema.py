@@ -1,4 +1,4 @@
-"""The report of a load test: one versioned JSON schema for locust and ``dspark bench``.
+"""The result of a load test: one versioned JSON schema for locust and ``dspark bench``.
 
 A :class:`Summary` is one run at one load; a :class:`BenchResult` is the stages of one command. Latencies are
 milliseconds over measured requests that completed; counts and goodput are over measured requests *sent*.
@@ -6,16 +6,11 @@ milliseconds over measured requests that completed; counts and goodput are over 
 
 from __future__ import annotations
 
-from typing import Literal
-
 import msgspec
 
 from dspark_loadtests.acceptance import Acceptance, ServerIdentity
 from dspark_loadtests.stream import Outcome, RequestRecord
-from dspark_sglang.artifacts import Provenance
-
-SCHEMA_VERSION = 1
-PatternName = Literal["closed", "poisson", "ramp", "step", "trace"]
+from dspark_sglang.artifacts import SCHEMA_VERSION, Provenance
 
 
 class Slo(msgspec.Struct, frozen=True, kw_only=True):
@@ -127,6 +122,10 @@ class Estimate(msgspec.Struct, frozen=True, kw_only=True):
     value: float
     high: float
 
+    def rounded(self) -> list[float]:
+        """``[low, value, high]`` for a result."""
+        return [round(self.low, 4), round(self.value, 4), round(self.high, 4)]
+
 
 class Throughput(msgspec.Struct, frozen=True, kw_only=True):
     """Locust: over ``duration_s``, from the first send to the last end, the drain included. ``dspark bench``: tokens
@@ -163,8 +162,8 @@ class GeneratorHealth(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         send_lag_ms: from when a request was due to its send; None in a closed loop.
-        loop_lag_ms: how late a timer of the event loop fired, probed a hundred times a second: a bound for
-            how late a chunk was stamped.
+        loop_lag_ms: how late a timer of the event loop fired, looked at fifty times a second: a bound for how late a
+            chunk was stamped.
     """
 
     send_lag_ms: Distribution | None
@@ -172,20 +171,12 @@ class GeneratorHealth(msgspec.Struct, frozen=True, kw_only=True):
     peak_streams: int
 
 
-class Bin(msgspec.Struct, frozen=True, kw_only=True):
-    """One second of the run (the last one may be shorter)."""
-
-    at_s: float
-    tokens: int
-    sent: int
-    in_flight: int
-
-
-class Summary(msgspec.Struct, frozen=True, kw_only=True):
+class Summary(
+    msgspec.Struct, frozen=True, kw_only=True, tag="dspark-loadtest-summary", tag_field="kind"
+):
     """One run at one load."""
 
     schema_version: int = SCHEMA_VERSION
-    kind: str = "dspark-loadtest-summary"
     started_at: str
     settings: RunSettings
     server: ServerIdentity
@@ -200,15 +191,12 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     #: What follows is of ``dspark bench``.
     name: str = ""
     generator: GeneratorHealth | None = None
-    #: What happened that a reader must know: the server died, the generator was stopped, a clock moved.
+    #: What happened that a reader must know: the server died, the generator was stopped.
     incidents: list[str] = []
     #: False where the run ended before its time: the numbers are of what there was.
     complete: bool = True
     #: By metric; what the regression gate compares.
     estimates: dict[str, Estimate] = {}
-    #: The server's ``/metrics``: counters as differences, gauges as they were at the end.
-    server_metrics: dict[str, float] = {}
-    timeline: list[Bin] = []
 
 
 class BenchResult(msgspec.Struct, frozen=True, kw_only=True, tag="bench", tag_field="kind"):
@@ -216,7 +204,7 @@ class BenchResult(msgspec.Struct, frozen=True, kw_only=True, tag="bench", tag_fi
 
     schema_version: int = SCHEMA_VERSION
     name: str
-    pattern: PatternName
+    pattern: str
     gpus: int
     machine: str
     stages: list[Summary]

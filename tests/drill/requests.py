@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import msgspec
 
-from dspark_loadtests.sse import SSEDecoder
+from dspark_loadtests.stream import SSEDecoder
 from dspark_sglang.canary.checks import TOLERANCES, parse
 from dspark_sglang.canary.prompts import questions
 from dspark_sglang.errors import ServerError

@@ -17,11 +17,14 @@ import httpx
 import numpy as np
 import pytest
 
+from dspark_loadtests.client import RequestSettings
+from dspark_loadtests.closed_loop import run_block
+from dspark_loadtests.compare import ratio
+from dspark_loadtests.generator import Load
 from dspark_loadtests.prompts import load_prompts
+from dspark_loadtests.schema import Estimate
 from dspark_sglang.demo.measure import NEAR_TIE, running, stream_text, tie_gap
 from dspark_sglang.demo.server import Server, free_ports, serve_command
-from dspark_sglang.load.closed_loop import Load, run_block
-from dspark_sglang.load.compare import Interval, ratio
 from dspark_sglang.provenance import machine, versions
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
@@ -79,12 +82,14 @@ def kept() -> Iterator[dict[str, Any]]:
 def load(server: Server, seconds: float, *, temperature: float = 0.0, seed: int = 0) -> float:
     """Tokens a second; fails where requests do."""
     return run_block(
-        server.url, PROMPTS, Load(concurrency=USERS, temperature=temperature, max_tokens=TOKENS,
-                                  warm_s=WARM_S, window_s=seconds, seed=seed),
+        server.url, PROMPTS, Load(
+            settings=RequestSettings(model="default", temperature=temperature, max_tokens=TOKENS),
+            users=USERS, warm_s=WARM_S, window_s=seconds, seed=seed,
+        ),
     ).tok_s  # fmt: skip
 
 
-def compared(ours: Server, twin: Server) -> Interval:
+def compared(ours: Server, twin: Server) -> Estimate:
     """Throughput after a fault over that of the server that had none."""
     rates: dict[Server, list[float]] = {ours: [], twin: []}
     for turn in range(TURNS):

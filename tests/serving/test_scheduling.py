@@ -12,10 +12,11 @@ from typing import Any
 import httpx
 import pytest
 
+from benchmarks.blocks import hold, release
+from dspark_loadtests.closed_loop import wait_idle
 from dspark_loadtests.prompts import load_prompts
 from dspark_sglang.demo.measure import NEAR_TIE, tie_gap
 from dspark_sglang.demo.server import Server, free_port, serve_command
-from dspark_sglang.load import compare, slices
 
 pytestmark = pytest.mark.server
 PROMPTS = load_prompts()
@@ -358,7 +359,7 @@ def test_a_block_of_load_ends_when_the_server_has_come_to_rest(server: Server) -
             if busy:
                 break
     assert busy == 1
-    compare.wait_idle(server)
+    wait_idle(server)
     before = record(server)
     assert server.requests() == 0
     time.sleep(0.5)
@@ -426,9 +427,9 @@ def test_a_server_that_is_held_between_steps_goes_on_as_if_nothing_was(server: S
                 if line.startswith("data: {"):
                     last = line
                 if number == 20 and pause_s:
-                    slices.hold(server)
+                    hold(server)
                     time.sleep(pause_s)
-                    slices.release(server)
+                    release(server)
         return json.loads(last[len("data: ") :])["text"], record(server)["seconds"]["step"] - before
 
     (usual, usual_s), (held, held_s) = told(0.0), told(6.0)

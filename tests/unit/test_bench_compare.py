@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import pytest
 from typer.testing import CliRunner
 
-from dspark_loadtests.fake_server import FakeServer
+from dspark_loadtests import frontier, gate
+from dspark_loadtests.client import connect
+from dspark_loadtests.compare import Versus, switch
+from dspark_loadtests.frontier import Frontier, Point, Series
 from dspark_loadtests.schema import BenchResult, Estimate
-from dspark_loadtests.script import Chunk, Script
 from dspark_sglang.artifacts import read_artifact, write_json
 from dspark_sglang.cli.main import app
 from dspark_sglang.errors import ConfigError, DSparkError, ServerError
-from dspark_sglang.load import figure, frontier, gate
-from dspark_sglang.load.frontier import Frontier, Point, Series
-from dspark_sglang.load.versus import Versus
+from tests.fake_server import Chunk, FakeServer, Script
 
 
 def script(chunk_s: float) -> Script:
@@ -82,21 +81,8 @@ def test_one_server_switched_while_it_serves(tmp_path: Path) -> None:
     assert read(tmp_path).cells[0].ratios["none"]["tok_s"][1] > 1.6
 
 
-def test_a_server_that_cannot_be_switched_is_not_compared_with_itself(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    from dspark_loadtests import fake_server
-
-    answer = fake_server._Connection._answer
-
-    def refuse(self: Any, method: str, path: str, body: dict[str, Any]) -> None:
-        if path == "/set_internal_state":
-            self._json(200, [False])
-        else:
-            answer(self, method, path, body)
-
-    monkeypatch.setattr(fake_server._Connection, "_answer", refuse)
-    with FakeServer(lambda _: script(0.03)) as server:
+def test_a_server_that_cannot_be_switched_is_not_compared_with_itself(tmp_path: Path) -> None:
+    with FakeServer(lambda _: script(0.03), switches=False) as server:
         code, text = bench("compare", server.url, *QUICK, "--out", str(tmp_path))
     assert code == 2 and "answered [False]" in text and "compare two servers" in text
 
@@ -244,11 +230,11 @@ def both(*series: Series) -> Frontier:
 
 
 def test_ratios_at_equal_service() -> None:
-    found = {(one.kind, one.at): one for one in figure.iso(both(OURS, PLAIN), "ours")}
+    found = {(one.kind, one.at): one for one in frontier.iso(both(OURS, PLAIN), "ours")}
     # At 30 tok/s a user ours is between (40, 120) and (20, 160); the point (30, 110) is beaten.
     assert found["speed", 30].ratio == pytest.approx(140 / 30)
     assert found["throughput", 100].ratio == pytest.approx((40 + 20 * 20 / 60) / 20)
-    (only,) = [o for o in figure.iso(both(OURS, PLAIN), "ours", speeds=[50]) if o.kind == "speed"]
+    (only,) = [o for o in frontier.iso(both(OURS, PLAIN), "ours", speeds=[50]) if o.kind == "speed"]
     assert only.ours == pytest.approx(90) and only.theirs is None and only.ratio is None
 
 
@@ -269,14 +255,11 @@ def test_the_frontier_command(tmp_path: Path) -> None:
 
 
 def test_no_budget_no_figure(tmp_path: Path) -> None:
-    assert not figure.draw_budget(both(PLAIN), tmp_path / "b.png")
+    assert not frontier.draw_budget(both(PLAIN), tmp_path / "b.png")
     assert not (tmp_path / "b.png").exists()
 
 
 def test_switch_says_why(tmp_path: Path) -> None:
-    from dspark_loadtests.bench import connect
-    from dspark_sglang.load.versus import switch
-
     with FakeServer(lambda _: script(0.01)) as server:
         endpoint = connect(server.url)
     with pytest.raises(ServerError, match="set_internal_state"):

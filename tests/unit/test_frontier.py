@@ -8,8 +8,8 @@ import pytest
 
 from dspark_sglang import artifacts
 from dspark_sglang.errors import ArtifactError
-from dspark_sglang.load import frontier
-from dspark_sglang.load.frontier import Frontier, Point, Series
+from dspark_loadtests import frontier
+from dspark_loadtests.frontier import Frontier, Point, Series
 
 
 def points(*pairs: tuple[float, float]) -> list[Point]:

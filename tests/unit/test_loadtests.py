@@ -23,22 +23,21 @@ from dspark_loadtests.acceptance import (
     read_snapshot,
     take_snapshot,
 )
-from dspark_loadtests.chat import ChatClient
 from dspark_loadtests.client import (
+    ChatClient,
     RequestSettings,
     ServerApi,
     chat_payload,
     read_api_key,
 )
-from dspark_loadtests.fake_server import FakeServer
+from dspark_loadtests.generator import LoadSession
 from dspark_loadtests.prompts import KINDS, cycle, load_prompts
-from dspark_loadtests.report import percentile, read_summary, summarize, write_summary
+from dspark_loadtests.report import distribution, print_summaries, summarize, verdict
 from dspark_loadtests.schema import RunSettings, Slo, Summary
-from dspark_loadtests.script import Chunk, Script, Served
-from dspark_loadtests.session import LoadSession
 from dspark_loadtests.stream import Outcome, RequestRecord, StreamRecorder
-from dspark_loadtests.terminal import print_summary, verdict
+from dspark_sglang.artifacts import read_artifact, write_json
 from dspark_sglang.errors import ArtifactError, ConfigError, ServerError
+from tests.fake_server import Chunk, FakeServer, Script, Served
 
 # How much later than the server's write a client on the same machine may stamp a chunk.
 LAG_S = 0.12
@@ -398,9 +397,12 @@ def summary_of(records: tuple[RequestRecord, ...]) -> Summary:
 
 class TestReport:
     def test_percentiles_interpolate(self) -> None:
-        values = [1.0, 2.0, 3.0, 5.0]
-        assert [percentile(values, q) for q in (0, 0.5, 0.9, 1)] == pytest.approx([1, 2.5, 4.4, 5])
-        assert percentile([7.0], 0.99) == 7.0
+        found = distribution([5.0, None, 1.0, 3.0, 2.0])
+        assert found is not None
+        assert (found.count, found.mean) == (4, 2.75)
+        assert [found.min, found.p50, found.p90, found.max] == pytest.approx([1, 2.5, 4.4, 5])
+        one = distribution([7.0])
+        assert one is not None and one.p99 == 7.0 and distribution([None]) is None
 
     def test_every_number_of_a_known_run(self) -> None:
         summary = summary_of(RECORDS)
@@ -437,14 +439,14 @@ class TestReport:
     def test_json_round_trip_and_version(self, tmp_path: Path) -> None:
         path = tmp_path / "new" / "summary.json"
         summary = summary_of(RECORDS)
-        write_summary(summary, path)
-        assert read_summary(path) == summary
+        write_json(path, summary)
+        assert read_artifact(path, Summary, "a summary", "") == summary
         data = json.loads(path.read_text())
         assert (data["schema_version"], data["kind"]) == (1, "dspark-loadtest-summary")
         assert data["acceptance"]["source"] == "window"
         path.write_text(json.dumps(data | {"schema_version": 2}))
         with pytest.raises(ArtifactError, match="schema_version 2"):
-            read_summary(path)
+            read_artifact(path, Summary, "a summary", "")
 
     @pytest.mark.parametrize(
         ("records", "passed", "text"),
@@ -462,7 +464,7 @@ class TestReport:
     @pytest.mark.parametrize("records", [RECORDS, ()], ids=["some", "none"])
     def test_the_table_prints(self, records: tuple[RequestRecord, ...]) -> None:
         out = StringIO()
-        print_summary(summary_of(records), Console(file=out, width=100))
+        print_summaries([summary_of(records)], Console(file=out, width=100))
         assert f"{len(records)} sent = " in out.getvalue()
         assert "3.250 tokens a round" in out.getvalue()
         assert ("1 x [503] full" in out.getvalue()) is bool(records)

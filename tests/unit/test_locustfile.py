@@ -18,11 +18,10 @@ import httpx
 import msgspec
 import pytest
 
-from dspark_loadtests.fake_server import FakeServer
-from dspark_loadtests.report import read_summary
 from dspark_loadtests.schema import Summary
-from dspark_loadtests.script import Chunk, Script
+from dspark_sglang.artifacts import read_artifact
 from dspark_sglang.demo.server import free_port
+from tests.fake_server import Chunk, FakeServer, Script
 
 # Importing locust would patch ssl under the whole test process.
 pytestmark = pytest.mark.skipif(find_spec("locust") is None, reason="locust is not installed")
@@ -57,7 +56,7 @@ def locust(host: str, folder: Path, *options: str, installed: bool = True) -> tu
 
 
 def summary_in(folder: Path) -> Summary:
-    return read_summary(folder / "deep" / "summary.json")
+    return read_artifact(folder / "deep" / "summary.json", Summary, "a summary", "")
 
 
 def test_a_clean_run_reports_what_the_server_did(tmp_path: Path) -> None:
@@ -193,7 +192,7 @@ def test_the_web_ui_starts_and_stops_two_runs(tmp_path: Path) -> None:
                 report.unlink(missing_ok=True)
                 assert page.post("/stop").status_code == 200
                 assert wait_for(report.exists)
-                summary = read_summary(report)
+                summary = read_artifact(report, Summary, "a summary", "")
                 assert (summary.settings.users, summary.settings.rate) == (users, rate or None)
                 assert summary.counts.sent == len(server.served) - begun
                 assert summary.counts.failed == 0

@@ -13,13 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+from benchmarks.blocks import frontier_of
+from dspark_loadtests import frontier
+from dspark_loadtests.frontier import Frontier, Point, Series
 from dspark_sglang import artifacts
 from dspark_sglang.cli import main as command
 from dspark_sglang.cli.app import GONE
 from dspark_sglang.errors import ConfigError, DSparkError
-from dspark_sglang.load import frontier
-from dspark_sglang.load.frontier import Frontier, Point, Series
-from dspark_sglang.load.summary import frontier_of
 from dspark_sglang.simulate import price
 from dspark_sglang.simulate.price import Prices
 

@@ -15,7 +15,7 @@ import typer
 from dspark_sglang import artifacts
 from dspark_sglang.cli.main import app
 from dspark_sglang.errors import ArtifactError
-from dspark_sglang.load import frontier
+from dspark_loadtests import frontier
 from dspark_sglang.simulate import price
 from tests import report
 
@@ -183,7 +183,7 @@ def test_make_runs_what_is_older(checkout: Path, name: str, expected: list[str])
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("loadgen.json", "bench --self-check"),
+        ("loadgen.json", "tests.selfcheck"),
         ("load.json", "benchmarks.load"),
         ("frontier-flash.json", "simulate published"),
         ("simulation.json", "simulate published"),
@@ -200,7 +200,7 @@ def test_make_uses_commands_and_options_that_exist(checkout: Path) -> None:
     shutil.rmtree(checkout / "docs")
     shutil.rmtree(checkout / "runs")
     lines = [line.split(">")[0].split()[1:] for line in would_run(checkout) if "/dspark " in line]
-    assert len(lines) == 5
+    assert len(lines) == 4
     for words in lines:
         at = typer.main.get_command(app)
         while words[0] in getattr(at, "commands", {}):

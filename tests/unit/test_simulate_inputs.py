@@ -16,7 +16,7 @@ from dspark_sglang.cli import simulate as command
 from dspark_sglang.core.steps import CostModel
 from dspark_sglang.core.sts import BINS, area_under_curve
 from dspark_sglang.errors import ArtifactError, ConfigError, DSparkError
-from dspark_sglang.load.frontier import Frontier, Point, Series, read
+from dspark_loadtests.frontier import Frontier, Point, Series, read
 from dspark_sglang.provenance import machine
 from dspark_sglang.simulate import (
     acceptance,

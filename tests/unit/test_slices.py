@@ -15,9 +15,10 @@ from typing import Any
 
 import pytest
 
+from benchmarks.blocks import RunningClock, hold, release, take_turns
+from dspark_loadtests.stream import Clock
 from dspark_sglang.demo.server import Server
 from dspark_sglang.errors import ServerError
-from dspark_sglang.load.slices import RunningClock, Turns, hold, release
 
 
 class Told(Server):
@@ -95,10 +96,10 @@ def test_a_server_is_stopped_once_its_scheduler_holds(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-def lasting(seconds: float, clock: RunningClock) -> Callable[[], Any]:
+def lasting(seconds: float) -> Callable[[Clock], Any]:
     """A load that is over after so many seconds of its clock; returns how long it took by both clocks."""
 
-    async def load() -> tuple[float, float]:
+    async def load(clock: Clock) -> tuple[float, float]:
         began = time.perf_counter()
         while clock() < seconds:
             await asyncio.sleep(0.005)
@@ -109,9 +110,8 @@ def lasting(seconds: float, clock: RunningClock) -> Callable[[], Any]:
 
 def test_one_server_runs_at_a_time_and_each_gets_its_seconds(tmp_path: Path) -> None:
     with told("abc", tmp_path / "log") as (servers, events):
-        turns = Turns(servers, 0.1)
-        loads = {name: lasting(0.9, turns.clocks[name])() for name in servers}
-        found = asyncio.run(turns.run(loads))
+        loads = {name: lasting(0.9) for name in servers}
+        found = asyncio.run(take_turns(servers, loads, 0.1))
     for own, wall in found.values():
         assert 0.9 <= own < 3.0
         assert wall > own + 0.5  # the others ran meanwhile
@@ -132,9 +132,7 @@ def test_one_server_runs_at_a_time_and_each_gets_its_seconds(tmp_path: Path) -> 
 
 def test_a_load_that_is_over_leaves_the_time_to_the_others(tmp_path: Path) -> None:
     with told("ab", tmp_path / "log") as (servers, events):
-        turns = Turns(servers, 0.1)
-        short, long = (lasting(s, turns.clocks[n])() for n, s in (("a", 0.05), ("b", 1.0)))
-        asyncio.run(turns.run({"a": short, "b": long}))
+        asyncio.run(take_turns(servers, {"a": lasting(0.05), "b": lasting(1.0)}, 0.1))
     slices = [name for name, what in events if what == "resume"]
     assert slices.count("a") == 1 and slices.count("b") >= 3
 
@@ -142,29 +140,31 @@ def test_a_load_that_is_over_leaves_the_time_to_the_others(tmp_path: Path) -> No
 def test_a_server_that_refuses_ends_the_turns(tmp_path: Path) -> None:
     cancelled = []
 
-    async def load() -> None:
+    async def load(_: Clock) -> None:
         try:
             await asyncio.sleep(60.0)
         except asyncio.CancelledError:
             cancelled.append(True)
             raise
 
-    with told("ab", tmp_path / "log", status=500) as (servers, _):
-        turns = Turns(servers, 0.1)
-        with pytest.raises(ServerError, match="stopped answering"):
-            asyncio.run(turns.run({name: load() for name in servers}))
+    with (
+        told("ab", tmp_path / "log", status=500) as (servers, _),
+        pytest.raises(ServerError, match="stopped answering"),
+    ):
+        asyncio.run(take_turns(servers, dict.fromkeys(servers, load), 0.1))
     # The turns fail before a load has begun, or cancel it.
     assert len(cancelled) in (0, 2)
 
 
 def test_a_load_that_fails_is_told(tmp_path: Path) -> None:
-    async def fails() -> None:
+    async def fails(_: Clock) -> None:
         raise ServerError("no", expected="yes", fix="try")
 
-    with told("ab", tmp_path / "log") as (servers, events):
-        turns = Turns(servers, 0.1)
-        with pytest.raises(ServerError, match="no"):
-            asyncio.run(turns.run({"a": fails(), "b": lasting(0.2, turns.clocks["b"])()}))
+    with (
+        told("ab", tmp_path / "log") as (servers, events),
+        pytest.raises(ServerError, match="no"),
+    ):
+        asyncio.run(take_turns(servers, {"a": fails, "b": lasting(0.2)}, 0.1))
     assert [what for _, what in events].count("resume") == [what for _, what in events].count(
         "pause"
     )

@@ -14,17 +14,14 @@ import httpx
 import msgspec
 import numpy as np
 
-from dspark_loadtests.bench import Endpoint, run_stage
-from dspark_loadtests.client import RequestSettings, request_headers
+from dspark_loadtests import bench
+from dspark_loadtests.client import Endpoint, request_headers
+from dspark_loadtests.frontier import Frontier, Point, Series, point
 from dspark_loadtests.generator import Load
-from dspark_loadtests.plan import Request
-from dspark_loadtests.prompts import Prompt
-from dspark_loadtests.schema import Summary
+from dspark_loadtests.prompts import Source
+from dspark_loadtests.schema import Estimate, Slo, Summary
 from dspark_sglang.artifacts import SCHEMA_VERSION, Provenance
 from dspark_sglang.errors import ConfigError, ServerError
-from dspark_sglang.load.compare import ratio
-from dspark_sglang.load.frontier import Frontier, Point, Series
-from dspark_sglang.load.sweep import point
 
 #: Of a server of ours (docs/scheduling.md). ``none`` still writes the draft's context, ``fixed`` verifies all it drafts.
 SWITCHES: Mapping[str, Mapping[str, float]] = {
@@ -33,6 +30,19 @@ SWITCHES: Mapping[str, Mapping[str, float]] = {
     "fixed": {"dspark_speculation": 1, "dspark_budget": 1},
 }
 _SETTLE_S = 20.0
+
+
+def ratio(ours: np.ndarray, theirs: np.ndarray, *, draws: int = 4000, seed: int = 0) -> Estimate:
+    """The sum of one way's blocks over another's, bootstrapped over their common blocks.
+
+    Args:
+        ours, theirs: ``[blocks]``, in the same order.
+    """
+    rng = np.random.default_rng(seed)
+    chosen = rng.integers(0, len(ours), (draws, len(ours)))
+    drawn = ours[chosen].sum(axis=1) / theirs[chosen].sum(axis=1)
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    return Estimate(low=float(low), value=float(ours.sum() / theirs.sum()), high=float(high))
 
 
 class Way(NamedTuple):
@@ -120,17 +130,18 @@ def settle(endpoint: Endpoint) -> None:
 
 def compare(
     ways: Sequence[Way],
-    prompts: Sequence[Prompt],
-    request: Request,
+    source: Source,
+    loads: Sequence[Load],
     *,
     blocks: int,
-    source: str = "packaged",
+    slo: Slo,
     told: Callable[[int, int, str], None] = lambda *_: None,
     finished: Callable[[Cell], None] = lambda _: None,
 ) -> list[Cell]:
-    """Every concurrency in turn; switched servers are switched back.
+    """Every load in turn; switched servers are switched back.
 
     Args:
+        loads: closed loops.
         blocks: turns of each way.
         told: of the concurrency, the block and the way about to be measured.
         finished: called with every finished cell, to be kept should the rest fail.
@@ -146,14 +157,16 @@ def compare(
         )
     cells = []
     try:
-        for concurrency in request.concurrency:
+        for load in loads:
+            assert load.users is not None, "a closed loop"
             turns: list[Turn] = []
             for block in range(blocks):
+                own = msgspec.structs.replace(load, seed=load.seed + block)
                 for way in [*ways[block % len(ways) :], *ways[: block % len(ways)]]:
-                    told(concurrency, block, way.name)
-                    summary = _turn(way, prompts, request, concurrency, block, source)
+                    told(load.users, block, way.name)
+                    summary = _turn(way, source, own, slo)
                     turns.append(Turn(way=way.name, block=block, summary=summary))
-            cells.append(Cell(concurrency=concurrency, turns=turns, ratios=_ratios(ways, turns)))
+            cells.append(Cell(concurrency=load.users, turns=turns, ratios=_ratios(ways, turns)))
             finished(cells[-1])
     finally:
         for endpoint in {way.endpoint for way in ways if way.state is not None}:
@@ -161,30 +174,11 @@ def compare(
     return cells
 
 
-def _turn(
-    way: Way,
-    prompts: Sequence[Prompt],
-    request: Request,
-    concurrency: int,
-    block: int,
-    source: str,
-) -> Summary:
+def _turn(way: Way, source: Source, load: Load, slo: Slo) -> Summary:
     if way.state is not None:
         switch(way.endpoint, way.state)
-    settings = RequestSettings(
-        model=way.endpoint.model, temperature=request.temperature, max_tokens=request.max_tokens
-    )
-    load = Load(
-        settings=settings,
-        users=concurrency,
-        warm_s=request.warmup_s,
-        window_s=request.duration_s,
-        drain_s=request.drain_s,
-        seed=request.seed + block,
-    )
-    stage = run_stage(way.endpoint, prompts, load, slo=request.slo, name=way.name, source=source)
+    summary = bench.run(way.endpoint, source, load, slo=slo, name=way.name).summary
     settle(way.endpoint)
-    summary = stage.summary
     # Without a request that began and ended in the window there is still a throughput.
     if not summary.complete or not summary.throughput.output_tok_s:
         reason = summary.errors[0].message if summary.errors else "no token came in the window"
@@ -196,29 +190,29 @@ def _turn(
     return summary
 
 
-def _series(turns: Sequence[Turn], way: Way, metric: str) -> np.ndarray:
-    """One number a block, in order."""
-    found = []
-    for turn in sorted((t for t in turns if t.way == way.name), key=lambda t: t.block):
-        latency = turn.summary.latency
-        values = {
-            "tok_s": turn.summary.throughput.output_tok_s / way.gpus,
-            "user_tok_s": 1e3 / latency.tpot_ms.mean if latency.tpot_ms else np.nan,
-            "ttft": latency.ttft_ms.mean if latency.ttft_ms else np.nan,
-        }
-        found.append(values[metric])
-    return np.array(found)
+def _metrics(summary: Summary, gpus: int) -> dict[str, float]:
+    latency = summary.latency
+    return {
+        "tok_s": summary.throughput.output_tok_s / gpus,
+        "user_tok_s": 1e3 / latency.tpot_ms.mean if latency.tpot_ms else np.nan,
+        "ttft": latency.ttft_ms.mean if latency.ttft_ms else np.nan,
+    }
 
 
 def _ratios(ways: Sequence[Way], turns: Sequence[Turn]) -> dict[str, dict[str, list[float]]]:
-    ours, *others = ways
+    """Turns are in the order of blocks for every way."""
+    series = {
+        way.name: [_metrics(turn.summary, way.gpus) for turn in turns if turn.way == way.name]
+        for way in ways
+    }
+    ours, *others = (way.name for way in ways)
     found: dict[str, dict[str, list[float]]] = {}
     for other in others:
-        found[other.name] = {}
+        found[other] = {}
         for metric in ("tok_s", "user_tok_s", "ttft"):
-            mine, theirs = _series(turns, ours, metric), _series(turns, other, metric)
+            mine, theirs = (np.array([one[metric] for one in series[n]]) for n in (ours, other))
             if np.isfinite(mine).all() and np.isfinite(theirs).all() and (theirs > 0).all():
-                found[other.name][metric] = ratio(mine, theirs).rounded()
+                found[other][metric] = ratio(mine, theirs).rounded()
     return found
 
 

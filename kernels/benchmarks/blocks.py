@@ -1,21 +1,202 @@
-"""The result of a load run as one JSON object, a table and a figure."""
+"""Ways of serving compared in paired blocks that they share by turns; summed up as one JSON object, a table and a figure.
+
+The speed of a shared machine changes within seconds. The servers are under load at the same time, of which one runs at
+a time, in slices of a second or two; each is timed by a clock that runs only while its server does.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import httpx
+import msgspec
 import numpy as np
+import uvloop
 from rich.table import Table
 
-from dspark_sglang.load.compare import Block, rates, ratio
-from dspark_sglang.load.frontier import Frontier, Point, Series
-from dspark_sglang.load.modes import MODES, ModeName
+from dspark_loadtests.closed_loop import (
+    MODES,
+    Delivered,
+    ModeName,
+    deliver,
+    difference,
+    state,
+    wait_idle,
+)
+from dspark_loadtests.compare import ratio
+from dspark_loadtests.frontier import Frontier, Point, Series
+from dspark_loadtests.generator import Load
+from dspark_loadtests.prompts import Prompt
+from dspark_loadtests.stream import Clock
+from dspark_sglang.demo.measure import running
+from dspark_sglang.demo.server import Server
 
-#: A cell counts as "on and gaining" where drafting ran in more rounds than not, and the middle of the
-#: ratio to no speculation is above this.
-_GAIN = 1.0
+K = TypeVar("K")
+V = TypeVar("V")
+
+# --- turns -----------------------------------------------------------------------------------------------
+
+
+class RunningClock:
+    """Seconds something has been running; it stands still in between.
+
+    Args:
+        clock: monotonic seconds.
+    """
+
+    def __init__(self, clock: Clock = time.perf_counter) -> None:
+        self._clock = clock
+        self._ran = 0.0
+        self._since: float | None = None
+
+    def __call__(self) -> float:
+        return self._ran + (0.0 if self._since is None else self._clock() - self._since)
+
+    def start(self) -> None:
+        """Run from now on."""
+        if self._since is None:
+            self._since = self._clock()
+
+    def stop(self) -> None:
+        """Stand still from now on."""
+        self._ran, self._since = self(), None
+
+
+def hold(server: Server) -> None:
+    """Stop a server between two of its steps: a step that is interrupted would be timed as a slow one.
+
+    Raises:
+        ServerError: it does not answer.
+    """
+    _post(server, "/pause_generation", {"mode": "in_place"})
+    # The scheduler takes messages in order and between steps: once it has answered this one, it holds.
+    server.info()
+    server.pause()
+
+
+def release(server: Server) -> None:
+    """Let a server that :func:`hold` stopped go on.
+
+    Raises:
+        ServerError: it does not answer.
+    """
+    server.resume()
+    _post(server, "/continue_generation", {})
+
+
+def _post(server: Server, path: str, body: dict[str, str]) -> None:
+    try:
+        server.http.post(path, json=body).raise_for_status()
+    except httpx.HTTPError as error:
+        raise server.gone(error) from error
+
+
+async def take_turns(
+    servers: Mapping[K, Server],
+    loads: Mapping[K, Callable[[Clock], Awaitable[V]]],
+    slice_s: float,
+) -> dict[K, V]:
+    """Let every server run until its load is over, one at a time, each in slices; returns what the loads did.
+
+    Args:
+        servers: paused ones; they are held again at the end.
+        loads: what keeps each server busy, timed by the clock it is given.
+        slice_s: seconds of a slice, or a little more: a step is not interrupted.
+
+    Raises:
+        ServerError: a server stopped answering; or what a load raised.
+    """
+    clocks = {name: RunningClock() for name in servers}
+    tasks = {name: asyncio.ensure_future(load(clocks[name])) for name, load in loads.items()}
+    turn = 0
+    try:
+        while left := [name for name, task in tasks.items() if not task.done()]:
+            for name in left[turn % len(left) :] + left[: turn % len(left)]:
+                await asyncio.to_thread(release, servers[name])
+                clocks[name].start()
+                await asyncio.wait([tasks[name]], timeout=slice_s)
+                await asyncio.to_thread(hold, servers[name])
+                clocks[name].stop()
+            turn += 1
+        return {name: task.result() for name, task in tasks.items()}
+    finally:
+        for task in tasks.values():
+            task.cancel()
+        await asyncio.gather(*tasks.values(), return_exceptions=True)
+
+
+# --- paired blocks ---------------------------------------------------------------------------------------
+
+
+class Block(msgspec.Struct, frozen=True, kw_only=True):
+    """One mode's turn."""
+
+    mode: ModeName
+    number: int
+    delivered: Delivered
+    #: The plugin's counters over the block; empty where it does not run.
+    counted: dict[str, float]
+
+
+def run_cell(
+    servers: Mapping[ModeName, Server],
+    prompts: Sequence[Prompt],
+    load: Load,
+    *,
+    blocks: int,
+    slice_s: float,
+    each: Callable[[int], None] = lambda number: None,
+) -> list[Block]:
+    """Measure all servers under one load; they are paused when not measured.
+
+    In a block every mode gets the same prompts in the same order, and they take turns in slices
+    (:func:`take_turns`).
+
+    Args:
+        load: of a block; its seed is counted on from the first one's.
+        slice_s: seconds a mode runs at a time.
+        each: told before every block.
+
+    Raises:
+        ServerError: a server failed.
+    """
+    found = []
+    for number in range(blocks):
+        each(number)
+        own = msgspec.structs.replace(load, seed=load.seed + number)
+        before = {name: _settled(server) for name, server in servers.items()}
+        loads = {
+            name: partial(deliver, server.url, prompts, own) for name, server in servers.items()
+        }
+        delivered = uvloop.run(take_turns(servers, loads, slice_s))
+        for name, server in servers.items():
+            release(server)
+            counted = difference(before[name], _settled(server))
+            found.append(
+                Block(mode=name, number=number, delivered=delivered[name], counted=counted)
+            )
+    return found
+
+
+def _settled(server: Server) -> dict[str, Any]:
+    """The state of a paused server once nothing runs any more."""
+    with running(server):
+        wait_idle(server)
+        return state(server)
+
+
+def rates(blocks: Sequence[Block], mode: ModeName) -> np.ndarray:
+    """Tokens a second of a mode in each block, in order."""
+    own = sorted((b for b in blocks if b.mode == mode), key=lambda b: b.number)
+    return np.array([block.delivered.tok_s for block in own])
+
+
+# --- summed up -------------------------------------------------------------------------------------------
 
 
 def cell_name(temperature: float, concurrency: int, dtype: str) -> str:
@@ -79,41 +260,6 @@ def _counted(blocks: Sequence[Block]) -> dict[str, float | None]:
 def _mean(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return round(float(np.mean(known)), 4) if known else None
-
-
-def on_share(cells: Mapping[str, Mapping[str, Any]]) -> float:
-    """Share of cells in which ours mostly drafted and was faster than no speculation."""
-    on = [
-        cell["dspark"]["drafting_share"] > 0.5 and cell["ratio_none"][1] > _GAIN
-        for cell in cells.values()
-        if "ratio_none" in cell
-    ]
-    return round(sum(on) / len(on), 3) if on else 0.0
-
-
-def service_figures(servers: Mapping[str, Mapping[str, Any] | None]) -> dict[str, Any]:
-    """What our servers said about themselves at the end: the worst of all dtypes.
-
-    Args:
-        servers: the plugin's record of each.
-    """
-    records = [record for record in servers.values() if record]
-    spent = {
-        "ece_before": [record["ece"] for record in records],
-        "ece_after": [record["ece_served"] for record in records],
-        "profile_s": [record["profile_s"] for record in records],
-        "planner_share": [record["planner_share"] for record in records],
-        "step_error_pct": [_percent(record["step_error"]) for record in records],
-        "tau_error_pct": [_percent(record["tau_error"]) for record in records],
-    }
-    return {
-        name: max((round(value, 5) for value in values if value is not None), default=None)
-        for name, values in spent.items()
-    }
-
-
-def _percent(share: float | None) -> float | None:
-    return None if share is None else 100.0 * share
 
 
 def frontier_of(

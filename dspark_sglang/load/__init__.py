@@ -1,1 +1,0 @@
-"""Load on real servers: several ways of serving one target, compared in paired blocks."""

@@ -108,7 +108,7 @@ def _interpolate(pairs: list[tuple[float, float]], x: float) -> float | None:
     pairs = sorted(pairs)
     if not pairs or x > pairs[-1][0]:
         return None
-    return float(np.interp(x, *zip(*pairs, strict=True)))
+    return float(np.interp(x, [pair[0] for pair in pairs], [pair[1] for pair in pairs]))
 
 
 # --- from results ----------------------------------------------------------------------------------------

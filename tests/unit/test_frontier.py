@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from dspark_sglang import artifacts
-from dspark_sglang.errors import ArtifactError
 from dspark_loadtests import frontier
 from dspark_loadtests.frontier import Frontier, Point, Series
+from dspark_sglang import artifacts
+from dspark_sglang.errors import ArtifactError
 
 
 def points(*pairs: tuple[float, float]) -> list[Point]:

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import typer
 
+from dspark_loadtests import frontier
 from dspark_sglang import artifacts
 from dspark_sglang.cli.main import app
 from dspark_sglang.errors import ArtifactError
-from dspark_loadtests import frontier
 from dspark_sglang.simulate import price
 from tests import report
 

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from dspark_loadtests.frontier import Frontier, Point, Series, read
 from dspark_sglang.artifacts import Provenance, write_json
 from dspark_sglang.cli import simulate as command
 from dspark_sglang.core.steps import CostModel
 from dspark_sglang.core.sts import BINS, area_under_curve
 from dspark_sglang.errors import ArtifactError, ConfigError, DSparkError
-from dspark_loadtests.frontier import Frontier, Point, Series, read
 from dspark_sglang.provenance import machine
 from dspark_sglang.simulate import (
     acceptance,

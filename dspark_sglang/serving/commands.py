@@ -19,6 +19,8 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
+import torch
+
 from dspark_sglang.core.policy import Choice
 from dspark_sglang.errors import ConfigError, DSparkError
 
@@ -63,7 +65,7 @@ class Commands:
             DSparkError: the value or a file it names is of no use, or this server does not
                 schedule.
         """
-        if key != _CANARY and not self._worker.control.adaptive:
+        if key != _CANARY and not self._worker.scheduler.adaptive:
             raise ConfigError(
                 f"{key} was set, but this server verifies everything it drafts.",
                 expected="a server with DSPARK_SCHEDULE=adaptive (its log says where only whole blocks can be verified)",
@@ -73,7 +75,13 @@ class Commands:
 
     def _speculation(self, value: float) -> Apply:
         choice = _choose("dspark_speculation", value, SPECULATION)
-        return lambda: self._worker.control.choose(choice)
+
+        def apply() -> None:
+            self._worker.scheduler.choose(choice)
+            if choice != "off":  # in spite of a fault of the drafter
+                self._worker.faults.resume()
+
+        return apply
 
     def _budget(self, key: str, value: float) -> Apply:
         if value != -1 and not 0.0 <= value <= 1.0:
@@ -82,25 +90,25 @@ class Commands:
                 expected="a share of the drafted tokens, 0 to 1, or -1",
                 fix="0 verifies nothing, 1 everything, -1 what pays.",
             )
-
-        def apply() -> None:
-            self._worker.control.forced = None if value == -1 else float(value)
-
-        return apply
+        share = None if value == -1 else float(value)
+        return lambda: self._worker.scheduler.fix_budget(share)
 
     def _sts(self, value: float) -> Apply:
         worker = self._worker
-        plans: dict[int, Callable[[], Apply]] = {
-            0: worker.plan_no_sts, 1: worker.plan_sts_file, 2: worker.plan_sts_refit
-        }  # fmt: skip
-        return _choose("dspark_sts", value, plans)()
+        found: dict[int, Callable[[], tuple[torch.Tensor, str]]] = {
+            0: worker.calibration.none,
+            1: worker.calibration.read,
+            2: lambda: worker.calibration.fitted(worker.scheduler.reliability.blocks),
+        }
+        temperatures, source = _choose("dspark_sts", value, found)()
+        return lambda: worker.set_temperatures(temperatures, source)
 
     def _cost(self, value: float) -> Apply:
         worker = self._worker
         plans: dict[int, Callable[[], Apply]] = {
-            0: lambda: worker.control.cost.forget,
-            1: worker.plan_cost_file,
-            2: worker.plan_save_cost,
+            0: lambda: worker.scheduler.cost.forget,
+            1: worker.known_cost.read,
+            2: worker.known_cost.keep,
         }
         return _choose("dspark_cost", value, plans)()
 

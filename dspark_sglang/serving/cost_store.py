@@ -1,9 +1,10 @@
-"""Where a measured step cost is kept, and what it is valid for."""
+"""What a server knows of its step cost: where that is kept, and what it is valid for."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -11,24 +12,114 @@ import torch
 
 from dspark_sglang import __version__
 from dspark_sglang.artifacts import SCHEMA_VERSION, CostArtifact, read_artifact, write_json
-from dspark_sglang.config import Settings
+from dspark_sglang.config import COST_AUTO, COST_ONLINE, Settings
+from dspark_sglang.core.schedule.scheduler import Scheduler
 from dspark_sglang.core.steps import CostModel
 from dspark_sglang.errors import ArtifactError, ConfigError
 from dspark_sglang.provenance import machine, provenance
 
 logger = logging.getLogger(__name__)
 
+#: Sources of the step cost besides files and the settings' own word: nothing is timed; it is being measured before the
+#: server listens; it was measured, but could not be kept.
+COST_OFF, COST_UNMEASURED, COST_UNKEPT = "off", "unmeasured", "measured, not kept"
 _WHAT = "a cost file of this plugin"
 _FIX = "Measure it again with `dspark profile`, or unset DSPARK_COST."
 
 
-def missing(expected: str) -> ConfigError:
+def _missing(expected: str) -> ConfigError:
     """What to raise where a server has no cost file."""
     return ConfigError(
         "This server has no cost file.",
         expected=expected,
         fix="Start it that way, or use dspark_cost 0.",
     )
+
+
+class KnownCost:
+    """The step cost of one server: taken over at start where it was measured before, kept when it has been."""
+
+    def __init__(
+        self, settings: Settings, scheduler: Scheduler, wanted: dict[str, str], *, writes: bool
+    ) -> None:
+        """Args:
+            wanted: the fingerprint of this server's steps.
+            writes: whether this process writes files; one of several ranks does.
+
+        Raises:
+            ArtifactError: the file named by ``DSPARK_COST`` is damaged or of something else.
+        """
+        self._settings, self._scheduler, self._wanted = settings, scheduler, wanted
+        self._writes = writes
+        #: Where it is cached; None: nowhere.
+        self.path: Path | None = None
+        #: Where it comes from, in words of the settings or as a file.
+        self.source = COST_ONLINE if scheduler.adaptive else COST_OFF
+        #: Wall seconds that measuring it has taken.
+        self.seconds: float | None = None
+        if not scheduler.adaptive or settings.cost == COST_ONLINE:
+            return
+        if settings.cost != COST_AUTO:
+            known = load(Path(settings.cost), wanted, scheduler.cost)
+            self.seconds, self.source = known.seconds, settings.cost
+            return
+        self.path = place(settings, wanted)
+        cached = load_cached(self.path, wanted, scheduler.cost)
+        if cached is None:
+            scheduler.measurement.begin()
+        self.seconds = None if cached is None else cached.seconds
+        self.source = COST_UNMEASURED if cached is None else str(self.path)
+
+    def read(self) -> Callable[[], None]:
+        """What schedules by the cost file as it is now.
+
+        Raises:
+            ArtifactError: there is none, it is damaged, or it is of something else.
+        """
+        named = self._settings.cost not in (COST_AUTO, COST_ONLINE)
+        path = Path(self._settings.cost) if named else self.path
+        if path is None:
+            raise _missing("DSPARK_COST=auto or a path")
+        found = CostModel(gamma=self._scheduler.gamma)
+        load(path, self._wanted, found)
+        return lambda: self._scheduler.cost.restore(found.state())
+
+    def keep(self) -> Callable[[], None]:
+        """What keeps the step cost as it is known now for the next start of such a server.
+
+        It ends the measurement at start-up, whatever came of that.
+
+        Raises:
+            ConfigError: there is no place for it, or another start would refuse it; the latter not
+                while measuring, whose end must not fail.
+            ArtifactError: the disk is full or may not be written; not while measuring either.
+        """
+        path = self.path
+        if path is None:
+            raise _missing("DSPARK_COST=auto")
+        if self._scheduler.measurement.running:
+            return lambda: self._end_measurement(path)
+        # Written here already: what cannot be written has to be refused, and applying may not fail.
+        self._save(path)
+        return lambda: setattr(self, "source", str(path))
+
+    def _end_measurement(self, path: Path) -> None:
+        self.seconds = self._scheduler.measurement.end(self._scheduler.cost) or self.seconds
+        try:
+            self._save(path)
+        except ConfigError as error:
+            logger.warning("%s It is learned while serving, and measured at the next start.", error)
+            self.source = COST_ONLINE
+        except ArtifactError as error:
+            logger.warning("%s The cost is used, and measured again at the next start.", error)
+            self.source = COST_UNKEPT
+        else:
+            self.source = str(path)
+
+    def _save(self, path: Path) -> None:
+        require_both_kinds(self._scheduler.cost)
+        if self._writes:
+            save(path, self._wanted, self._scheduler.cost, seconds=self.seconds)
 
 
 def device_name(device: torch.device, threads: int) -> str:

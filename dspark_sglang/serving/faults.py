@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Sequence
 from types import TracebackType
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from dspark_sglang.serving.options import never_draft
-from dspark_sglang.serving.running import Running
 
 logger = logging.getLogger(__name__)
 
 Float64 = npt.NDArray[np.float64]
+Bool = npt.NDArray[np.bool_]
 Kind = Literal["request", "confidence", "exception", "weights", "target"]
 #: What each kind counts; labels of the metric ``dspark_faults_total``.
 KINDS: dict[Kind, str] = {
@@ -73,29 +74,33 @@ class Faults:
             self._stopped.pop(kind, None)
         self._suspects = 0
 
-    def screened(self, running: Running, confidence: Float64) -> Float64:
+    def screened(
+        self, confidence: Float64, drafted: Bool, requests: Sequence[Any]
+    ) -> tuple[Float64, Bool]:
         """Confidences of a step, 0 for requests that have one that is none; those are drafted for no more.
 
         Args:
-            running: the step; is told which requests those are.
             confidence: ``[R, gamma]``.
+            drafted: ``[R]`` requests whose confidences are the drafter's.
+            requests: SGLang's.
+
+        Returns:
+            And ``[R]`` which requests those are.
         """
-        own = np.zeros(len(confidence), dtype=bool) if running.undrafted else ~running.copied
         # NaN is neither.
-        sound = ((confidence >= 0.0) & (confidence <= 1.0)).all(axis=1) | ~own
+        sound = ((confidence >= 0.0) & (confidence <= 1.0)).all(axis=1) | ~drafted
         if sound.all():
-            self._suspects = 0 if own.any() else self._suspects
-            return confidence
-        running.unsound = ~sound
-        news = sum(never_draft(running.owners[row]) for row in np.flatnonzero(~sound))
+            self._suspects = 0 if drafted.any() else self._suspects
+            return confidence, ~sound
+        news = sum(never_draft(requests[row]) for row in np.flatnonzero(~sound))
         self.counts["confidence"] += news
-        self._suspects = news if (sound & own).any() else self._suspects + news
+        self._suspects = news if (sound & drafted).any() else self._suspects + news
         if self._suspects >= _SUSPECTS:
             count = self._suspects
             self.stop(
                 "confidence", f"the drafter's confidence is NaN for {count} requests in a row"
             )
-        return np.where(sound[:, None], confidence, 0.0)
+        return np.where(sound[:, None], confidence, 0.0), ~sound
 
     def contained(self, what: str) -> Contained:
         """A ``with`` block in which an exception of the drafter is a fault; with several ranks it ends the server.
@@ -161,10 +166,7 @@ RAISES = (
           "unit/test_commands.py"),
     Raise(f"{_SERVING}.commands._choose", "a setting of no known value", "operator", "refused", "unit/test_commands.py"),
     Raise(f"{_SERVING}.commands.handlers", "how SGLang is told of these", "operator", "refused", "unit/test_commands.py"),
-    Raise(f"{_SERVING}.sts_refit.fit", "too little to fit to", "operator", "refused", "unit/test_sts_refit.py"),
-    Raise(f"{_SERVING}.worker.DSparkWorker.plan_cost_file", "no cost file", "operator", "refused", "unit/test_commands.py"),
-    Raise(f"{_SERVING}.worker.DSparkWorker.plan_save_cost", "no place for a cost file", "operator", "refused",
-          "unit/test_commands.py"),
+    Raise(f"{_SERVING}.calibration.fit", "too little to fit to", "operator", "refused", "unit/test_calibration.py"),
     Raise(f"{_CORE}.steps._Kind.restore", "a cost file edited into nonsense", "operator", "refused",
           "unit/test_core_steps.py"),
     Raise(f"{_CORE}.steps.CostModel.restore", "a cost file of another drafter, or garbled", "operator", "refused",
@@ -184,7 +186,7 @@ RAISES = (
           "unit/test_faults.py::test_an_update_that_raises_fails_on_one_rank_and_ends_several"),
     # What a step never gets to: checked before, or only at start.
     Raise(f"{_CORE}.survival.check", "a confidence that is none: requests with one do not come so far", "drafter", "never",
-          "unit/test_control.py::test_confidences_that_are_none_are_explained"),
+          "unit/test_overlap.py::test_confidences_that_are_none_are_explained"),
     Raise(f"{_CORE}.cost.TableCost.__init__", "a cost table out of order: only the simulator has tables", "operator",
           "never", "unit/test_core_cost.py"),
     Raise(f"{_SERVING}.ranks.Vocabulary.of", "an LM head sharded in an unknown way: at start", "operator", "refused",
@@ -199,15 +201,14 @@ RAISES = (
     # The plugin's own mistakes. They say that a step is not what it should be, so nothing of it may be served.
     Raise(f"{_CORE}.sharded.accept._stats", "no drafted laws", "plugin", "ends", "unit/test_core_sharded.py"),
     Raise(f"{_CORE}.sharded.accept._sampled", "no drafted laws or uniforms", "plugin", "ends", "unit/test_core_sharded.py"),
-    Raise(f"{_SERVING}.ahead.Ahead.outcome", "an outcome of nothing drafted", "plugin", "ends", "unit/test_ahead.py"),
-    Raise(f"{_SERVING}.ahead.Ahead._learn", "an outcome before the first step", "plugin", "ends", "unit/test_ahead.py"),
-    Raise(f"{_SERVING}.control.Control.arrived", "an outcome without confidences", "plugin", "ends", "unit/test_ahead.py"),
-    Raise(f"{_SERVING}.planner.Planner.decide_ahead", "the other strategy's step", "plugin", "ends", "serving/test_overlap.py"),
-    Raise(f"{_SERVING}.planner.Planner.compute_budget_sync", "a budget not decided", "plugin", "ends",
-          "serving/test_scheduling.py"),
-    Raise(f"{_SERVING}.planner.Planner.packed", "a budget not decided", "plugin", "ends", "serving/test_placement.py"),
-    Raise(f"{_SERVING}.planner.Planner._admitted_ahead", "the other strategy's step", "plugin", "ends",
-          "serving/test_overlap.py"),
+    Raise(f"{_SERVING}.overlap.OverlappedRounds.outcome", "an outcome of nothing drafted", "plugin", "ends",
+          "unit/test_overlap.py"),
+    Raise(f"{_SERVING}.overlap.OverlappedRounds._over", "the other strategy's end of a step", "plugin", "ends",
+          "unit/test_overlap.py"),
+    Raise(f"{_CORE}.schedule.scheduler.Synchronous._learn", "a round that nobody admitted", "plugin", "ends",
+          "unit/test_scheduler.py"),
+    Raise(f"{_CORE}.schedule.scheduler.Synchronous._learn_acceptance", "confidences without logits", "plugin", "ends",
+          "unit/test_scheduler.py"),
     Raise(f"{_SERVING}.verifier.Verifier.run_compact", "a target that gives no hidden states: seen in the first step, "
           "before the server listens", "plugin", "ends", "contract/test_sglang_contract.py"),
     Raise(f"{_SERVING}.verifier.Verifier.accept_and_finalize", "SGLang's acceptance in the graph", "plugin", "ends",

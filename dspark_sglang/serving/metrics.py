@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from dspark_sglang import __version__
 from dspark_sglang.core.depth import WORKLOADS
-from dspark_sglang.serving.control import Control
 from dspark_sglang.serving.faults import KINDS
-from dspark_sglang.serving.telemetry import Telemetry
+from dspark_sglang.serving.rounds import Rounds
 
 if TYPE_CHECKING:
     from prometheus_client import Gauge
@@ -118,7 +117,7 @@ class Metrics:
         verdict.set(float(passed))
         reported.set(now)
 
-    def update(self, now: float, telemetry: Telemetry, control: Control) -> None:
+    def update(self, now: float, rounds: Rounds) -> None:
         """Bring the metrics up to date, at most once a second.
 
         Args:
@@ -127,7 +126,7 @@ class Metrics:
         if now < self._next:
             return
         self._next = now + _EVERY_S
-        known: dict[str, Any] = telemetry.snapshot() | control.snapshot()
+        known: dict[str, Any] = rounds.telemetry.snapshot() | rounds.snapshot()
         for name, counter in self._counters.items():
             value = float(known[name])
             # Cleared counters start again from 0.

@@ -11,9 +11,8 @@ from sglang.srt.runtime_context import get_parallel
 from sglang.srt.speculative.dspark_components.dspark_draft import make_next_draft_input
 
 from dspark_sglang.serving.context import States
-from dspark_sglang.serving.control import Control
 from dspark_sglang.serving.requests import told_sampled
-from dspark_sglang.serving.telemetry import Telemetry
+from dspark_sglang.serving.rounds import Rounds
 from dspark_sglang.serving.verifier import Verifier
 
 
@@ -24,25 +23,22 @@ class PlainDecoder:
     it captures verification only, so there that stays the way.
     """
 
-    def __init__(
-        self, worker: Any, verifier: Verifier, control: Control, telemetry: Telemetry
-    ) -> None:
+    def __init__(self, worker: Any, verifier: Verifier, rounds: Rounds) -> None:
         """Args:
         worker: SGLang's, whose target decodes.
         verifier: keeps the target's states.
-        control, telemetry: count the steps.
+        rounds: counts the steps.
         """
         self._worker = worker
         self._verifier = verifier
-        self._control = control
-        self._telemetry = telemetry
+        self._rounds = rounds
 
     @functools.cached_property
     def _served(self) -> bool:
         """Whether this server's steps may decode; known once its graphs are captured."""
         worker, runner = self._worker, self._worker.model_runner
         return bool(
-            self._control.adaptive
+            self._rounds.scheduler.adaptive
             and runner.decode_cuda_graph_runner is None
             and get_parallel().tp_size == 1
             and not get_parallel().attn_dp_enabled
@@ -97,6 +93,6 @@ class PlainDecoder:
         result.speculative_num_draft_tokens = int(worker.verify_num_draft_tokens)
         result.speculative_output_stride = 1
         result.new_seq_lens = lens
-        self._telemetry.ran["step:decode"] += 1
-        self._verifier.verified_nothing(len(batch.reqs))
+        self._rounds.telemetry.ran["step:decode"] += 1
+        self._rounds.decoded(len(batch.reqs))
         return result

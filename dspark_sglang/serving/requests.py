@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from http import HTTPStatus
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from sglang.srt.runtime_context import get_exec
 
 from dspark_sglang.core.penalties import Penalties
 from dspark_sglang.core.sampling import UNDECIDED
-from dspark_sglang.serving.control import Control
+from dspark_sglang.core.schedule.scheduler import Scheduler
+from dspark_sglang.serving.faults import Faults
 from dspark_sglang.serving.options import KEY, read_options
 
 _KEPT = "_dspark_penalties"
@@ -85,14 +86,20 @@ def told_sampled(result: Any, batch: Any) -> torch.Tensor:
     return told(torch.where(lawless, UNDECIDED, token), batch.reqs)
 
 
-#: Decides the steps of this process, once its worker is built.
-_control: Control | None = None
+class _Process(NamedTuple):
+    """What SGLang's own functions do not know of the scheduler process that they run in."""
+
+    scheduler: Scheduler
+    faults: Faults
 
 
-def bind(control: Control) -> None:
-    """Tell what decides the steps of this process; called once by the worker."""
-    global _control
-    _control = control
+_process: _Process | None = None
+
+
+def bind(scheduler: Scheduler, faults: Faults) -> None:
+    """Tell what decides the steps of this process, and counts their faults; called once by the worker."""
+    global _process
+    _process = _Process(scheduler, faults)
 
 
 def _impossible(req: Any) -> str | None:
@@ -130,7 +137,9 @@ def refusal(req: Any, enable_overlap: bool) -> str | None:
         return wrong
     try:
         options = read_options(req)
-        if options.profile and not (_control is not None and _control.measuring):
+        if options.profile and not (
+            _process is not None and _process.scheduler.measurement.running
+        ):
             raise ValueError("profile belongs to the measurement at start-up")
     except ValueError as error:
         return (
@@ -217,8 +226,8 @@ def finish(original: Callable[..., None], req: Any, new_accepted_len: int = 1) -
                 req.finished_len = len(whole) - 1
         if not req.finished():
             req.to_finish = req.to_finish or _undecided(req)
-            if _control is not None:
-                _control.faults.counts["request"] += 1
+            if _process is not None:
+                _process.faults.counts["request"] += 1
             original(req, 1)
         return
     grammar = req.grammar

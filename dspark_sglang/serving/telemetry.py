@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 if TYPE_CHECKING:
-    from dspark_sglang.serving.control import Control
+    from dspark_sglang.core.schedule.scheduler import Scheduler
 
 
 class Telemetry:
@@ -137,9 +137,9 @@ class Telemetry:
 class StepObservers:
     """SGLang's observer interface over :class:`Telemetry`."""
 
-    def __init__(self, telemetry: Telemetry, control: Control) -> None:
+    def __init__(self, telemetry: Telemetry, scheduler: Scheduler) -> None:
         self._telemetry = telemetry
-        self._control = control
+        self._scheduler = scheduler
 
     def begin_step(self) -> None:
         pass
@@ -158,7 +158,7 @@ class StepObservers:
 
     def clear_info_records(self) -> None:
         self._telemetry.clear()
-        self._control.clear()
+        self._scheduler.clear()
 
     def block_accept_estimate_log_suffix(self) -> str | None:
         return None

@@ -6,7 +6,6 @@ import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from sglang.kernels.ops.speculative.dspark.dspark_verify_window import (
     RaggedVerifyWindow,
@@ -20,16 +19,14 @@ from sglang.srt.speculative.dspark_components.dspark_verify import (
 )
 
 from dspark_sglang.core.accept import stop_at
-from dspark_sglang.serving.ahead import Ahead
 from dspark_sglang.serving.context import Lagging, States
-from dspark_sglang.serving.control import Control
 from dspark_sglang.serving.cpu.packing import pad_index
 from dspark_sglang.serving.ops import Ops, Verified
 from dspark_sglang.serving.planner import Planner
 from dspark_sglang.serving.proposer import OurDraftBlock
 from dspark_sglang.serving.requests import batch_stops, request_penalties, told
+from dspark_sglang.serving.rounds import Rounds
 from dspark_sglang.serving.seat import Seat
-from dspark_sglang.serving.telemetry import Telemetry
 
 if TYPE_CHECKING:
     from dspark_sglang.serving.ops.kv_writer import KvWriter
@@ -38,31 +35,22 @@ if TYPE_CHECKING:
 class Verifier(TargetVerifyExecutor):
     """Overrides packing, acceptance and commit; the target forward stays SGLang's."""
 
-    def bind(
-        self,
-        *,
-        planner: Planner,
-        ops: Ops,
-        telemetry: Telemetry,
-        control: Control,
-        seat: Seat,
-        ahead: Ahead | None,
+    def __init__(
+        self, *, planner: Planner, ops: Ops, seat: Seat, rounds: Rounds, **sglang: Any
     ) -> None:
-        """Attach what our part needs; called once after construction.
-
-        Args:
-            control: learns from what is accepted.
-            planner: knows which rows a step verifies.
-            ops: decide what is accepted.
-            seat: which part of the vocabulary this rank has.
-            ahead: learns from what is accepted once it has arrived; None: the control does at once.
+        """Args:
+        planner: knows which rows a step verifies.
+        ops: decide what is accepted.
+        seat: which part of the vocabulary this rank has.
+        rounds: is told what is accepted.
+        sglang: arguments of SGLang's executor.
         """
-        self._ahead = ahead
+        super().__init__(**sglang)
         self._seat = seat
         self._planner = planner
-        self._control = control
         self._ops = ops
-        self._telemetry = telemetry
+        self._rounds = rounds
+        self._telemetry = rounds.telemetry
         #: Positions of the packed rows in the window of the running step; None: strided rows.
         self._packed: torch.Tensor | None = None
         #: Target states that steps without a draft have not committed yet.
@@ -297,7 +285,8 @@ class Verifier(TargetVerifyExecutor):
         if self._adjusting:
             self._bias(target_logits, lens, sampling_info)
         # Beyond the depth drafted there are no laws, and nothing was verified.
-        width = max(1, self._control.running.width) if self._control.adaptive else self.gamma
+        whole = not self._rounds.scheduler.adaptive
+        width = self.gamma if whole else max(1, self._rounds.running.width)
         drafted = draft_block.draft_tokens[:, :width]
         with self._telemetry.timed("accept"):
             outcome = self._ops.accept(
@@ -318,7 +307,7 @@ class Verifier(TargetVerifyExecutor):
                 outcome = stop_at(outcome, drafted, self._stops)
         packed = torch.stack([outcome.count, outcome.token])
         count, token = self._seat.ranks.broadcast(packed, "outcome").unbind(0)
-        self._learn(torch.stack([lens, count]))
+        self._rounds.outcome(torch.stack([lens, count]))
         commit = (count + 1).to(torch.int32)
         out = torch.cat([draft_tokens, draft_tokens.new_zeros((bs, 1))], dim=1)
         self.reported = out.scatter(1, count[:, None], told(token, self._requests)[:, None])
@@ -331,25 +320,6 @@ class Verifier(TargetVerifyExecutor):
             new_seq_lens=prefix_lens + commit.to(prefix_lens.dtype),
             out_tokens=out.scatter_(1, count[:, None], token[:, None]),
         )
-
-    def _learn(self, round_: torch.Tensor) -> None:
-        """Take in ``[2, R]`` drafted tokens verified and kept of each request."""
-        plan = self._control.running.plan
-        if not plan.draft and self._control.adaptive:
-            self.verified_nothing(round_.shape[1])
-        elif self._ahead is not None:
-            self._ahead.outcome(round_)
-        else:
-            self._telemetry.observe_later(round_, plan.depth)
-            if self._control.adaptive:
-                lens, counts = round_.cpu().numpy()
-                self._control.accepted(lens, counts)
-
-    def verified_nothing(self, requests: int) -> None:
-        """Count a step that drafted nothing: what it brought is known without asking the device."""
-        none = np.zeros(requests, dtype=np.int64)
-        self._telemetry.observe_round(none, none, 0)
-        self._control.accepted(none, none)
 
     def _drafted_lens(self, layout: Any, bs: int, device: Any) -> torch.Tensor:
         if layout is None:  # more requests than graphs were captured for: whole blocks run
@@ -372,14 +342,14 @@ class Verifier(TargetVerifyExecutor):
         bs: int,
         run_compact: bool,
     ) -> None:
-        if not self._seat.drafts or self._control.faults.broken:
+        if not self._seat.drafts or self._rounds.faults.broken:
             return  # the draft's KV is another rank's, or nobody's
         injector = self.kv_injector
         if self._packed is None or not self._writes:
             if self._packed is not None:
                 hidden_strided = self._strided_hidden(hidden_strided, layout)
             self.lagging.flush()  # of slots that may be these
-            with self._control.faults.contained("writing the draft's KV"):
+            with self._rounds.faults.contained("writing the draft's KV"):
                 super().commit_hidden(
                     batch=batch,
                     layout=layout,
@@ -399,11 +369,12 @@ class Verifier(TargetVerifyExecutor):
         positions = verify_window.positions_2d.reshape(-1)[packed]
         slots = self._seat.draft.slots(injector, slots)
         states = States(logits_output.hidden_states, slots, positions)
-        if self._control.running.plan.draft and not self._control.running.undrafted:
+        running = self._rounds.running
+        if running.depth and not running.alone:
             self._write(states, accepted)
             return
         # Nothing reads it before the next draft; many steps at once cost little more than one.
-        if self._control.running.undrafted:  # a plain step keeps every row
+        if running.alone:  # a plain step keeps every row
             states = States(*(part[accepted] for part in states))
         self.lagging.keep(states)
 
@@ -419,7 +390,7 @@ class Verifier(TargetVerifyExecutor):
 
     def _write(self, states: States, chosen: torch.Tensor | None) -> None:
         """Write the draft's KV of target states: of all, or of a ``[N]`` bool mask."""
-        faults = self._control.faults
+        faults = self._rounds.faults
         if not faults.broken:
             with faults.contained("writing the draft's KV"):
                 self._put(states, chosen)

@@ -2,7 +2,7 @@
 
 Runs in the HTTP process before it listens. The requests carry an option that makes the scheduler
 process alternate plain steps and rounds of every depth
-(:meth:`dspark_sglang.serving.control.Control.begin`); the cost model learns from them as from any other
+(:class:`dspark_sglang.core.schedule.measurement.Measurement`); the cost model learns from them as from any other
 step.
 """
 

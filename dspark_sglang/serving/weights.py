@@ -182,7 +182,7 @@ class Weights:
 
     def changed(self) -> None:
         """Renew what was made of weights, and stop drafting where the drafter no longer fits the target."""
-        worker, faults = self._worker, self._worker.control.faults
+        worker, faults = self._worker, self._worker.faults
         worker.catch_up()
         worker._seat.renew()
         found = digest(self._model)
@@ -224,7 +224,7 @@ class Weights:
             name = name or ("another rank" if int(found.sum()) else None)
         if name is not None:
             reason = f"the drafter's weights are NaN or infinite (first found in {name})"
-            worker.control.faults.stop("weights", reason)
+            worker.faults.stop("weights", reason)
 
 
 def contained(original: Callable[..., Any], manager: Any, recv_req: Any) -> Any:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import torch
 from sglang.srt.layers.dp_attention import get_dp_tp_group
 from sglang.srt.layers.logits_processor import LogitsProcessor
@@ -23,35 +21,28 @@ from sglang.srt.speculative.dspark_components.dspark_worker_v2 import DSparkWork
 
 from dspark_sglang import __version__
 from dspark_sglang.checkpoint import weights_digest
-from dspark_sglang.config import (
-    COST_AUTO,
-    COST_ONLINE,
-    Settings,
-    Verification,
-    read_settings,
-)
+from dspark_sglang.config import Settings, Verification, read_settings
 from dspark_sglang.core.heads import ConfidenceHead, MarkovHead
-from dspark_sglang.core.steps import CostModel
-from dspark_sglang.errors import ArtifactError, ConfigError
-from dspark_sglang.serving import cost_store, placement, requests, sts_refit
-from dspark_sglang.serving.ahead import Ahead
+from dspark_sglang.core.schedule.scheduler import STRATEGIES, Overlapped, Scheduler, VerifyAll
+from dspark_sglang.serving import cost_store, placement, requests
+from dspark_sglang.serving.calibration import Calibration
 from dspark_sglang.serving.commands import Commands
 from dspark_sglang.serving.compat import installed_version
 from dspark_sglang.serving.context import contain_prefills, keep_prefills, may_lag
-from dspark_sglang.serving.control import COST_UNKEPT, COST_UNMEASURED, Control
+from dspark_sglang.serving.cost_store import KnownCost
 from dspark_sglang.serving.draft_model import draft_model
+from dspark_sglang.serving.faults import Faults
 from dspark_sglang.serving.lookup import Lookup
 from dspark_sglang.serving.metrics import Metrics
 from dspark_sglang.serving.ops import Ops, choose
 from dspark_sglang.serving.ops.sharded_ops import ShardedOps
+from dspark_sglang.serving.overlap import OverlappedRounds
 from dspark_sglang.serving.plain import PlainDecoder
-from dspark_sglang.serving.planner import Planner
+from dspark_sglang.serving.planner import Planner, buckets, whole_blocks
 from dspark_sglang.serving.proposer import Proposer
 from dspark_sglang.serving.ranks import Ranks, keep_shards
-from dspark_sglang.serving.running import StepPlan
+from dspark_sglang.serving.rounds import Rounds, SynchronousRounds, VerifyAllRounds
 from dspark_sglang.serving.seat import seat
-from dspark_sglang.serving.served import whole_blocks
-from dspark_sglang.serving.sts_load import load_temperatures
 from dspark_sglang.serving.telemetry import StepObservers, Telemetry
 from dspark_sglang.serving.verifier import Verifier
 from dspark_sglang.serving.weights import Weights
@@ -85,37 +76,37 @@ class DSparkWorker(DSparkWorkerV2):
             return
         self._settings = settings = read_settings()
         self.telemetry = Telemetry(gamma=self.gamma)
-        overlaps = not get_schedule().disable_overlap_schedule
-        reason = whole_blocks(str(self.device))
-        fixed = reason is not None or settings.schedule == "all"
-        if reason is not None:
-            logger.warning("dspark: every drafted token is verified: %s.", reason)
-        self._schedule = "all" if fixed else "lagged" if overlaps else settings.schedule
-        self.control = Control(gamma=self.gamma, adaptive=not fixed)
-        self.control.faults.alone = get_parallel().tp_size == 1
-        self._ahead: Ahead | None = None
-        if self._schedule == "lagged":
-            self._ahead = Ahead(self.control, self.telemetry, torch.device(self.device))
+        self.faults = Faults()
+        self.faults.alone = get_parallel().tp_size == 1
+        self.scheduler: Scheduler = self._strategy()(gamma=self.gamma)
         self._remove_folded_parts()
         self._draft = draft_model(self.draft_model)
-        drafter = str(get_spec().speculative_draft_model_path)
-        self.drafter_sha256 = weights_digest(Path(drafter)) if Path(drafter).is_dir() else None
-        given = get_spec().speculative_dspark_confidence_sts_path
-        if given:  # SGLang's own flag: its constructor has read and checked the file
-            temperatures = self.draft_model.confidence_head.sts_temperatures
-            self._sts_source = str(given)
-        else:
-            temperatures, self._sts_source = load_temperatures(
-                settings, drafter, self.gamma, self.drafter_sha256
-            )
+        drafter = Path(get_spec().speculative_draft_model_path)
+        self.drafter_sha256 = weights_digest(drafter) if drafter.is_dir() else None
+        self.calibration = Calibration(
+            settings, gamma=self.gamma, drafter_sha256=self.drafter_sha256
+        )
+        temperatures, self._sts_source = self.calibration.read()
         self._install_parts(settings, temperatures)
-        self._known_cost(settings)
-        self.weights = Weights(self, Path(drafter))
-        requests.bind(self.control)
+        self.known_cost = KnownCost(
+            settings, self.scheduler, self._fingerprint(), writes=get_parallel().tp_rank == 0
+        )
+        self.weights = Weights(self, drafter)
+        requests.bind(self.scheduler, self.faults)
         self.commands = Commands(self)
         self._metrics: Metrics | None = None
         if get_parallel().tp_rank == 0:
             self._announce()
+
+    def _strategy(self) -> type[Scheduler]:
+        """How this server schedules: as it is set, as far as SGLang can run it."""
+        reason = whole_blocks(str(self.device))
+        if reason is not None:
+            logger.warning("dspark: every drafted token is verified: %s.", reason)
+        if reason is not None or self._settings.schedule == VerifyAll.name:
+            return VerifyAll
+        overlaps = not get_schedule().disable_overlap_schedule
+        return Overlapped if overlaps else STRATEGIES[self._settings.schedule]
 
     def report_canary(self, passed: bool) -> None:
         """Show in ``/metrics`` what ``dspark canary`` found."""
@@ -131,7 +122,7 @@ class DSparkWorker(DSparkWorkerV2):
             self.gamma,
             self._ops.markov.kind,
             self._ops.name,
-            self._schedule,
+            self.scheduler.name,
             self._sts_source,
             self._drafted_tokens or "whole",
             self._seat.placement,
@@ -142,7 +133,7 @@ class DSparkWorker(DSparkWorkerV2):
             self._metrics = Metrics(
                 {
                     "kernels": self._ops.name,
-                    "schedule": self._schedule,
+                    "schedule": self.scheduler.name,
                     "verification": self._verification,
                     "markov": self._ops.markov.kind,
                     "gamma": str(self.gamma),
@@ -209,7 +200,26 @@ class DSparkWorker(DSparkWorkerV2):
 
     def _install_steps(self, seed: int) -> None:
         """Put our parts of a step in the place of SGLang's."""
-        proposer = Proposer(
+        overlaps = isinstance(self.scheduler, Overlapped)
+        kinds: dict[bool, type[Rounds]] = {True: OverlappedRounds, False: SynchronousRounds}
+        kind = kinds[overlaps] if self.scheduler.adaptive else VerifyAllRounds
+        self._rounds = rounds = kind(
+            self.scheduler,
+            faults=self.faults,
+            telemetry=self.telemetry,
+            ops=self._ops,
+            ranks=self._seat.ranks,
+            device=torch.device(self.device),
+            buckets=buckets(self.model_runner, self.gamma),
+        )
+        # Under overlap a step begins before the host knows the last tokens.
+        knows = not overlaps and get_schedule().disable_overlap_schedule
+        self._lookup = Lookup() if knows and self._settings.lookup == "auto" else None
+        self._proposer = Proposer(
+            ops=self._ops,
+            seat=self._seat,
+            rounds=rounds,
+            lookup=self._lookup,
             draft_model=self.draft_model,
             draft_model_runner=self.draft_model_runner,
             gamma=self.gamma,
@@ -220,7 +230,8 @@ class DSparkWorker(DSparkWorkerV2):
             greedy_draft=False,
             dp_moe_sync=self._proposer._dp_moe_sync,
         )
-        planner = Planner(
+        self._verify_planner = Planner(
+            rounds=rounds,
             draft_model=self.draft_model,
             gamma=self.gamma,
             model_runner=self.model_runner,
@@ -229,18 +240,11 @@ class DSparkWorker(DSparkWorkerV2):
             verify_num_draft_tokens=self.verify_num_draft_tokens,
             tp_sync=self._tp_sync,
         )
-        shared: dict[str, Any] = {
-            "ops": self._ops,
-            "telemetry": self.telemetry,
-            "control": self.control,
-            "ahead": self._ahead,
-        }
-        planner.bind(**shared)
-        # Under overlap a step begins before the host knows the last tokens.
-        knows = self._ahead is None and get_schedule().disable_overlap_schedule
-        self._lookup = Lookup() if knows and self._settings.lookup == "auto" else None
-        proposer.bind(**shared, seat=self._seat, planner=planner, lookup=self._lookup)
-        verifier = Verifier(
+        self._verify_executor = Verifier(
+            planner=self._verify_planner,
+            ops=self._ops,
+            seat=self._seat,
+            rounds=rounds,
             target_worker=self.target_worker,
             gamma=self.gamma,
             verify_num_draft_tokens=self.verify_num_draft_tokens,
@@ -248,17 +252,15 @@ class DSparkWorker(DSparkWorkerV2):
             kv_injector=self._kv_injector,
             tp_sync=self._tp_sync,
         )
-        verifier.bind(**shared, seat=self._seat, planner=planner)
-        self._proposer, self._verify_planner, self._verify_executor = proposer, planner, verifier
-        self._plain = PlainDecoder(self, verifier, self.control, self.telemetry)
-        self._observers = StepObservers(self.telemetry, self.control)
+        self._plain = PlainDecoder(self, self._verify_executor, rounds)
+        self._observers = StepObservers(self.telemetry, self.scheduler)
 
     def alloc_memory_pool(self, *args: Any, **kwargs: Any) -> None:
         if self._hosts_draft:
             with self._draft_context():  # as many KV heads as this rank's draft has
                 super().alloc_memory_pool(*args, **kwargs)
-            self._lags = self.control.adaptive and self._verify_executor.lags and may_lag()
-            contain_prefills(self._kv_injector, self.control.faults)
+            self._lags = self.scheduler.adaptive and self._verify_executor.lags and may_lag()
+            contain_prefills(self._kv_injector, self.faults)
             if self._lags:
                 keep_prefills(self._kv_injector, self._verify_executor.lagging, self._draft)
 
@@ -278,42 +280,21 @@ class DSparkWorker(DSparkWorkerV2):
     def _forward_decode(self, batch: Any, on_publish: Any, *args: Any, **kwargs: Any) -> Any:
         if not batch.reqs or batch.forward_mode.is_idle():
             return super()._forward_decode(batch, on_publish, *args, **kwargs)
-        self._decide(batch)
-        if self.control.running.plan.draft:
-            self._draft_up_to_date()  # the bill of plain steps, not of this round
-        if self._ahead is not None:
-            self._ahead.begin()
-        start = time.perf_counter()
-        plain = not self.control.running.plan.draft and not self._proposer.can_copy(batch.reqs)
-        if plain and self._plain.takes(batch):
+        rounds = self._rounds
+        drafts = rounds.begin(batch).drafts
+        if drafts:
+            self._draft_up_to_date()  # the bill of decode steps, not of this round
+        rounds.started()
+        decodes = not drafts and not self._proposer.can_copy(batch.reqs)
+        if decodes and self._plain.takes(batch):
             result = self._plain.decode(batch, on_publish)
         else:
             result = super()._forward_decode(batch, on_publish, *args, **kwargs)
             result.next_token_ids = self._verify_executor.reported.view(-1)
-        now = time.perf_counter()
-        if self._ahead is not None:
-            self._ahead.launched()
-        else:
-            self.telemetry.took(now - start, self.control.running.plan.draft)
-            self.control.finished(now - start, now)
+        rounds.ended()
         if self._metrics is not None:
-            self._metrics.update(now, self.telemetry, self.control)
+            self._metrics.update(time.perf_counter(), rounds)
         return result
-
-    def _decide(self, batch: Any) -> None:
-        """Decide what the step of ``batch`` does; all ranks run the same forwards, whatever their clocks say."""
-        control, ahead = self.control, self._ahead
-        if ahead is not None:
-            ahead.settle()
-        known = batch.seq_lens_cpu
-        lens = [r.kv.kv_committed_len for r in batch.reqs] if known is None else known.tolist()
-        plan = control.begin(batch.reqs, sum(lens))
-        if ahead is not None:
-            self._verify_planner.decide_ahead(batch)
-            ahead.agree(self._seat.ranks)
-        elif self._ranks > 1 and control.adaptive:
-            packed = self._seat.ranks.broadcast(plan.packed(self.device), "plan")
-            control.running.plan = StepPlan.unpacked(packed)
 
     def _draft_up_to_date(self) -> None:
         """Commit what prefills and plain steps left for the draft, under the draft's own placement."""
@@ -321,25 +302,16 @@ class DSparkWorker(DSparkWorkerV2):
             with self._draft_context():
                 self._verify_executor.lagging.flush()
 
-    def _known_cost(self, settings: Settings) -> None:
-        """Take over a step cost that was measured before, where there is one.
-
-        Raises:
-            ArtifactError: the file named by ``DSPARK_COST`` is damaged or of something else.
-        """
-        self._ranks = get_parallel().tp_size
-        self.cost_path: Path | None = None
-        self.cost_fingerprint: dict[str, str] = {}
-        self.profile_s: float | None = None
-        if not self.control.adaptive or settings.cost == COST_ONLINE:
-            return
+    def _fingerprint(self) -> dict[str, str]:
+        """What the cost of this server's steps depends on."""
         runner, device = self.model_runner, torch.device(self.device)
-        self.cost_fingerprint = cost_store.fingerprint(
+        overlaps = isinstance(self.scheduler, Overlapped)
+        return cost_store.fingerprint(
             target=str(runner.model_config.model_path),
             drafter=str(get_spec().speculative_draft_model_path),
             drafter_sha256=self.drafter_sha256 or "",
             device=cost_store.device_name(device, torch.get_num_threads()),
-            tensor_parallel=self._ranks,
+            tensor_parallel=get_parallel().tp_size,
             dtype=runner.dtype,
             attention=get_context().resolved_server_args_dict().get("attention_backend"),
             kernels=self._ops.name,
@@ -347,20 +319,10 @@ class DSparkWorker(DSparkWorkerV2):
             placement=self._seat.placement,
             heads=self._seat.heads,
             gamma=self.gamma,
-            timed="by the host" if self._ahead is None else "by the device, ahead",
+            timed="by the device, ahead" if overlaps else "by the host",
             sglang=installed_version(),
             plugin=__version__,
         )
-        if settings.cost != COST_AUTO:
-            path = Path(settings.cost)
-            known = cost_store.load(path, self.cost_fingerprint, self.control.cost)
-            self.profile_s, self.control.cost_source = known.seconds, settings.cost
-            return
-        self.cost_path = cost_store.place(settings, self.cost_fingerprint)
-        cached = cost_store.load_cached(self.cost_path, self.cost_fingerprint, self.control.cost)
-        self.profile_s = None if cached is None else cached.seconds
-        found = COST_UNMEASURED if cached is None else str(self.cost_path)
-        self.control.cost_source = found
 
     def weight_update_runners(self) -> list[tuple[str, Any]]:
         """What SGLang updates of the drafter."""
@@ -368,8 +330,7 @@ class DSparkWorker(DSparkWorkerV2):
 
     def catch_up(self) -> None:
         """Learn from every step there was, also from one that is still to end."""
-        if self._ahead is not None:
-            self._ahead.settle(running=0)
+        self._rounds.catch_up()
 
     def clear_info_records(self) -> None:
         """Start counting again; SGLang calls this."""
@@ -377,91 +338,11 @@ class DSparkWorker(DSparkWorkerV2):
             self.catch_up()
         super().clear_info_records()
 
-    def plan_no_sts(self) -> Callable[[], None]:
-        """What serves without calibration."""
-        return lambda: self.set_temperatures(torch.ones(self.gamma), "none")
-
-    def plan_sts_file(self) -> Callable[[], None]:
-        """What serves with the STS file as it is now.
-
-        Raises:
-            ArtifactError: it is damaged or belongs to another drafter.
-        """
-        given = get_spec().speculative_dspark_confidence_sts_path
-        settings = msgspec.structs.replace(self._settings, sts=str(given or self._settings.sts))
-        drafter = str(get_spec().speculative_draft_model_path)
-        temperatures, source = load_temperatures(settings, drafter, self.gamma, self.drafter_sha256)
-        return lambda: self.set_temperatures(temperatures, source)
-
-    def plan_sts_refit(self) -> Callable[[], None]:
-        """What serves with STS fitted to what was verified lately.
-
-        Raises:
-            ConfigError: too little was verified yet.
-        """
-        found = sts_refit.fit(self.control.reliability.blocks)
-        source = f"fitted in service to {found.blocks} blocks"
-        return lambda: self.set_temperatures(torch.tensor(found.temperatures), source)
-
-    def plan_cost_file(self) -> Callable[[], None]:
-        """What schedules by the cost file as it is now.
-
-        Raises:
-            ArtifactError: there is none, it is damaged, or it is of something else.
-        """
-        named = self._settings.cost not in (COST_AUTO, COST_ONLINE)
-        path = Path(self._settings.cost) if named else self.cost_path
-        if path is None:
-            raise cost_store.missing("DSPARK_COST=auto or a path")
-        found = CostModel(gamma=self.gamma)
-        cost_store.load(path, self.cost_fingerprint, found)
-        return lambda: self.control.cost.restore(found.state())
-
-    def plan_save_cost(self) -> Callable[[], None]:
-        """What keeps the step cost as it is known now for the next start of such a server.
-
-        It ends the measurement at start-up, whatever came of that.
-
-        Raises:
-            ConfigError: there is no place for it, or another start would refuse it; the latter not
-                while measuring, whose end must not fail.
-            ArtifactError: the disk is full or may not be written; not while measuring either.
-        """
-        if self.cost_path is None:
-            raise cost_store.missing("DSPARK_COST=auto")
-        path = self.cost_path
-        if self.control.measuring:
-            return lambda: self._end_measurement(path)
-        # Written here already: what cannot be written has to be refused, and applying may not fail.
-        self._save_cost(path)
-        return lambda: setattr(self.control, "cost_source", str(path))
-
-    def _end_measurement(self, path: Path) -> None:
-        self.profile_s = self.control.measured() or self.profile_s
-        try:
-            self._save_cost(path)
-        except ConfigError as error:
-            logger.warning("%s It is learned while serving, and measured at the next start.", error)
-            self.control.cost_source = COST_ONLINE
-        except ArtifactError as error:
-            logger.warning("%s The cost is used, and measured again at the next start.", error)
-            self.control.cost_source = COST_UNKEPT
-        else:
-            self.control.cost_source = str(path)
-
-    def _save_cost(self, path: Path) -> None:
-        cost_store.require_both_kinds(self.control.cost)
-        if get_parallel().tp_rank == 0:
-            cost = self.control.cost
-            cost_store.save(path, self.cost_fingerprint, cost, seconds=self.profile_s)
-
     def set_temperatures(self, temperatures: torch.Tensor, source: str) -> None:
-        """Serve with other STS temperatures from the next step on."""
+        """Serve with other STS temperatures ``[gamma]`` from the next step on."""
         self._ops.set_temperatures(temperatures.float())
         self._sts_source = source
-        self.control.reliability.forget()
-        if self._ahead is not None:
-            self._ahead.outdate()
+        self._rounds.recalibrated()
 
     def dump_info_records(self) -> dict[str, Any] | None:
         """Our status, served by SGLang at ``/server_info``."""
@@ -486,13 +367,14 @@ class DSparkWorker(DSparkWorkerV2):
             "heads": self._seat.heads,
             "placement_microseconds": {} if self._placed is None else self._placed.microseconds,
             "ranks": self._seat.ranks.count,
-            "schedule": self._schedule,
+            "schedule": self.scheduler.name,
             "lookup": self._lookup is not None,
             "verification": self._verification,
             "temperatures": self._ops.temperatures,
             "drafter_sha256": self.drafter_sha256,
-            "reliability": self.control.reliability.table(),
-            "profile_s": self.profile_s,
+            "reliability": self.scheduler.reliability.table(),
+            "cost_source": self.known_cost.source,
+            "profile_s": self.known_cost.seconds,
             **self.telemetry.snapshot(),
-            **self.control.snapshot(),
+            **self._rounds.snapshot(),
         }

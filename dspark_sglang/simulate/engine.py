@@ -2,30 +2,29 @@
 
 As in SGLang without overlap: what waits is prefilled before anything decodes, and all running requests take
 part in every step. Steps are decided by the server's own scheduler
-(:class:`dspark_sglang.serving.control.Control`), called in the order in which the worker calls it, and learn as in
-the server. Only the models are simulated: how long a step takes, what the confidences are, what is accepted.
+(:mod:`dspark_sglang.core.schedule.scheduler`), asked and told in the order in which the worker does that, and learn
+as in the server. Only the models are simulated: how long a step takes, what the confidences are, what is accepted.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Literal
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from dspark_sglang.core.policy import Choice
+from dspark_sglang.core.round import Drafted, Load, StepResult
 from dspark_sglang.core.schedule import lengths
+from dspark_sglang.core.schedule.scheduler import Overlapped, Scheduler, Synchronous, VerifyAll
 from dspark_sglang.core.steps import CostModel
 from dspark_sglang.errors import ConfigError
-from dspark_sglang.serving.control import Control
 from dspark_sglang.simulate.acceptance import Mixture
 from dspark_sglang.simulate.arrivals import Requests
 from dspark_sglang.simulate.costs import StepTimes
-from dspark_sglang.simulate.late import Late
 
 Float64 = npt.NDArray[np.float64]
 Int64 = npt.NDArray[np.int64]
@@ -34,6 +33,11 @@ Int64 = npt.NDArray[np.int64]
 #: scheduler decides from this step's confidences or from those two steps old.
 Mode = Literal["none", "fixed", "adaptive", "lagged"]
 MODES: tuple[Mode, ...] = ("none", "fixed", "adaptive", "lagged")
+_STRATEGIES: dict[Mode, type[Scheduler]] = {
+    "fixed": VerifyAll,
+    "adaptive": Synchronous,
+    "lagged": Overlapped,
+}
 #: Steps between two calls of ``progress``.
 _TELL_EVERY = 512
 
@@ -102,26 +106,6 @@ class Result(msgspec.Struct, kw_only=True):
     interrupted: bool = False
 
 
-class _Stated:
-    """Confidence logits as the control reads them: a tensor's way to numpy without the tensor."""
-
-    def __init__(self, values: Float64) -> None:
-        self._values = values
-
-    def cpu(self) -> _Stated:
-        return self
-
-    def numpy(self) -> Float64:
-        return self._values
-
-
-def _stub(sampled: bool, workload: str) -> Any:
-    """What scheduling reads of an SGLang request."""
-    custom = {"dspark": {"workload": workload}} if workload else None
-    top_k = 1 << 30 if sampled else 1
-    return SimpleNamespace(sampling_params=SimpleNamespace(custom_params=custom, top_k=top_k))
-
-
 class Replica:
     """Serves some requests; :meth:`run` once."""
 
@@ -159,26 +143,16 @@ class Replica:
         self._slot = np.zeros(0, dtype=np.int64)
         self._remaining = np.zeros(0, dtype=np.int64)
         self._cached = np.zeros(0, dtype=np.int64)
-        self._asked: list[Any] = []
         self._came = np.array(requests.at, dtype=np.float64)
         self._first = np.full(len(requests.at), np.nan)
         self._ended: list[tuple[Int64, float]] = []
-        self._stubs = [_stub(setting.sampled, "") for _ in (blocks.names if blocks else ("",))]
         self._blocks = blocks
-        self.control: Control | None = None
-        self._late: Late | None = None
+        self.scheduler: Scheduler | None = None
         if setting.mode != "none":
-            self.control = self._scheduler(cost)
-            if setting.mode == "lagged":
-                self._late = Late(self.control, slots=setting.slots)
-
-    def _scheduler(self, cost: CostModel | None) -> Control:
-        mode = self.setting.mode
-        control = Control(gamma=self.times.gamma, adaptive=mode != "fixed")
-        control.choose(self.setting.speculation)
-        if cost is not None:
-            control.cost.restore(cost.state())
-        return control
+            self.scheduler = _STRATEGIES[setting.mode](gamma=times.gamma)
+            self.scheduler.choose(setting.speculation)
+            if cost is not None:
+                self.scheduler.cost.restore(cost.state())
 
     # -- the loop ----------------------------------------------------------------------------
 
@@ -279,19 +253,18 @@ class Replica:
             left = left - 1
             self._first[numbers] = self.now
         self._remaining = np.concatenate([self._remaining, left])
-        self._asked += [self._stubs[domain] for domain in self.requests.domain[numbers]]
         self._finish()
 
     # -- decoding ----------------------------------------------------------------------------
 
     def _step(self) -> None:
         count, context = len(self._number), int(self._cached.sum())
-        if self.control is None:
+        if self.scheduler is None:
             seconds = self._noisy(self.times.plain(count, context, self._sampled(count)))
             made: Int64 = np.ones(count, dtype=np.int64)
             lens, drafted = made * 0, False
         else:
-            made, lens, seconds, drafted = self._scheduled(self.control, count, context)
+            made, lens, seconds, drafted = self._scheduled(self.scheduler, count, context)
         committed, verified = int(made.sum()), int(lens.sum())
         np.minimum(made, self._remaining, out=made)
         self.now += seconds + self.times.between(count)
@@ -315,43 +288,52 @@ class Replica:
         self._finish()
 
     def _scheduled(
-        self, control: Control, count: int, context: int
+        self, scheduler: Scheduler, count: int, context: int
     ) -> tuple[Int64, Int64, float, bool]:
         """One step as the worker runs it: tokens made ``[R]``, drafted tokens verified ``[R]``, seconds."""
         assert self._blocks is not None
-        late, buckets = self._late, self._buckets(count)
-        if late is not None:
-            late.settle()
-        plan = control.begin(self._asked, context)
-        if late is not None:
-            late.decide(self._slot, self._generation[self._slot], buckets)
-        confidence = np.zeros((count, control.gamma))
-        if plan.draft:
+        gamma = scheduler.gamma
+        load = Load(
+            limits=np.full(count, gamma, dtype=np.int64),
+            sampled=np.full(count, self.setting.sampled),
+            workloads=("",) * count,
+            context=context,
+            buckets=self._buckets(count),
+            slots=self._slot,
+            generations=self._generation[self._slot],
+        )
+        plan = scheduler.plan(load)
+        drafted, logits, depth = None, np.zeros((count, gamma)), plan.depth
+        if plan.drafts:
+            confidence = np.zeros((count, gamma))
             rows = self._blocks.rows(self.rng, self.requests.domain[self._number])
-            confidence[:, : plan.depth] = self._blocks.confidence[rows, : plan.depth]
-            control.running.logits = _Stated(self._blocks.logits[rows, : plan.depth])
-        if late is not None and plan.draft:
-            given = control.ranked(confidence)
-        else:
-            given = control.budget(confidence, buckets)
-        lens = lengths(given.order, given.budget, requests=count)
+            confidence[:, :depth] = self._blocks.confidence[rows, :depth]
+            logits[:, :depth] = self._blocks.logits[rows, :depth]
+            drafted = Drafted.of(confidence, depth)
+        admission = scheduler.admit(plan, drafted)
+        lens = lengths(admission.order, admission.budget, requests=count)
         counts = lens
-        if plan.draft:
-            kept = self.rng.random((count, control.gamma)) < self._blocks.chance[rows]
+        if plan.drafts:
+            kept = self.rng.random((count, gamma)) < self._blocks.chance[rows]
             counts = np.minimum(np.logical_and.accumulate(kept, axis=1).sum(axis=1), lens)
-        if late is None:
-            control.accepted(lens, counts)
         sampled = self._sampled(count)
-        if plan.draft:
+        if plan.drafts:
             seconds = self.times.round(count, int(lens.sum()), context, sampled)
         else:
             seconds = self.times.plain(count, context, sampled)
         seconds = self._noisy(seconds)
-        if late is None:
-            control.finished(seconds, self.now + seconds)
-        else:
-            late.over(lens, counts, seconds, self.now + seconds)
-        return counts + 1, lens, seconds, plan.draft
+        result = StepResult(
+            plan=plan,
+            drafted=drafted,
+            admission=admission,
+            lens=lens,
+            counts=counts,
+            logits=logits,
+            seconds=seconds,
+            now=self.now + seconds,
+        )
+        scheduler.observe(lambda: result)
+        return counts + 1, lens, seconds, plan.drafts
 
     def _buckets(self, count: int) -> Int64 | None:
         bucket = self.setting.bucket
@@ -382,7 +364,6 @@ class Replica:
         stay = ~over
         self._number, self._slot = self._number[stay], self._slot[stay]
         self._remaining, self._cached = self._remaining[stay], self._cached[stay]
-        self._asked = [asked for asked, own in zip(self._asked, stay, strict=True) if own]
         if self.setting.users is not None:
             for _ in range(len(ended)):
                 self._arrive(self.now)

@@ -250,11 +250,32 @@ def test_overridden_methods_take_what_sglang_passes(name: str) -> None:
         inherited = next((vars(b)[method] for b in cls.__mro__[1:] if method in vars(b)), None)
         if not inspect.isfunction(function) or not inspect.isfunction(inherited):
             continue
-        if method == "__init__" and name == "CpuAttentionBackend":
-            continue  # built by our own factory
+        if method == "__init__" and name != "DSparkWorker":
+            continue  # built by our own worker or factory
         accepts(function, inherited)
         checked += 1
     assert checked
+
+
+@pytest.mark.parametrize("name", ["Proposer", "Planner", "Verifier"])
+def test_our_worker_builds_them_as_sglangs_does(name: str) -> None:
+    """What our worker passes beyond our own arguments is what SGLang's constructor takes, and its worker passes."""
+    from sglang.srt.speculative.dspark_components.dspark_worker_v2 import DSparkWorkerV2
+
+    def passed(worker: type, built: str) -> set[str]:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(worker)))
+        calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+        (call,) = [node for node in calls if getattr(node.func, "id", None) == built]
+        return {str(keyword.arg) for keyword in call.keywords}
+
+    cls = ours(name)
+    theirs = cls.__bases__[0]
+    own = calls_of(cls.__init__).keys() - {"sglang"}
+    given = passed(ours("DSparkWorker"), name)
+    assert own <= given
+    # SGLang also passes parts that are folded into its graphs; ours are not.
+    assert given - own <= passed(DSparkWorkerV2, theirs.__name__)
+    inspect.signature(theirs.__init__).bind(None, **dict.fromkeys(given - own))
 
 
 @pytest.mark.parametrize("name", SUBCLASSES)

@@ -94,22 +94,23 @@ def _history(history: History | None) -> Iterator[tuple[str, Any]]:
         yield f"sum.{at}", float(history._values[:, at].sum())
 
 
-def _scheduler(control: Any) -> Iterator[tuple[str, Any]]:
-    yield "fixed_budget", control.forced
-    yield "since_decode_step", control._since_plain
-    yield "verify_all_turn", control._whole_turn
+def _scheduler(control: Any, faults: int) -> Iterator[tuple[str, Any]]:
+    yield "fixed_budget", control.fixed_budget
+    yield "since_decode_step", control._since_decode
+    yield "verify_all_turn", control._turn
     yield "decode_steps", control.plain_steps
     yield "expected_tokens", float(control.expected_tokens)
     yield "committed_tokens", control.committed_tokens
     yield "copied_rounds", control.copied_rounds
     yield "copied_tokens", control.copied_tokens
-    yield "faults", sum(control.faults.counts.values())
+    yield "faults", faults
 
 
-def _learned(control: Any, history: History | None, rates: Any) -> dict[str, Any]:
+def _learned(control: Any, rates: Any, faults: int = 0) -> dict[str, Any]:
     """All that scheduling has learned, by names that stay."""
+    history = getattr(control, "history", None)
     parts: list[tuple[str, Iterator[tuple[str, Any]]]] = [
-        ("scheduler", _scheduler(control)),
+        ("scheduler", _scheduler(control, faults)),
         ("cost_model", _cost_model(control.cost)),
         ("gain", _gain(control.policy)),
         ("correction", _correction(control.reliability)),
@@ -127,12 +128,12 @@ def _learned(control: Any, history: History | None, rates: Any) -> dict[str, Any
 def _plan(plan: Any) -> Line:
     """The plan as it was decided before anything was drafted."""
     return {
-        "draft": plan.draft,
+        "draft": plan.drafts,
         "depth": int(plan.depth),
         "limits": [int(limit) for limit in plan.limits],
-        "verify_all": plan.whole,
+        "verify_all": plan.verify_all,
         "profile": plan.profile,
-        "prompt_lookup": plan.copies,
+        "prompt_lookup": plan.prompt_lookup,
     }
 
 
@@ -163,33 +164,21 @@ class Serving:
         told: called after it.
         """
         self._worker, self._confidence = worker, confidence
-        self._control, self._ahead = worker.control, worker._ahead
-        self._plan: Any = None
-        self._given: Any = None
+        self._rounds, self._scheduler = worker._rounds, worker.scheduler
         self._head: Any = None
         self._proposal: Any = None
         step, propose = worker._forward_decode, worker._proposer.propose
-        plan, budget = self._control.begin, self._control.budget
         self._head_of = worker._ops.confidence
 
         def forward_decode(batch: Any, *args: Any, **kwargs: Any) -> Any:
             if not batch.reqs or batch.forward_mode.is_idle():
                 return step(batch, *args, **kwargs)
-            self._plan = self._given = self._head = self._proposal = None
+            self._head = self._proposal = None
             requests = list(batch.reqs)
             began()
             result = step(batch, *args, **kwargs)
             told(self._line(requests, result), self.learned())
             return result
-
-        def planned(*args: Any, **kwargs: Any) -> Any:
-            found = plan(*args, **kwargs)
-            self._plan = _plan(found)
-            return found
-
-        def budgeted(*args: Any, **kwargs: Any) -> Any:
-            self._given = budget(*args, **kwargs)
-            return self._given
 
         def proposed(*args: Any, **kwargs: Any) -> Any:
             self._proposal = propose(*args, **kwargs)
@@ -197,7 +186,6 @@ class Serving:
 
         worker._forward_decode, worker._proposer.propose = forward_decode, proposed
         worker._ops.confidence = self._stated
-        self._control.begin, self._control.budget = planned, budgeted
 
     def _stated(self, features: torch.Tensor, previous: torch.Tensor) -> Any:
         """In place of the confidence head, which is asked all the same."""
@@ -209,7 +197,7 @@ class Serving:
     def know(self, steps: list[tuple[int, int, int, float]]) -> None:
         """Start with this step cost: requests, drafted tokens (0: a decode step), context and seconds of steps."""
         known = [(Step(r, d, c, d > 0), seconds) for r, d, c, seconds in steps]
-        self._control.cost.refit(known)
+        self._scheduler.cost.refit(known)
 
     def command(self, key: str, value: float) -> None:
         """What an operator's ``/set_internal_state`` does."""
@@ -218,9 +206,9 @@ class Serving:
 
     def learned(self) -> dict[str, Any]:
         """All that is known now."""
-        lookup = self._worker._lookup
-        history = None if self._ahead is None else self._ahead._history
-        return _learned(self._control, history, None if lookup is None else lookup.rates)
+        lookup, faults = self._worker._lookup, self._worker.faults.counts
+        rates = None if lookup is None else lookup.rates
+        return _learned(self._scheduler, rates, sum(faults.values()))
 
     def end(self) -> tuple[Line, dict[str, Any]]:
         """Counts of all steps, once the last is over; and all that is known then."""
@@ -237,21 +225,20 @@ class Serving:
         return {name: counts[name] for name in names}, self.learned()
 
     def _line(self, requests: list[Any], result: Any) -> Line:
-        running, count = self._control.running, len(requests)
+        running, count = self._rounds.running, len(requests)
         survival, order, budget, lens = self._admission(count)
         committed = [int(value) for value in result.accept_lens.tolist()]
         tokens = result.next_token_ids.view(count, -1).tolist()
-        proposal = self._proposal
+        proposal, drafted = self._proposal, running.drafted
         drafts = self._head is not None
+        copied = [] if drafted is None else [int(row) for row in np.flatnonzero(drafted.copied)]
         return {
             "requests": [request.rid for request in requests],
-            "context": int(running.context),
-            "plan": self._plan,
+            "context": int(running.plan.load.context),
+            "plan": _plan(running.plan),
             "draft": {
-                "copied": [int(row) for row in np.flatnonzero(running.copied)],
-                "tokens": proposal.draft_block.draft_tokens.tolist()
-                if drafts or running.copied.any()
-                else [],
+                "copied": copied,
+                "tokens": proposal.draft_block.draft_tokens.tolist() if drafts or copied else [],
                 "head": numbers(self._head.tolist(), 3) if drafts else [],
                 "survival": numbers(np.asarray(survival).tolist(), SHORT)
                 if budget or drafts
@@ -271,16 +258,16 @@ class Serving:
 
     def _admission(self, requests: int) -> tuple[Any, Any, int, list[int]]:
         """Survivals, admission order, budget and verified lengths of the step."""
-        nothing: tuple[Any, Any, int, list[int]] = np.zeros((requests, 0)), [], 0, [0] * requests
-        if self._ahead is not None:
-            if self._ahead.survival is None:
-                return nothing
-            survival = self._ahead.survival.cpu().numpy()
-            order, budget = admission_order(survival), self._control.running.budget
-        elif self._given is not None:
-            survival, order, budget = self._given
+        rounds, running = self._rounds, self._rounds.running
+        survival = getattr(rounds, "survival", None)
+        if survival is not None:
+            survival = survival.cpu().numpy()
+            order, budget = admission_order(survival), rounds.budget
+        elif running.admission is not None:
+            found = running.admission
+            survival, order, budget = found.survival, found.order, found.budget
         else:
-            return nothing
+            return np.zeros((requests, 0)), [], 0, [0] * requests
         return survival, order, int(budget), self._worker._verify_planner.lens.tolist()
 
 
@@ -295,37 +282,31 @@ class Simulated:
         replica: of :mod:`dspark_sglang.simulate.engine`, with a scheduler.
         told: called after each decode step, with its seconds in the line.
         """
-        self._replica, self._control = replica, replica.control
+        self._replica, self._scheduler = replica, replica.scheduler
         self._plan: Any = None
         self._given: Any = None
-        step, plan = replica._scheduled, self._control.begin
+        step, plan, admit = replica._scheduled, self._scheduler.plan, self._scheduler.admit
 
-        def scheduled(control: Any, count: int, context: int) -> Any:
+        def scheduled(scheduler: Any, count: int, context: int) -> Any:
             numbers_ = [int(number_) for number_ in replica._number]
-            made, lens, seconds, drafts = step(control, count, context)
+            made, lens, seconds, drafts = step(scheduler, count, context)
             told(self._line(numbers_, context, made, lens, seconds), self.learned())
             return made, lens, seconds, drafts
 
-        def planned(*args: Any) -> Any:
-            found = plan(*args)
-            self._plan = _plan(found)
-            return found
+        def planned(load: Any) -> Any:
+            self._plan = plan(load)
+            return self._plan
 
-        def keeping(original: Callable[..., Any]) -> Callable[..., Any]:
-            def kept(*args: Any) -> Any:
-                self._given = original(*args)
-                return self._given
+        def admitted(*args: Any) -> Any:
+            self._given = admit(*args)
+            return self._given
 
-            return kept
-
-        replica._scheduled, self._control.begin = scheduled, planned
-        self._control.budget = keeping(self._control.budget)
-        self._control.ranked = keeping(self._control.ranked)
+        replica._scheduled = scheduled
+        self._scheduler.plan, self._scheduler.admit = planned, admitted
 
     def learned(self) -> dict[str, Any]:
         """All that is known now."""
-        late = self._replica._late
-        return _learned(self._control, None if late is None else late._history, None)
+        return _learned(self._scheduler, None)
 
     def run(self) -> Line:
         """Serve to the end; counts of all steps."""
@@ -338,14 +319,14 @@ class Simulated:
     def _line(
         self, requests: list[int], context: int, made: Any, lens: Any, seconds: float
     ) -> Line:
-        survival, order, budget = self._given
-        running = self._control.running
+        given = self._given
+        survival, order, budget = given.survival, given.order, given.budget
         return {
             "requests": requests,
             "context": context,
-            "plan": self._plan,
+            "plan": _plan(self._plan),
             "draft": {
-                "forward": running.plan.draft,
+                "forward": self._plan.drafts,
                 "copied": [],
                 "survival": numbers(survival.tolist(), SHORT) if budget else [],
             },

@@ -2,33 +2,82 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
-import torch
 
-from dspark_sglang.config import COST_ONLINE
+from dspark_sglang.core.round import Admission, Drafted, Load, StepPlan, StepResult
 from dspark_sglang.core.schedule import lengths
-from dspark_sglang.serving.control import COST_UNMEASURED, Budgeted, Control
-from dspark_sglang.serving.running import StepPlan
-from dspark_sglang.simulate.late import Late
+from dspark_sglang.core.schedule.scheduler import Overlapped, Scheduler, Synchronous
 
 GAMMA = 5
 
 
-def request(*, sampled: bool = True, **options: Any) -> Any:
-    """What scheduling reads of an SGLang request."""
-    custom = {"dspark": options} if options else None
-    params = SimpleNamespace(custom_params=custom, top_k=1 << 30 if sampled else 1)
-    return SimpleNamespace(sampling_params=params)
+class Asked(NamedTuple):
+    """What scheduling knows of a request."""
+
+    sampled: bool = True
+    max_draft_tokens: int = GAMMA
+    workload: str = ""
+    profile: bool = False
+
+
+def load(
+    requests: Sequence[Asked], context: int = 0, *, gamma: int = GAMMA, stopped: bool = False
+) -> Load:
+    """A step of these requests, the first in slot 0."""
+    count = len(requests)
+    return Load(
+        limits=np.array([min(gamma, r.max_draft_tokens) for r in requests], dtype=np.int64),
+        sampled=np.array([r.sampled for r in requests], dtype=bool),
+        workloads=tuple(r.workload for r in requests),
+        context=context,
+        slots=np.arange(count),
+        generations=np.ones(count, dtype=np.int64),
+        profile=any(r.profile for r in requests),
+        stopped=stopped,
+    )
+
+
+def admitted(scheduler: Scheduler, plan: StepPlan, confidence: np.ndarray) -> Admission:
+    """What is verified of a draft with these confidences ``[R, gamma]``."""
+    return scheduler.admit(plan, Drafted.of(confidence, plan.depth) if plan.drafts else None)
+
+
+def over(
+    scheduler: Scheduler,
+    plan: StepPlan,
+    given: Admission,
+    confidence: np.ndarray,
+    lens: np.ndarray,
+    counts: np.ndarray,
+    *,
+    seconds: float = 0.02,
+    now: float = 1.0,
+    logits: np.ndarray | None = None,
+) -> None:
+    """A step of :func:`admitted` has ended."""
+    if logits is None:
+        logits = np.zeros(confidence.shape)
+    result = StepResult(
+        plan=plan,
+        drafted=Drafted.of(confidence, plan.depth) if plan.drafts else None,
+        admission=given,
+        lens=lens,
+        counts=counts,
+        logits=logits,
+        seconds=seconds,
+        now=now,
+    )
+    scheduler.observe(lambda: result)
 
 
 class Taken(NamedTuple):
     """One step as it was scheduled."""
 
     plan: StepPlan
-    given: Budgeted
+    given: Admission
     lens: np.ndarray
     counts: np.ndarray
     #: Tokens to expect of such a step, the requests' own included: less noisy than what came.
@@ -44,13 +93,11 @@ class World:
     """
 
     def __init__(
-        self, control: Control, requests: list[Any], *, acceptance: float, seed: int = 0
+        self, scheduler: Scheduler, requests: list[Asked], *, acceptance: float, seed: int = 0
     ) -> None:
-        self.control, self.requests, self.acceptance = control, requests, acceptance
+        self.scheduler, self.requests, self.acceptance = scheduler, requests, acceptance
         self.confidence: float | None = None
-        #: Decides ahead and learns late; None: as a server without overlap.
-        self.late: Late | None = None
-        #: Seconds of a round beyond a plain step, for each request and for each drafted token.
+        #: Seconds of a round beyond a decode step, for each request and for each drafted token.
         self.draft, self.each, self.token = 0.004, 0.0002, 0.0006
         self.rng = np.random.default_rng(seed)
         self.noise = 0.02
@@ -64,37 +111,28 @@ class World:
         return float(seconds * np.exp(self.noise * self.rng.standard_normal()))
 
     def step(self, confidence: np.ndarray | None = None) -> Taken:
-        control, count, late = self.control, len(self.requests), self.late
-        if late is not None:
-            late.settle()
-        plan = control.begin(self.requests, 100 * count)
+        scheduler, count = self.scheduler, len(self.requests)
+        gamma = scheduler.gamma
+        plan = scheduler.plan(load(self.requests, 100 * count, gamma=gamma))
         if confidence is None:
             stated = self.acceptance if self.confidence is None else self.confidence
-            confidence = np.full((count, control.gamma), stated)
-        drafted = np.arange(control.gamma) < plan.depth
-        control.running.logits = torch.logit(
-            torch.from_numpy(confidence[:, : plan.depth]), eps=1e-6
-        )
+            confidence = np.full((count, gamma), stated)
+        drafted = np.arange(gamma) < plan.depth
+        near = np.clip(confidence, 1e-6, 1.0 - 1e-6)
+        logits = np.where(drafted, np.log(near / (1.0 - near)), 0.0)
         confidence = np.where(drafted, confidence, 0.0)
-        if late is not None:
-            late.decide(np.arange(count), np.zeros(count, dtype=np.int64), None)
-        if late is not None and plan.draft:
-            given = control.ranked(confidence)
-        else:
-            given = control.budget(confidence, None)
+        given = admitted(scheduler, plan, confidence)
         lens = lengths(given.order, given.budget, requests=count)
-        kept = self.rng.random((count, control.gamma)) < self.acceptance
+        kept = self.rng.random((count, gamma)) < self.acceptance
         counts = np.minimum(kept.cumprod(axis=1).sum(axis=1), lens)
-        if late is None:
-            control.accepted(lens, counts)
-        seconds = self.cost(int(lens.sum()), is_round=plan.draft)
+        seconds = self.cost(int(lens.sum()), is_round=plan.drafts)
         self.now += seconds
-        if late is None:
-            control.finished(seconds, self.now)
-        else:
-            late.over(lens, counts, seconds, self.now)
-        chances = self.acceptance ** np.arange(1, control.gamma + 1)
-        tokens = count + float((chances * (np.arange(control.gamma) < lens[:, None])).sum())
+        over(
+            scheduler, plan, given, confidence, lens, counts,
+            seconds=seconds, now=self.now, logits=logits,
+        )  # fmt: skip
+        chances = self.acceptance ** np.arange(1, gamma + 1)
+        tokens = count + float((chances * (np.arange(gamma) < lens[:, None])).sum())
         return Taken(plan, given, lens, counts, tokens, seconds)
 
     def run(self, steps: int) -> list[Taken]:
@@ -102,20 +140,17 @@ class World:
 
     def measure(self) -> None:
         """The start-up measurement: both kinds of step at every depth."""
-        own, self.control.cost_source = self.requests, COST_UNMEASURED
-        self.requests = [request(profile=True) for _ in own]
+        own, measurement = self.requests, self.scheduler.measurement
+        measurement.begin()
+        self.requests = [Asked(profile=True) for _ in own]
         self.run(8 * (GAMMA + 1))
-        self.requests, self.control.cost_source = own, COST_ONLINE
+        self.requests, measurement.running = own, False
 
 
-def world(
-    requests: int, *, acceptance: float, seed: int = 0, lagged: bool = False, **options: Any
-) -> World:
+def world(requests: int, *, acceptance: float, seed: int = 0, overlapped: bool = False) -> World:
     """A measured server of requests that are all alike."""
-    control = Control(gamma=GAMMA, adaptive=True)
-    asked = [request(**options) for _ in range(requests)]
-    made = World(control, asked, acceptance=acceptance, seed=seed)
-    made.late = Late(control, slots=requests) if lagged else None
+    scheduler = (Overlapped if overlapped else Synchronous)(gamma=GAMMA)
+    made = World(scheduler, [Asked()] * requests, acceptance=acceptance, seed=seed)
     made.measure()
     return made
 
@@ -127,7 +162,7 @@ def speed(steps: list[Taken]) -> float:
 
 def drafting_share(steps: list[Taken]) -> float:
     """Share of the steps that drafted."""
-    return sum(step.plan.draft for step in steps) / len(steps)
+    return sum(step.plan.drafts for step in steps) / len(steps)
 
 
 def mean_budget(steps: list[Taken]) -> float:

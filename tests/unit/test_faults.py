@@ -24,7 +24,7 @@ NOT_IN_A_STEP = {
     "core": {"engine", "drafter", "placement", "sts"},
     "serving": {
         "arguments", "compat", "cost_store", "diagnosis", "entry", "hooks", "http_checks",
-        "placement", "preflight", "preflight_argv", "rank_death", "served", "start_gate", "sts_load", "surroundings",
+        "placement", "preflight", "preflight_argv", "rank_death", "start_gate", "surroundings",
         "warmup",
     },
     "ops": {"choose", "selfcheck"},

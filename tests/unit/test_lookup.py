@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from scheduled_world import GAMMA, request
-from test_control import budgeted, measured
+from scheduled_world import GAMMA, Asked, load
+from test_scheduler import measured
 
 from dspark_sglang.core.policy import PROBE_ROUNDS, DraftPolicy
+from dspark_sglang.core.round import Admission, Drafted, StepPlan, StepResult
 from dspark_sglang.core.schedule import lengths
-from dspark_sglang.serving.control import Control
+from dspark_sglang.core.schedule.scheduler import Scheduler
 from dspark_sglang.serving.lookup import Copies, Lookup
 
 
@@ -75,122 +77,143 @@ def test_the_draft_is_skipped_where_all_copy_surely(
 # --- scheduling ---------------------------------------------------------------------------------------
 
 
-def losing(**known: Any) -> Control:
+GREEDY = [Asked(sampled=False)]
+
+
+def losing(**known: Any) -> Scheduler:
     """Has learned that drafting 4 requests does not pay."""
-    control = measured(**known)
+    scheduler = measured(**known)
     for gain in [1.3] * 60 + [0.5] * 100:
-        control.policy.learn(4, gain)
-    assert not control.policy.drafting(4)
-    return control
+        scheduler.policy.learn(4, gain)
+    assert not scheduler.policy.drafting(4)
+    return scheduler
 
 
-def copying(control: Control, rows: list[int], chance: float, *, count: int = 4) -> np.ndarray:
-    """A step of greedy requests in which some copy; tokens verified of each."""
-    plan = control.begin([request(sampled=False)] * count, 0)
-    confidence = np.zeros((count, GAMMA))
-    if plan.copies:
-        control.copy_only(GAMMA)
-        control.copy(np.array(rows), GAMMA)
-        confidence[rows] = chance
-    found = budgeted(control, confidence)
+def beside(
+    plan: StepPlan, rows: list[int], confidence: np.ndarray, *, alone: bool = False
+) -> Drafted:
+    """A draft in which some requests copy; alone: only they have something to verify."""
+    copied = np.zeros(len(confidence), dtype=bool)
+    copied[rows] = True
+    return Drafted(
+        confidence=confidence, depth=plan.depth or GAMMA, copied=copied, copied_depth=GAMMA,
+        alone=alone, unsound=np.zeros(len(confidence), dtype=bool),
+    )  # fmt: skip
+
+
+def ended(
+    scheduler: Scheduler, plan: StepPlan, drafted: Drafted | None, found: Admission,
+    *, counts: np.ndarray | None = None, seconds: float = 0.012,
+) -> np.ndarray:  # fmt: skip
+    """The step is over; tokens verified of each of its requests."""
+    count = plan.load.requests
     lens = lengths(found.order, found.budget, requests=count)
-    control.accepted(lens, lens)
-    control.finished(0.012, 1.0)
+    decodes = drafted is None or (drafted.alone and not found.budget)
+    result = StepResult(
+        plan=plan, drafted=None if decodes else drafted, admission=None if decodes else found,
+        lens=lens, counts=lens if counts is None else counts,
+        logits=np.zeros((count, GAMMA)), seconds=seconds, now=1.0,
+    )  # fmt: skip
+    scheduler.observe(lambda: result)
     return lens
 
 
+def copying(
+    scheduler: Scheduler, rows: list[int], chance: float, *, count: int = 4
+) -> tuple[np.ndarray, Admission]:
+    """A step of greedy requests in which some copy; tokens verified of each."""
+    plan, drafted = scheduler.plan(load(GREEDY * count)), None
+    if plan.prompt_lookup:
+        confidence = np.zeros((count, GAMMA))
+        confidence[rows] = chance
+        drafted = beside(plan, rows, confidence, alone=True)
+    found = scheduler.admit(plan, drafted)
+    return ended(scheduler, plan, drafted, found), found
+
+
 def test_copies_are_verified_where_drafting_does_not_pay() -> None:
-    control = losing(token=0.0002)
-    observed = control.cost.observations
-    assert copying(control, [1, 3], 0.9).tolist() == [0, GAMMA, 0, GAMMA]
-    assert control.running.plan.draft and control.running.undrafted
-    assert (control.copied_rounds, control.copied_tokens) == (2, 2 * GAMMA)
-    assert control.committed_tokens == 4 + 2 * GAMMA
-    assert control.running.expected == pytest.approx(4 + 2 * (0.9 * (1 - 0.9**GAMMA) / 0.1))
-    # Its time is neither a round's nor a plain step's, and it says nothing of the drafter.
-    assert control.cost.observations == observed
-    assert len(control.reliability.blocks.lens) == 0 and control.policy.gain(4) == pytest.approx(
-        0.5, rel=0.2
-    )
+    scheduler = losing(token=0.0002)
+    observed = scheduler.cost.observations
+    lens, found = copying(scheduler, [1, 3], 0.9)
+    assert lens.tolist() == [0, GAMMA, 0, GAMMA]
+    assert (scheduler.copied_rounds, scheduler.copied_tokens) == (2, 2 * GAMMA)
+    assert scheduler.committed_tokens == 4 + 2 * GAMMA
+    assert found.expected == pytest.approx(4 + 2 * (0.9 * (1 - 0.9**GAMMA) / 0.1))
+    # Its time is neither a round's nor a decode step's, and it says nothing of the drafter.
+    assert scheduler.cost.observations == observed
+    assert len(scheduler.reliability.blocks.lens) == 0
+    assert scheduler.policy.gain(4) == pytest.approx(0.5, rel=0.2)
 
 
-def test_copies_that_do_not_pay_leave_a_plain_step() -> None:
-    control = losing(token=0.05)
-    observed, plain = control.cost.observations, control.plain_steps
-    assert not copying(control, [0], 0.5).any()
-    assert (
-        not control.running.plan.draft
-        and not control.running.undrafted
-        and not control.running.copied.any()
-    )
-    assert control.cost.observations == observed + 1 and control.plain_steps == plain + 1
+def test_copies_that_do_not_pay_leave_a_decode_step() -> None:
+    scheduler = losing(token=0.05)
+    observed, decoded = scheduler.cost.observations, scheduler.plain_steps
+    assert not copying(scheduler, [0], 0.5)[0].any()
+    assert scheduler.cost.observations == observed + 1
+    assert scheduler.plain_steps == decoded + 1
 
 
-def test_a_plain_step_is_timed_now_and_then() -> None:
-    control = losing(token=0.0002)
-    verified = [copying(control, [0], 0.95).any() for _ in range(100)]
+def test_a_decode_step_is_timed_now_and_then() -> None:
+    scheduler = losing(token=0.0002)
+    verified = [copying(scheduler, [0], 0.95)[0].any() for _ in range(100)]
     assert 2 <= verified.count(False) <= 100 // 20
 
 
-@pytest.mark.parametrize("choice", ["off", "forced"])
+@pytest.mark.parametrize("choice", ["off", "budget"])
 def test_an_operator_who_wants_no_speculation_gets_no_copies(choice: str) -> None:
-    control = losing(token=0.0002)
+    scheduler = losing(token=0.0002)
     if choice == "off":
-        control.choose("off")
+        scheduler.choose("off")
     else:
-        control.forced = 0.0
+        scheduler.fix_budget(0.0)
     for _ in range(40):
-        assert not control.begin([request(sampled=False)] * 4, 0).copies
+        assert not scheduler.plan(load(GREEDY * 4)).prompt_lookup
 
 
 def test_who_wants_no_speculation_copies_nothing() -> None:
-    control = losing(token=0.0002)
-    control.begin(
-        [request(sampled=False, max_draft_tokens=limit) for limit in (0, 2, None, None)], 0
-    )
-    control.copy_only(GAMMA)
-    control.copy(np.array([0, 1]), GAMMA)
-    found = budgeted(control, np.full((4, GAMMA), 0.99))
+    scheduler = losing(token=0.0002)
+    limits = (0, 2, GAMMA, GAMMA)
+    plan = scheduler.plan(load([Asked(sampled=False, max_draft_tokens=n) for n in limits]))
+    found = scheduler.admit(plan, beside(plan, [0, 1], np.full((4, GAMMA), 0.99), alone=True))
     assert lengths(found.order, found.budget, requests=4).tolist() == [0, 2, 0, 0]
 
 
 def test_what_is_copied_may_be_longer_than_what_is_drafted() -> None:
-    control = measured(token=0.00001)
-    control.choose("on")
+    scheduler = measured(token=0.00001)
+    scheduler.choose("on")
     for _ in range(40):  # a workload whose drafts are short
-        control.depths.learn("", np.full(3, 2))
-    control.begin([request(sampled=False, max_draft_tokens=limit) for limit in (None, 3, None)], 0)
-    assert control.running.plan.depth == control.running.width == 2
-    control.copy(np.array([0, 1]), GAMMA)
-    assert control.running.width == GAMMA
+        scheduler.depths.learn("", np.full(3, 2))
+    limits = (GAMMA, 3, GAMMA)
+    plan = scheduler.plan(load([Asked(sampled=False, max_draft_tokens=n) for n in limits]))
+    assert plan.depth == 2
     confidence = np.full((3, GAMMA), 0.99)
-    found = budgeted(control, confidence)
+    drafted = beside(plan, [0, 1], confidence)
+    assert drafted.width == GAMMA and Drafted.of(confidence, plan.depth).width == 2
+    found = scheduler.admit(plan, drafted)
     assert lengths(found.order, found.budget, requests=3).tolist() == [GAMMA, 3, 2]
-    control.begin([request(sampled=False)] * 3, 0)
-    assert control.running.width == 2
 
 
 def test_copies_do_not_make_drafts_deeper() -> None:
-    control = measured(token=0.00001)
-    control.choose("on")
+    scheduler = measured(token=0.00001)
+    scheduler.choose("on")
+    confidence = np.array([[0.99] * GAMMA, [0.9] + [0.0] * (GAMMA - 1)])
     for _ in range(60):
-        control.begin([request(sampled=False)] * 2, 0)
-        control.copy(np.array([0]), GAMMA)
-        budgeted(control, np.array([[0.99] * GAMMA, [0.9] + [0.0] * (GAMMA - 1)]))
-    assert control.depths.caps() == {"": 1}
+        plan = scheduler.plan(load(GREEDY * 2))
+        drafted = beside(plan, [0], confidence)
+        ended(scheduler, plan, drafted, scheduler.admit(plan, drafted))
+    assert scheduler.depths.caps() == {"": 1}
 
 
 def test_copies_are_no_merit_of_drafting() -> None:
     gains = []
     for copied in ([], [0], [0, 1, 2, 3]):
-        control = measured(token=0.0002)
-        control.begin([request(sampled=False)] * 4, 0)
+        scheduler = measured(token=0.0002)
+        plan = scheduler.plan(load(GREEDY * 4))
         confidence = np.full((4, GAMMA), 0.9)
-        if copied:
-            control.copy(np.array(copied), GAMMA)
-            confidence[copied] = 0.5
-        budgeted(control, confidence)
-        gains.append(control.policy.gain(4))
+        confidence[copied] = 0.5
+        drafted = beside(plan, copied, confidence)
+        ended(scheduler, plan, drafted, scheduler.admit(plan, drafted))
+        gains.append(scheduler.policy.gain(4))
     assert gains[0] > 1.2
     assert gains[1] == pytest.approx(gains[0], rel=0.02)
     assert gains[2] == 1.0, "nobody drafted, so nothing was learned"
@@ -208,70 +231,58 @@ def test_copies_are_no_merit_of_drafting() -> None:
 def test_the_draft_is_skipped_where_copies_alone_bring_more(
     rows: list[int], chance: float, skips: bool
 ) -> None:
-    control = measured(token=0.0002)
+    scheduler = measured(token=0.0002)
     chances = np.full((len(rows), GAMMA), chance)
-    control.begin([request(sampled=False)] * 4, 0)
-    assert control.copying.skip_draft(control.running, np.array(rows), chances) is None, (
-        "no round was seen"
-    )
+
+    def skip(plan: StepPlan) -> bool | None:
+        return scheduler.copying.skip_draft(plan, np.array(rows), chances)
+
+    plan = scheduler.plan(load(GREEDY * 4))
+    assert skip(plan) is None, "no round was seen"
     for _ in range(50):
-        control.policy.learn(4, 1.5, 1.5)
-    control.begin([request(sampled=False)] * 4, 0)
-    assert control.copying.skip_draft(control.running, np.array(rows), chances) is skips
-    control.running.plan = control.running.plan._replace(whole=True)
-    assert control.copying.skip_draft(control.running, np.array(rows), chances) is False
-    control.begin([request(sampled=False, max_draft_tokens=0)] * 4, 0)
-    assert control.copying.skip_draft(control.running, np.array(rows), chances) is False, (
-        "they may not copy"
-    )
-    control.choose("on")
-    control.begin([request(sampled=False)] * 4, 0)
-    assert control.copying.skip_draft(control.running, np.array(rows), chances) is False, (
-        "an operator wants drafts"
-    )
+        scheduler.policy.learn(4, 1.5, 1.5)
+    assert skip(plan) is skips
+    assert skip(dataclasses.replace(plan, verify_all=True)) is False
+    nobody = scheduler.plan(load([Asked(sampled=False, max_draft_tokens=0)] * 4))
+    assert skip(nobody) is False, "they may not copy"
+    scheduler.choose("on")
+    assert skip(plan) is False, "an operator wants drafts"
 
 
 @pytest.mark.parametrize(("longer", "copies"), [(1.0, True), (1.8, False)])
 def test_steps_with_copies_alone_are_taken_for_what_they_cost(longer: float, copies: bool) -> None:
-    control = measured(token=0.0002)
-    control.choose("off")
-    rows, sure = np.arange(4), np.full((4, GAMMA), 0.35)
-    found = []
+    scheduler = measured(token=0.0002)
+    scheduler.choose("off")
+    rows, sure = [0, 1, 2, 3], np.full((4, GAMMA), 0.35)
+    chosen = []
     for number in range(120):
-        control.begin([request(sampled=False)] * 4, 0)
-        control.copy(rows, GAMMA)
-        control.copy_only(GAMMA)
-        budget = budgeted(control, sure).budget
-        found.append(budget > 0)
-        seconds = 0.012 + 0.0002 * budget
+        plan = scheduler.plan(load(GREEDY * 4))
+        drafted = beside(plan, rows, sure, alone=True)
+        found = scheduler.admit(plan, drafted)
+        chosen.append(found.budget > 0)
+        seconds = (0.012 + 0.0002 * found.budget) * (longer if found.budget else 1.0)
         # Now and then one stalls.
-        control.finished(
-            seconds
-            * (longer if control.running.undrafted else 1.0)
-            * (9 if number % 40 == 7 else 1),
-            1.0,
-        )
-    assert found[0]
-    assert all(found) is copies and found[-1] is copies
+        ended(scheduler, plan, drafted, found, seconds=seconds * (9 if number % 40 == 7 else 1))
+    assert chosen[0]
+    assert all(chosen) is copies and chosen[-1] is copies
 
 
 def test_a_copied_block_is_not_held_against_the_confidences() -> None:
-    control = measured(token=0.00001)
-    control.choose("on")
+    scheduler = measured(token=0.00001)
+    scheduler.choose("on")
     for _ in range(50):
-        control.begin([request(sampled=False)] * 2, 0)
-        control.copy(np.array([0]), GAMMA)
-        found = budgeted(control, np.full((2, GAMMA), 0.9))
+        plan = scheduler.plan(load(GREEDY * 2))
+        drafted = beside(plan, [0], np.full((2, GAMMA), 0.9))
+        found = scheduler.admit(plan, drafted)
         lens = lengths(found.order, found.budget, requests=2)
-        control.accepted(lens, np.array([0, int(lens[1])]))
-        control.finished(0.012, 1.0)
-    assert len(control.reliability.blocks.lens) == 50
-    seen = np.array(control.reliability.table()["seen"]).sum()
-    kept = np.array(control.reliability.table()["kept"]).sum()
+        ended(scheduler, plan, drafted, found, counts=np.array([0, int(lens[1])]))
+    assert len(scheduler.reliability.blocks.lens) == 50
+    seen = np.array(scheduler.reliability.table()["seen"]).sum()
+    kept = np.array(scheduler.reliability.table()["kept"]).sum()
     assert kept == pytest.approx(seen)  # the request that copied was never right
 
 
-def test_plain_steps_that_are_looked_at_are_marked() -> None:
+def test_decode_steps_that_are_looked_at_are_marked() -> None:
     policy = DraftPolicy()
     seen = [policy.decide(8) for _ in range(60)]
     assert any(decision.look for decision in seen)

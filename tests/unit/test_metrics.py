@@ -12,18 +12,23 @@ import pytest
 
 
 def exposed(code: str, folder: Path) -> dict[str, float]:
-    """Run ``code`` in a process of its own, which has ``metrics``, ``telemetry`` and ``control``.
+    """Run ``code`` in a process of its own, which has ``metrics``, ``telemetry``, ``scheduler`` and ``rounds``.
 
     Returns:
         What prometheus_client then exposes of it, by name and labels.
     """
     script = f"""
 import numpy as np
-from dspark_sglang.serving.control import Control
+from dspark_sglang.core.schedule.scheduler import Synchronous
+from dspark_sglang.serving.faults import Faults
+from dspark_sglang.serving.rounds import SynchronousRounds
 from dspark_sglang.serving.metrics import Metrics
 from dspark_sglang.serving.telemetry import Telemetry
 
-telemetry, control = Telemetry(gamma=3), Control(gamma=3, adaptive=True)
+telemetry, scheduler = Telemetry(gamma=3), Synchronous(gamma=3)
+rounds = SynchronousRounds(
+    scheduler, faults=Faults(), telemetry=telemetry, ops=None, ranks=None, device=None, buckets=None
+)
 metrics = Metrics({{"schedule": "adaptive", "gamma": "3"}})
 {textwrap.dedent(code)}
 from prometheus_client import CollectorRegistry, generate_latest, multiprocess
@@ -45,10 +50,10 @@ def test_everything_counted_is_exposed(tmp_path: Path) -> None:
         """
         telemetry.observe_round(np.array([3, 2]), np.array([1, 2]), depth=3)
         telemetry.observe_round(np.zeros(4, dtype=int), np.zeros(4, dtype=int), depth=0)
-        control.expected_tokens, control.committed_tokens = 4.5, 5
-        control.depths.learn("code", np.array([2]))
-        control.forced = 0.5
-        metrics.update(10.0, telemetry, control)
+        scheduler.expected_tokens, scheduler.committed_tokens = 4.5, 5
+        scheduler.depths.learn("code", np.array([2]))
+        scheduler.fix_budget(0.5)
+        metrics.update(10.0, rounds)
         """,
         tmp_path,
     )
@@ -70,12 +75,12 @@ def test_counters_never_fall_when_records_are_cleared(tmp_path: Path) -> None:
         lens = np.array([3, 3])
         for now in (1.0, 3.0, 5.0):
             telemetry.observe_round(lens, lens, depth=3)
-            metrics.update(now, telemetry, control)
+            metrics.update(now, rounds)
         telemetry.clear()
-        control.clear()
-        metrics.update(7.0, telemetry, control)
+        scheduler.clear()
+        metrics.update(7.0, rounds)
         telemetry.observe_round(lens, lens, depth=3)
-        metrics.update(9.0, telemetry, control)
+        metrics.update(9.0, rounds)
         """,
         tmp_path,
     )
@@ -89,7 +94,7 @@ def test_metrics_are_written_once_a_second(tmp_path: Path) -> None:
         lens = np.array([1])
         for now in (1.0, 1.2, 1.9):
             telemetry.observe_round(lens, lens, depth=3)
-            metrics.update(now, telemetry, control)
+            metrics.update(now, rounds)
         """,
         tmp_path,
     )
@@ -100,8 +105,8 @@ def test_metrics_are_written_once_a_second(tmp_path: Path) -> None:
 def test_what_is_unknown_yet_is_left_at_0(tmp_path: Path, choice: str) -> None:
     found = exposed(
         f"""
-        control.choose({choice!r})
-        metrics.update(1.0, telemetry, control)
+        scheduler.choose({choice!r})
+        metrics.update(1.0, rounds)
         """,
         tmp_path,
     )
@@ -115,8 +120,8 @@ def test_workloads_that_clients_name_do_not_grow_the_metric(tmp_path: Path) -> N
         """
         from dspark_sglang.core.depth import WORKLOADS
         for turn in range(3 * WORKLOADS):
-            control.depths.learn(f"w{turn}", np.array([2]))
-            metrics.update(10.0 * turn, telemetry, control)
+            scheduler.depths.learn(f"w{turn}", np.array([2]))
+            metrics.update(10.0 * turn, rounds)
         """,
         tmp_path,
     )

@@ -9,15 +9,16 @@ from typing import Any
 import pytest
 
 pytest.importorskip("sglang")
+from dspark_sglang.core.schedule.scheduler import Scheduler, Synchronous
 from dspark_sglang.serving import requests
-from dspark_sglang.serving.control import COST_UNMEASURED, Control
+from dspark_sglang.serving.faults import Faults
 
 
 @pytest.fixture
-def control(monkeypatch: pytest.MonkeyPatch) -> Iterator[Control]:
-    monkeypatch.setattr(requests, "_control", None)
-    made = Control(gamma=3, adaptive=True)
-    requests.bind(made)
+def scheduler(monkeypatch: pytest.MonkeyPatch) -> Iterator[Scheduler]:
+    monkeypatch.setattr(requests, "_process", None)
+    made = Synchronous(gamma=3)
+    requests.bind(made, Faults())
     yield made
 
 
@@ -30,13 +31,11 @@ def asking(**options: Any) -> Any:
     )  # fmt: skip
 
 
-def test_only_an_unmeasured_server_takes_the_measurements_requests(control: Control) -> None:
-    for source, taken in (
-        (COST_UNMEASURED, True), ("online", False), ("/cache/cost/x.json", False), ("off", False)
-    ):  # fmt: skip
-        control.cost_source = source
+def test_only_an_unmeasured_server_takes_the_measurements_requests(scheduler: Scheduler) -> None:
+    for taken in (True, False):
+        scheduler.measurement.running = taken
         says = requests.refusal(asking(profile=True), False)
-        assert (says is None) == taken, source
+        assert (says is None) == taken
         if says is not None:
             assert "profile" in says and "max_draft_tokens" in says
         assert requests.refusal(asking(profile=False, max_draft_tokens=1), False) is None
@@ -89,6 +88,6 @@ def test_log_probabilities_of_tokens_that_do_not_exist_are_refused() -> None:
 
 
 def test_without_a_worker_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(requests, "_control", None)
+    monkeypatch.setattr(requests, "_process", None)
     assert requests.refusal(asking(profile=True), False) is not None
     assert requests.refusal(asking(workload="code"), False) is None

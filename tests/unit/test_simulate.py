@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from itertools import pairwise
 from typing import Any
 
@@ -10,17 +9,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scheduled_world import request
 
 from dspark_sglang.core.schedule import lengths
+from dspark_sglang.core.schedule.scheduler import Scheduler
 from dspark_sglang.core.steps import CostModel, Step
 from dspark_sglang.errors import ConfigError
-from dspark_sglang.serving.control import Control
 from dspark_sglang.simulate.acceptance import Law, Mixture, fitted
 from dspark_sglang.simulate.arrivals import Lengths, Requests, poisson, waiting
 from dspark_sglang.simulate.costs import Fixed, Measured, Overheads, StepTimes, learned
 from dspark_sglang.simulate.engine import Mode, Replica, Result, Setting
-from dspark_sglang.simulate.late import Late
 from dspark_sglang.simulate.replicas import Job, run, spread
 from dspark_sglang.simulate.summary import Sla, summarise
 
@@ -195,60 +192,25 @@ def test_an_interrupt_keeps_what_happened() -> None:
 
 
 class Recorded:
-    """A control that notes what it is asked and what it answers."""
+    """Notes what a scheduler is asked and what it answers."""
 
-    def __init__(self, control: Control) -> None:
-        self._control, self.calls = control, []
+    def __init__(self, scheduler: Scheduler) -> None:
+        self.calls: list[tuple[str, Any, Any]] = []
+        for verb in ("plan", "admit", "observe"):
+            setattr(scheduler, verb, self._noted(verb, getattr(scheduler, verb)))
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._control, name)
+    def _noted(self, verb: str, original: Any) -> Any:
+        def noted(*given: Any) -> Any:
+            found = original(*given)
+            self.calls.append((verb, given, found))
+            return found
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("_control", "calls"):
-            object.__setattr__(self, name, value)
-        else:
-            setattr(self._control, name, value)
-
-    def begin(self, requests: Any, context: int) -> Any:
-        plan = self._control.begin(requests, context)
-        self.calls.append(["begin", len(requests), context, plan])
-        return plan
-
-    def budget(self, confidence: Any, buckets: Any) -> Any:
-        found = self._control.budget(confidence, buckets)
-        self.calls.append(["budget", confidence.copy(), buckets, found])
-        return found
-
-    def ahead(self, earlier: Any, buckets: Any) -> None:
-        self._control.ahead(earlier, buckets)
-        self.calls.append(["ahead", earlier.copy(), buckets, self._control.running.budget])
-
-    def ranked(self, confidence: Any) -> Any:
-        found = self._control.ranked(confidence)
-        self.calls.append(["ranked", confidence.copy(), None, found])
-        return found
-
-    def arrived(self, step: Any, lens: Any, counts: Any) -> Any:
-        found = self._control.arrived(step, lens, counts)
-        self.calls.append(["arrived", lens.copy(), counts.copy(), (step.logits, found)])
-        return found
-
-    def ended(self, step: Any, seconds: float, now: float) -> None:
-        self._control.ended(step, seconds, now)
-        self.calls.append(["ended", seconds, now, None])
-
-    def accepted(self, lens: Any, counts: Any) -> None:
-        self.calls.append(["accepted", lens.copy(), counts.copy(), self._control.running.logits])
-        self._control.accepted(lens, counts)
-
-    def finished(self, seconds: float, now: float) -> None:
-        self.calls.append(["finished", seconds, now, None])
-        self._control.finished(seconds, now)
+        return noted
 
 
 @pytest.mark.parametrize("mode", ["adaptive", "lagged", "fixed"])
-def test_decisions_on_recorded_inputs_are_those_of_a_server(mode: Mode) -> None:
-    """What a run asked is put to a fresh control with requests made as SGLang makes them."""
+def test_a_run_asks_as_a_server_does(mode: Mode) -> None:
+    """Plan, admit and observe, once a step each; a fresh scheduler that is asked the same answers the same."""
     model = machine()
     laws = [fitted("a", [0.8, 0.7, 0.5]), fitted("b", [0.4, 0.3, 0.2])]
     mix, rng = Mixture(laws), np.random.default_rng(0)
@@ -260,40 +222,23 @@ def test_decisions_on_recorded_inputs_are_those_of_a_server(mode: Mode) -> None:
         blocks=mix,
         cost=model,
     )
-    assert type(replica.control) is Control
-    recorded = Recorded(replica.control)
-    replica.control = recorded  # type: ignore[assignment]
-    if mode == "lagged":
-        replica._late = Late(recorded, slots=24)  # type: ignore[arg-type]
+    assert replica.scheduler is not None
+    kind = type(replica.scheduler)
+    recorded = Recorded(replica.scheduler)
     replica.run()
-    fresh = Control(gamma=GAMMA, adaptive=mode != "fixed")
+    verbs = [verb for verb, _, _ in recorded.calls]
+    assert verbs == ["plan", "admit", "observe"] * (len(verbs) // 3) and len(verbs) > 600
+    fresh = kind(gamma=GAMMA)
     fresh.cost.restore(machine().state())
-    steps, out = 0, deque[Any]()
-    for what, first, second, third in recorded.calls:
-        if what == "begin":
-            plan = fresh.begin([request() for _ in range(first)], second)
-            assert plan.depth == third.depth and plan.whole == third.whole
-            assert plan.limits.tolist() == third.limits.tolist()
-            out.append(fresh.running)
-        elif what == "ahead":
-            fresh.ahead(first, second)
-            assert fresh.running.budget == third
-        elif what == "arrived":
-            out[0].logits, values = third
-            assert (fresh.arrived(out[0], first, second) == values).all()
-        elif what == "ended":
-            fresh.ended(out.popleft(), first, second)
-        elif what in ("budget", "ranked"):
-            found = fresh.budget(first, second) if what == "budget" else fresh.ranked(first)
-            assert found.budget == third.budget
-            assert (found.order == third.order).all() and (found.survival == third.survival).all()
-            steps += 1
-        elif what == "accepted":
-            fresh.running.logits = third
-            fresh.accepted(first, second)
-        else:
-            fresh.finished(first, second)
-    assert steps > 200
+    for verb, put, found in recorded.calls:
+        again = getattr(fresh, verb)(*put)
+        if verb == "plan":
+            assert (again.depth, again.budget) == (found.depth, found.budget)
+            assert again.limits.tolist() == found.limits.tolist()
+        elif verb == "admit":
+            assert again.budget == found.budget
+            assert (again.order == found.order).all() and (again.survival == found.survival).all()
+    assert fresh.snapshot() == replica.scheduler.snapshot()
 
 
 def test_verified_tokens_are_those_that_were_admitted() -> None:
@@ -303,18 +248,20 @@ def test_verified_tokens_are_those_that_were_admitted() -> None:
         Setting(mode="adaptive", speculation="on", slots=8), asked(np.zeros(8), output=60),
         times=Measured(model, Overheads()), blocks=Mixture([fitted("a", [0.7, 0.6, 0.5])]), cost=model,
     )  # fmt: skip
-    recorded = Recorded(replica.control)
-    replica.control = recorded  # type: ignore[assignment]
+    assert replica.scheduler is not None
+    recorded = Recorded(replica.scheduler)
     replica.run()
     given = None
-    for what, first, second, third in recorded.calls:
-        if what == "budget":
-            given = third
-        elif what == "accepted":
+    for verb, asked_for, found in recorded.calls:
+        if verb == "admit":
+            given = found
+        elif verb == "observe":
             assert given is not None
-            wanted = lengths(given.order, given.budget, requests=len(first))
-            assert first.tolist() == wanted.tolist() and (second <= first).all()
-            seen.append(int(first.sum()))
+            result = asked_for[0]()
+            wanted = lengths(given.order, given.budget, requests=len(result.lens))
+            assert result.lens.tolist() == wanted.tolist()
+            assert (result.counts <= result.lens).all()
+            seen.append(int(result.lens.sum()))
     assert len(set(seen)) > 2
 
 

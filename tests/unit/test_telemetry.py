@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from dspark_sglang.serving.control import Control
+from dspark_sglang.core.schedule.scheduler import Synchronous
 from dspark_sglang.serving.telemetry import StepObservers, Telemetry
 
 
@@ -66,11 +66,11 @@ def test_nothing_yet_and_cleared_are_the_same_and_json() -> None:
     telemetry = Telemetry(gamma=2)
     fresh = telemetry.snapshot()
     assert fresh["accept_length"] is None
-    control = Control(gamma=2, adaptive=True)
+    scheduler = Synchronous(gamma=2)
     telemetry.observe_round(np.array([2]), np.array([2]), depth=2)
     telemetry.ran["accept:torch-greedy"] += 1
-    control.expected_tokens, control.committed_tokens, control.plain_steps = 2.5, 3, 4
-    StepObservers(telemetry, control).clear_info_records()
+    scheduler.expected_tokens, scheduler.committed_tokens, scheduler.plain_steps = 2.5, 3, 4
+    StepObservers(telemetry, scheduler).clear_info_records()
     assert telemetry.snapshot() == fresh
-    assert control.snapshot() == Control(gamma=2, adaptive=True).snapshot()
+    assert scheduler.snapshot() == Synchronous(gamma=2).snapshot()
     json.dumps(fresh)

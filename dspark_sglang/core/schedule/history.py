@@ -17,10 +17,10 @@ class History:
     request without a past of its own is taken for the mean of those that had one.
     """
 
-    def __init__(self, *, slots: int, gamma: int, smoothing: float = 0.1) -> None:
+    def __init__(self, *, gamma: int, slots: int = 0, smoothing: float = 0.1) -> None:
         """Args:
-        slots: rows of the request pool.
         gamma: drafted tokens a request.
+        slots: rows of the request pool, as far as known; it grows.
         smoothing: weight of a step in the mean that stands for unknown requests.
         """
         self._values = np.zeros((slots, gamma))
@@ -38,6 +38,7 @@ class History:
         Returns:
             ``[R, gamma]`` survivals, non-increasing along each row.
         """
+        self._hold(slots)
         known = self._generations[slots] == generations
         earlier = np.where(known[:, None], self._values[slots], self._mean)
         if known.any():
@@ -50,8 +51,17 @@ class History:
 
         Where one is 0 nothing was drafted: what was known of that position stays.
         """
+        self._hold(slots)
         known = self._generations[slots] == generations
         before = np.where(known[:, None], self._values[slots], self._mean)
         found = np.where(survival > 0.0, survival, before)
         self._values[slots] = np.minimum.accumulate(found, axis=1)
         self._generations[slots] = generations
+
+    def _hold(self, slots: Int64) -> None:
+        """Make room for these slots."""
+        missing = int(slots.max(initial=-1)) + 1 - len(self._values)
+        if missing > 0:
+            missing = max(missing, len(self._values))
+            self._values = np.pad(self._values, ((0, missing), (0, 0)))
+            self._generations = np.pad(self._generations, (0, missing), constant_values=-1)

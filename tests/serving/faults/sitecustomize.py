@@ -28,7 +28,7 @@ def fault() -> str:
 
 
 class Clock:
-    """``time`` as the worker sees it."""
+    """``time`` as the rounds see it."""
 
     def __init__(self) -> None:
         self.readings = 0
@@ -37,38 +37,34 @@ class Clock:
         return getattr(time, name)
 
     def perf_counter(self) -> float:
-        """Jumps an hour on and back again at every other reading while that fault is on."""
+        """Jumps an hour on and back again at every fourth reading while that fault is on."""
         self.readings += 1
-        jump = HOUR if self.readings % 3 == 0 and fault() == "clock" else 0.0
+        jump = HOUR if self.readings % 4 == 0 and fault() == "clock" else 0.0
         return time.perf_counter() + jump
 
 
-def change_worker(module: ModuleType) -> None:
-    """Time of steps."""
+def change_rounds(module: ModuleType) -> None:
+    """Time of steps, confidences, and steps that stall."""
     module.time = Clock()  # type: ignore[attr-defined]
-
-
-def change_planner(module: ModuleType) -> None:
-    """Confidences, and steps that stall."""
-    original = module.Planner.compute_budget_sync
+    original = module.Rounds.take
     steps, usual, last = 0, 0.05, 0.0
 
-    def changed(self: Any, *, confidence: Any, **others: Any) -> Any:
+    def changed(self: Any, block: Any) -> Any:
         nonlocal steps, usual, last
         now = time.perf_counter()
         if 0.0 < now - last < 1.0:
             usual += 0.1 * (now - last - usual)
         last, steps, what = now, steps + 1, fault()
         if what == "confident":
-            confidence = confidence * 0.0 + 1.0
+            block = block._replace(confidence=block.confidence * 0.0 + 1.0)
         elif what == "doubtful":
-            confidence = confidence * 0.0
+            block = block._replace(confidence=block.confidence * 0.0)
         elif what == "stall" and steps % STALL_EVERY == 0:
             time.sleep(STALLED_FOR * usual)
             last = 0.0
-        return original(self, confidence=confidence, **others)
+        return original(self, block)
 
-    module.Planner.compute_budget_sync = changed
+    module.Rounds.take = changed
 
 
 def change_proposer(module: ModuleType) -> None:
@@ -120,8 +116,7 @@ def change_verifier(module: ModuleType) -> None:
 
 
 CHANGES = {
-    "dspark_sglang.serving.worker": change_worker,
-    "dspark_sglang.serving.planner": change_planner,
+    "dspark_sglang.serving.rounds": change_rounds,
     "dspark_sglang.serving.proposer": change_proposer,
     "dspark_sglang.serving.verifier": change_verifier,
 }

@@ -7,8 +7,8 @@ import numpy.typing as npt
 
 from dspark_sglang.core.lookup import CopyBudget, copy_budget
 from dspark_sglang.core.policy import DraftPolicy
+from dspark_sglang.core.round import Load, StepPlan
 from dspark_sglang.core.steps import CostModel
-from dspark_sglang.serving.running import Running
 
 Float64 = npt.NDArray[np.float64]
 Int64 = npt.NDArray[np.int64]
@@ -18,7 +18,7 @@ _RATE, _STALLED = 0.05, 1.3
 
 
 class Copying:
-    """Weighs steps with copies alone against plain ones and rounds."""
+    """Weighs steps with copies alone against decode steps and rounds."""
 
     def __init__(self, cost: CostModel, policy: DraftPolicy) -> None:
         self._cost = cost
@@ -27,19 +27,19 @@ class Copying:
         #: adds to a round: a verification costs more than decoding.
         self._dearer = 1.1
 
-    def alone(self, step: Running, gains: Float64) -> CopyBudget:
+    def alone(self, load: Load, gains: Float64) -> CopyBudget:
         """How many copied tokens of a step that drafts nothing to verify.
 
         Args:
             gains: their survivals, falling.
         """
-        requests, load = len(step.requests), (step.context, step.sampling)
+        requests, at = load.requests, (load.context, load.sampling)
         if not self._cost.comparable:
             return CopyBudget(0, 0.0)
-        plain = self._cost.plain_seconds(requests, *load)
-        return copy_budget(gains, requests, plain, self._cost.curve(requests, *load), self._dearer)
+        decode = self._cost.plain_seconds(requests, *at)
+        return copy_budget(gains, requests, decode, self._cost.curve(requests, *at), self._dearer)
 
-    def skip_draft(self, step: Running, rows: Int64, chances: Float64) -> bool | None:
+    def skip_draft(self, plan: StepPlan, rows: Int64, chances: Float64) -> bool | None:
         """Whether copies alone are expected to bring more tokens a second than a draft beside them.
 
         Args:
@@ -51,26 +51,27 @@ class Copying:
         """
         if self._policy.choice == "on":
             return False
-        requests = len(step.requests)
-        known = self._policy.learned(requests, step.samples)
+        load, requests = plan.load, plan.load.requests
+        known = self._policy.learned(requests, load.samples)
         if not self._cost.comparable or known is None:
             return None
-        if step.plan.whole:
+        if plan.verify_all:
             return False
-        within = np.arange(chances.shape[1]) < step.limits[rows][:, None]
+        within = np.arange(chances.shape[1]) < load.limits[rows][:, None]
         survives = np.where(within, chances.cumprod(axis=1), 0.0)
-        alone = self.alone(step, -np.sort(-survives[within])).rate
+        alone = self.alone(load, -np.sort(-survives[within])).rate
         # A request that copies keeps the better of both; the others what drafts usually bring.
         drafted = max(0.0, known.gain * known.length - 1.0)
         best = np.maximum(survives.sum(axis=1), drafted).sum() + (requests - len(rows)) * drafted
-        plain = self._cost.plain_seconds(requests, step.context, step.sampling)
-        return alone >= (requests + float(best)) / (known.length * plain)
+        decode = self._cost.plain_seconds(requests, load.context, load.sampling)
+        return alone >= (requests + float(best)) / (known.length * decode)
 
-    def learn(self, step: Running, seconds: float) -> None:
-        """Take in what a step with copies alone has cost."""
-        requests, load = len(step.requests), (step.context, step.sampling)
-        curve = self._cost.curve(requests, *load)
-        none, some = curve.seconds(np.array([requests, requests + step.budget]))
-        dearer = seconds / (self._cost.plain_seconds(requests, *load) + some - none)
+    def learn(self, load: Load, budget: int, seconds: float) -> None:
+        """Take in what a step with copies alone has cost, of which ``budget`` tokens were verified."""
+        requests, at = load.requests, (load.context, load.sampling)
+        none, some = self._cost.curve(requests, *at).seconds(
+            np.array([requests, requests + budget])
+        )
+        dearer = seconds / (self._cost.plain_seconds(requests, *at) + some - none)
         if 0.0 < dearer < np.inf:  # one step teaches little, a stalled one no more
             self._dearer += _RATE * (min(dearer, _STALLED * self._dearer) - self._dearer)

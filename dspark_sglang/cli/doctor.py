@@ -9,9 +9,9 @@ import msgspec
 import typer
 from rich.console import Console
 
+from dspark_sglang import diagnosis
 from dspark_sglang.checkpoint import bundle_at
 from dspark_sglang.errors import DSparkError
-from dspark_sglang.serving import diagnosis, surroundings
 
 _MARKS = {"ok": "[green]✓[/]", "warning": "[yellow]![/]", "problem": "[red]✗[/]"}
 
@@ -41,7 +41,7 @@ def doctor(
         drafter = bundle_at(target)
     with console.status("checking (importing SGLang takes about 10 s)"):
         findings = diagnosis.local()
-        findings += surroundings.look(None if url else port, drafter)
+        findings += diagnosis.look(None if url else port, drafter)
         if drafter is not None:
             findings += diagnosis.models(target, drafter)
         if target is not None:

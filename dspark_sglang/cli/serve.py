@@ -70,8 +70,8 @@ def _check(values: dict[str, str]) -> None:
     Raises:
         DSparkError: with the fix.
     """
+    from dspark_sglang import diagnosis
     from dspark_sglang.checkpoint import bundle_at
-    from dspark_sglang.serving import diagnosis
 
     if values.get("--speculative-algorithm", "").upper() != "DSPARK":
         raise ConfigError(

@@ -237,7 +237,7 @@ class Server:
         return record if isinstance(record, dict) and record.get("active") else None
 
     def update(self, **values: float) -> None:
-        """Change how the running server schedules (``serving/commands.py`` lists the names).
+        """Change how the running server schedules (``serving/admin.py`` lists the names).
 
         Raises:
             ServerError: it refused.

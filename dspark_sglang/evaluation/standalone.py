@@ -206,7 +206,7 @@ def with_copies(
 ) -> list[Answer]:
     """Greedy answers as serving drafts them: copied where that is expected to be accepted longer.
 
-    :class:`dspark_sglang.serving.lookup.Lookup` over the answers one after the other; confidences are those of the
+    :class:`dspark_sglang.serving.prompt_lookup.Lookup` over the answers one after the other; confidences are those of the
     text's own tokens.
 
     Args:

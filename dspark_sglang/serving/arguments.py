@@ -1,16 +1,21 @@
-"""Resolving SGLang's arguments for DSPARK, strictly.
+"""SGLang's arguments for DSPARK, resolved strictly.
 
-Runs in the server's main process before any weights are read, so that a wrong argument costs a
-second and one line instead of a minute and a traceback.
+Runs in the server's main process before any weights are read, so that a wrong argument costs a second and one line instead
+of a minute and a traceback.
 """
 
 from __future__ import annotations
 
+import errno
 import os
+import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
+
+import psutil
+from safetensors import SafetensorError, safe_open
 
 from dspark_sglang.checkpoint import (
     DrafterConfig,
@@ -20,11 +25,113 @@ from dspark_sglang.checkpoint import (
     is_bundle,
     parse_drafter_config,
     read_config,
+    weight_files,
 )
 from dspark_sglang.config import COST_AUTO, read_settings
 from dspark_sglang.errors import CheckpointError, ConfigError, DSparkError
 from dspark_sglang.layouts.v4.check import check_bundle
-from dspark_sglang.serving import placement, preflight, preflight_argv, start_gate, warmup
+from dspark_sglang.serving import placement, warmup
+
+_WIDTHS = {"float32": 4, "float": 4, "float16": 2, "half": 2, "bfloat16": 2}
+#: What a server process needs beside weights and KV (Python, torch, tokenizer, buffers).
+_OVERHEAD_BYTES = 2 << 30
+
+
+def check_port(host: str | None, port: int) -> None:
+    """Raise ConfigError when nothing can listen on ``host:port``."""
+    address = host or "127.0.0.1"
+    try:
+        family, kind, protocol, _, where = socket.getaddrinfo(
+            address, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except socket.gaierror as error:
+        raise ConfigError(
+            f"--host {address} cannot be resolved ({error}).",
+            expected="an address of this machine",
+            fix="Pass --host 127.0.0.1 or 0.0.0.0.",
+        ) from error
+    with socket.socket(family, kind, protocol) as probe:
+        # As uvicorn does, so that a socket in TIME_WAIT does not count as taken.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(where)
+        except OSError as error:
+            taken = error.errno == errno.EADDRINUSE
+            found = f"Port {port} on {address} " + (
+                "is taken." if taken else f"cannot be used ({error.strerror})."
+            )
+            raise ConfigError(
+                found,
+                expected="a free port",
+                fix=f"Stop the other server or pass another --port (see `ss -ltnp | grep {port}`).",
+            ) from error
+
+
+def weight_elements(directory: Path) -> int:
+    """Number of stored parameters, from the files' headers; 0 where they cannot be read."""
+    total = 0
+    for path in weight_files(directory):
+        try:
+            with safe_open(path, framework="np") as handle:
+                for name in handle.keys():  # noqa: SIM118 - not a dict
+                    size = 1
+                    for extent in handle.get_slice(name).get_shape():
+                        size *= extent
+                    total += size
+        except (SafetensorError, OSError):
+            return 0
+    return total
+
+
+def check_memory(view: Any) -> None:
+    """Raise ConfigError when target and drafter cannot fit in this machine's free memory."""
+    if not view.device.startswith("cpu"):
+        return
+    width = _WIDTHS.get(str(view.dtype), 2)
+    paths = {view.model_path, view.speculative_draft_model_path}  # one where the drafter is bundled
+    weights = sum(
+        weight_elements(Path(path)) * width for path in paths if path and Path(path).is_dir()
+    )
+    free = psutil.virtual_memory().available
+    needed = weights + _OVERHEAD_BYTES * int(view.tp_size)
+    if weights and needed > free:
+        raise ConfigError(
+            f"{free / 2**30:.1f} GiB of memory are free.",
+            expected=f"at least {needed / 2**30:.1f} GiB "
+            f"({weights / 2**30:.1f} GiB of weights in {view.dtype} and working space)",
+            fix="Use a smaller model or --dtype bfloat16, or stop other programs.",
+        )
+
+
+_PATHS = {
+    "--model-path": "target",
+    "--model": "target",
+    "--speculative-draft-model-path": "drafter",
+    "--speculative-draft-model": "drafter",
+}
+
+
+def serves_http(argv: Sequence[str]) -> bool:
+    """Whether this is SGLang's HTTP server, not an offline engine in somebody's program."""
+    return Path(argv[0]).name == "launch_server.py" or "serve" in argv[1:2]
+
+
+def check(argv: Sequence[str]) -> None:
+    """Check the model directories named on the command line.
+
+    Raises:
+        CheckpointError: a local path without a readable ``config.json``.
+    """
+    for position, word in enumerate(argv):
+        flag, separator, value = word.partition("=")
+        if flag not in _PATHS:
+            continue
+        if not separator:
+            value = argv[position + 1] if position + 1 < len(argv) else ""
+        path = Path(value).expanduser()
+        if value and (path.is_absolute() or value.startswith(".") or path.exists()):
+            read_config(path, role=_PATHS[flag])
+
 
 _RESOLVER = "_handle_dspark"
 _MODE = "SGLANG_RAGGED_VERIFY_MODE"
@@ -52,11 +159,11 @@ def resolve(original: Callable[[Any], None], server_args: Any) -> None:
 
     view = resolving_view(server_args)
     try:
-        if preflight_argv.serves_http(sys.argv):
-            preflight.check_port(view.host, view.port)
+        if serves_http(sys.argv):
+            check_port(view.host, view.port)
         _refuse_ignored_options(view)
         drafter = _check_drafter(view)
-        preflight.check_memory(view)
+        check_memory(view)
         _check_placement(view, drafter)
         _require_compact_mode()
     except DSparkError as error:
@@ -94,17 +201,16 @@ def resolve_builtin(server_args: Any) -> None:
 
 
 def _check_at_start(server_args: Any, view: Any) -> None:
-    """Add our start-up measurement and our gate to SGLang's warm-ups."""
+    """Add our measurement and our comparison to SGLang's warm-ups."""
     from sglang.srt.arg_groups.overrides import declare_resolution
 
     settings = read_settings()
-    own = [start_gate]
+    own = [warmup.CHECK]
     if settings.cost == COST_AUTO and settings.schedule != "all":
-        own.insert(0, warmup)  # it does nothing where the cost is known
+        own.insert(0, warmup.NAME)  # it does nothing where the cost is known
+    warmup.register()
     names = [name for name in (view.warmups or "").split(",") if name]
-    for module in own:
-        module.register()
-        names += [module.NAME] if module.NAME not in names else []
+    names += [name for name in own if name not in names]
     declare_resolution(server_args, _RESOLVER, warmups=",".join(names))
 
 

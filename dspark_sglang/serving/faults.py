@@ -8,8 +8,9 @@ plain decoding until an operator sets ``dspark_speculation`` again or the drafte
 from __future__ import annotations
 
 import logging
+import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Literal, NamedTuple
 
@@ -156,16 +157,26 @@ RAISES = (
     # A request's or an operator's own: answered with HTTP 400, before anything runs.
     Raise(f"{_SERVING}.options.read_options", "custom_params that mean nothing", "request", "refused",
           "unit/test_requests.py::test_wrong_options_of_a_request_are_refused"),
+    Raise(f"{_SERVING}.options.made", "a request that a process could not go on with", "request", "refused",
+          "unit/test_http_checks.py"),
+    Raise(f"{_SERVING}.options._check_readable", "a value that the scheduler could not read", "request", "refused",
+          "unit/test_http_checks.py"),
+    Raise(f"{_SERVING}.options._check_labels", "labels that metrics could not take", "request", "refused",
+          "unit/test_http_checks.py"),
+    Raise(f"{_SERVING}.options._check_values", "a value that can be read and not be used", "request", "refused",
+          "unit/test_http_checks.py"),
+    Raise(f"{_SERVING}.options.check_samples", "more answers than a process can hold", "request", "refused",
+          "unit/test_http_checks.py"),
     Raise(f"{_SERVING}.requests.refusal", "an option of the start-up measurement", "request", "refused",
           "unit/test_requests.py::test_wrong_options_of_a_request_are_refused"),
-    Raise(f"{_SERVING}.occupation.ask", "memory that cannot be released or taken back now", "operator", "refused",
+    Raise(f"{_SERVING}.admin.ask", "memory that cannot be released or taken back now", "operator", "refused",
           "serving/test_start_cases.py"),
-    Raise(f"{_SERVING}.commands.Commands.prepare", "a setting that this server has no use for", "operator", "refused",
+    Raise(f"{_SERVING}.admin.Commands.prepare", "a setting that this server has no use for", "operator", "refused",
           "unit/test_commands.py"),
-    Raise(f"{_SERVING}.commands.Commands._budget", "a budget that is no share", "operator", "refused",
+    Raise(f"{_SERVING}.admin.Commands._budget", "a budget that is no share", "operator", "refused",
           "unit/test_commands.py"),
-    Raise(f"{_SERVING}.commands._choose", "a setting of no known value", "operator", "refused", "unit/test_commands.py"),
-    Raise(f"{_SERVING}.commands.handlers", "how SGLang is told of these", "operator", "refused", "unit/test_commands.py"),
+    Raise(f"{_SERVING}.admin._choose", "a setting of no known value", "operator", "refused", "unit/test_commands.py"),
+    Raise(f"{_SERVING}.admin.handlers", "how SGLang is told of these", "operator", "refused", "unit/test_commands.py"),
     Raise(f"{_SERVING}.calibration.fit", "too little to fit to", "operator", "refused", "unit/test_calibration.py"),
     Raise(f"{_CORE}.steps._Kind.restore", "a cost file edited into nonsense", "operator", "refused",
           "unit/test_core_steps.py"),
@@ -189,11 +200,11 @@ RAISES = (
           "unit/test_overlap.py::test_confidences_that_are_none_are_explained"),
     Raise(f"{_CORE}.cost.TableCost.__init__", "a cost table out of order: only the simulator has tables", "operator",
           "never", "unit/test_core_cost.py"),
-    Raise(f"{_SERVING}.ranks.Vocabulary.of", "an LM head sharded in an unknown way: at start", "operator", "refused",
+    Raise(f"{_SERVING}.tensor_parallel.Vocabulary.of", "an LM head sharded in an unknown way: at start", "operator", "refused",
           "unit/test_placement.py"),
     Raise(f"{_SERVING}.draft_model.DraftModel.__init__", "heads that would be read wrongly: at start", "operator", "refused",
           "unit/test_draft_model.py"),
-    Raise(f"{_SERVING}.seat.seat", "heads spread beside a draft vocabulary: at start", "operator", "refused",
+    Raise(f"{_SERVING}.tensor_parallel.shard_draft", "heads spread beside a draft vocabulary: at start", "operator", "refused",
           "unit/test_placement.py"),
     Raise(f"{_SERVING}.cpu.attention.CpuAttentionBackend.forward_extend",
           "a target with attention that the CPU has not: its first forward is before the server listens", "target",
@@ -228,3 +239,27 @@ RAISES = (
     Raise("dspark_kernels.support", "an operand of the wrong kind, or a backend that is not there", "plugin", "ends",
           "kernels/test_support.py"),
 )  # fmt: skip
+
+
+def died(handler: Any) -> list[tuple[str, int, int]]:
+    """Name, process id and exit code of a server's processes that have ended by themselves."""
+    manager = handler.tokenizer_manager
+    watchdog = manager._subprocess_watchdog
+    if watchdog is None or manager.gracefully_exit:  # asked to stop, and so were its processes
+        return []
+    known = zip(watchdog._names, watchdog._processes, strict=True)
+    return [(name, p.pid, p.exitcode) for name, p in known if p.exitcode not in (None, 0)]
+
+
+def tell(original: Callable[..., Any], handler: Any, *args: Any, **kwargs: Any) -> Any:
+    """Stand in for SGLang's handling of a process that failed: say which, then end as it does."""
+    for name, pid, code in died(handler):
+        how = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        print(
+            f"dspark: error: {name} (pid {pid}) {how}. Expected every rank to run: the others cannot "
+            "go on, and the server stops. Look for a process killed for memory in the kernel's log, "
+            "then start it again.",
+            file=sys.stderr,
+            flush=True,
+        )
+    return original(handler, *args, **kwargs)

@@ -12,7 +12,7 @@ from typing import Any
 
 from dspark_sglang.config import read_settings
 from dspark_sglang.errors import CompatibilityError
-from dspark_sglang.serving import compat, preflight_argv
+from dspark_sglang.serving import arguments, compat
 
 _installed: dict[str, str] = {}
 
@@ -38,8 +38,8 @@ def install(*, algorithm: bool, builtin: bool, cpu_platform: bool) -> None:
     if builtin:
         symbols += (compat.Symbol(compat.HOOKS["arguments"], ("server_args",)),)
     if algorithm:
-        if preflight_argv.serves_http(sys.argv):
-            preflight_argv.check(sys.argv[1:])
+        if arguments.serves_http(sys.argv):
+            arguments.check(sys.argv[1:])
         symbols += compat.ALGORITHM_SYMBOLS
     if cpu_platform:
         symbols += compat.CPU_SYMBOLS
@@ -82,9 +82,9 @@ def _algorithm_hooks() -> list[tuple[str, str, Callable[..., Any], str]]:
         return placement.layout(original, *args, **kwargs)
 
     def tell(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        from dspark_sglang.serving import rank_death
+        from dspark_sglang.serving import faults
 
-        return rank_death.tell(original, *args, **kwargs)
+        return faults.tell(original, *args, **kwargs)
 
     def refuse_inexact(original: Callable[..., Any], req: Any, enable_overlap: bool) -> Any:
         from dspark_sglang.serving import requests
@@ -105,14 +105,14 @@ def _algorithm_hooks() -> list[tuple[str, str, Callable[..., Any], str]]:
         if not batch.spec_algorithm.is_dspark():
             original(draft_input, batch)
             return
-        from dspark_sglang.serving import slots
+        from dspark_sglang.serving import draft_kv
 
-        slots.prepare(original, draft_input, batch)
+        draft_kv.prepare(original, draft_input, batch)
 
     def update_handlers(original: Callable[[Any], Any], controller: Any) -> Any:
-        from dspark_sglang.serving import commands
+        from dspark_sglang.serving import admin
 
-        return commands.handlers(original, controller)
+        return admin.handlers(original, controller)
 
     return [
         *_weight_hooks(),
@@ -150,14 +150,14 @@ def _http_hooks() -> list[tuple[str, str, Callable[..., Any], str]]:
     def make(
         original: Callable[..., Any], manager: Any, obj: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        from dspark_sglang.serving import http_checks
+        from dspark_sglang.serving import options
 
-        return http_checks.made(original, manager, obj, *args, **kwargs)
+        return options.made(original, manager, obj, *args, **kwargs)
 
     def count(result: None, obj: Any) -> None:
-        from dspark_sglang.serving import http_checks
+        from dspark_sglang.serving import options
 
-        http_checks.check_samples(obj)
+        options.check_samples(obj)
 
     found: list[tuple[str, str, Callable[..., Any], str]] = [
         ("request", compat.HOOKS["request"], make, "AROUND"),
@@ -168,14 +168,14 @@ def _http_hooks() -> list[tuple[str, str, Callable[..., Any], str]]:
         def guard(
             original: Callable[..., Any], updater: Any, recv_req: Any, *, name: str = name
         ) -> Any:
-            from dspark_sglang.serving import occupation
+            from dspark_sglang.serving import admin
 
-            return occupation.guard(original, updater, recv_req, release=name == "release")
+            return admin.guard(original, updater, recv_req, release=name == "release")
 
         async def ask(manager: Any, obj: Any, request: Any = None, *, name: str = name) -> None:
-            from dspark_sglang.serving import occupation
+            from dspark_sglang.serving import admin
 
-            await occupation.ask(manager, obj, release=name == "release")
+            await admin.ask(manager, obj, release=name == "release")
 
         found.append((name, compat.HOOKS[name], guard, "AROUND"))
         found.append((f"ask_{name}", compat.HOOKS[f"ask_{name}"], ask, "REPLACE"))

@@ -13,10 +13,10 @@ from sglang.srt.speculative.dspark_components.dspark_draft import (
 )
 
 from dspark_sglang.core.draft import DraftBlock
-from dspark_sglang.serving.lookup import Copies, Lookup
 from dspark_sglang.serving.ops import Ops, SampledRows
+from dspark_sglang.serving.prompt_lookup import Copies, Lookup
 from dspark_sglang.serving.rounds import Block, Rounds
-from dspark_sglang.serving.seat import Seat
+from dspark_sglang.serving.tensor_parallel import DraftSharding
 
 
 class OurDraftBlock(DraftBlockResult, frozen=True):  # type: ignore[call-arg]
@@ -33,17 +33,23 @@ class Proposer(DraftBlockProposer):
     """Overrides the head of a round; the draft forward itself stays SGLang's."""
 
     def __init__(
-        self, *, ops: Ops, seat: Seat, rounds: Rounds, lookup: Lookup | None, **sglang: Any
+        self,
+        *,
+        ops: Ops,
+        sharding: DraftSharding,
+        rounds: Rounds,
+        lookup: Lookup | None,
+        **sglang: Any,
     ) -> None:
         """Args:
-        seat: where the drafter lives.
+        sharding: where the drafter lives.
         rounds: has decided what is drafted, and is given the block.
         lookup: finds what greedy requests can copy; None: nothing is copied.
         sglang: arguments of SGLang's proposer.
         """
         super().__init__(**sglang)
         self._lookup = lookup
-        self._seat = seat
+        self._sharding = sharding
         self._ops = ops
         self._rounds = rounds
         self._telemetry = rounds.telemetry
@@ -55,7 +61,7 @@ class Proposer(DraftBlockProposer):
 
     def can_copy(self, requests: Sequence[Any]) -> bool:
         """Whether the running step, whose plan does not draft, can copy; called once before it."""
-        allowed = self._rounds.running.plan.prompt_lookup and self._seat.ranks.count == 1
+        allowed = self._rounds.running.plan.prompt_lookup and self._sharding.ranks.count == 1
         found = self._copies(requests, self.gamma) if allowed else None
         self._found = found if found is not None and len(found.rows) else None
         return self._found is not None
@@ -106,10 +112,10 @@ class Proposer(DraftBlockProposer):
         ids = self.draft_block_ids_view(bs=bs, device=batch.seq_lens.device)
         copies = self._copies(batch.reqs, max(depth, self._reach))
         # An operator's budget is a share of what is drafted, so something is.
-        alone = self._seat.ranks.count == 1 and self._rounds.scheduler.fixed_budget is None
+        alone = self._sharding.ranks.count == 1 and self._rounds.scheduler.fixed_budget is None
         if copies is not None and len(copies.rows) and alone and self._suffice(copies, bs):
             return self._copied(draft_input, bs, copies, rows, depth)
-        if self._seat.drafts:
+        if self._sharding.drafts:
             embed = target_model.get_input_embeddings() if self.sample_from_anchor else None
             forward = self._run_forward(
                 batch=batch,
@@ -117,14 +123,14 @@ class Proposer(DraftBlockProposer):
                 verify_window=verify_window,
                 bs=bs,
                 device=batch.seq_lens.device,
-                embed_module=self._seat.embedding or embed or self.draft_model.embed_tokens,
+                embed_module=self._sharding.embedding or embed or self.draft_model.embed_tokens,
                 sampling_info=sampling_info,
                 anchor_prepared=anchor_prepared,
             )
-            states = self._seat.sent(self._seat.draft.states(forward.raw_hidden))
+            states = self._sharding.sent(self._sharding.draft.states(forward.raw_hidden))
         else:
             ids[:, 0].copy_(draft_input.bonus_tokens.view(-1))
-            states = self._seat.received(ids, self.gamma)
+            states = self._sharding.received(ids, self.gamma)
         hidden = states.view(bs, self.gamma, -1)[:, :depth]
         with self._telemetry.timed("draft_head"):
             block = self._block(hidden, ids[:, 0], verify_window.positions_2d[:, 0], rows)
@@ -149,12 +155,12 @@ class Proposer(DraftBlockProposer):
     ) -> DraftBlock:
         """A block of draft states ``[R, depth, d]``, after anchors ``[R]`` at positions ``[R]``."""
         base = self._base_logits(hidden.flatten(0, 1)).view(*hidden.shape[:2], -1)
-        return self._ops.draft(base, hidden, anchors, positions, rows, self._seat.tokens)
+        return self._ops.draft(base, hidden, anchors, positions, rows, self._sharding.tokens)
 
     @property
     def _reach(self) -> int:
         """Tokens that a copy may have whatever is drafted; 0: no more than are drafted, as our kernels and ranks expect."""
-        return self.gamma if self._ops.name == "torch" and self._seat.ranks.count == 1 else 0
+        return self.gamma if self._ops.name == "torch" and self._sharding.ranks.count == 1 else 0
 
     def _copies(self, requests: Sequence[Any], depth: int) -> Copies | None:
         """What requests of this step can copy from their own text."""
@@ -245,9 +251,9 @@ class Proposer(DraftBlockProposer):
 
     def _base_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits ``[N, M]`` of the parallel stage: of the draft vocabulary, this rank's, or all."""
-        if self._seat.head is not None:
-            return self._seat.head.logits(hidden)
-        if self._seat.vocabulary is not None:
-            return self._seat.vocabulary.logits(hidden)
+        if self._sharding.head is not None:
+            return self._sharding.head.logits(hidden)
+        if self._sharding.vocabulary is not None:
+            return self._sharding.vocabulary.logits(hidden)
         with self._base_logits_context():
-            return self._seat.draft.logits(hidden)
+            return self._sharding.draft.logits(hidden)

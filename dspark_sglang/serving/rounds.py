@@ -20,11 +20,11 @@ from dspark_sglang.core.round import Admission, Drafted, Load, StepPlan, StepRes
 from dspark_sglang.core.schedule import admission_order
 from dspark_sglang.core.schedule.scheduler import Scheduler
 from dspark_sglang.serving.faults import Faults
-from dspark_sglang.serving.lookup import Copies
 from dspark_sglang.serving.ops import Admitted, Ops
 from dspark_sglang.serving.options import read_options
-from dspark_sglang.serving.ranks import Ranks
+from dspark_sglang.serving.prompt_lookup import Copies
 from dspark_sglang.serving.telemetry import Telemetry
+from dspark_sglang.serving.tensor_parallel import Ranks
 
 Float64 = npt.NDArray[np.float64]
 Int64 = npt.NDArray[np.int64]

@@ -19,14 +19,14 @@ from sglang.srt.speculative.dspark_components.dspark_verify import (
 )
 
 from dspark_sglang.core.accept import stop_at
-from dspark_sglang.serving.context import Lagging, States
 from dspark_sglang.serving.cpu.packing import pad_index
+from dspark_sglang.serving.draft_kv import DeferredStates, States
 from dspark_sglang.serving.ops import Ops, Verified
 from dspark_sglang.serving.planner import Planner
 from dspark_sglang.serving.proposer import OurDraftBlock
 from dspark_sglang.serving.requests import batch_stops, request_penalties, told
 from dspark_sglang.serving.rounds import Rounds
-from dspark_sglang.serving.seat import Seat
+from dspark_sglang.serving.tensor_parallel import DraftSharding
 
 if TYPE_CHECKING:
     from dspark_sglang.serving.ops.kv_writer import KvWriter
@@ -36,17 +36,17 @@ class Verifier(TargetVerifyExecutor):
     """Overrides packing, acceptance and commit; the target forward stays SGLang's."""
 
     def __init__(
-        self, *, planner: Planner, ops: Ops, seat: Seat, rounds: Rounds, **sglang: Any
+        self, *, planner: Planner, ops: Ops, sharding: DraftSharding, rounds: Rounds, **sglang: Any
     ) -> None:
         """Args:
         planner: knows which rows a step verifies.
         ops: decide what is accepted.
-        seat: which part of the vocabulary this rank has.
+        sharding: which part of the vocabulary this rank has.
         rounds: is told what is accepted.
         sglang: arguments of SGLang's executor.
         """
         super().__init__(**sglang)
-        self._seat = seat
+        self._sharding = sharding
         self._planner = planner
         self._ops = ops
         self._rounds = rounds
@@ -54,7 +54,7 @@ class Verifier(TargetVerifyExecutor):
         #: Positions of the packed rows in the window of the running step; None: strided rows.
         self._packed: torch.Tensor | None = None
         #: Target states that steps without a draft have not committed yet.
-        self.lagging = Lagging(self._write)
+        self.deferred = DeferredStates(self._write)
         #: Whether plain decoding would adjust the running step's logits.
         self._adjusting = False
         self._requests: Sequence[Any] = ()
@@ -173,7 +173,7 @@ class Verifier(TargetVerifyExecutor):
 
     def _gather(self, batch: Any, output: Any, info: Any) -> None:
         """Make whole rows of sharded logits where something reads whole rows."""
-        vocabulary = self._seat.vocabulary
+        vocabulary = self._sharding.vocabulary
         if vocabulary is None:
             return
         filters = ("need_top_k_sampling", "need_top_p_sampling", "need_min_p_sampling")
@@ -306,7 +306,7 @@ class Verifier(TargetVerifyExecutor):
                 # SGLang prefers a stop string anywhere in a run to a stop token before it.
                 outcome = stop_at(outcome, drafted, self._stops)
         packed = torch.stack([outcome.count, outcome.token])
-        count, token = self._seat.ranks.broadcast(packed, "outcome").unbind(0)
+        count, token = self._sharding.ranks.broadcast(packed, "outcome").unbind(0)
         self._rounds.outcome(torch.stack([lens, count]))
         commit = (count + 1).to(torch.int32)
         out = torch.cat([draft_tokens, draft_tokens.new_zeros((bs, 1))], dim=1)
@@ -342,13 +342,13 @@ class Verifier(TargetVerifyExecutor):
         bs: int,
         run_compact: bool,
     ) -> None:
-        if not self._seat.drafts or self._rounds.faults.broken:
+        if not self._sharding.drafts or self._rounds.faults.broken:
             return  # the draft's KV is another rank's, or nobody's
         injector = self.kv_injector
         if self._packed is None or not self._writes:
             if self._packed is not None:
                 hidden_strided = self._strided_hidden(hidden_strided, layout)
-            self.lagging.flush()  # of slots that may be these
+            self.deferred.flush()  # of slots that may be these
             with self._rounds.faults.contained("writing the draft's KV"):
                 super().commit_hidden(
                     batch=batch,
@@ -367,7 +367,7 @@ class Verifier(TargetVerifyExecutor):
         packed = self._packed
         slots = injector.ids_for(verify_window.kv_loc_plan)[packed]
         positions = verify_window.positions_2d.reshape(-1)[packed]
-        slots = self._seat.draft.slots(injector, slots)
+        slots = self._sharding.draft.slots(injector, slots)
         states = States(logits_output.hidden_states, slots, positions)
         running = self._rounds.running
         if running.depth and not running.alone:
@@ -376,17 +376,17 @@ class Verifier(TargetVerifyExecutor):
         # Nothing reads it before the next draft; many steps at once cost little more than one.
         if running.alone:  # a plain step keeps every row
             states = States(*(part[accepted] for part in states))
-        self.lagging.keep(states)
+        self.deferred.keep(states)
 
     @functools.cached_property
     def _writes(self) -> bool:
         """Whether the draft's KV pool is written here; SGLang writes pools that are rings."""
-        return self._seat.draft.writes(self.kv_injector)
+        return self._sharding.draft.writes(self.kv_injector)
 
     @property
-    def lags(self) -> bool:
-        """Whether states may be left in :attr:`lagging`: the draft's KV is here, and written here."""
-        return self._seat.drafts and self._writes
+    def defers(self) -> bool:
+        """Whether states may be left in :attr:`deferred`: the draft's KV is here, and written here."""
+        return self._sharding.drafts and self._writes
 
     def _write(self, states: States, chosen: torch.Tensor | None) -> None:
         """Write the draft's KV of target states: of all, or of a ``[N]`` bool mask."""
@@ -409,7 +409,7 @@ class Verifier(TargetVerifyExecutor):
                 rows = torch.arange(len(slots)) if chosen is None else chosen.nonzero().view(-1)
                 rows = pad_index(rows) if on_cpu else rows
                 hidden, slots, places = hidden[rows], slots[rows], places[rows]
-            self._seat.draft.write(self.kv_injector, hidden, slots, places)
+            self._sharding.draft.write(self.kv_injector, hidden, slots, places)
 
     @functools.cached_property
     def _kv_writer(self) -> KvWriter | None:
@@ -417,7 +417,7 @@ class Verifier(TargetVerifyExecutor):
 
         Made at the first commit: the pool does not exist before the worker does.
         """
-        if self._ops.name != "triton" or not self._seat.draft.kernel_writes:
+        if self._ops.name != "triton" or not self._sharding.draft.kernel_writes:
             return None
         from dspark_sglang.serving.ops.kv_writer import KvWriter
 

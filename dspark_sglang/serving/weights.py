@@ -161,10 +161,10 @@ class Weights:
         drafter: folder of the drafter's checkpoint.
         """
         self._worker = worker
-        seat, runner = worker._seat, worker.draft_model_runner
-        names = seat.draft.own(read_shapes(drafter) if drafter.is_dir() else ())
-        whole = seat.drafts and (seat.vocabulary is None or seat.head is not None)
-        seat.draft.take_parts()
+        sharding, runner = worker._sharding, worker.draft_model_runner
+        names = sharding.draft.own(read_shapes(drafter) if drafter.is_dir() else ())
+        whole = sharding.drafts and (sharding.vocabulary is None or sharding.head is not None)
+        sharding.draft.take_parts()
         self._updater = DraftUpdater(
             runner.weight_updater, names, whole=whole, bundled=bundle_at(drafter) is not None
         )
@@ -184,7 +184,7 @@ class Weights:
         """Renew what was made of weights, and stop drafting where the drafter no longer fits the target."""
         worker, faults = self._worker, self._worker.faults
         worker.catch_up()
-        worker._seat.renew()
+        worker._sharding.renew()
         found = digest(self._model)
         if self._updater.loaded:
             self._updater.loaded = False
@@ -208,14 +208,14 @@ class Weights:
             MarkovHead.from_module(model.markov_head),
             ConfidenceHead.from_module(model.confidence_head, ones),
         )
-        worker._seat.draft.forget_copies()
+        worker._sharding.draft.forget_copies()
         worker._verify_executor.renew()
         worker.drafter_sha256 = None
         worker.set_temperatures(ones, "none: the drafter was updated")
 
     def _check_drafter(self) -> None:
         """Draft nothing with weights that are not finite, on any rank."""
-        worker, ranks = self._worker, self._worker._seat.ranks
+        worker, ranks = self._worker, self._worker._sharding.ranks
         name = unsound(worker.draft_model)
         if ranks.count > 1:
             found = ranks.gather(

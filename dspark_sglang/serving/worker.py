@@ -25,25 +25,23 @@ from dspark_sglang.config import Settings, Verification, read_settings
 from dspark_sglang.core.heads import ConfidenceHead, MarkovHead
 from dspark_sglang.core.schedule.scheduler import STRATEGIES, Overlapped, Scheduler, VerifyAll
 from dspark_sglang.serving import cost_store, placement, requests
+from dspark_sglang.serving.admin import Commands
 from dspark_sglang.serving.calibration import Calibration
-from dspark_sglang.serving.commands import Commands
 from dspark_sglang.serving.compat import installed_version
-from dspark_sglang.serving.context import contain_prefills, keep_prefills, may_lag
 from dspark_sglang.serving.cost_store import KnownCost
+from dspark_sglang.serving.decode import Decoder
+from dspark_sglang.serving.draft_kv import contain_prefills, keep_prefills, may_defer
 from dspark_sglang.serving.draft_model import draft_model
 from dspark_sglang.serving.faults import Faults
-from dspark_sglang.serving.lookup import Lookup
-from dspark_sglang.serving.metrics import Metrics
 from dspark_sglang.serving.ops import Ops, choose
 from dspark_sglang.serving.ops.sharded_ops import ShardedOps
 from dspark_sglang.serving.overlap import OverlappedRounds
-from dspark_sglang.serving.plain import PlainDecoder
 from dspark_sglang.serving.planner import Planner, buckets, whole_blocks
+from dspark_sglang.serving.prompt_lookup import Lookup
 from dspark_sglang.serving.proposer import Proposer
-from dspark_sglang.serving.ranks import Ranks, keep_shards
 from dspark_sglang.serving.rounds import Rounds, SynchronousRounds, VerifyAllRounds
-from dspark_sglang.serving.seat import seat
-from dspark_sglang.serving.telemetry import StepObservers, Telemetry
+from dspark_sglang.serving.telemetry import Metrics, StepObservers, Telemetry
+from dspark_sglang.serving.tensor_parallel import Ranks, keep_shards, shard_draft
 from dspark_sglang.serving.verifier import Verifier
 from dspark_sglang.serving.weights import Weights
 
@@ -125,9 +123,9 @@ class DSparkWorker(DSparkWorkerV2):
             self.scheduler.name,
             self._sts_source,
             self._drafted_tokens or "whole",
-            self._seat.placement,
-            self._seat.heads,
-            self._seat.ranks.count,
+            self._sharding.placement,
+            self._sharding.heads,
+            self._sharding.ranks.count,
         )
         if get_observability().enable_metrics:
             self._metrics = Metrics(
@@ -143,7 +141,7 @@ class DSparkWorker(DSparkWorkerV2):
     @property
     def _drafted_tokens(self) -> int | None:
         """Size of the draft vocabulary; None for the whole vocabulary."""
-        tokens = self._seat.tokens
+        tokens = self._sharding.tokens
         return None if tokens is None else len(tokens)
 
     def _remove_folded_parts(self) -> None:
@@ -165,7 +163,7 @@ class DSparkWorker(DSparkWorkerV2):
         blocks = get_spec().speculative_use_block_verification
         self._verification: Verification = "block" if blocks else settings.verification
         folder = Path(get_spec().speculative_draft_model_path)
-        self._seat = seat(
+        self._sharding = shard_draft(
             self._draft,
             Ranks(get_dp_tp_group(), self.telemetry),
             folder=folder if settings.draft_vocab == "auto" else None,
@@ -173,7 +171,7 @@ class DSparkWorker(DSparkWorkerV2):
             width=self.query_token_num,
             heads=settings.heads,
         )
-        self._seat.forget(self._kv_injector)
+        self._sharding.forget(self._kv_injector)
         self._ops: Ops = choose.make(
             settings.kernels,
             device=torch.device(self.device),
@@ -183,14 +181,14 @@ class DSparkWorker(DSparkWorkerV2):
             verification=self._verification,
             telemetry=self.telemetry,
         )
-        if self._seat.vocabulary is not None:
+        if self._sharding.vocabulary is not None:
             self._ops = ShardedOps(
                 self._ops,
-                self._seat.vocabulary,
+                self._sharding.vocabulary,
                 generator=generator,
                 verification=self._verification,
                 telemetry=self.telemetry,
-                held=self._seat.held,
+                held=self._sharding.held,
             )
             processor = getattr(self.model_runner.model, "logits_processor", None)
             # Logits of another kind of processor stay whole, and are cut to shards.
@@ -208,7 +206,7 @@ class DSparkWorker(DSparkWorkerV2):
             faults=self.faults,
             telemetry=self.telemetry,
             ops=self._ops,
-            ranks=self._seat.ranks,
+            ranks=self._sharding.ranks,
             device=torch.device(self.device),
             buckets=buckets(self.model_runner, self.gamma),
         )
@@ -217,7 +215,7 @@ class DSparkWorker(DSparkWorkerV2):
         self._lookup = Lookup() if knows and self._settings.lookup == "auto" else None
         self._proposer = Proposer(
             ops=self._ops,
-            seat=self._seat,
+            sharding=self._sharding,
             rounds=rounds,
             lookup=self._lookup,
             draft_model=self.draft_model,
@@ -243,7 +241,7 @@ class DSparkWorker(DSparkWorkerV2):
         self._verify_executor = Verifier(
             planner=self._verify_planner,
             ops=self._ops,
-            seat=self._seat,
+            sharding=self._sharding,
             rounds=rounds,
             target_worker=self.target_worker,
             gamma=self.gamma,
@@ -252,20 +250,20 @@ class DSparkWorker(DSparkWorkerV2):
             kv_injector=self._kv_injector,
             tp_sync=self._tp_sync,
         )
-        self._plain = PlainDecoder(self, self._verify_executor, rounds)
+        self._decoder = Decoder(self, self._verify_executor, rounds)
         self._observers = StepObservers(self.telemetry, self.scheduler)
 
     def alloc_memory_pool(self, *args: Any, **kwargs: Any) -> None:
         if self._hosts_draft:
             with self._draft_context():  # as many KV heads as this rank's draft has
                 super().alloc_memory_pool(*args, **kwargs)
-            self._lags = self.scheduler.adaptive and self._verify_executor.lags and may_lag()
+            self._defers = self.scheduler.adaptive and self._verify_executor.defers and may_defer()
             contain_prefills(self._kv_injector, self.faults)
-            if self._lags:
-                keep_prefills(self._kv_injector, self._verify_executor.lagging, self._draft)
+            if self._defers:
+                keep_prefills(self._kv_injector, self._verify_executor.deferred, self._draft)
 
     def init_cuda_graphs(self) -> None:
-        if self._hosts_draft and self._seat.drafts:
+        if self._hosts_draft and self._sharding.drafts:
             super().init_cuda_graphs()
 
     def forward_batch_generation(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
@@ -273,7 +271,7 @@ class DSparkWorker(DSparkWorkerV2):
         result = super().forward_batch_generation(batch, *args, **kwargs)
         if prefills and result.logits_output is not None:
             result.next_token_ids = requests.told_sampled(result, batch)
-        if self._hosts_draft and (self._verify_executor.lagging.full or not self._lags):
+        if self._hosts_draft and (self._verify_executor.deferred.full or not self._defers):
             self._draft_up_to_date()
         return result
 
@@ -286,8 +284,8 @@ class DSparkWorker(DSparkWorkerV2):
             self._draft_up_to_date()  # the bill of decode steps, not of this round
         rounds.started()
         decodes = not drafts and not self._proposer.can_copy(batch.reqs)
-        if decodes and self._plain.takes(batch):
-            result = self._plain.decode(batch, on_publish)
+        if decodes and self._decoder.takes(batch):
+            result = self._decoder.decode(batch, on_publish)
         else:
             result = super()._forward_decode(batch, on_publish, *args, **kwargs)
             result.next_token_ids = self._verify_executor.reported.view(-1)
@@ -298,9 +296,9 @@ class DSparkWorker(DSparkWorkerV2):
 
     def _draft_up_to_date(self) -> None:
         """Commit what prefills and plain steps left for the draft, under the draft's own placement."""
-        if self._verify_executor.lagging:
+        if self._verify_executor.deferred:
             with self._draft_context():
-                self._verify_executor.lagging.flush()
+                self._verify_executor.deferred.flush()
 
     def _fingerprint(self) -> dict[str, str]:
         """What the cost of this server's steps depends on."""
@@ -316,8 +314,8 @@ class DSparkWorker(DSparkWorkerV2):
             attention=get_context().resolved_server_args_dict().get("attention_backend"),
             kernels=self._ops.name,
             draft_vocabulary=self._drafted_tokens or "whole",
-            placement=self._seat.placement,
-            heads=self._seat.heads,
+            placement=self._sharding.placement,
+            heads=self._sharding.heads,
             gamma=self.gamma,
             timed="by the device, ahead" if overlaps else "by the host",
             sglang=installed_version(),
@@ -363,10 +361,10 @@ class DSparkWorker(DSparkWorkerV2):
             "launches": self._ops.launches,
             "sts": self._sts_source,
             "draft_vocabulary": self._drafted_tokens,
-            "placement": self._seat.placement,
-            "heads": self._seat.heads,
+            "placement": self._sharding.placement,
+            "heads": self._sharding.heads,
             "placement_microseconds": {} if self._placed is None else self._placed.microseconds,
-            "ranks": self._seat.ranks.count,
+            "ranks": self._sharding.ranks.count,
             "schedule": self.scheduler.name,
             "lookup": self._lookup is not None,
             "verification": self._verification,

@@ -16,9 +16,8 @@ import pytest
 import yaml
 from manifest_lint import Context, environment, expand
 
-from dspark_sglang import targets
+from dspark_sglang import diagnosis, targets
 from dspark_sglang.demo.server import Server, free_port
-from dspark_sglang.serving import diagnosis
 
 pytestmark = pytest.mark.server
 ROOT = Path(__file__).resolve().parents[2]

@@ -16,7 +16,7 @@ from drafter_samples import FLAT, SHAPES, TARGET, actionable, write
 from dspark_sglang.errors import CheckpointError, ConfigError
 from dspark_sglang.layouts.v4 import tiny
 from dspark_sglang.safetensors import read_header
-from dspark_sglang.serving import arguments, preflight, preflight_argv
+from dspark_sglang.serving import arguments
 
 MODE = "SGLANG_RAGGED_VERIFY_MODE"
 
@@ -144,8 +144,8 @@ def test_a_refusal_is_one_line_and_exit_code_2(capsys: pytest.CaptureFixture[str
 def test_a_free_port_passes_and_stays_free() -> None:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    preflight.check_port("127.0.0.1", port)
-    preflight.check_port(None, port)
+    arguments.check_port("127.0.0.1", port)
+    arguments.check_port(None, port)
     with socket.create_server(("127.0.0.1", port)):
         pass
 
@@ -154,14 +154,14 @@ def test_a_taken_port() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         with pytest.raises(ConfigError) as caught:
-            preflight.check_port("127.0.0.1", port)
+            arguments.check_port("127.0.0.1", port)
     actionable(caught.value, found=f"Port {port} on 127.0.0.1 is taken", expected="a free port")
     assert "--port" in caught.value.fix
 
 
 def test_an_address_of_another_machine() -> None:
     with pytest.raises(ConfigError) as caught:
-        preflight.check_port("192.0.2.1", 1)  # reserved for documentation
+        arguments.check_port("192.0.2.1", 1)  # reserved for documentation
     actionable(caught.value, found="cannot be used", expected="a free port")
 
 
@@ -172,10 +172,10 @@ def test_weights_are_counted_from_headers(drafter: Path, tmp_path: Path) -> None
         for extent in shape:
             size *= extent
         wanted += size
-    assert preflight.weight_elements(drafter) == wanted
-    assert preflight.weight_elements(tmp_path) == 0
+    assert arguments.weight_elements(drafter) == wanted
+    assert arguments.weight_elements(tmp_path) == 0
     (drafter / "model.safetensors").write_bytes(b"cut")
-    assert preflight.weight_elements(drafter) == 0
+    assert arguments.weight_elements(drafter) == 0
 
 
 @pytest.fixture
@@ -196,17 +196,17 @@ def huge(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_weights_that_cannot_fit(tmp_path: Path, drafter: Path, huge: Path) -> None:
-    assert preflight.weight_elements(huge) == 2**41
+    assert arguments.weight_elements(huge) == 2**41
     given = view(tmp_path, drafter)
     with pytest.raises(ConfigError) as caught:
-        preflight.check_memory(given)
+        arguments.check_memory(given)
     actionable(caught.value, found="of memory are free", expected="4096.0 GiB of weights")
     given.device = "cuda"
-    preflight.check_memory(given)
+    arguments.check_memory(given)
 
 
 def test_weights_that_fit(tmp_path: Path, drafter: Path) -> None:
-    preflight.check_memory(view(tmp_path, drafter))
+    arguments.check_memory(view(tmp_path, drafter))
 
 
 # --- command line -----------------------------------------------------------------------------
@@ -227,7 +227,7 @@ def test_a_wrong_local_path_is_found_before_sglang_sees_it(
 ) -> None:
     missing = str(tmp_path / "typo")
     with pytest.raises(CheckpointError) as caught:
-        preflight_argv.check([f"{flag}={missing}"] if joined else [flag, missing])
+        arguments.check([f"{flag}={missing}"] if joined else [flag, missing])
     actionable(caught.value, found=f"{role} path {missing}", expected="a model directory")
 
 
@@ -242,11 +242,11 @@ def test_a_wrong_local_path_is_found_before_sglang_sees_it(
     ids=["hub-name", "no-value", "other-flag", "empty"],
 )
 def test_what_is_not_plainly_local_is_left_to_sglang(argv: list[str]) -> None:
-    preflight_argv.check(argv)
+    arguments.check(argv)
 
 
 def test_existing_models_pass(drafter: Path) -> None:
-    preflight_argv.check(["--model-path", str(drafter), f"--speculative-draft-model={drafter}"])
+    arguments.check(["--model-path", str(drafter), f"--speculative-draft-model={drafter}"])
 
 
 # --- placement -------------------------------------------------------------------------------
@@ -266,13 +266,13 @@ def test_a_placement_that_cannot_be_is_refused_before_weights_load(
 def test_working_space_is_wanted_for_every_rank(
     tmp_path: Path, drafter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_weights = preflight.weight_elements(drafter)
+    write_weights = arguments.weight_elements(drafter)
     assert write_weights > 0
     free = SimpleNamespace(available=5 << 30)
-    monkeypatch.setattr(preflight.psutil, "virtual_memory", lambda: free)
-    preflight.check_memory(view(tmp_path, drafter, tp_size=2))
+    monkeypatch.setattr(arguments.psutil, "virtual_memory", lambda: free)
+    arguments.check_memory(view(tmp_path, drafter, tp_size=2))
     with pytest.raises(ConfigError, match=r"5\.0 GiB of memory are free"):
-        preflight.check_memory(view(tmp_path, drafter, tp_size=3))
+        arguments.check_memory(view(tmp_path, drafter, tp_size=3))
 
 
 # --- starts that no CPU can serve ------------------------------------------------------------

@@ -12,12 +12,10 @@ from plan_samples import small_v4, v4_tensors, write_config, write_index
 from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
-from dspark_sglang import targets
+from dspark_sglang import diagnosis, targets
 from dspark_sglang.checkpoint import bundle_at, weights_digest
-from dspark_sglang.cli import doctor
 from dspark_sglang.cli.main import app
 from dspark_sglang.errors import CheckpointError, DSparkError
-from dspark_sglang.serving import diagnosis
 
 
 @pytest.fixture
@@ -101,7 +99,7 @@ def test_serve_checks_the_drafter_inside(
 
 def test_doctor_checks_the_drafter_inside(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(diagnosis, "local", list)
-    monkeypatch.setattr(doctor.surroundings, "look", lambda *_: [])
+    monkeypatch.setattr(diagnosis, "look", lambda *_: [])
     found = diagnosis.Finding("ok", "checked")
     monkeypatch.setattr(
         diagnosis, "models", lambda *given: [found] if given == (bundle, bundle) else []

@@ -16,8 +16,8 @@ from dspark_sglang.core.schedule.scheduler import Scheduler, Synchronous, Verify
 from dspark_sglang.core.steps import Step
 from dspark_sglang.errors import ArtifactError, ConfigError
 from dspark_sglang.provenance import provenance
+from dspark_sglang.serving import admin
 from dspark_sglang.serving import calibration as serving_calibration
-from dspark_sglang.serving import commands
 from dspark_sglang.serving.calibration import Calibration
 from dspark_sglang.serving.cost_store import KnownCost
 from dspark_sglang.serving.faults import Faults
@@ -39,7 +39,7 @@ class Worker:
         self.temperatures = [1.0] * GAMMA
         self.caught_up = 0
         self.canary: bool | None = None
-        self.commands = commands.Commands(self)
+        self.commands = admin.Commands(self)
 
     @property
     def kept(self) -> bytes | None:
@@ -100,7 +100,7 @@ def update(worker: Worker, requested: dict[str, float]) -> bool:
     internal = pytest.importorskip("sglang.srt.managers.scheduler_components.internal_state")
     kind = internal.SchedulerInternalStateController
     controller = kind(SimpleNamespace(draft_worker=worker), record_step_time=False)
-    controller._update_handlers = lambda: commands.handlers(kind._update_handlers, controller)
+    controller._update_handlers = lambda: admin.handlers(kind._update_handlers, controller)
     found = controller.set_internal_state(SimpleNamespace(server_args=requested))
     return bool(found.updated)
 
@@ -226,7 +226,7 @@ def test_a_damaged_cost_file_is_refused_with_its_reason(worker: Worker) -> None:
         worker.commands.prepare("dspark_cost", 1)
 
 
-@pytest.mark.parametrize("key", [k for k in commands.Commands(None).keys if k != "dspark_canary"])
+@pytest.mark.parametrize("key", [k for k in admin.Commands(None).keys if k != "dspark_canary"])
 def test_a_server_that_does_not_schedule_refuses_every_key(tmp_path: Path, key: str) -> None:
     worker = Worker(tmp_path, kind=VerifyAll)
     before = state(worker)
@@ -241,11 +241,9 @@ def test_sglangs_own_keys_stay(worker: Worker) -> None:
     kind = internal.SchedulerInternalStateController
     controller = kind(SimpleNamespace(draft_worker=worker), record_step_time=False)
     own = set(kind._update_handlers(controller))
-    assert set(commands.handlers(kind._update_handlers, controller)) == own | set(
-        worker.commands.keys
-    )
+    assert set(admin.handlers(kind._update_handlers, controller)) == own | set(worker.commands.keys)
     other = kind(SimpleNamespace(draft_worker=object()), record_step_time=False)
-    assert set(commands.handlers(kind._update_handlers, other)) == own
+    assert set(admin.handlers(kind._update_handlers, other)) == own
 
 
 def test_the_messages_say_what_to_do(worker: Worker) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from dspark_sglang.serving import diagnosis
+from dspark_sglang import diagnosis
 
 ROOT = Path(__file__).resolve().parents[2]
 DRAFTER = ROOT / "model_cards" / "smollm2-135m-instruct-dspark"

@@ -23,9 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 NOT_IN_A_STEP = {
     "core": {"engine", "drafter", "placement", "sts"},
     "serving": {
-        "arguments", "compat", "cost_store", "diagnosis", "entry", "hooks", "http_checks",
-        "placement", "preflight", "preflight_argv", "rank_death", "start_gate", "surroundings",
-        "warmup",
+        "arguments", "compat", "cost_store", "entry", "hooks", "placement", "warmup",
     },
     "ops": {"choose", "selfcheck"},
     "cpu": {"limits", "patches"},

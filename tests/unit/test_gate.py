@@ -17,7 +17,7 @@ from dspark_sglang import probe, rdma
 from dspark_sglang.cli.main import app
 from dspark_sglang.deployment import generate
 from dspark_sglang.errors import ConfigError, ServerError
-from dspark_sglang.serving import start_gate
+from dspark_sglang.serving import warmup
 
 
 def _folder(path: Path) -> Path:
@@ -98,9 +98,9 @@ class Manager:
 
 def test_a_server_that_agrees_with_itself_may_start() -> None:
     manager = Manager()
-    asyncio.run(start_gate.check("null", manager))
+    asyncio.run(warmup.check("null", manager))
     assert manager.cleared == 1
-    asyncio.run(start_gate.check("null", Manager(flip=True, lead=0.1)))  # a near-tie
+    asyncio.run(warmup.check("null", Manager(flip=True, lead=0.1)))  # a near-tie
 
 
 @pytest.mark.parametrize(
@@ -110,13 +110,13 @@ def test_a_server_that_agrees_with_itself_may_start() -> None:
 )
 def test_a_server_that_does_not_may_not(manager: Manager, message: str) -> None:
     with pytest.raises(ServerError, match=message):
-        asyncio.run(start_gate.check("null", manager))
+        asyncio.run(warmup.check("null", manager))
 
 
 def test_nothing_is_compared_where_drafting_cannot_be_switched_off() -> None:
     manager = Manager(flip=True)
     manager.speculates_always = True
-    asyncio.run(start_gate.check("null", manager))
+    asyncio.run(warmup.check("null", manager))
     assert manager.cleared == 0
 
 

@@ -18,7 +18,7 @@ from sglang.srt.managers.io_struct import (
 )
 from sglang.srt.sampling.sampling_params import TOP_K_ALL, SamplingParams
 
-from dspark_sglang.serving import http_checks, occupation
+from dspark_sglang.serving import admin, options
 
 
 def made(obj: Any = None, *, metrics: bool = True, **given: Any) -> TokenizedGenerateReqInput:
@@ -36,7 +36,7 @@ def made(obj: Any = None, *, metrics: bool = True, **given: Any) -> TokenizedGen
     manager = SimpleNamespace(
         enable_metrics=metrics, model_config=SimpleNamespace(vocab_size=VOCABULARY)
     )
-    found: TokenizedGenerateReqInput = http_checks.made(
+    found: TokenizedGenerateReqInput = options.made(
         create, manager, obj or SimpleNamespace(), "text"
     )
     return found
@@ -135,9 +135,9 @@ def test_more_tokens_than_there_are_are_all(given: int, kept: int) -> None:
 
 
 def test_answers_to_one_prompt() -> None:
-    http_checks.check_samples(SimpleNamespace(parallel_sample_num=128))
+    options.check_samples(SimpleNamespace(parallel_sample_num=128))
     with pytest.raises(ValueError, match=r"n is 2147483648\. Expected at most"):
-        http_checks.check_samples(SimpleNamespace(parallel_sample_num=2**31))
+        options.check_samples(SimpleNamespace(parallel_sample_num=2**31))
 
 
 class Updater:
@@ -180,7 +180,7 @@ def _no_weight_cache(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_memory(updater: Updater, tags: list[str] | None, release: bool, says: str | None) -> None:
     before = set(updater.offload_tags)
     asked = SimpleNamespace(tags=tags)
-    output = occupation.guard(updater.original, updater, asked, release=release)
+    output = admin.guard(updater.original, updater, asked, release=release)
 
     async def schedulers(obj: Any) -> list[Any]:
         return [output]
@@ -192,9 +192,9 @@ def test_memory(updater: Updater, tags: list[str] | None, release: bool, says: s
     )
     if says is None:
         assert updater.done == 1
-        asyncio.run(occupation.ask(manager, asked, release=release))
+        asyncio.run(admin.ask(manager, asked, release=release))
         return
     assert updater.done == 0 and updater.offload_tags == before
     with pytest.raises(ValueError, match="Expected") as caught:
-        asyncio.run(occupation.ask(manager, asked, release=release))
+        asyncio.run(admin.ask(manager, asked, release=release))
     assert says in str(caught.value)

@@ -23,8 +23,10 @@ PACKAGES = (
 SOURCE_ROOTS = ("kernels", "packaging", "loadtests")
 MAX_LINES = 500
 #: These read or set SGLang's own switches (``SGLANG_*``), as SGLang does.
-SGLANG_SWITCHES = tuple(
-    f"dspark_sglang.serving.{name}" for name in ("entry", "arguments", "diagnosis")
+SGLANG_SWITCHES = (
+    "dspark_sglang.serving.entry",
+    "dspark_sglang.serving.arguments",
+    "dspark_sglang.diagnosis",
 )
 
 

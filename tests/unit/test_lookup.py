@@ -16,7 +16,7 @@ from dspark_sglang.core.policy import PROBE_ROUNDS, DraftPolicy
 from dspark_sglang.core.round import Admission, Drafted, StepPlan, StepResult
 from dspark_sglang.core.schedule import lengths
 from dspark_sglang.core.schedule.scheduler import Scheduler
-from dspark_sglang.serving.lookup import Copies, Lookup
+from dspark_sglang.serving.prompt_lookup import Copies, Lookup
 
 
 def follows(prompt: list[int], answer: list[int]) -> Any:

@@ -22,7 +22,7 @@ import numpy as np
 from dspark_sglang.core.schedule.scheduler import Synchronous
 from dspark_sglang.serving.faults import Faults
 from dspark_sglang.serving.rounds import SynchronousRounds
-from dspark_sglang.serving.metrics import Metrics
+from dspark_sglang.serving.telemetry import Metrics
 from dspark_sglang.serving.telemetry import Telemetry
 
 telemetry, scheduler = Telemetry(gamma=3), Synchronous(gamma=3)

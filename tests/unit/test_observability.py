@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from dspark_sglang.deployment import generate
-from dspark_sglang.serving import metrics
+from dspark_sglang.serving import telemetry
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
 RULES = yaml.safe_load((DEPLOY / "observability/rules.yaml").read_text(encoding="utf-8"))
@@ -38,9 +38,9 @@ def known() -> set[str]:
     source = Path(spec.origin).parent / "srt/observability/metrics_collector.py"
     names = set(re.findall(r'"(sglang:[a-z0-9_]+)"', source.read_text(encoding="utf-8")))
     names |= {f"{name}_bucket" for name in names}
-    names |= {f"dspark_{name}_total" for name in metrics._COUNTERS}
-    names |= {f"dspark_{name}" for name in metrics._GAUGES} | {"dspark_faults_total"}
-    names |= set(re.findall(r'"(dspark_[a-z_]+)",', Path(metrics.__file__).read_text()))
+    names |= {f"dspark_{name}_total" for name in telemetry._COUNTERS}
+    names |= {f"dspark_{name}" for name in telemetry._GAUGES} | {"dspark_faults_total"}
+    names |= set(re.findall(r'"(dspark_[a-z_]+)",', Path(telemetry.__file__).read_text()))
     return names | {r["record"] for g in RULES["groups"] for r in g["rules"] if "record" in r}
 
 

@@ -187,20 +187,20 @@ def test_collectives_are_wrapped_as_their_module_loads(
 def test_the_process_that_died_is_named(
     code: int, expected: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from dspark_sglang.serving import rank_death
+    from dspark_sglang.serving import faults
 
     processes = [SimpleNamespace(pid=11, exitcode=None), SimpleNamespace(pid=12, exitcode=code)]
     watchdog = SimpleNamespace(_names=["scheduler_0", "scheduler_1"], _processes=processes)
     manager = SimpleNamespace(_subprocess_watchdog=watchdog, gracefully_exit=False)
     handler = SimpleNamespace(tokenizer_manager=manager)
     ended = []
-    rank_death.tell(lambda handler, signum: ended.append(signum), handler, 3)
+    faults.tell(lambda handler, signum: ended.append(signum), handler, 3)
     said = capsys.readouterr().err
     assert expected in said
     assert "scheduler_0" not in said
     assert ended == [3], "SGLang goes on to end the rest"
     manager.gracefully_exit = True
-    assert rank_death.died(handler) == []
+    assert faults.died(handler) == []
 
 
 def test_ports_of_servers_are_not_those_that_ranks_are_given() -> None:
@@ -221,7 +221,7 @@ def test_ports_of_servers_are_not_those_that_ranks_are_given() -> None:
 def test_a_draft_vocabulary_needs_whole_heads(heads: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every rank drafts from all of its tokens, so their rows of W1 and W2 stay."""
     from dspark_sglang.core.sharded import Shard
-    from dspark_sglang.serving import seat as seats
+    from dspark_sglang.serving import tensor_parallel as seats
 
     vocabulary = SimpleNamespace(shard=Shard(0, 0, 6, 12))
     head = SimpleNamespace(tokens=torch.arange(4))
@@ -236,12 +236,12 @@ def test_a_draft_vocabulary_needs_whole_heads(heads: Any, monkeypatch: pytest.Mo
     given: dict[str, Any] = {"mask": 0, "width": 3, "heads": heads}
     if heads in ("shard", "single"):
         with pytest.raises(ConfigError, match="has a draft vocabulary"):
-            seats.seat(draft, ranks, folder=Path("d"), **given)
+            seats.shard_draft(draft, ranks, folder=Path("d"), **given)
     else:
-        seats.seat(draft, ranks, folder=Path("d"), **given).forget(None)
+        seats.shard_draft(draft, ranks, folder=Path("d"), **given).forget(None)
         assert len(markov.markov_w1.weight) == len(markov.markov_w2.weight) == 12
     # Without one a rank keeps its own rows of W2, and of W1 what its heads say.
-    found = seats.seat(draft, ranks, folder=None, **given)
+    found = seats.shard_draft(draft, ranks, folder=None, **given)
     found.forget(None)
     assert len(markov.markov_w2.weight) == 6
     assert len(markov.markov_w1.weight) == (6 if heads == "shard" else 12)

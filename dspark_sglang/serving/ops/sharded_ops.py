@@ -25,8 +25,8 @@ from dspark_sglang.core.sharded import (
 from dspark_sglang.serving.ops import Ops
 from dspark_sglang.serving.ops.rows import Admitted, SampledRows, Verified
 from dspark_sglang.serving.ops.supply import Supply
-from dspark_sglang.serving.ranks import Vocabulary
 from dspark_sglang.serving.telemetry import Telemetry
+from dspark_sglang.serving.tensor_parallel import Vocabulary
 
 if TYPE_CHECKING:
     from dspark_sglang.serving.ops.triton_ops import TritonOps

@@ -1,4 +1,4 @@
-"""The draft's context: target states that prefills and steps without a draft leave, written before one reads them."""
+"""The draft's KV: slots of the next step, and target states that are kept until a draft reads them."""
 
 from __future__ import annotations
 
@@ -6,10 +6,44 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from sglang.srt.runtime_context import get_disagg, get_memory
+from sglang.srt.runtime_context import get_disagg, get_memory, get_schedule, get_spec
 
 from dspark_sglang.serving.draft_model import DraftModel
 from dspark_sglang.serving.faults import Faults
+
+
+def prepare(original: Callable[[Any, Any], None], draft_input: Any, batch: Any) -> None:
+    """Prepare a batch for its next step.
+
+    SGLang tops every request up to the slots of two blocks before every step, because under overlap
+    scheduling it does not know yet what the last step has used. Without overlap a step needs the
+    slots of one block, and what was allocated lasts for several.
+
+    Args:
+        original: ``DFlashDraftInputV2.prepare_for_decode``.
+        draft_input: of the batch; is told how many slots its requests have.
+        batch: SGLang's ``ScheduleBatch``; is told the lengths of its requests.
+    """
+    if not get_schedule().disable_overlap_schedule:
+        original(draft_input, batch)
+        return
+    requests, block = batch.reqs, int(get_spec().speculative_num_draft_tokens)
+    committed = [request.kv.kv_committed_len for request in requests]
+    allocated = [request.kv.kv_allocated_len for request in requests]
+    lasts = all(have >= used + block for have, used in zip(allocated, committed, strict=True))
+    if not requests or not lasts:
+        original(draft_input, batch)
+        return
+    batch.maybe_evict_swa()
+    for request in requests:
+        request.decode_batch_idx += 1
+    batch.seq_lens_cpu, batch.seq_lens_sum = torch.tensor(committed), sum(committed)
+    draft_input.nxt_kv_lens_cpu = torch.tensor(allocated, dtype=torch.int32)
+    draft_input.nxt_kv_lens_sum = sum(allocated)
+    tops = [int(request.sampling_params.top_k) for request in requests]
+    draft_input.max_top_k = max(tops)  # read where a request asks for its sampling mask
+    draft_input.uniform_top_k_value = tops[0] if len(set(tops)) == 1 else None
+
 
 #: Rows kept until they are written together: enough that weights are not read for a few rows.
 _MOST_ROWS = 512
@@ -26,7 +60,7 @@ class States(NamedTuple):
     places: torch.Tensor
 
 
-def may_lag() -> bool:
+def may_defer() -> bool:
     """Whether nothing but the draft reads its KV: copies to other machines or tiers are made after each step."""
     return get_disagg().disaggregation_mode == "null" and not get_memory().enable_hierarchical_cache
 
@@ -43,7 +77,7 @@ def latest(slots: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(last).scatter_(0, index, last)
 
 
-class Lagging:
+class DeferredStates:
     """States that are not in the draft's KV yet."""
 
     def __init__(self, write: Callable[[States, torch.Tensor | None], None]) -> None:
@@ -99,8 +133,8 @@ def contain_prefills(injector: Any, faults: Faults) -> None:
     injector.inject_prefill = guarded
 
 
-def keep_prefills(injector: Any, lagging: Lagging, draft: DraftModel) -> None:
-    """Let prefills leave their states to ``lagging``.
+def keep_prefills(injector: Any, deferred: DeferredStates, draft: DraftModel) -> None:
+    """Let prefills leave their states to ``deferred``.
 
     Args:
         injector: SGLang's ``TargetHiddenKvInjector``.
@@ -116,7 +150,7 @@ def keep_prefills(injector: Any, lagging: Lagging, draft: DraftModel) -> None:
         target_hidden_is_projected: bool,
     ) -> None:
         if target_hidden_is_projected:
-            lagging.flush()
+            deferred.flush()
             inject(
                 placement,
                 target_hidden=target_hidden,
@@ -128,6 +162,6 @@ def keep_prefills(injector: Any, lagging: Lagging, draft: DraftModel) -> None:
             placement = placement.select(token_indices)
         places = placement.positions.to(torch.int64)
         slots = draft.slots(injector, placement.cache_loc.to(torch.int64))
-        lagging.keep(States(target_hidden[: len(places)], slots, places))
+        deferred.keep(States(target_hidden[: len(places)], slots, places))
 
     injector.inject_prefill = keep

@@ -10,13 +10,13 @@ from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode
 from sglang.srt.runtime_context import get_parallel
 from sglang.srt.speculative.dspark_components.dspark_draft import make_next_draft_input
 
-from dspark_sglang.serving.context import States
+from dspark_sglang.serving.draft_kv import States
 from dspark_sglang.serving.requests import told_sampled
 from dspark_sglang.serving.rounds import Rounds
 from dspark_sglang.serving.verifier import Verifier
 
 
-class PlainDecoder:
+class Decoder:
     """Runs a step as a server without speculation would: SGLang's decode forward and sampler.
 
     A verification of anchors alone computes the same, and costs more. Where SGLang captures graphs
@@ -44,7 +44,7 @@ class PlainDecoder:
             and not get_parallel().attn_dp_enabled
             and not worker._need_mamba_verify_commit
             and not runner.ngram_embedding_manager.enabled
-            and self._verifier.lags
+            and self._verifier.defers
         )
 
     def takes(self, batch: Any) -> bool:
@@ -83,8 +83,8 @@ class PlainDecoder:
         if on_publish is not None:
             on_publish(lens)
         injector = worker._kv_injector
-        slots = worker._seat.draft.slots(injector, injector.ids_for(result.kv_loc_plan))
-        self._verifier.lagging.keep(States(output.hidden_states, slots, places))
+        slots = worker._sharding.draft.slots(injector, injector.ids_for(result.kv_loc_plan))
+        self._verifier.deferred.keep(States(output.hidden_states, slots, places))
         output.hidden_states = None
         tokens = result.next_token_ids.to(torch.int64)
         result.next_token_ids = told_sampled(result, batch)

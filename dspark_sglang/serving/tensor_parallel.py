@@ -1,17 +1,25 @@
-"""The ranks of a server: what they exchange, and which part of the vocabulary each holds."""
+"""Ranks: what they exchange, which part of the vocabulary each holds, and what each has of the drafter."""
 
 from __future__ import annotations
 
+import logging
+from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from sglang.srt.models.dspark import project_through_lm_head
 from sglang.srt.runtime_context import get_parallel
 
-from dspark_sglang.core.sharded import Exchange, Shard, Sum
+from dspark_sglang import config
+from dspark_sglang.artifacts import DRAFT_VOCAB_FILE, read_draft_vocab
+from dspark_sglang.core.placement import Placement
+from dspark_sglang.core.sharded import Exchange, HeldHeads, Shard, Sum, held_heads
 from dspark_sglang.core.sharded.shard import Result
-from dspark_sglang.errors import CompatibilityError
+from dspark_sglang.errors import CompatibilityError, ConfigError
+from dspark_sglang.serving.cpu.packing import can_pack, pack, packed_linear
 from dspark_sglang.serving.draft_model import DraftModel
+from dspark_sglang.serving.placement import settled
 from dspark_sglang.serving.telemetry import Telemetry
 
 
@@ -206,3 +214,209 @@ class DraftEmbedding(torch.nn.Module):
         anchors = self._rows(tokens.view(-1, self._width)[:, 0], "embed")
         rest = self._mask.expand(len(anchors), self._width - 1, -1)
         return torch.cat([anchors[:, None], rest], dim=1).view(*tokens.shape, -1)
+
+
+logger = logging.getLogger(__name__)
+
+
+class DraftHead:
+    """A copy of some rows of the target's LM head, made again when that is updated.
+
+    Args:
+        draft: the drafter.
+        head: ``[V, d]`` weight of the target's LM head.
+        tokens: ``[M]`` ascending int64 tokens.
+        vocabulary: where ``head`` is a shard of it; every rank then keeps the rows of all.
+    """
+
+    def __init__(
+        self,
+        draft: DraftModel,
+        head: torch.Tensor,
+        tokens: torch.Tensor,
+        vocabulary: Vocabulary | None = None,
+    ) -> None:
+        self._draft = draft
+        self.tokens = tokens.to(head.device)
+        self._vocabulary = vocabulary
+        self.renew(head)
+
+    def renew(self, head: torch.Tensor) -> None:
+        """Copy the rows again; every rank has to."""
+        if self._vocabulary is None:
+            weight = head.detach()[self.tokens]
+        else:
+            weight = self._vocabulary.rows(self.tokens)
+        self._dtype = weight.dtype
+        self._packed = head.device.type == "cpu" and can_pack(weight)
+        self._weight = pack(weight) if self._packed else weight
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Base logits ``[N, M]`` of draft hidden states ``[N, d]``."""
+        given = self._draft.head_input(hidden).to(self._dtype)
+        if self._packed:
+            return packed_linear(given, self._weight, None)
+        return torch.nn.functional.linear(given, self._weight)
+
+    @classmethod
+    def beside(
+        cls, drafter: Path, draft: DraftModel, vocabulary: Vocabulary | None
+    ) -> DraftHead | None:
+        """The draft head of a drafter that has a draft vocabulary; None without one.
+
+        None as well, and said in the log, where it cannot be used: a quantised head, or a drafter
+        that makes its base logits otherwise.
+
+        Raises:
+            ArtifactError: the file is damaged or belongs to another vocabulary.
+        """
+        path = drafter / DRAFT_VOCAB_FILE
+        if not path.is_file():
+            return None
+        if not draft.reads_target_head:
+            logger.warning("%s is not used by %s.", path, type(draft.module).__name__)
+            return None
+        head = draft.module.lm_head
+        artifact = read_draft_vocab(path, vocab_size=int(head.org_vocab_size))
+        weight: Any = getattr(head, "weight", None)
+        why = ""
+        if vocabulary is None and head.tp_size > 1:
+            why = "the LM head is sharded with attention data parallelism"
+        elif weight is None or not weight.is_floating_point() or weight.element_size() < 2:
+            why = "the LM head is quantised"
+        elif getattr(head, "bias", None) is not None:
+            why = "the LM head has a bias"
+        if why:
+            logger.warning("%s is not used: %s. Drafting over all tokens.", path, why)
+            return None
+        return cls(draft, weight, torch.tensor(artifact.tokens), vocabulary)
+
+
+class DraftSharding(msgspec.Struct, frozen=True):
+    """What a rank needs to know of where the drafter lives."""
+
+    draft: DraftModel
+    ranks: Ranks
+    placement: Placement
+    #: None where every rank has the whole LM head.
+    vocabulary: Vocabulary | None
+    head: DraftHead | None
+    #: What the draft forward embeds with; None: as SGLang does.
+    embedding: DraftEmbedding | None
+    #: Where W1 and the confidence head live, and what this rank has of them; None: all of both.
+    heads: Placement = "replicate"
+    held: HeldHeads | None = None
+
+    @property
+    def tokens(self) -> torch.Tensor | None:
+        """The draft vocabulary ``[M]``; None for all tokens."""
+        return None if self.head is None else self.head.tokens
+
+    @property
+    def alone(self) -> bool:
+        """Whether one rank drafts for all."""
+        return self.placement == "single" and self.ranks.count > 1
+
+    @property
+    def drafts(self) -> bool:
+        """Whether this rank runs the draft forward."""
+        return not self.alone or self.ranks.rank == 0
+
+    def sent(self, states: torch.Tensor) -> torch.Tensor:
+        """Draft states ``[N, d]`` of this rank, which the others receive where it drafts for all."""
+        return self.ranks.broadcast(states.contiguous(), "states") if self.alone else states
+
+    def received(self, ids: torch.Tensor, gamma: int) -> torch.Tensor:
+        """``[R * gamma, d]`` draft states of rank 0, on a rank that does not draft.
+
+        Args:
+            ids: ``[R, q]`` int64 rows of the draft forward, whose embedding needs every rank.
+        """
+        if self.embedding is not None:
+            self.embedding(ids)
+        shape = (len(ids) * gamma, self.draft.width)
+        return self.ranks.broadcast(
+            torch.empty(shape, dtype=self.draft.dtype, device=ids.device), "states"
+        )
+
+    def renew(self) -> None:
+        """Copy again what was copied of the target's weights; every rank has to."""
+        if self.head is not None:
+            self.head.renew(self.draft.module.lm_head.weight)
+
+    def forget(self, injector: Any) -> None:
+        """Free what this rank does not read: rows of W1 and W2, and layers where it does not draft.
+
+        A rank that does not draft writes no draft KV at prefill either.
+
+        The KV pool stays: SGLang gives every rank as many slots as the fullest one. The projection of
+        target states stays too: some targets run it themselves.
+        """
+        self._cut_heads(self.draft.module.markov_head)
+        if self.drafts:
+            return
+        for name, parameter in self.draft.module.named_parameters():
+            if name.startswith(self.draft.LAYERS):
+                parameter.data = parameter.data.new_empty(0)
+        injector.inject_prefill = lambda *args, **kwargs: None
+
+    def _cut_heads(self, markov: Any) -> None:
+        if self.vocabulary is None or self.head is not None:  # the draft vocabulary reads any row
+            return
+        cuts = [(markov.markov_w2.weight, self.vocabulary.shard)]
+        if self.held is not None:
+            cuts.append((markov.markov_w1.weight, self.held.rows))
+        for weight, shard in cuts:
+            weight.data = shard.cut(weight.data).clone()
+
+
+def shard_draft(
+    draft: DraftModel,
+    ranks: Ranks,
+    *,
+    folder: Path | None,
+    mask: int,
+    width: int,
+    heads: config.Placement = "replicate",
+) -> DraftSharding:
+    """What this rank has; the draft model then embeds with what is found here.
+
+    Args:
+        draft: the drafter.
+        folder: of the drafter, where its draft vocabulary may be; None: it is not used.
+        mask: the mask token.
+        width: rows of the draft forward a request.
+        heads: where W1 and the confidence head are wanted.
+
+    Raises:
+        CompatibilityError: an LM head sharded in an unknown way.
+        ConfigError: ``heads`` that a draft vocabulary cannot be drafted with.
+        ArtifactError: a draft vocabulary that is damaged or of another one.
+    """
+    vocabulary = Vocabulary.of(draft, ranks)
+    embed = draft.module.embed_tokens
+    embedding = None
+    if vocabulary is not None and int(getattr(embed, "tp_size", 1)) > 1 and draft.embeds_by_module:
+        draft.module.embed_tokens = embedding = DraftEmbedding(embed, mask, width, ranks)
+    head = None if folder is None else DraftHead.beside(folder, draft, vocabulary)
+    if vocabulary is None or heads == "auto":
+        heads = "replicate"
+    elif heads != "replicate" and head is not None:
+        raise ConfigError(
+            f"DSPARK_HEADS is {heads}, and the drafter has a draft vocabulary.",
+            expected="replicate or auto: every rank drafts from all tokens of a draft vocabulary",
+            fix="Unset DSPARK_HEADS, or set DSPARK_DRAFT_VOCAB=whole.",
+        )
+    held = None
+    if vocabulary is not None:
+        held = held_heads(heads, vocabulary.shard, ranks.count, draft.width)
+    return DraftSharding(
+        draft=draft,
+        ranks=ranks,
+        placement=settled() if ranks.count > 1 else "replicate",
+        vocabulary=vocabulary,
+        head=head,
+        embedding=embedding,
+        heads=heads,
+        held=held,
+    )

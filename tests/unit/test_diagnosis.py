@@ -8,26 +8,26 @@ from pathlib import Path
 
 import pytest
 
+from dspark_sglang import diagnosis
 from dspark_sglang.config import Settings
-from dspark_sglang.serving import surroundings
 
 NO_PORTS = Path("/no/such/file")
 
 
 def test_shared_memory_that_is_small_is_a_warning_with_both_fixes(tmp_path: Path) -> None:
-    assert surroundings.shared_memory(tmp_path, least=1).level == "ok"
-    small = surroundings.shared_memory(tmp_path, least=1 << 60)
+    assert diagnosis.shared_memory(tmp_path, least=1).level == "ok"
+    small = diagnosis.shared_memory(tmp_path, least=1 << 60)
     assert small.level == "warning" and "--shm-size" in small.fix and "emptyDir" in small.fix
-    assert surroundings.shared_memory(tmp_path / "none").level == "problem"
+    assert diagnosis.shared_memory(tmp_path / "none").level == "problem"
 
 
 def test_a_cache_directory_is_made_and_written(tmp_path: Path) -> None:
-    found = surroundings.directory(tmp_path / "a" / "b", "cache directory", least=1)
+    found = diagnosis.directory(tmp_path / "a" / "b", "cache directory", least=1)
     assert found.level == "ok" and (tmp_path / "a" / "b").is_dir()
     assert not list((tmp_path / "a" / "b").iterdir())
-    assert surroundings.directory(tmp_path, "cache directory", least=1 << 60).level == "warning"
+    assert diagnosis.directory(tmp_path, "cache directory", least=1 << 60).level == "warning"
     (tmp_path / "file").write_text("")
-    blocked = surroundings.directory(tmp_path / "file" / "cache", "cache directory")
+    blocked = diagnosis.directory(tmp_path / "file" / "cache", "cache directory")
     assert blocked.level == "problem" and "DSPARK_CACHE_DIR" in blocked.fix
 
 
@@ -36,17 +36,17 @@ def test_an_artifact_that_cannot_be_read(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(b"")
     path.chmod(0)
-    (found,) = surroundings.artifacts(Settings(), tmp_path)
+    (found,) = diagnosis.artifacts(Settings(), tmp_path)
     assert found.level == "problem" and "chmod" in found.fix
 
 
 def test_artifacts_that_settings_name(tmp_path: Path) -> None:
-    assert surroundings.artifacts(Settings(), None) == []
+    assert diagnosis.artifacts(Settings(), None) == []
     (tmp_path / "sts.json").write_text("{}")
     settings = Settings(sts=str(tmp_path / "sts.json"), cost=str(tmp_path / "none.json"))
-    (found,) = surroundings.artifacts(settings, None)
+    (found,) = diagnosis.artifacts(settings, None)
     assert found.level == "problem" and "DSPARK_COST" in found.what and "exist" in found.what
-    (good,) = surroundings.artifacts(Settings(sts=str(tmp_path / "sts.json")), None)
+    (good,) = diagnosis.artifacts(Settings(sts=str(tmp_path / "sts.json")), None)
     assert good.level == "ok"
 
 
@@ -55,11 +55,11 @@ def test_a_port_that_is_taken_or_will_be(tmp_path: Path) -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        (found,) = surroundings.ports(port, NO_PORTS)
+        (found,) = diagnosis.ports(port, NO_PORTS)
         assert found.level == "warning" and "taken" in found.what
     handed_out = tmp_path / "range"
     handed_out.write_text(f"{port}\t{port + 1}\n")
-    free, among = surroundings.ports(port, handed_out)
+    free, among = diagnosis.ports(port, handed_out)
     assert free.level == "ok" and among.level == "warning" and f"below {port}" in among.fix
 
 
@@ -71,11 +71,11 @@ def test_a_port_that_is_taken_or_will_be(tmp_path: Path) -> None:
 def test_a_driver_runs_every_cuda_of_its_major_number(
     supported: tuple[int, int], built: str, level: str
 ) -> None:
-    assert surroundings.judge_driver(supported, built).level == level
+    assert diagnosis.judge_driver(supported, built).level == level
 
 
 def test_everything_is_looked_at_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("DSPARK_CACHE_DIR", str(tmp_path))
-    said = " ".join(finding.what for finding in surroundings.look(29_999))
+    said = " ".join(finding.what for finding in diagnosis.look(29_999))
     assert all(word in said for word in ("driver", "shared memory", str(tmp_path), "29999"))
-    assert "port " not in " ".join(f.what for f in surroundings.look(None)).lower()
+    assert "port " not in " ".join(f.what for f in diagnosis.look(None)).lower()

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dspark_sglang.serving import slots
-from dspark_sglang.serving.context import Lagging, States, keep_prefills, latest
+from dspark_sglang.serving import draft_kv
+from dspark_sglang.serving.draft_kv import DeferredStates, States, keep_prefills, latest
 
 WIDTH = 3
 
@@ -42,14 +42,14 @@ class Pool:
 @given(st.lists(st.lists(st.integers(0, 12), min_size=1, max_size=6, unique=True), max_size=12))
 def test_a_slot_keeps_what_was_left_last(written: list[list[int]]) -> None:
     pool, wanted = Pool(), {}
-    lagging = Lagging(pool.write)
+    deferred = DeferredStates(pool.write)
     for turn, taken in enumerate(written):
-        lagging.keep(states(taken, float(turn), first=turn))
+        deferred.keep(states(taken, float(turn), first=turn))
         wanted |= {slot: (float(turn), turn + row) for row, slot in enumerate(taken)}
-    assert bool(lagging) == bool(written)
-    lagging.flush()
-    assert pool.found == wanted and not lagging
-    lagging.flush()
+    assert bool(deferred) == bool(written)
+    deferred.flush()
+    assert pool.found == wanted and not deferred
+    deferred.flush()
     assert len(pool.writes) == bool(written)  # together, and once
 
 
@@ -60,13 +60,13 @@ def test_the_last_row_of_each_slot_is_chosen(taken: list[int]) -> None:
 
 
 def test_what_is_kept_is_bounded() -> None:
-    lagging = Lagging(Pool().write)
-    lagging.keep(states(list(range(300)), 1.0))
-    assert not lagging.full
-    lagging.keep(states(list(range(300, 600)), 1.0))
-    assert lagging.full
-    lagging.flush()
-    assert not lagging.full
+    deferred = DeferredStates(Pool().write)
+    deferred.keep(states(list(range(300)), 1.0))
+    assert not deferred.full
+    deferred.keep(states(list(range(300, 600)), 1.0))
+    assert deferred.full
+    deferred.flush()
+    assert not deferred.full
 
 
 class Placement(SimpleNamespace):
@@ -84,12 +84,12 @@ def prefill(injector: Any, rows: int, **options: Any) -> None:
 
 def test_prefills_leave_their_states_too() -> None:
     pool, called = Pool(), []
-    lagging = Lagging(pool.write)
+    deferred = DeferredStates(pool.write)
     injector = SimpleNamespace(inject_prefill=lambda *_, **__: called.append(pool.writes[:]))
-    keep_prefills(injector, lagging, SimpleNamespace(slots=lambda injector, slots: slots))
+    keep_prefills(injector, deferred, SimpleNamespace(slots=lambda injector, slots: slots))
     prefill(injector, 3)  # rows beyond the real ones are padding
     prefill(injector, 4, token_indices=torch.tensor([3]), target_hidden=torch.full((1, WIDTH), 2.0))
-    lagging.flush()
+    deferred.flush()
     assert pool.found == {0: (1.0, 5), 1: (1.0, 6), 2: (1.0, 7), 3: (2.0, 8)}
     assert not called
     prefill(injector, 3)
@@ -113,15 +113,15 @@ def batch(*requests: tuple[int, int]) -> Any:
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     known = SimpleNamespace(speculative_num_draft_tokens=6, disable_overlap_schedule=True)
-    monkeypatch.setattr(slots, "get_spec", lambda: known)
-    monkeypatch.setattr(slots, "get_schedule", lambda: known)
+    monkeypatch.setattr(draft_kv, "get_spec", lambda: known)
+    monkeypatch.setattr(draft_kv, "get_schedule", lambda: known)
     return known
 
 
 def allocated(given: Any) -> tuple[bool, Any]:
     """Whether SGLang was asked to allocate, and the draft input."""
     called, draft_input = [], SimpleNamespace()
-    slots.prepare(lambda own, of: called.append((own, of)), draft_input, given)
+    draft_kv.prepare(lambda own, of: called.append((own, of)), draft_input, given)
     assert called in ([], [(draft_input, given)])
     return bool(called), draft_input
 

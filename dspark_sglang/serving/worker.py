@@ -24,11 +24,10 @@ from dspark_sglang.checkpoint import weights_digest
 from dspark_sglang.config import Settings, Verification, read_settings
 from dspark_sglang.core.heads import ConfidenceHead, MarkovHead
 from dspark_sglang.core.schedule.scheduler import STRATEGIES, Overlapped, Scheduler, VerifyAll
-from dspark_sglang.serving import cost_store, placement, requests
+from dspark_sglang.serving import calibration, placement, requests
 from dspark_sglang.serving.admin import Commands
-from dspark_sglang.serving.calibration import Calibration
+from dspark_sglang.serving.calibration import Calibration, KnownCost
 from dspark_sglang.serving.compat import installed_version
-from dspark_sglang.serving.cost_store import KnownCost
 from dspark_sglang.serving.decode import Decoder
 from dspark_sglang.serving.draft_kv import contain_prefills, keep_prefills, may_defer
 from dspark_sglang.serving.draft_model import draft_model
@@ -304,11 +303,11 @@ class DSparkWorker(DSparkWorkerV2):
         """What the cost of this server's steps depends on."""
         runner, device = self.model_runner, torch.device(self.device)
         overlaps = isinstance(self.scheduler, Overlapped)
-        return cost_store.fingerprint(
+        return calibration.fingerprint(
             target=str(runner.model_config.model_path),
             drafter=str(get_spec().speculative_draft_model_path),
             drafter_sha256=self.drafter_sha256 or "",
-            device=cost_store.device_name(device, torch.get_num_threads()),
+            device=calibration.device_name(device, torch.get_num_threads()),
             tensor_parallel=get_parallel().tp_size,
             dtype=runner.dtype,
             attention=get_context().resolved_server_args_dict().get("attention_backend"),

@@ -18,8 +18,7 @@ from dspark_sglang.errors import ArtifactError, ConfigError
 from dspark_sglang.provenance import provenance
 from dspark_sglang.serving import admin
 from dspark_sglang.serving import calibration as serving_calibration
-from dspark_sglang.serving.calibration import Calibration
-from dspark_sglang.serving.cost_store import KnownCost
+from dspark_sglang.serving.calibration import Calibration, KnownCost
 from dspark_sglang.serving.faults import Faults
 
 GAMMA = 3

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 NOT_IN_A_STEP = {
     "core": {"engine", "drafter", "placement", "sts"},
     "serving": {
-        "arguments", "compat", "cost_store", "entry", "hooks", "placement", "warmup",
+        "arguments", "compat", "entry", "hooks", "placement", "warmup",
     },
     "ops": {"choose", "selfcheck"},
     "cpu": {"limits", "patches"},

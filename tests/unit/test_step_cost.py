@@ -15,7 +15,7 @@ import torch
 from dspark_sglang.config import Settings
 from dspark_sglang.core.steps import CostModel, Step
 from dspark_sglang.errors import ArtifactError, ConfigError
-from dspark_sglang.serving import cost_store
+from dspark_sglang.serving import calibration
 
 GAMMA = 3
 WANTED = {"plugin": "1", "target": "t", "drafter": "d", "dtype": "bfloat16"}
@@ -36,13 +36,13 @@ def model() -> CostModel:
 @pytest.fixture
 def saved(model: CostModel, tmp_path: Path) -> Path:
     path = tmp_path / "cost" / "kept.json"
-    cost_store.save(path, WANTED, model, seconds=12.5)
+    calibration.save_cost(path, WANTED, model, seconds=12.5)
     return path
 
 
 def test_a_cost_comes_back_as_it_was(saved: Path, model: CostModel) -> None:
     found = CostModel(gamma=GAMMA)
-    artifact = cost_store.load(saved, WANTED, found)
+    artifact = calibration.load_cost(saved, WANTED, found)
     assert found.state() == model.state()
     assert found.round_seconds(8, 12, 900) == model.round_seconds(8, 12, 900)
     assert (artifact.seconds, artifact.fingerprint) == (12.5, WANTED)
@@ -98,7 +98,7 @@ def test_a_file_of_no_use_is_refused_with_its_reason(
     target.observe(Step(1, 1, 1, round=True), 0.5)
     before = target.state()
     with pytest.raises(ArtifactError, match=says) as caught:
-        cost_store.load(saved, WANTED, target)
+        calibration.load_cost(saved, WANTED, target)
     assert str(saved) in caught.value.found
     assert "dspark profile" in caught.value.fix and "DSPARK_COST" in caught.value.fix
     assert target.state() == before
@@ -107,7 +107,7 @@ def test_a_file_of_no_use_is_refused_with_its_reason(
 def test_a_file_that_names_no_kind_is_refused(saved: Path) -> None:
     edited(lambda content: content.pop("kind"))(saved)
     with pytest.raises(ArtifactError):
-        cost_store.load(saved, WANTED, CostModel(gamma=GAMMA))
+        calibration.load_cost(saved, WANTED, CostModel(gamma=GAMMA))
 
 
 @pytest.mark.parametrize("name", [name for name in DAMAGE if name != "missing"])
@@ -117,7 +117,7 @@ def test_a_bad_cached_file_is_as_good_as_none(
     DAMAGE[name][0](saved)
     model = CostModel(gamma=GAMMA)
     with caplog.at_level(logging.WARNING):
-        assert cost_store.load_cached(saved, WANTED, model) is None
+        assert calibration.load_cached_cost(saved, WANTED, model) is None
     assert "measured again" in caplog.text and str(saved) in caplog.text
     assert model.state() == CostModel(gamma=GAMMA).state()
 
@@ -126,8 +126,8 @@ def test_a_sound_cached_file_is_taken_and_a_missing_one_is_nothing(
     saved: Path, model: CostModel, caplog: pytest.LogCaptureFixture
 ) -> None:
     found = CostModel(gamma=GAMMA)
-    assert cost_store.load_cached(saved.with_name("none.json"), WANTED, found) is None
-    cached = cost_store.load_cached(saved, WANTED, found)
+    assert calibration.load_cached_cost(saved.with_name("none.json"), WANTED, found) is None
+    cached = calibration.load_cached_cost(saved, WANTED, found)
     assert cached is not None and cached.seconds == 12.5
     assert found.state() == model.state()
     assert not caplog.text
@@ -143,7 +143,7 @@ def test_writing_is_all_or_nothing(
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(ArtifactError, match="No space"):
-        cost_store.save(saved, WANTED, model, seconds=1.0)
+        calibration.save_cost(saved, WANTED, model, seconds=1.0)
     assert saved.read_bytes() == before
     assert list(saved.parent.iterdir()) == [saved]
 
@@ -154,12 +154,12 @@ def test_a_cost_of_one_kind_of_step_is_not_written(tmp_path: Path, rounds: bool)
     one.observe(Step(1, int(rounds), 10, round=rounds), 0.02)
     path = tmp_path / "one.json"
     with pytest.raises(ConfigError, match="1 steps are not of both kinds") as caught:
-        cost_store.save(path, WANTED, one)
+        calibration.save_cost(path, WANTED, one)
     assert "dspark_cost 2" in caught.value.fix
     assert not path.exists()
     one.observe(Step(1, int(not rounds), 10, round=not rounds), 0.01)
-    cost_store.save(path, WANTED, one)
-    cost_store.load(path, WANTED, CostModel(gamma=GAMMA))
+    calibration.save_cost(path, WANTED, one)
+    calibration.load_cost(path, WANTED, CostModel(gamma=GAMMA))
 
 
 # --- what it is valid for ----------------------------------------------------------------------------
@@ -167,7 +167,7 @@ def test_a_cost_of_one_kind_of_step_is_not_written(tmp_path: Path, rounds: bool)
 
 def wanted(folder: Path, **others: object) -> dict[str, str]:
     known: dict[str, object] = {"dtype": torch.bfloat16, "gamma": 5, **others}
-    return cost_store.fingerprint(
+    return calibration.fingerprint(
         target=str(folder), drafter_sha256="abc", drafter="somewhere", **known
     )
 
@@ -178,23 +178,23 @@ def test_the_place_depends_on_everything_the_cost_depends_on(tmp_path: Path) -> 
     weights.write_bytes(b"12345")
     settings = Settings(cache_dir=str(tmp_path / "cache"))
     one = wanted(tmp_path)
-    found = {cost_store.place(settings, one)}
-    assert cost_store.place(settings, dict(reversed(one.items()))) in found
-    found.add(cost_store.place(settings, wanted(tmp_path, dtype=torch.float32)))
-    found.add(cost_store.place(settings, wanted(tmp_path, gamma=7)))
+    found = {calibration.cost_path(settings, one)}
+    assert calibration.cost_path(settings, dict(reversed(one.items()))) in found
+    found.add(calibration.cost_path(settings, wanted(tmp_path, dtype=torch.float32)))
+    found.add(calibration.cost_path(settings, wanted(tmp_path, gamma=7)))
     weights.write_bytes(b"123456")
-    found.add(cost_store.place(settings, wanted(tmp_path)))
+    found.add(calibration.cost_path(settings, wanted(tmp_path)))
     (tmp_path / "config.json").write_text('{"layers": 3}')
-    found.add(cost_store.place(settings, wanted(tmp_path)))
+    found.add(calibration.cost_path(settings, wanted(tmp_path)))
     assert len(found) == 5
     assert all(path.parent == tmp_path / "cache" / "cost" for path in found)
 
 
 def test_a_target_on_the_hub_is_known_by_its_name() -> None:
-    found = cost_store.fingerprint(target="org/name", drafter_sha256="", drafter="org/draft")
+    found = calibration.fingerprint(target="org/name", drafter_sha256="", drafter="org/draft")
     assert (found["target"], found["drafter"]) == ("org/name", "org/draft")
 
 
 def test_a_cpu_is_known_by_its_threads() -> None:
-    one = cost_store.device_name(torch.device("cpu"), 1)
-    assert one.endswith("1 threads") and one != cost_store.device_name(torch.device("cpu"), 2)
+    one = calibration.device_name(torch.device("cpu"), 1)
+    assert one.endswith("1 threads") and one != calibration.device_name(torch.device("cpu"), 2)

@@ -189,7 +189,8 @@ def _write(result: BenchResult, done: list[Stage], out: Path) -> BenchResult:
         for record in sorted(each.ran.records, key=lambda record: record.sent_at)
     ]
     write_bytes(out / "requests.jsonl", msgspec.json.Encoder().encode_lines(lines))
-    frontier = frontier_of([result])
+    loads = {result.name: [[summary] for summary in result.stages]}
+    frontier = frontier_of(loads, gpus=result.gpus, hardware=result.machine)
     if len(frontier.series[0].points) > 1:
         write_json(out / "frontier.json", frontier)
     return result

@@ -139,7 +139,7 @@ def _result(ways: list[Way], cells: list[Cell], *, complete: bool, why: str = ""
 
 def _write(found: Versus, out: Path) -> None:
     artifacts.write_json(out / "compare.json", found)
-    line = compare.frontier_of(found)
+    line = compare.frontier(found)
     artifacts.write_json(out / "frontier.json", line)
     frontier.draw_frontier(line, out / "frontier.png", ours=found.ways[0])
     frontier.draw_budget(line, out / "budget.png")

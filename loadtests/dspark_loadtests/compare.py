@@ -16,7 +16,7 @@ import numpy as np
 
 from dspark_loadtests import bench
 from dspark_loadtests.client import Endpoint, request_headers
-from dspark_loadtests.frontier import Frontier, Point, Series, point
+from dspark_loadtests.frontier import Frontier, frontier_of
 from dspark_loadtests.generator import Load
 from dspark_loadtests.prompts import Source
 from dspark_loadtests.schema import Estimate, Slo, Summary
@@ -216,42 +216,10 @@ def _ratios(ways: Sequence[Way], turns: Sequence[Turn]) -> dict[str, dict[str, l
     return found
 
 
-def frontier_of(versus: Versus, *, hardware: str | None = None) -> Frontier:
-    """A series for each way, a point for each concurrency: means over blocks."""
-    first = versus.cells[0].turns[0].summary
-    series = []
-    for way in versus.ways:
-        points = []
-        for cell in versus.cells:
-            own = [point(t.summary, versus.gpus[way]) for t in cell.turns if t.way == way]
-            known = [found for found in own if found is not None]
-            if known:
-                points.append(_mean(known))
-        series.append(Series(name=way, gpus=versus.gpus[way], points=points))
-    return Frontier(
-        source="measured",
-        model=first.server.model_path or first.settings.model,
-        hardware=hardware or versus.machine,
-        assumptions={
-            "temperature": first.settings.temperature,
-            "max_tokens": first.settings.max_tokens,
-            "prompts": first.settings.prompts,
-            "blocks": len(versus.cells[0].turns) // len(versus.ways),
-        },
-        series=series,
-    )
-
-
-def _mean(points: Sequence[Point]) -> Point:
-    def over(name: str) -> float | None:
-        values = [getattr(each, name) for each in points if getattr(each, name) is not None]
-        return float(np.mean(values)) if values else None
-
-    return Point(
-        load=points[0].load,
-        tok_s_per_gpu=over("tok_s_per_gpu") or 0.0,
-        tok_s_per_user=over("tok_s_per_user") or 0.0,
-        ttft_ms=over("ttft_ms"),
-        accept_length=over("accept_length"),
-        budget=over("budget"),
-    )
+def frontier(found: Versus) -> Frontier:
+    """A series for each way, a point for each concurrency."""
+    ways = {
+        way: [[turn.summary for turn in cell.turns if turn.way == way] for cell in found.cells]
+        for way in found.ways
+    }
+    return frontier_of(ways, gpus=found.gpus[found.ways[0]], hardware=found.machine)

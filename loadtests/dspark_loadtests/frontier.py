@@ -7,14 +7,14 @@ one load.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import msgspec
 import numpy as np
 
-from dspark_loadtests.schema import BenchResult, Summary
+from dspark_loadtests.schema import Summary
 from dspark_sglang import artifacts
 from dspark_sglang.errors import ArtifactError, ConfigError
 
@@ -132,32 +132,44 @@ def point(summary: Summary, gpus: int) -> Point | None:
     )
 
 
-def frontier_of(results: Sequence[BenchResult], *, hardware: str | None = None) -> Frontier:
-    """The frontier of one or more results, a series each; incomplete stages are left out."""
-    first = results[0].stages[0]
+def frontier_of(
+    ways: Mapping[str, Sequence[Sequence[Summary]]], *, gpus: int, hardware: str
+) -> Frontier:
+    """A series for each way, a point for each load: the mean over its complete summaries.
+
+    Args:
+        ways: by name, for each load the summaries taken at it.
+        gpus: of each server.
+    """
+    first = next(iter(ways.values()))[0]
     return Frontier(
         source="measured",
-        model=first.server.model_path or first.settings.model,
-        hardware=hardware or results[0].machine,
+        model=first[0].server.model_path or first[0].settings.model,
+        hardware=hardware,
         assumptions={
-            "temperature": first.settings.temperature,
-            "max_tokens": first.settings.max_tokens,
-            "prompts": first.settings.prompts,
-            "arrival": first.settings.arrival,
+            "temperature": first[0].settings.temperature,
+            "max_tokens": first[0].settings.max_tokens,
+            "prompts": first[0].settings.prompts,
+            "arrival": first[0].settings.arrival,
+            "blocks": len(first),
         },
         series=[
-            Series(
-                name=result.name,
-                gpus=result.gpus,
-                points=[
-                    found
-                    for stage in result.stages
-                    if stage.complete and (found := point(stage, result.gpus)) is not None
-                ],
-            )
-            for result in results
+            Series(name=name, gpus=gpus, points=[p for load in loads if (p := _mean(load, gpus))])
+            for name, loads in ways.items()
         ],
     )
+
+
+def _mean(summaries: Sequence[Summary], gpus: int) -> Point | None:
+    points = [p for one in summaries if one.complete and (p := point(one, gpus))]
+    if not points:
+        return None
+    known = {
+        name: [value for p in points if (value := getattr(p, name)) is not None]
+        for name in Point.__struct_fields__
+    }
+    means = {name: float(np.mean(values)) for name, values in known.items() if values}
+    return msgspec.structs.replace(points[0], **means)
 
 
 def merge(found: Sequence[Frontier]) -> Frontier:

@@ -55,23 +55,21 @@ def calibrate(
             expected="--target and --drafter, or --url of a running server",
             fix="Pass them.",
         )
-    from dspark_sglang.evaluation import standalone
+    from dspark_sglang.evaluation import answer
+    from dspark_sglang.evaluation.report import Blocks
 
-    standalone.refuse_bundle(
+    answer.refuse_bundle(
         drafter,
         instead="Serve it, let it answer requests, then: "
         f"dspark calibrate --url http://127.0.0.1:30000 --out {drafter / STS_FILE}",
     )
     destination = out or drafter / STS_FILE
     require_writable(destination)
-    from dspark_sglang.core.draft import cpu_shortlist
     from dspark_sglang.core.sts import fit_sts, survival_errors
-    from dspark_sglang.evaluation.drafted import draft_blocks
-    from dspark_sglang.evaluation.questions import calibration_questions, load_questions
     from dspark_sglang.provenance import provenance
 
     console = Console()
-    questions = load_questions(prompts) if prompts else calibration_questions()
+    questions = answer.load_questions(prompts) if prompts else answer.calibration_questions()
     if len(questions) < 4:
         raise ConfigError(
             f"{len(questions)} prompts were given.",
@@ -79,38 +77,28 @@ def calibrate(
             fix="Add prompts to the file.",
         )
     with console.status("loading target and drafter"):
-        pair = standalone.load_pair(target, drafter, bf16=False)
-    gamma = pair.drafter.config.gamma
+        pair = answer.load_pair(target, drafter, bf16=False)
+    gamma = pair.drafter.gamma
     with Progress(console=console) as bar:
         task = bar.add_task("answering", total=len(questions))
-        answers = standalone.write_answers(
-            pair.target,
+        answers = answer.answer(
+            pair,
             questions,
             temperature=1.0,
             max_tokens=max_tokens,
             seed=seed,
-            progress=lambda done: bar.update(task, completed=done),
-        )
-        task = bar.add_task("drafting", total=len(questions))
-        vocabulary = pair.vocabulary
-        shortlist = cpu_shortlist(len(vocabulary.head), sampled=True)
-        logits, acceptance, owner = draft_blocks(
-            pair,
-            answers,
-            seed=seed,
-            shortlist=shortlist or 0,
+            shortlist=pair.candidates(sampled=True),
             progress=lambda done: bar.update(task, completed=done),
         )
     # By prompt, so that no block of a checked answer was fitted on.
-    fitted = owner % 2 == 0
-    if not fitted.any() or fitted.all():
+    if len(answers) < 2:
         raise ConfigError(
             "The target's answers are too short to fit and to check.",
-            expected="answers of at least two tokens on both halves of the prompts",
+            expected="answers of at least two tokens to two prompts",
             fix="Use other prompts, or check the target's chat template.",
         )
-    fit = fit_sts(logits[fitted], acceptance[fitted])
-    held = logits[~fitted], acceptance[~fitted]
+    fitted, held = Blocks.of(answers[::2]), Blocks.of(answers[1::2])
+    fit = fit_sts(*fitted)
     before = survival_errors(*held, np.ones(gamma))
     after = survival_errors(*held, fit.temperatures)
     command = ["dspark", "calibrate", "--target", target.name, "--drafter", drafter.name]
@@ -122,18 +110,18 @@ def calibrate(
         temperatures=[round(float(t), 4) for t in fit.temperatures],
         drafter_sha256=weights_digest(drafter),
         target=target.name,
-        blocks=int(fitted.sum()),
+        blocks=len(fitted.confidence),
         ece_before=round(float(before.mean()), 5),
         ece_after=round(float(after.mean()), 5),
         provenance=provenance(
             command,
             data=f"{len(questions)} {'packaged' if prompts is None else prompts.name} prompts "
-            "answered by the target at temperature 1, a block drafted at every position; even "
-            "prompts fitted, odd ones checked; labels min(1, p/q) of the drafted tokens",
+            "answered at temperature 1; the rounds of every second answer fitted, the others "
+            "checked; labels min(1, p/q) of the drafted tokens",
         ),
     )
     write_json(destination, artifact)
-    view = Table(title=f"Survival calibration on {int((~fitted).sum())} unseen blocks")
+    view = Table(title=f"Survival calibration on {len(held.confidence)} unseen blocks")
     for heading in ("position", "temperature", "ECE before", "ECE after", "acceptance"):
         view.add_column(heading, justify="right")
     for k in range(gamma):
@@ -142,7 +130,7 @@ def calibrate(
             f"{fit.temperatures[k]:.2f}",
             f"{before[k]:.2%}",
             f"{after[k]:.2%}",
-            f"{held[1][:, k].mean():.3f}",
+            f"{held.acceptance[:, k].mean():.3f}",
         )
     console.print(view)
     console.print(f"Written: {destination}")

@@ -16,11 +16,8 @@ from dspark_sglang.checkpoint import parse_drafter_config, read_config, weights_
 from dspark_sglang.errors import ConfigError
 
 if TYPE_CHECKING:
-    from dspark_sglang.evaluation.drafted import Blocks
-    from dspark_sglang.evaluation.questions import Question
-    from dspark_sglang.evaluation.report import Evaluation, Lengths
-    from dspark_sglang.evaluation.shortlist import Loss
-    from dspark_sglang.evaluation.standalone import Answer, Pair
+    from dspark_sglang.evaluation.answer import Answer, Question
+    from dspark_sglang.evaluation.report import Blocks, Evaluation, Lengths
 
 Engine = Literal["standalone", "server", "both"]
 _TEMPERATURES = (0.0, 1.0)
@@ -37,7 +34,7 @@ def evaluate(
         typer.Option(help="Prompts: packaged format, messages, ShareGPT, text. Default: packaged."),
     ] = None,
     engine: Annotated[
-        Engine, typer.Option(help="Replay without a server, ask a server, or both.")
+        Engine, typer.Option(help="The reference engine, a server's counters, or both.")
     ] = "standalone",
     url: Annotated[
         str, typer.Option(help="A running DSPARK server for --engine server. Default: serve here.")
@@ -49,10 +46,6 @@ def evaluate(
     shortlist: Annotated[
         int | None,
         typer.Option(min=0, help="Candidates a position. 0: all tokens. Default: as serving."),
-    ] = None,
-    shortlist_loss: Annotated[
-        Path | None,
-        typer.Option(help="Score the whole vocabulary as well; write here what is lost to it."),
     ] = None,
     lookup: Annotated[
         bool,
@@ -70,20 +63,23 @@ def evaluate(
 ) -> None:
     """Measure accepted length per domain at temperatures 0 and 1, and calibration.
 
-    The standalone engine replays serving's rounds on the target's own answers with everything
-    drafted verified; the server engine counts what a real server did.
+    The standalone engine is the reference one, with everything drafted verified; the server engine
+    counts what a real server did.
     """
     from dspark_sglang import targets
-    from dspark_sglang.evaluation.questions import load_questions
+    from dspark_sglang.evaluation.answer import load_questions, refuse_bundle
 
-    _check_shortlist(engine, shortlist, shortlist_loss)
+    if engine == "server" and shortlist is not None:
+        raise ConfigError(
+            "--shortlist with --engine server.",
+            expected="the standalone engine: a server has the shortlist it serves with",
+            fix="Leave --engine out.",
+        )
     if dtype not in ("bfloat16", "float32"):
         raise ConfigError(
             f"--dtype is {dtype!r}.", expected="bfloat16 or float32", fix="Choose one of these."
         )
     if engine != "server":
-        from dspark_sglang.evaluation.standalone import refuse_bundle
-
         refuse_bundle(artifact, instead="Pass --engine server, which asks a real server.")
     console = Console(stderr=as_json)
     questions = load_questions(prompts)
@@ -95,9 +91,8 @@ def evaluate(
     flags += ["--prompts", prompts.name] if prompts else []
     flags += ["--limit", str(limit)] if limit else []
     flags += [] if shortlist is None else ["--shortlist", str(shortlist)]
-    flags += ["--shortlist-loss", shortlist_loss.name] if shortlist_loss else []
     flags += [] if lookup else ["--no-lookup"]
-    settings = Settings(max_tokens, dtype, seed, shortlist, flags, shortlist_loss, lookup)
+    settings = Settings(max_tokens, dtype, seed, shortlist, flags, lookup)
     session = Session(console, where, artifact, questions, settings)
     rows: list[Lengths] = []
     blocks: Blocks | None = None
@@ -111,27 +106,10 @@ def evaluate(
         session.save(out, result, blocks)
     if record:
         session.record(result)
-    session.record_loss(result)
     if as_json:
         typer.echo(msgspec.json.format(msgspec.json.encode(result), indent=2).decode())
         return
     _show(console, result)
-
-
-def _check_shortlist(engine: Engine, shortlist: int | None, loss: Path | None) -> None:
-    """Raise ConfigError where a shortlist is asked of an engine, or compared with none."""
-    if engine == "server" and (shortlist is not None or loss is not None):
-        raise ConfigError(
-            "--shortlist or --shortlist-loss with --engine server.",
-            expected="the standalone engine: a server has the shortlist it serves with",
-            fix="Leave --engine out.",
-        )
-    if loss is not None and shortlist == 0:
-        raise ConfigError(
-            "--shortlist-loss with --shortlist 0.",
-            expected="a shortlist to compare with the whole vocabulary",
-            fix="Leave --shortlist out.",
-        )
 
 
 def _check_domains(questions: list[Question]) -> None:
@@ -145,6 +123,13 @@ def _check_domains(questions: list[Question]) -> None:
             expected=", ".join(KINDS),
             fix="Give each prompt one of these as its domain, or leave --record out.",
         )
+
+
+def _row(engine: str, temperature: float, answers: list[Answer]) -> Lengths:
+    from dspark_sglang.evaluation.report import Domain, lengths
+
+    entries = [Domain(answer.domain, answer.walk) for answer in answers]
+    return lengths(engine, temperature, entries, by_prompt=True)
 
 
 def _advance(bar: Progress, task: TaskID, done: int) -> None:
@@ -178,27 +163,8 @@ class Settings(NamedTuple):
     shortlist: int | None
     #: Flags of the command that are not the default.
     flags: list[str]
-    #: Where what the shortlist loses is written, or None.
-    loss: Path | None
     #: Whether greedy requests copy from their own text.
     lookup: bool
-
-    @property
-    def following(self) -> int:
-        """Tokens of largest bias beside the shortlist: what our kernels draft from, when compared."""
-        from dspark_sglang.core.draft import FOLLOWING
-
-        return 0 if self.loss is None else FOLLOWING
-
-    def candidates(self, temperature: float, tokens: int) -> int:
-        """Candidates a position at a temperature, of so many tokens that can be drafted; 0: all."""
-        from dspark_sglang.core.draft import SHORTLIST, cpu_shortlist
-
-        if self.shortlist is not None:
-            return self.shortlist if self.shortlist < tokens else 0
-        if self.loss is not None:
-            return SHORTLIST
-        return cpu_shortlist(tokens, sampled=temperature > 0) or 0
 
 
 class Session:
@@ -217,7 +183,6 @@ class Session:
         self._console, self._target, self._drafter = console, target, drafter
         self._questions, self._settings = questions, settings
         self._max_tokens, self._dtype, self._seed = settings[:3]
-        self._losses: list[Loss] = []
         self._candidates: dict[str, int] = {}
         config = parse_drafter_config(read_config(drafter, role="drafter"))
         self._gamma = config.gamma if config.bundled else read_drafter(drafter)[0].gamma
@@ -229,82 +194,40 @@ class Session:
             self._sts = artifact.temperatures
 
     def standalone(self) -> tuple[list[Lengths], Blocks]:
-        """Rows at both temperatures, and drafted blocks to judge confidences by."""
-        from dspark_sglang.evaluation import standalone
-        from dspark_sglang.evaluation.drafted import draft_blocks
-        from dspark_sglang.evaluation.report import ALONE, Domain, lengths
-        from dspark_sglang.evaluation.shortlist import loss
+        """Rows at both temperatures, and the sampled blocks to judge confidences by."""
+        from dspark_sglang.evaluation import answer
+        from dspark_sglang.evaluation.report import ALONE, Blocks
         from dspark_sglang.memory import keep_freed_memory
 
         keep_freed_memory()
         with self._console.status("loading target and drafter"):
-            pair = standalone.load_pair(self._target, self._drafter, bf16=self._dtype == "bfloat16")
-        rows: list[Lengths] = []
-        alone: Lengths | None = None
-        count = len(self._questions)
+            pair = answer.load_pair(self._target, self._drafter, bf16=self._dtype == "bfloat16")
         with Progress(console=self._console) as bar:
-            for temperature in _TEMPERATURES:
-                task = bar.add_task(f"answering, T={temperature:g}", total=count)
-                answers = standalone.write_answers(
-                    pair.target,
+
+            def answered(temperature: float, lookup: bool) -> list[Answer]:
+                given = self._settings.shortlist
+                size = pair.candidates(sampled=temperature > 0) if given is None else given
+                self._candidates[f"{temperature:g}"] = size
+                name = f"answering, T={temperature:g}{'' if lookup else ', drafted'}"
+                task = bar.add_task(name, total=len(self._questions))
+                return answer.answer(
+                    pair,
                     self._questions,
                     temperature=temperature,
                     max_tokens=self._max_tokens,
                     seed=self._seed,
-                    progress=partial(_advance, bar, task),
-                )
-                size = self._settings.candidates(temperature, len(pair.vocabulary.head))
-                self._candidates[f"{temperature:g}"] = size
-                task = bar.add_task(f"drafting, T={temperature:g}", total=count)
-                scored = standalone.score_answers(
-                    pair,
-                    answers,
-                    self._questions,
                     shortlist=size,
-                    following=self._settings.following,
+                    lookup=lookup,
+                    temperatures=self._sts,
                     progress=partial(_advance, bar, task),
                 )
-                if not scored:
-                    raise ConfigError(
-                        "Every answer of the target ended at once.",
-                        expected="answers of at least two tokens",
-                        fix="Use other prompts, or check the target's chat template.",
-                    )
 
-                def row(engine: str, found: list[Answer], heat: float = temperature) -> Lengths:
-                    walks = standalone.replay(found, greedy=heat == 0, seed=self._seed)
-                    entries = [Domain(a.domain, w) for a, w in zip(found, walks, strict=True)]
-                    return lengths(engine, heat, entries, by_prompt=True)
-
-                if temperature == 0 and self._copies(pair):
-                    alone = row(ALONE, scored)
-                    copied = standalone.with_copies(scored, answers, self._sts)
-                    rows.append(row("standalone", copied))
-                else:
-                    rows.append(row("standalone", scored))
-                if self._settings.loss is not None:
-                    task = bar.add_task(f"whole vocabulary, T={temperature:g}", total=count)
-                    whole = standalone.score_answers(
-                        pair, answers, self._questions, progress=partial(_advance, bar, task)
-                    )
-                    found = loss(
-                        temperature, size, whole, scored, following=self._settings.following
-                    )
-                    self._losses.append(found)
-            task = bar.add_task("judging confidences", total=count)
-            shown = partial(_advance, bar, task)
-            blocks = draft_blocks(
-                pair,
-                answers,
-                seed=self._seed,
-                shortlist=size,
-                progress=shown,
-            )
-        return [*rows, *([] if alone is None else [alone])], blocks
-
-    def _copies(self, pair: Pair) -> bool:
-        """Whether greedy requests copy: our server does, which a drafter without a Markov head cannot run in."""
-        return self._settings.lookup and pair.drafter.markov_head is not None
+            lookup = self._settings.lookup
+            greedy, sampled = answered(0.0, lookup), answered(1.0, False)
+            alone = answered(0.0, False) if lookup else []
+        rows = [_row("standalone", 0.0, greedy), _row("standalone", 1.0, sampled)]
+        rows += [_row(ALONE, 0.0, alone)] if alone else []
+        return rows, Blocks.of(sampled)
 
     def server(self, url: str) -> list[Lengths]:
         """Rows as a server counted them; one is started here without ``url``."""
@@ -377,24 +300,6 @@ class Session:
             provenance=provenance(command),
             candidates=self._candidates,
         )
-
-    def record_loss(self, result: Evaluation) -> None:
-        """Write what the shortlist loses against the whole vocabulary, if that was asked for."""
-        from dspark_sglang.evaluation.shortlist import write_loss
-
-        path = self._settings.loss
-        if path is None:
-            return
-        names = ("drafter_sha256", "target", "prompts", "max_tokens", "dtype", "provenance")
-        about = {name: getattr(result, name) for name in names}
-        found = write_loss(path, self._losses, **about)
-        for entry in found.by_temperature:
-            self._console.print(
-                f"Shortlist of {entry.candidates}, T={entry.temperature:g}: accepted length "
-                f"{entry.shortlist:.3f}, {entry.whole:.3f} without: {entry.loss_pct:+.2f}% lost"
-                + (f" (95% {entry.ci95[0]:+.2f} to {entry.ci95[1]:+.2f})" if entry.ci95 else "")
-            )
-        self._console.print(f"Written: {path}")
 
     def record(self, result: Evaluation) -> None:
         """Write eval.json, from which the card's acceptance table is made."""

@@ -66,7 +66,7 @@ def train(
     if settings.device == "cpu":
         keep_freed_memory()
     try:
-        from dspark_sglang.training.states import Target
+        from dspark_sglang.training.target import Target
         from dspark_sglang.training.trainer import Trainer
 
         with console.status("loading the target"):

@@ -2,8 +2,8 @@
 
 It states what serving must compute, not how fast. The target runs over each whole sequence in every
 round and keeps no cache; the drafter drafts for one request at a time. Everything that decides a
-token is the code that serving calls: ``draft``, ``survival``, ``schedule``, ``penalties``,
-``sampling`` and ``accept``.
+token is the code that serving calls: ``draft``, ``lookup``, ``survival``, ``schedule``, ``penalties``,
+``sampling`` and ``accept``. ``dspark eval`` and ``dspark calibrate`` run it.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from dspark_sglang.core.accept import Accepted, Round, accept_greedy, accept_sam
 from dspark_sglang.core.cost import FlatCost, StepCost
 from dspark_sglang.core.draft import DraftBlock, draft_block
 from dspark_sglang.core.heads import ConfidenceHead, MarkovHead
+from dspark_sglang.core.lookup import CopyRates, Follower
 from dspark_sglang.core.penalties import Penalties
 from dspark_sglang.core.sampling import UNDECIDED, best, sample, target_weights
 from dspark_sglang.core.schedule import admission_order, early_stop_budget, lengths
@@ -81,6 +82,7 @@ class Request:
         stop_tokens: end the output, and are part of it.
         output: generated tokens.
         states: ``[n, L * d]`` target states of all tokens but the last; None before the first round.
+        follower: where its end occurred before, for prompt lookup.
     """
 
     prompt: list[int]
@@ -93,6 +95,7 @@ class Request:
     stop_tokens: tuple[int, ...] = ()
     output: list[int] = field(default_factory=list)
     states: torch.Tensor | None = None
+    follower: Follower | None = None
 
     @property
     def tokens(self) -> list[int]:
@@ -111,6 +114,8 @@ class RoundReport(NamedTuple):
 
     #: ``[R, gamma]`` int64 drafted tokens.
     drafted: torch.Tensor
+    #: ``[R, gamma]`` float32 uncalibrated confidence logits of what the drafter drafted.
+    confidence: torch.Tensor
     #: ``[R, gamma]`` float64 chance that the first ``j`` are all accepted.
     survival: Float64
     #: ``[R]`` int64 drafted tokens sent to verification.
@@ -130,6 +135,9 @@ class Engine:
         temperatures: ``[gamma]`` float32 of sequential temperature scaling; None: the drafter's.
         accept: how sampled requests are verified.
         limit: most drafted tokens a round sends to verification, over all requests; None: no limit.
+        vocabulary: ``[M]`` int64 the only tokens that are drafted, ascending; None: all.
+        shortlist: candidates a position; None: every token that is drafted.
+        lookup: let greedy requests copy from their own text where more is expected of that.
 
     Raises:
         ConfigError: not one temperature a position.
@@ -145,12 +153,19 @@ class Engine:
         temperatures: torch.Tensor | None = None,
         accept: Accept = accept_sampled,
         limit: int | None = None,
+        vocabulary: torch.Tensor | None = None,
+        shortlist: int | None = None,
+        lookup: bool = False,
     ) -> None:
         self.target = target
         self.drafter = drafter
         self.cost = cost or FlatCost()
         self.accept = accept
         self.limit = limit
+        self.vocabulary = vocabulary
+        self.shortlist = shortlist
+        self._head = target.head if vocabulary is None else target.head[vocabulary]
+        self._copy_rates = CopyRates() if lookup else None
         self._uniforms = _drawing(uniforms) if isinstance(uniforms, torch.Generator) else uniforms
         self._confidence = drafter.confidence
         if temperatures is not None:
@@ -179,20 +194,24 @@ class Engine:
             NumericsError: logits or confidences from which nothing can be decided.
         """
         for request in requests:
-            if request.states is None and not request.finished:
-                self._prefill(request)
+            self.start(request)
         running = [request for request in requests if not request.finished]
         if not running:
             none = torch.empty(0, dtype=torch.int64)
             shape = (0, self.drafter.gamma)
-            return RoundReport(none.view(shape), np.zeros(shape), none, none)
-        block, chance = self._draft(running)
+            return RoundReport(none.view(shape), torch.empty(shape), np.zeros(shape), none, none)
+        block, logits = self._draft(running)
+        block, confidence = self._copy(running, block, self._confidence.calibrate(logits))
+        chance = survival(confidence.numpy())
         sent = self._schedule(chance)
         kept = self._verify(running, block, sent)
-        return RoundReport(block.tokens, chance, sent, kept)
+        return RoundReport(block.tokens, logits, chance, sent, kept)
 
-    def _prefill(self, request: Request) -> None:
-        """The target's own first token, as plain decoding finds it."""
+    @torch.no_grad()
+    def start(self, request: Request) -> None:
+        """The target's own first token, as plain decoding finds it, for a request that has none."""
+        if request.states is not None or request.finished:
+            return
         if not request.prompt:
             raise ConfigError(
                 "A request has an empty prompt.",
@@ -207,8 +226,8 @@ class Engine:
             token = sample(_weights(rows, [request], [1]), self._uniforms((1,)))
         _extend(request, [int(token)])
 
-    def _draft(self, running: Sequence[Request]) -> tuple[DraftBlock, Float64]:
-        """A block for every request, and the survival of its tokens."""
+    def _draft(self, running: Sequence[Request]) -> tuple[DraftBlock, torch.Tensor]:
+        """A block for every request, and ``[R, gamma]`` uncalibrated confidence logits of its tokens."""
         drafter = self.drafter
         anchors = torch.tensor([request.tokens[-1] for request in running])
         hidden = torch.cat(
@@ -224,16 +243,43 @@ class Engine:
         )
         sampled = _sampled(running)
         block = draft_block(
-            drafter.base_logits(hidden, self.target.head),
+            drafter.base_logits(hidden, self._head),
             anchors,
             hidden,
             drafter.markov,
             temperatures=torch.tensor([running[i].temperature for i in sampled]),
             sampled=torch.tensor(sampled) if sampled else None,
             uniforms=self._uniforms((len(sampled), drafter.gamma)) if sampled else None,
+            shortlist=self.shortlist,
+            vocabulary=self.vocabulary,
         )
-        logits = self._confidence.logits(hidden, block.previous, drafter.markov)
-        return block, survival(self._confidence.calibrate(logits).numpy())
+        return block, self._confidence.logits(hidden, block.previous, drafter.markov)
+
+    def _copy(
+        self, running: Sequence[Request], block: DraftBlock, confidence: torch.Tensor
+    ) -> tuple[DraftBlock, torch.Tensor]:
+        """The block and its confidences, with copies where a greedy request's text repeats itself.
+
+        A greedy request keeps what the target would have written whatever is proposed, so its text may be
+        looked up in place of the draft wherever more of it is expected to be right.
+        """
+        rates = self._copy_rates
+        if rates is None:
+            return block, confidence
+        tokens, confidence = block.tokens.clone(), confidence.clone()
+        for row, request in enumerate(running):
+            if request.temperature > 0:
+                continue
+            if request.follower is None:
+                request.follower = Follower(request.prompt, rates)
+            request.follower.read(request.output)
+            copied = request.follower.continuation(self.drafter.gamma)
+            if not copied:
+                continue
+            chances = torch.from_numpy(rates.chances(request.follower.matched, len(copied)))
+            if chances.cumprod(0).sum() > confidence[row].cumprod(0).sum():
+                tokens[row], confidence[row] = torch.tensor(copied), chances.to(confidence)
+        return block._replace(tokens=tokens), confidence
 
     def _schedule(self, chance: Float64) -> torch.Tensor:
         """``[R]`` drafted tokens of each request to verify."""
@@ -288,6 +334,7 @@ class Engine:
                 laws=block.probs,
                 lens=sent[index],
                 first=widths[index].cumsum(0) - widths[index],
+                support=block.support,
             ),
             self._uniforms((len(sampled), self.drafter.gamma + 1)),
         )

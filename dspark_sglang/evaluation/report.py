@@ -13,12 +13,13 @@ from rich.table import Table
 
 from dspark_sglang.artifacts import Provenance
 from dspark_sglang.core.sts import BINS, area_under_curve, sigmoid, survival_errors
+from dspark_sglang.evaluation.answer import Answer
 from dspark_sglang.training.replay import Walk, nothing
 
 Float64 = npt.NDArray[np.float64]
 
 
-#: The standalone engine without copies of a request's own text.
+#: The standalone engine without prompt lookup.
 ALONE = "drafter alone"
 
 
@@ -86,8 +87,25 @@ class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
     lengths: list[Lengths]
     calibration: Calibration | None
     provenance: Provenance
-    #: Candidates a position of the standalone engine, by temperature; 0: every token could be drafted.
+    #: Candidates a position of the standalone engine, by temperature; 0: all tokens could be drafted.
     candidates: dict[str, int] = {}
+
+
+class Blocks(NamedTuple):
+    """Drafted blocks of sampled answers, ``N`` in all."""
+
+    #: ``[N, gamma]`` uncalibrated confidence logits, and the chance that each token is accepted given that those
+    #: before it were.
+    confidence: Float64
+    acceptance: Float64
+
+    @classmethod
+    def of(cls, answers: Sequence[Answer]) -> Blocks:
+        """All rounds of some sampled answers."""
+        return cls(
+            np.concatenate([answer.confidence for answer in answers]),
+            np.concatenate([answer.acceptance for answer in answers]),
+        )
 
 
 class Domain(NamedTuple):
@@ -184,7 +202,7 @@ def card_artifact(evaluation: Evaluation, hardware: str) -> dict[str, object]:
     """The fields of ``eval.json`` (:class:`dspark_packaging.records.EvalArtifact`)."""
     rows = [row for row in evaluation.lengths if row.engine == evaluation.lengths[0].engine]
     how = (
-        "rounds replayed on the target's own answers (`dspark eval`, standalone engine)"
+        "rounds of the reference engine (`dspark eval`)"
         if rows[0].engine == "standalone"
         else "rounds counted by a server (`dspark eval --engine server`)"
     )

@@ -10,7 +10,7 @@ import httpx
 import numpy as np
 
 from dspark_sglang.errors import ServerError
-from dspark_sglang.evaluation.questions import Question
+from dspark_sglang.evaluation.answer import Question
 from dspark_sglang.training.replay import Walk
 
 

@@ -87,13 +87,18 @@ def pack(
     )
 
 
-def visible(packed: Packed, rows: int) -> torch.Tensor:
-    """Attention mask ``[B, 1, A * rows, S + A * rows]``: own context and own block."""
-    batch, count = packed.anchors.shape
-    length = packed.tokens.shape[1]
-    context = torch.arange(length, device=packed.tokens.device) < packed.anchors[..., None]
+def visible(anchors: torch.Tensor, length: int, rows: int) -> torch.Tensor:
+    """Attention mask ``[B, 1, A * rows, S + A * rows]``: own context and own block.
+
+    Args:
+        anchors: ``[B, A]`` int64 positions.
+        length: of the context, ``S``.
+        rows: input rows a block.
+    """
+    batch, count = anchors.shape
+    context = torch.arange(length, device=anchors.device) < anchors[..., None]
     context = context[:, :, None].expand(-1, -1, rows, -1).reshape(batch, count * rows, length)
-    block = torch.arange(count * rows, device=packed.tokens.device) // rows
+    block = torch.arange(count * rows, device=anchors.device) // rows
     own = (block[:, None] == block[None]).expand(batch, -1, -1)
     return torch.cat([context, own], dim=-1)[:, None]
 

@@ -248,14 +248,24 @@ class Drafter(nn.Module):
             anchors: ``[B, A]`` int64 positions.
             embedded: ``[B, A, d]`` embedding of the token at each anchor.
             mask_embedding: ``[d]`` embedding of the mask token.
-            mask: ``[B, 1, A * rows, S + A * rows]`` from :func:`packing.visible`.
+            mask: ``[B, 1, A * rows, S + A * rows]`` from :func:`batches.visible`.
 
         Returns:
             ``[B, A, gamma, d]``; row ``k`` predicts the token at ``anchor + k + 1``.
         """
+        return self.blocks(self.context(states), anchors, embedded, mask_embedding, mask)
+
+    def blocks(
+        self,
+        context: torch.Tensor,
+        anchors: torch.Tensor,
+        embedded: torch.Tensor,
+        mask_embedding: torch.Tensor,
+        mask: torch.Tensor,
+    ) -> torch.Tensor:
+        """As :meth:`forward`, of context rows ``[B, S, d]``."""
         batch, count = anchors.shape
-        rows, length = self.rows, states.shape[1]
-        context = self.context(states)
+        rows, length = self.rows, context.shape[1]
         x = mask_embedding.to(context.dtype).expand(batch, count, rows, -1).clone()
         x[:, :, 0] = embedded.to(x.dtype)
         x = x.view(batch, count * rows, -1)

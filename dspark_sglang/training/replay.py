@@ -20,7 +20,7 @@ from dspark_sglang.training.batches import Packed, pack, visible
 from dspark_sglang.training.chat import TokenSequence
 from dspark_sglang.training.loss import Vocabulary
 from dspark_sglang.training.model import Drafter
-from dspark_sglang.training.states import States, StateSource, Target
+from dspark_sglang.training.target import States, StateSource, Target
 
 Float64 = npt.NDArray[np.float64]
 
@@ -114,7 +114,7 @@ def block_hidden(drafter: Drafter, target: Target, packed: Packed, states: State
             packed.anchors,
             target.embed(anchor_tokens),
             target.embed(mask_token)[0],
-            visible(packed, drafter.rows),
+            visible(packed.anchors, packed.tokens.shape[1], drafter.rows),
         )
     )
 

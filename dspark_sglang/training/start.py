@@ -13,7 +13,7 @@ from dspark_sglang.checkpoint import DrafterConfig
 from dspark_sglang.errors import CheckpointError
 from dspark_sglang.training.existing import Existing, read_existing
 from dspark_sglang.training.model import Drafter
-from dspark_sglang.training.states import Target
+from dspark_sglang.training.target import Target
 
 _KV = re.compile(r"self_attn\.[kv]_proj\.weight$")
 _PARTS = (

@@ -42,7 +42,7 @@ from dspark_sglang.training.model import Drafter
 from dspark_sglang.training.optimizer import Optimizer
 from dspark_sglang.training.replay import Validator, Walk, block_hidden, gather_final
 from dspark_sglang.training.start import prepare
-from dspark_sglang.training.states import States, StateSource, Target
+from dspark_sglang.training.target import States, StateSource, Target
 
 _GIB = 1 << 30
 

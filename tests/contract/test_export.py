@@ -203,7 +203,13 @@ def test_sglang_computes_what_was_trained(name: str, tmp_path: Path) -> None:
 
     anchors = torch.tensor([ANCHORS])
     packed = Packed(torch.zeros(1, LENGTH), anchors, *[torch.empty(0)] * 4, source=(0,))
-    wanted = ours(states[None], anchors, embedded[None], mask_row, visible(packed, rows))
+    wanted = ours(
+        states[None],
+        anchors,
+        embedded[None],
+        mask_row,
+        visible(packed.anchors, packed.tokens.shape[1], rows),
+    )
     torch.testing.assert_close(found.view(count, gamma, -1), wanted[0], rtol=1e-4, atol=1e-5)
 
 
@@ -268,7 +274,7 @@ def test_our_loaders_take_the_same_files(name: str, tmp_path: Path) -> None:
         anchors[None],
         embedding[tokens][None],
         embedding[config.mask_token_id],
-        visible(packed, config.gamma),
+        visible(packed.anchors, packed.tokens.shape[1], config.gamma),
     )
     torch.testing.assert_close(found, wanted[0], rtol=1e-5, atol=1e-5)
     again = Drafter(config)

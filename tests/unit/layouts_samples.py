@@ -101,7 +101,7 @@ def blocks(config: DrafterConfig, rows: int) -> dict[str, torch.Tensor]:
         "anchors": anchors,
         "embedded": torch.randn(1, 3, HIDDEN),
         "mask_embedding": torch.randn(HIDDEN),
-        "mask": visible(packed, rows),
+        "mask": visible(packed.anchors, packed.tokens.shape[1], rows),
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,7 @@ from dspark_sglang.core.engine import Drafter, Engine, Request
 from dspark_sglang.core.penalties import Penalties
 from dspark_sglang.errors import ConfigError, NumericsError
 from dspark_sglang.layouts.v4 import V4Drafter, V4Shape, random_tensors
-from dspark_sglang.training.reference import HFTarget
-from dspark_sglang.training.states import Target
+from dspark_sglang.training.target import HFTarget, Target
 
 GAMMA = 3
 #: Markov head (or v4), confidence with the Markov embedding, sample_from_anchor.
@@ -243,6 +243,63 @@ def test_the_hugging_face_target(llama: Target) -> None:
     torch.testing.assert_close(states[:, :32], out.hidden_states[1][0])
     assert states.shape == (4, 64)
     assert logits.dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma"])
+def test_what_a_target_keeps_of_the_last_sequence_changes_nothing(
+    kind: str, tmp_path: Path
+) -> None:
+    model = Target(str(write_target(tmp_path / "target", kind)), bf16=False)
+    if kind == "gemma":  # a window short enough to matter
+        model.config.sliding_window = 6
+        for layer in model.layers:
+            layer.self_attn.sliding_window = 6 if layer.self_attn.sliding_window else None
+    kept, generator = HFTarget(model, [0, 2]), torch.Generator().manual_seed(0)
+    text = torch.randint(4, 90, (30,), generator=generator)
+    other = torch.randint(4, 90, (9,), generator=generator)
+    # Longer, the same again, shorter, other tokens at its end, and another sequence.
+    sequences = [text[:9], text[:16], text[:16], text[:11], torch.cat([text[:11], other]), other]
+    for tokens in [*sequences, other[:1], text]:
+        found = kept.forward(tokens)
+        for one, alone in zip(found, HFTarget(model, [0, 2]).forward(tokens), strict=True):
+            torch.testing.assert_close(one, alone, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("repeats", [True, False], ids=["repeating text", "other text"])
+def test_copies_bring_greedy_requests_on_and_change_nothing(repeats: bool) -> None:
+    """A target that counts in a circle, and a drafter that knows nothing of it."""
+    target = Toy(5)
+    target.before.zero_()
+    target.last = 5.0 * torch.eye(5).roll(1, dims=1)
+    made = []
+    for lookup in (False, True):
+        drafter = make_drafter("vanilla", True, True, target.embedding, 0 * target.last)
+        engine = Engine(target, drafter, torch.Generator().manual_seed(0), lookup=lookup)
+        prompt = [0, 1, 2, 3, 4, 0, 1] if repeats else [3, 1]
+        requests = [Request(prompt, 20), Request([1, 2], 8, temperature=1.0)]
+        reports = [engine.step(requests[:1]) for _ in range(3)]
+        engine.generate(requests)
+        made.append((requests[0].output, sum(int(report.kept.sum()) for report in reports)))
+    (plain, drafted), (same, copied) = made
+    assert plain == same == [(prompt[-1] + 1 + i) % 5 for i in range(20)]
+    assert drafted <= copied
+    assert (copied == 3 * GAMMA) == repeats
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [{"vocabulary": torch.tensor([0, 2])}, {"shortlist": 2}],
+    ids=["vocabulary", "shortlist"],
+)
+def test_what_may_be_drafted_changes_no_law(limits: dict[str, Any]) -> None:
+    engine = toy_engine(**limits)
+    requests = [Request([0, 1], 3, temperature=1.0) for _ in range(300)]
+    reports = engine.generate(requests)
+    assert judge(requests, sequence_law(engine.target, requests[0], 3), 3) > THRESHOLD
+    drafted = torch.cat([report.drafted for report in reports])
+    if "vocabulary" in limits:
+        assert set(drafted.unique().tolist()) == {0, 2}
+    assert sum(int(report.kept.sum()) for report in reports) > 0
 
 
 # --- sampled: in law ----------------------------------------------------------------------------

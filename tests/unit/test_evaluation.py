@@ -18,32 +18,23 @@ from dspark_sglang.artifacts import (
     SCHEMA_VERSION,
     STSArtifact,
     read_draft_vocab,
+    read_sts,
     write_json,
 )
 from dspark_sglang.checkpoint import parse_drafter_config, read_config, weights_digest
-from dspark_sglang.cli.evaluate import Settings
 from dspark_sglang.cli.main import app
-from dspark_sglang.core.draft import (
-    FOLLOWING,
-    SAMPLED_SHORTLIST,
-    SHORTLIST,
-    WHOLE_VOCABULARY,
-    DraftBlock,
-    draft_block,
-)
+from dspark_sglang.core.draft import SAMPLED_SHORTLIST, SHORTLIST, WHOLE_VOCABULARY
 from dspark_sglang.core.drafter import DenseDrafter, DenseShape
+from dspark_sglang.core.engine import Engine
 from dspark_sglang.errors import ConfigError, ServerError
-from dspark_sglang.evaluation import drafted as drafted_blocks
-from dspark_sglang.evaluation import served, standalone
-from dspark_sglang.evaluation import shortlist as shortlists
-from dspark_sglang.evaluation.questions import Question, load_questions
+from dspark_sglang.evaluation import answer, served
+from dspark_sglang.evaluation.answer import Question, load_questions
 from dspark_sglang.evaluation.report import Domain, calibration, lengths
 from dspark_sglang.provenance import provenance
 from dspark_sglang.training import config as configs
-from dspark_sglang.training.chat import TokenSequence
 from dspark_sglang.training.distributed import World
 from dspark_sglang.training.replay import Walk, nothing
-from dspark_sglang.training.states import Target
+from dspark_sglang.training.target import Target
 from dspark_sglang.training.trainer import Trainer
 
 GAMMA = 3
@@ -70,24 +61,18 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return target, folder / "drafter"
 
 
-def answered(
-    pair: Any, temperature: float, shortlist: int = 0
-) -> tuple[standalone.Pair, list[Any], list[Any]]:
-    loaded = standalone.load_pair(*pair, bf16=False)
-    answers = standalone.write_answers(
-        loaded.target, QUESTIONS, temperature=temperature, max_tokens=20, seed=1, at_once=3
-    )
-    scored = standalone.score_answers(loaded, answers, QUESTIONS, shortlist=shortlist)
-    return loaded, answers, scored
+def answered(pair: Any, temperature: float, **options: Any) -> tuple[answer.Pair, list[Any]]:
+    loaded = answer.load_pair(*pair, bf16=False)
+    options = {"max_tokens": 20, "seed": 1} | options
+    return loaded, answer.answer(loaded, QUESTIONS, temperature=temperature, **options)
 
 
 @torch.no_grad()
 def reference(
-    pair: Any, loaded: standalone.Pair, tokens: torch.Tensor, anchor: int, shortlist: int = 0
-) -> Any:
-    """Laws of the block at one anchor from the reference drafter, true tokens before each."""
+    pair: Any, model: Any, tokens: torch.Tensor, anchor: int, shortlist: int = 0
+) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
+    """Laws and confidences of the block at one anchor, given the tokens after it, and the target's laws."""
     config = parse_drafter_config(read_config(pair[1], role="drafter"))
-    model = loaded.target.model
     weights = load_file(pair[1] / "model.safetensors")
     shape = DenseShape(
         config.gamma, config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim,
@@ -108,7 +93,7 @@ def reference(
     drafted, confidences = [], []
     state = drafter.markov.start(1)
     for k in range(config.gamma):
-        previous = tokens[min(anchor + k, len(tokens) - 1)][None]
+        previous = tokens[anchor + k][None]
         latent, state = drafter.markov.step(previous, hidden[:, k], state)
         base = hidden[:, k] @ model.lm_head.weight.T
         logits = base + latent @ drafter.markov.w2.T
@@ -122,89 +107,68 @@ def reference(
     return drafted, torch.cat(confidences), out.logits[0].softmax(-1)
 
 
-@pytest.mark.parametrize("shortlist", [0, 7, 1000], ids=["whole", "shortlist", "longer than all"])
+@pytest.mark.parametrize("shortlist", [0, 7], ids=["whole", "shortlist"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_scores_are_the_reference_drafters(pair: Any, temperature: float, shortlist: int) -> None:
-    loaded, answers, scored = answered(pair, temperature, shortlist)
-    assert len(scored) == len(QUESTIONS)
-    for sequence, answer in zip(answers, scored, strict=True):
-        tokens = torch.from_numpy(sequence.tokens.astype(np.int64))
-        for row, anchor in enumerate(sequence.anchors()[:6]):
-            drafted, _, truth = reference(pair, loaded, tokens, int(anchor), shortlist)
-            for k in range(min(GAMMA, int(answer.remaining[row]))):
-                follows = int(tokens[anchor + k + 1])
-                p, q = truth[anchor + k], drafted[k]
-                assert answer.match[row, k] == float(int(q.argmax()) == follows)
-                ratio = min(1.0, float(q[follows] / p[follows]))
-                assert answer.ratio[row, k] == pytest.approx(ratio, abs=1e-4)
-            assert not answer.match[row, int(answer.remaining[row]) :].any()
+def test_every_round_is_the_reference_drafters(
+    pair: Any, temperature: float, shortlist: int, monkeypatch: Any
+) -> None:
+    reports: list[Any] = []
+    step = Engine.step
+
+    def kept(self: Engine, requests: Any) -> Any:
+        before = len(requests[0].tokens)
+        reports.append((before - 1, step(self, requests)))
+        return reports[-1][1]
+
+    monkeypatch.setattr(Engine, "step", kept)
+    loaded, answers = answered(pair, temperature, shortlist=shortlist)
+    assert sum(found.walk.rounds for found in answers) == len(reports)
+    left = iter(reports)
+    for question, found in zip(QUESTIONS, answers, strict=True):
+        text = [*loaded.target_model.encode(question.messages), *found.output]
+        assert len(found.acceptance) == (found.walk.rounds if temperature else 0)
+        for row in range(found.walk.rounds):
+            anchor, report = next(left)
+            block = report.drafted[0].tolist()
+            read = torch.tensor([*text[: anchor + 1], *block])
+            laws, confidence, truth = reference(
+                pair, loaded.target_model.model, read, anchor, shortlist
+            )
+            np.testing.assert_allclose(found.confidence[row], confidence, atol=1e-3)
+            for k, token in enumerate(block):
+                assert laws[k][token] > 0
+                if temperature:
+                    ratio = min(1.0, float(truth[anchor + k, token] / laws[k][token]))
+                    assert found.acceptance[row, k] == pytest.approx(ratio, abs=1e-3)
+                else:
+                    assert laws[k][token] == laws[k].max()
 
 
-@torch.no_grad()
-def test_drafted_blocks_are_scored_as_serving_scores_them(pair: Any, monkeypatch: Any) -> None:
-    loaded, answers, _ = answered(pair, 1.0)
-    made: list[DraftBlock] = []
-
-    def kept(*args: Any, **kwargs: Any) -> DraftBlock:
-        made.append(draft_block(*args, **kwargs))
-        return made[-1]
-
-    monkeypatch.setattr(drafted_blocks, "draft_block", kept)
-    blocks = drafted_blocks.draft_blocks(loaded, answers, seed=3)
-    assert blocks.owner.tolist() == [a.source for a in answers for _ in a.anchors()]
-    tokens = torch.cat([block.tokens for block in made])
-    row = 0
-    for sequence in answers:
-        for anchor in sequence.anchors():
-            text = torch.tensor([*sequence.tokens[: anchor + 1].tolist(), *tokens[row].tolist()])
-            laws, confidence, truth = reference(pair, loaded, text, int(anchor))
-            np.testing.assert_allclose(blocks.confidence[row], confidence, atol=1e-4)
-            for k, token in enumerate(tokens[row].tolist()):
-                ratio = float(truth[anchor + k, token] / laws[k][token])
-                assert blocks.acceptance[row, k] == pytest.approx(min(1.0, ratio), abs=1e-4)
-            row += 1
-    assert row == len(tokens) == len(blocks.acceptance)
+def test_walks_add_up_to_the_answers(pair: Any) -> None:
+    for temperature in (0.0, 1.0):
+        for found in answered(pair, temperature)[1]:
+            # The first token is the prefill's.
+            assert found.walk.tokens == len(found.output) - 1
+            assert found.walk.reached[0] == found.walk.rounds
+            assert (found.walk.accepted <= found.walk.reached).all()
+            bonus = found.walk.tokens - found.walk.accepted.sum()
+            assert found.walk.rounds - 1 <= bonus <= found.walk.rounds
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma"])
-@torch.no_grad()
-def test_blocks_run_together_are_blocks_run_alone(kind: str, tmp_path: Path) -> None:
-    target = Target(str(write_target(tmp_path / "target", kind)), bf16=False)
-    if kind == "gemma":  # a window short enough to matter
-        target.config.sliding_window = 6
-        for layer in target.layers:
-            layer.self_attn.sliding_window = 6 if layer.self_attn.sliding_window else None
-    tokens = torch.randint(4, 90, (20,))
-    anchors, blocks = torch.tensor([0, 7, 18, 19]), torch.randint(4, 90, (4, 3))
-    together = target.after_blocks(tokens, anchors, blocks)
-    for number, anchor in enumerate(anchors.tolist()):
-        alone = torch.cat([tokens[: anchor + 1], blocks[number]])
-        final = target.states(alone[None], [0]).final[0, anchor:]
-        torch.testing.assert_close(together[number], final, atol=2e-5, rtol=1e-4)
-    assert target.after_blocks(tokens, anchors, blocks[:, :0]).shape == (4, 1, target.hidden)
-
-
-def test_greedy_answers_are_the_targets_own(pair: Any) -> None:
-    loaded, answers, _ = answered(pair, 0.0)
-    for question, sequence in zip(QUESTIONS, answers, strict=True):
-        text = loaded.target.tokenizer.apply_chat_template(
-            question.messages, tokenize=False, add_generation_prompt=True
-        )
-        prompt = loaded.target.tokenizer(text, add_special_tokens=False)["input_ids"]
-        assert sequence.tokens[: len(prompt)].tolist() == prompt
-        tokens = torch.from_numpy(sequence.tokens.astype(np.int64))
-        best = loaded.target.model(tokens[None]).logits[0].argmax(-1)
+@pytest.mark.parametrize("lookup", [False, True], ids=["drafted", "lookup"])
+def test_greedy_answers_are_the_targets_own(pair: Any, lookup: bool) -> None:
+    loaded, answers = answered(pair, 0.0, lookup=lookup)
+    for question, found in zip(QUESTIONS, answers, strict=True):
+        prompt = loaded.target_model.encode(question.messages)
+        tokens = torch.tensor([*prompt, *found.output])
+        best = loaded.target_model.model(tokens[None]).logits[0].argmax(-1)
         assert torch.equal(best[len(prompt) - 1 : -1], tokens[len(prompt) :])
+        assert len(found.output) == 20 or found.output[-1] == 2
 
 
 def test_the_seed_decides_sampled_answers(pair: Any) -> None:
-    texts = [[a.tokens.tolist() for a in answered(pair, 1.0)[1]] for _ in range(2)]
-    assert texts[0] == texts[1]
-    loaded = standalone.load_pair(*pair, bf16=False)
-    other = standalone.write_answers(
-        loaded.target, QUESTIONS, temperature=1.0, max_tokens=20, seed=2, at_once=3
-    )
-    assert [answer.tokens.tolist() for answer in other] != texts[0]
+    texts = [[found.output for found in answered(pair, 1.0, seed=s)[1]] for s in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
 
 
 def test_the_command_prints_what_it_measured(pair: Any, tmp_path: Path) -> None:
@@ -255,110 +219,40 @@ def test_temperatures_beside_the_weights_are_judged(pair: Any, tmp_path: Path) -
         sts.unlink()
 
 
-def test_what_the_shortlist_loses_is_written(pair: Any, tmp_path: Path) -> None:
-    target, drafter = pair
-    prompts, found = tmp_path / "prompts.txt", tmp_path / "shortlist.json"
-    prompts.write_text("w1 w2 w3\nw7 w8\nw20 w21\n")
-    flags = ["eval", "--artifact", str(drafter), "--target", str(target), "--prompts", str(prompts)]
-    flags += ["--max-tokens", "24", "--dtype", "float32", "--json", "--no-lookup"]
-    losing = [*flags, "--shortlist", "2", "--shortlist-loss", str(found)]
-    short = json.loads(CliRunner().invoke(app, losing).stdout)
-    whole = json.loads(CliRunner().invoke(app, [*flags, "--shortlist", "0"]).stdout)
-    lost = json.loads(found.read_text())
-    assert (short["candidates"], whole["candidates"]) == ({"0": 2, "1": 2}, {"0": 0, "1": 0})
-    assert [entry["candidates"] for entry in lost["by_temperature"]] == [2, 2]
-    greedy, sampled = lost["by_temperature"]
-    assert (greedy["temperature"], sampled["temperature"]) == (0.0, 1.0)
-    assert greedy["whole"] == whole["accept_length_greedy"]
-    assert greedy["shortlist"] == short["accept_length_greedy"]
-    assert sampled["whole"] == pytest.approx(whole["accept_length_t1"], rel=0.3)
-    for entry in (greedy, sampled):
-        percent = 100 * (1 - entry["shortlist"] / entry["whole"])
-        assert entry["loss_pct"] == pytest.approx(percent, abs=0.02)
-    assert lost["tau_loss_pct"] == max(entry["loss_pct"] for entry in lost["by_temperature"])
-
-
-@pytest.mark.parametrize(
-    ("flags", "match"),
-    [
-        (["--engine", "server", "--shortlist", "5"], "--engine server"),
-        (["--shortlist", "0", "--shortlist-loss", "x.json"], "--shortlist 0"),
-    ],
-    ids=["of a server", "of nothing"],
-)
-def test_a_shortlist_that_cannot_be_is_refused(flags: list[str], match: str) -> None:
-    done = CliRunner().invoke(app, ["eval", "--artifact", "drafter", *flags])
-    assert isinstance(done.exception, ConfigError)
-    assert match in str(done.exception)
-
-
-@pytest.mark.parametrize("sure", [False, True], ids=["unsure drafter", "sure drafter"])
-def test_greedy_answers_copy_what_their_text_repeats(sure: bool) -> None:
-    text = [1, 2, 3, 4, 5, 6, 7, 8, 5, 6, 7, 8, 5, 6, 7, 9]
-    sequence = TokenSequence(np.array(text), np.array([False] * 4 + [True] * 12), 3)
-    shape = (len(sequence.anchors()), GAMMA)
-    logits = np.full(shape, 9.0 if sure else -9.0)
-    answer = standalone.Answer(
-        3, "chat", np.zeros(shape), np.zeros(shape), logits, sequence.remaining()
+def test_a_shortlist_of_a_server_is_refused() -> None:
+    done = CliRunner().invoke(
+        app, ["eval", "--artifact", "drafter", "--engine", "server", "--shortlist", "5"]
     )
-    (found,) = standalone.with_copies([answer], [sequence], None)
-    if sure:  # wrong, but more is expected of it than of copies
-        assert not found.match.any()
-        return
-    at = {int(anchor): row for row, anchor in enumerate(sequence.anchors())}
-    assert not found.match[at[8]].any()  # 8, 5 was not seen before
-    assert found.match[at[9]].tolist() == [1.0] * GAMMA  # 5, 6: 7, 8, 5 as before
-    assert found.match[at[13]].tolist() == [1.0, 0.0, 0.0]  # 5, 6: 7, 8, 5, but 7, 9 and the end
-    assert standalone.with_copies([answer], [sequence], [1.0] * GAMMA)[0].match.any()
+    assert isinstance(done.exception, ConfigError)
+    assert "--engine server" in str(done.exception)
 
 
-@pytest.mark.parametrize("greedy", [True, False], ids=["greedy", "sampled"])
-def test_expected_rounds_are_the_mean_of_drawn_ones(greedy: bool) -> None:
-    rng = np.random.default_rng(0)
-    remaining = np.array([7, 6, 5, 4, 3, 2, 1, 3, 2, 1])
-    chance = rng.random((10, GAMMA)) * (np.arange(GAMMA) < remaining[:, None])
-    match, logits = (chance > 0.3).astype(float), np.zeros_like(chance)
-    answer = standalone.Answer(0, "chat", match, chance, logits, remaining)
-    expected = shortlists.expected_rounds(answer, greedy=greedy)
-    draws = 1 if greedy else 4000
-    walks = [standalone.replay([answer], greedy=greedy, seed=i)[0] for i in range(draws)]
-    assert {w.tokens for w in walks} == {10}
-    error = 1e-9 if greedy else 0.06
-    assert expected == pytest.approx(np.mean([w.rounds for w in walks]), abs=error)
+def test_candidates_are_those_of_serving(pair: Any) -> None:
+    loaded = answer.load_pair(*pair, bf16=False)
 
+    def found(tokens: int) -> list[int]:
+        some = loaded._replace(vocabulary=torch.arange(tokens))
+        return [some.candidates(sampled=sampled) for sampled in (False, True)]
 
-def test_candidates_are_those_of_serving_unless_told() -> None:
-    serving, told = (Settings(16, "float32", 0, size, [], None, True) for size in (None, 300))
-
-    def found(settings: Settings, tokens: int) -> list[int]:
-        return [settings.candidates(t, tokens) for t in (0.0, 1.0)]
-
-    assert found(serving, 50_000) == [SHORTLIST, SAMPLED_SHORTLIST]
+    assert found(50_000) == [SHORTLIST, SAMPLED_SHORTLIST]
     # A vocabulary that is small is drafted from whole.
-    assert found(serving, WHOLE_VOCABULARY) == [0, 0]
-    assert found(serving, WHOLE_VOCABULARY + 1) == [SHORTLIST, SAMPLED_SHORTLIST]
-    assert [found(told, tokens)[1] for tokens in (50_000, 301, 300)] == [300, 300, 0]
+    assert found(WHOLE_VOCABULARY) == [0, 0]
+    assert found(WHOLE_VOCABULARY + 1) == [SHORTLIST, SAMPLED_SHORTLIST]
 
 
-def test_a_loss_is_of_what_the_kernels_draft_from() -> None:
-    losing = Settings(16, "float32", 0, None, [], Path("loss.json"), False)
-    assert losing.following == FOLLOWING
-    assert [losing.candidates(t, 50_000) for t in (0.0, 1.0)] == [SHORTLIST, SHORTLIST]
-    assert losing._replace(loss=None).following == 0
-
-
-def test_loss_compares_the_same_answers() -> None:
-    def answer(matches: list[float]) -> standalone.Answer:
-        match = np.array(matches)[:, None]
-        left = np.arange(len(match), 0, -1)
-        return standalone.Answer(0, "chat", match, match, np.zeros_like(match), left)
-
-    whole = [answer([1, 0, 1, 0]), answer([0, 0])]
-    short = [answer([1, 0, 0, 0]), answer([0, 0])]
-    found = shortlists.loss(0.0, 9, whole, short)
-    assert (found.whole, found.shortlist, found.loss_pct) == (1.5, 1.2, 20.0)
-    assert found.candidates == 9
-    assert found.ci95 == (0.0, 33.333)
+def test_temperatures_are_fitted_to_the_drafters_rounds(pair: Any, tmp_path: Path) -> None:
+    target, drafter = pair
+    prompts, out = tmp_path / "prompts.txt", tmp_path / "sts.json"
+    prompts.write_text("".join(f"w{i} w{i + 1} w{2 * i}\n" for i in range(8)))
+    flags = ["calibrate", "--target", str(target), "--drafter", str(drafter)]
+    flags += ["--prompts", str(prompts), "--max-tokens", "24", "--out", str(out)]
+    assert CliRunner().invoke(app, flags).exit_code == 0
+    fitted = read_sts(out, gamma=GAMMA, drafter_sha256=weights_digest(drafter))
+    assert fitted.blocks > 8
+    assert fitted.ece_before is not None and fitted.ece_after is not None
+    prompts.write_text("w1\nw2\n")
+    few = CliRunner().invoke(app, flags)
+    assert isinstance(few.exception, ConfigError) and "2 prompts" in str(few.exception)
 
 
 def test_calibration_is_perfect_where_confidence_is_the_truth() -> None:

@@ -37,7 +37,7 @@ from dspark_sglang.training.existing import read_existing
 from dspark_sglang.training.layouts import drafter_config, read_drafter, write_drafter
 from dspark_sglang.training.model import Drafter
 from dspark_sglang.training.start import from_target, initialise
-from dspark_sglang.training.states import Target
+from dspark_sglang.training.target import Target
 
 # --- the forward pass -----------------------------------------------------------------------------
 

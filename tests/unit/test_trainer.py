@@ -23,7 +23,7 @@ from dspark_sglang.errors import CheckpointError, ConfigError, DataError, Numeri
 from dspark_sglang.layouts.v4 import tiny
 from dspark_sglang.training import config as configs
 from dspark_sglang.training.distributed import World
-from dspark_sglang.training.states import StateSource, Target
+from dspark_sglang.training.target import StateSource, Target
 from dspark_sglang.training.trainer import Trainer
 
 COMMAND = [sys.executable, "-m", "dspark_sglang.cli.main", "train", "--config"]

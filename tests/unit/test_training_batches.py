@@ -53,7 +53,7 @@ def test_labels_follow_their_places():
 
 def test_blocks_see_their_context_and_themselves_only():
     packed = pack([sequence(9, 3)], [np.array([3, 6])], [0], GAMMA)
-    mask = visible(packed, GAMMA)[0, 0]
+    mask = visible(packed.anchors, packed.tokens.shape[1], GAMMA)[0, 0]
     assert mask.shape == (6, 9 + 6)
     for row in range(6):
         block = row // GAMMA

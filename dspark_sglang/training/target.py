@@ -1,6 +1,6 @@
-"""Target states: computed online, or kept in a bounded cache where they fit.
+"""The target: any Hugging Face causal language model, its states for training, and as the engine's target.
 
-A sequence's states are those of the layers the drafter reads, concatenated, and the final normed
+States are computed online, or kept in a bounded cache where they fit. A sequence's states are those of the layers the drafter reads, concatenated, and the final normed
 hidden state that the LM head would be applied to: never logits.
 """
 
@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch.nn.functional import linear
 
 from dspark_sglang.errors import CheckpointError, DataError
 from dspark_sglang.training.chat import TokenSequence
@@ -89,7 +90,7 @@ class Target:
         return torch.as_tensor(self.model.get_input_embeddings()(tokens))
 
     @contextmanager
-    def _capture(self, layer_ids: Sequence[int]) -> Iterator[dict[int, torch.Tensor]]:
+    def capture(self, layer_ids: Sequence[int]) -> Iterator[dict[int, torch.Tensor]]:
         """Collect outputs of decoder layers while the model runs (-1: the first one's input)."""
         found: dict[int, torch.Tensor] = {}
         handles = []
@@ -115,61 +116,73 @@ class Target:
     @torch.inference_mode()
     def states(self, tokens: torch.Tensor, layer_ids: Sequence[int]) -> States:
         """Run the model over ``tokens`` ``[B, S]`` (right-padded: causality hides the padding)."""
-        with self._capture(layer_ids) as found:
+        with self.capture(layer_ids) as found:
             out = self.decoder(input_ids=tokens, use_cache=False)
         layers = torch.cat([found[layer] for layer in layer_ids], dim=-1)
         return States(layers, out.last_hidden_state)
 
-    @torch.inference_mode()
-    def after_blocks(
-        self, tokens: torch.Tensor, anchors: torch.Tensor, blocks: torch.Tensor
-    ) -> torch.Tensor:
-        """Final hidden states at some anchors of one sequence, and after the tokens of a block each.
-
-        All blocks go through the model together: each sees the sequence up to its anchor and itself.
-
-        Args:
-            tokens: ``[S]`` int64.
-            anchors: ``[A]`` int64 positions.
-            blocks: ``[A, n]`` int64 tokens that follow them; ``n`` may be 0.
-
-        Returns:
-            ``[A, n + 1, d]``.
-        """
-        length, (count, width) = len(tokens), blocks.shape
-        own = anchors[:, None] + 1 + torch.arange(width, device=tokens.device)
-        positions = torch.cat([torch.arange(length, device=tokens.device), own.view(-1)])
-        limit = torch.cat([positions[:length], anchors.repeat_interleave(width)])
-        block = torch.arange(count, device=tokens.device).repeat_interleave(width)
-        block = torch.cat([block.new_full((length,), -1), block])
-        # A row sees context up to its limit, and of the blocks its own up to itself.
-        context = (block < 0)[None] & (positions[None] <= limit[:, None])
-        inside = (block[:, None] == block[None]) & (positions[None] <= positions[:, None])
-        out = self.decoder(
-            input_ids=torch.cat([tokens, blocks.reshape(-1)])[None],
-            position_ids=positions[None],
-            attention_mask=self._masks(context | inside, positions),
-            use_cache=False,
+    def encode(self, messages: list[dict[str, str]]) -> list[int]:
+        """Tokens of a conversation in the target's chat template, up to where its answer begins."""
+        text = self.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True
         )
-        final = torch.as_tensor(out.last_hidden_state)[0]
-        after = final[length:].view(count, width, self.hidden)
-        return torch.cat([final[anchors][:, None], after], dim=1)
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def _masks(self, seen: torch.Tensor, positions: torch.Tensor) -> Any:
-        """``seen`` ``[N, N]`` as the decoder takes it: one mask, or one for each kind of layer."""
-        kind = self.model.dtype
+    @property
+    def stop_tokens(self) -> tuple[int, ...]:
+        """Tokens that end an answer."""
+        ends = self.model.generation_config.eos_token_id
+        return (ends,) if isinstance(ends, int) else tuple(ends or ())
 
-        def additive(visible: torch.Tensor) -> torch.Tensor:
-            mask = torch.zeros(visible.shape, dtype=kind, device=visible.device)
-            return mask.masked_fill_(~visible, torch.finfo(kind).min)[None, None]
 
-        kinds = set(getattr(self.config, "layer_types", None) or ())
-        if not kinds:
-            return additive(seen)
-        near = positions[:, None] - positions[None] < (self.config.sliding_window or len(seen))
-        return {
-            name: additive(seen & near if name == "sliding_attention" else seen) for name in kinds
-        }
+class HFTarget:
+    """The same model as :class:`dspark_sglang.core.engine.Target` asks.
+
+    Keys and values of the sequence run last are kept: of the next one only what differs is run.
+
+    Args:
+        target: the model, on the CPU.
+        layer_ids: decoder layers whose outputs the drafter reads; -1 is the embedding.
+    """
+
+    def __init__(self, target: Target, layer_ids: Sequence[int]) -> None:
+        from transformers import DynamicCache
+
+        self._target = target
+        self._layer_ids = tuple(layer_ids)
+        #: ``[V, d]`` as the model's own module embeds: scaled where it scales.
+        self.embedding = target.embed(torch.arange(target.head.shape[0])).detach()
+        #: ``[V, d]``.
+        self.head = target.head.detach()
+        # Without the model's configuration: layers with a window must be cut back like any other.
+        self._cache: Any = DynamicCache()
+        self._tokens = torch.empty(0, dtype=torch.int64)
+        self._states = self.head.new_empty((0, len(self._layer_ids) * target.hidden))
+        self._logits = torch.empty((0, len(self.head)))
+
+    @torch.no_grad()
+    def forward(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """``[n]`` int64 tokens to ``[n, V]`` float32 logits, valid until the next call, and ``[n, L * d]`` states."""
+        shared = min(len(tokens), len(self._tokens))
+        agrees = (tokens[:shared] == self._tokens[:shared]).long().cumprod(0)
+        kept = min(int(agrees.sum()), len(tokens) - 1)
+        if len(self._tokens):
+            self._cache.crop(kept - len(self._tokens))
+        target = self._target
+        with target.capture(self._layer_ids) as found:
+            out = target.decoder(
+                input_ids=tokens[None, kept:], past_key_values=self._cache, use_cache=True
+            )
+        layers = torch.cat([found[layer][0] for layer in self._layer_ids], dim=-1)
+        self._tokens, self._states = tokens, torch.cat([self._states[:kept], layers])
+        if len(self._logits) < len(tokens):
+            grown = torch.empty((2 * len(tokens), len(self.head)))
+            grown[:kept] = self._logits[:kept]
+            self._logits = grown
+        logits = linear(out.last_hidden_state[0], self.head).float()
+        cap = target.softcap
+        self._logits[kept : len(tokens)] = cap * torch.tanh(logits / cap) if cap else logits
+        return self._logits[: len(tokens)], self._states
 
 
 class StateSource:

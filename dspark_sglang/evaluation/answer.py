@@ -1,0 +1,266 @@
+"""The reference engine over a target and its drafter: what `dspark eval` and `dspark calibrate` count.
+
+Every prompt is one request of :class:`dspark_sglang.core.engine.Engine`; everything drafted is verified.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from dspark_loadtests.prompts import BALANCED, load_prompts
+from dspark_sglang.artifacts import DRAFT_VOCAB_FILE, read_draft_vocab
+from dspark_sglang.checkpoint import check_fits, is_bundle, read_config
+from dspark_sglang.core.accept import Accepted, Round, accept_sampled
+from dspark_sglang.core.draft import cpu_shortlist
+from dspark_sglang.core.engine import Engine, Request
+from dspark_sglang.core.heads import ConfidenceHead, MarkovHead
+from dspark_sglang.errors import CheckpointError, ConfigError
+from dspark_sglang.training.batches import visible
+from dspark_sglang.training.layouts import read_drafter
+from dspark_sglang.training.model import Drafter
+from dspark_sglang.training.prompts import load_prompt_files
+from dspark_sglang.training.replay import Walk, nothing
+from dspark_sglang.training.target import HFTarget, Target
+
+Float64 = npt.NDArray[np.float64]
+
+
+class Question(NamedTuple):
+    """One prompt and the domain it is counted in."""
+
+    domain: str
+    messages: list[dict[str, str]]
+
+
+def load_questions(path: Path | None) -> list[Question]:
+    """The packaged prompts, or those of a file: the packaged format, ShareGPT, messages, text.
+
+    Of a conversation the first user turn is asked.
+
+    Raises:
+        DSparkError: the file cannot be used.
+    """
+    if path is None or _is_packaged_format(path):
+        prompts = load_prompts(path)[: BALANCED if path is None else None]
+        return [Question(prompt.kind, prompt.messages()) for prompt in prompts]
+    questions = []
+    for draft in load_prompt_files([path]).drafts:
+        messages = [{"role": "user", "content": draft.turns[0]}]
+        if draft.system:
+            messages.insert(0, {"role": "system", "content": draft.system})
+        questions.append(Question(draft.domain, messages))
+    return questions
+
+
+def calibration_questions() -> list[Question]:
+    """The packaged prompts for calibration: the target wrote them, no benchmark here uses them."""
+    data = resources.files("dspark_sglang.evaluation").joinpath("data/calibration.jsonl")
+    with resources.as_file(data) as path:
+        return load_questions(path)
+
+
+def _is_packaged_format(path: Path) -> bool:
+    if path.suffix != ".json":
+        return False
+    try:
+        content = msgspec.json.decode(path.read_bytes())
+    except (OSError, ValueError):
+        return False  # the other reader says what is wrong
+    return isinstance(content, dict) and "schema_version" in content
+
+
+def refuse_bundle(drafter: Path, *, instead: str) -> None:
+    """Raise where a drafter lies inside its target: only dense drafters are loaded without a server.
+
+    Args:
+        drafter: its directory.
+        instead: the command that does it.
+
+    Raises:
+        CheckpointError: a bundle, or a configuration that is missing or damaged.
+    """
+    if is_bundle(read_config(drafter, role="drafter")):
+        raise CheckpointError(
+            f"{drafter} is a bundle, a target with its drafter inside.",
+            expected="a dense drafter: a bundle is run by a server only",
+            fix=instead,
+        )
+
+
+class ModuleDrafter:
+    """A drafter of any dense layout, as the engine drafts with it.
+
+    Args:
+        module: its layers and heads.
+        mask: ``[d]`` the target's embedding of its mask token.
+    """
+
+    def __init__(self, module: Drafter, mask: torch.Tensor) -> None:
+        self._module, self._mask = module, mask
+        config, probe = module.config, module.confidence_head.proj
+        self.markov = MarkovHead.from_module(module.markov_head)
+        self.confidence = ConfidenceHead(
+            weight=probe.weight.detach().float().view(-1),
+            bias=probe.bias.detach().float().view(()),
+            with_markov=probe.in_features > config.hidden_size,
+            temperatures=torch.ones(config.gamma),
+        )
+
+    @property
+    def gamma(self) -> int:
+        """Tokens drafted a round."""
+        return self._module.config.gamma
+
+    def context(self, target_hidden: torch.Tensor) -> torch.Tensor:
+        """``[S, L * d]`` target states to ``[S, d]`` context rows."""
+        return self._module.context(target_hidden[None])[0]
+
+    def hidden(
+        self, context: torch.Tensor, anchors: torch.Tensor, embedding: torch.Tensor
+    ) -> torch.Tensor:
+        """``[A, gamma, d]`` final hidden states of the blocks at ``anchors`` ``[A]`` of one sequence."""
+        seen = visible(anchors[None], len(context), self._module.rows)
+        blocks = self._module.blocks(
+            context[None], anchors[None], embedding[None], self._mask, seen
+        )
+        return blocks[0]
+
+    def base_logits(self, hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+        """``[..., V]`` logits of hidden states through the target's ``[V, d]`` head."""
+        return hidden @ head.T
+
+
+class Pair(NamedTuple):
+    """A target and its drafter."""
+
+    target_model: Target
+    target: HFTarget
+    drafter: ModuleDrafter
+    #: ``[M]`` int64 the tokens that are drafted, ascending; None: all.
+    vocabulary: torch.Tensor | None
+
+    def candidates(self, *, sampled: bool) -> int:
+        """Candidates a position as serving has on a CPU; 0: every token can be drafted."""
+        tokens = self.target.head if self.vocabulary is None else self.vocabulary
+        return cpu_shortlist(len(tokens), sampled=sampled) or 0
+
+
+def load_pair(target: Path, drafter: Path, *, bf16: bool = True) -> Pair:
+    """Load both models.
+
+    Raises:
+        CheckpointError: either is damaged, or they do not fit together.
+        ArtifactError: the draft vocabulary beside the weights is damaged or another target's.
+    """
+    config, tensors = read_drafter(drafter)
+    check_fits(config, read_config(target, role="target"), name=str(target))
+    loaded = Target(str(target), bf16=bf16)
+    module = Drafter(config)
+    module.load(tensors)
+    module.to(loaded.head.dtype).eval().requires_grad_(False)
+    tokens = None
+    path = drafter / DRAFT_VOCAB_FILE
+    if path.is_file():
+        tokens = torch.tensor(read_draft_vocab(path, vocab_size=len(loaded.head)).tokens)
+    engine_target = HFTarget(loaded, config.target_layer_ids)
+    mask = engine_target.embedding[config.mask_token_id]
+    return Pair(loaded, engine_target, ModuleDrafter(module, mask), tokens)
+
+
+class Answer(NamedTuple):
+    """One prompt answered, in ``N`` rounds."""
+
+    domain: str
+    output: list[int]
+    walk: Walk
+    #: ``[N, gamma]`` uncalibrated confidence logits of the drafted tokens.
+    confidence: Float64
+    #: ``[N, gamma]`` chance ``min(1, p(x) / q(x))`` that each is accepted, the ones before it having been; no
+    #: rows for a greedy request.
+    acceptance: Float64
+
+
+@torch.inference_mode()
+def answer(
+    pair: Pair,
+    questions: Sequence[Question],
+    *,
+    temperature: float,
+    max_tokens: int,
+    seed: int,
+    shortlist: int = 0,
+    lookup: bool = False,
+    temperatures: Sequence[float] | None = None,
+    progress: Callable[[int], None] = lambda done: None,
+) -> list[Answer]:
+    """Answer every question with the reference engine: no filters, the target's own chat template.
+
+    Args:
+        temperature: 0 is greedy.
+        seed: of drafted and accepted tokens.
+        shortlist: candidates a position; 0: every token can be drafted.
+        lookup: let greedy requests copy from their own text, as serving does.
+        temperatures: ``[gamma]`` of STS; None: not calibrated.
+        progress: told how many are done.
+
+    Raises:
+        ConfigError: every answer ended at once.
+    """
+    chances: list[torch.Tensor] = []
+
+    def accept(round_: Round, uniforms: torch.Tensor) -> Accepted:
+        p, q = round_.chances()
+        chances.append((p / q).clamp(max=1.0))
+        return accept_sampled(round_, uniforms)
+
+    engine = Engine(
+        pair.target,
+        pair.drafter,
+        torch.Generator().manual_seed(seed),
+        temperatures=None if temperatures is None else torch.tensor(temperatures),
+        accept=accept,
+        vocabulary=pair.vocabulary,
+        shortlist=shortlist or None,
+        lookup=lookup,
+    )
+    stops = pair.target_model.stop_tokens
+    found = []
+    for number, question in enumerate(questions):
+        prompt = pair.target_model.encode(question.messages)
+        request = Request(prompt, max_tokens, temperature=temperature, stop_tokens=stops)
+        chances.clear()
+        walk, logits = nothing(engine.drafter.gamma), []
+        engine.start(request)
+        while not request.finished:
+            before = len(request.output)
+            report = engine.step([request])
+            walk += _round(int(report.kept), len(request.output) - before, engine.drafter.gamma)
+            logits.append(report.confidence)
+        progress(number + 1)
+        if walk.rounds:
+            empty = torch.empty((0, engine.drafter.gamma))
+            confidence, acceptance = torch.cat([empty, *logits]), torch.cat([empty, *chances])
+            values = (confidence.double().numpy(), acceptance.double().numpy())
+            found.append(Answer(question.domain, request.output, walk, *values))
+    if not found:
+        raise ConfigError(
+            "Every answer of the target ended at once.",
+            expected="answers of at least two tokens",
+            fix="Use other prompts, or check the target's chat template.",
+        )
+    return found
+
+
+def _round(kept: int, grown: int, gamma: int) -> Walk:
+    """One round that kept so many drafted tokens and grew an answer by so many, up to its end."""
+    position = np.arange(gamma)
+    reached = position < min(kept + 1, grown)
+    return Walk(1, grown, reached.astype(np.int64), (position < min(kept, grown)).astype(np.int64))

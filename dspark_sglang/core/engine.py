@@ -1,7 +1,7 @@
 """A complete engine over plain tensors: draft, score, schedule, verify, accept, commit.
 
-It states what serving must compute, not how fast. The target runs over each whole sequence in every
-round and keeps no cache; the drafter drafts for one request at a time. Everything that decides a
+It states what serving must compute, not how fast. The target is asked about whole sequences in every
+round, whatever it keeps of them; the drafter drafts for one request at a time. Everything that decides a
 token is the code that serving calls: ``draft``, ``lookup``, ``survival``, ``schedule``, ``penalties``,
 ``sampling`` and ``accept``. ``dspark eval`` and ``dspark calibrate`` run it.
 """
@@ -40,8 +40,11 @@ class Target(Protocol):
     #: ``[V, d]`` LM head.
     head: torch.Tensor
 
-    def forward(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """``[n]`` int64 tokens to ``[n, V]`` float32 logits and ``[n, L * d]`` states."""
+    def forward(
+        self, sequences: Sequence[torch.Tensor], rows: Sequence[int]
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """For each of some sequences ``[n]`` int64: ``[rows, V]`` float32 logits of its last rows, at least one,
+        and ``[n, L * d]`` states. The logits are the caller's to change."""
         ...
 
 
@@ -193,8 +196,7 @@ class Engine:
             ConfigError: a prompt without tokens.
             NumericsError: logits or confidences from which nothing can be decided.
         """
-        for request in requests:
-            self.start(request)
+        self.start(requests)
         running = [request for request in requests if not request.finished]
         if not running:
             none = torch.empty(0, dtype=torch.int64)
@@ -208,23 +210,25 @@ class Engine:
         return RoundReport(block.tokens, logits, chance, sent, kept)
 
     @torch.no_grad()
-    def start(self, request: Request) -> None:
-        """The target's own first token, as plain decoding finds it, for a request that has none."""
-        if request.states is not None or request.finished:
-            return
-        if not request.prompt:
+    def start(self, requests: Sequence[Request]) -> None:
+        """The target's own first token, as plain decoding finds it, of those that have none."""
+        new = [request for request in requests if request.states is None and not request.finished]
+        if not all(request.prompt for request in new):
             raise ConfigError(
                 "A request has an empty prompt.",
                 expected="at least one token to continue",
                 fix="Begin the prompt with the model's beginning-of-sequence token.",
             )
-        logits, request.states = self.target.forward(torch.tensor(request.tokens))
-        rows = logits[-1:].clone()
-        request.penalties.apply(rows, request.output, [])
-        token = best(rows)
-        if request.temperature > 0:
-            token = sample(_weights(rows, [request], [1]), self._uniforms((1,)))
-        _extend(request, [int(token)])
+        if not new:
+            return
+        made = self.target.forward([torch.tensor(r.tokens) for r in new], [1] * len(new))
+        for request, (row, states) in zip(new, made, strict=True):
+            request.states = states
+            request.penalties.apply(row, request.output, [])
+            token = best(row)
+            if request.temperature > 0:
+                token = sample(_weights(row, [request], [1]), self._uniforms((1,)))
+            _extend(request, [int(token)])
 
     def _draft(self, running: Sequence[Request]) -> tuple[DraftBlock, torch.Tensor]:
         """A block for every request, and ``[R, gamma]`` uncalibrated confidence logits of its tokens."""
@@ -293,19 +297,21 @@ class Engine:
         self, running: Sequence[Request], block: DraftBlock, sent: torch.Tensor
     ) -> torch.Tensor:
         """Run the target over anchors and admitted tokens, decide, and commit what is kept."""
-        made, states = [], []
-        for request, drafted, count in zip(running, block.tokens, sent.tolist(), strict=True):
-            own = drafted[:count]
-            logits, state = self.target.forward(torch.cat([torch.tensor(request.tokens), own]))
-            rows = logits[-1 - count :].clone()
+        admitted = [own[:count] for own, count in zip(block.tokens, sent.tolist(), strict=True)]
+        made = self.target.forward(
+            [
+                torch.cat([torch.tensor(r.tokens), own])
+                for r, own in zip(running, admitted, strict=True)
+            ],
+            [len(own) + 1 for own in admitted],
+        )
+        for request, own, (rows, _) in zip(running, admitted, made, strict=True):
             request.penalties.apply(rows, request.output, own.tolist())
-            made.append(rows)
-            states.append(state)
-        result = self._accept(running, block, sent, made)
+        result = self._accept(running, block, sent, [rows for rows, _ in made])
         for i, request in enumerate(running):
             kept = int(result.count[i])
             # Its last token's state is computed by the next round: the anchor's row.
-            request.states = states[i][: len(request.tokens) + kept]
+            request.states = made[i][1][: len(request.tokens) + kept]
             _extend(request, [*block.tokens[i, :kept].tolist(), int(result.token[i])])
         return result.count
 

@@ -32,6 +32,9 @@ from dspark_sglang.training.target import HFTarget, Target
 
 Float64 = npt.NDArray[np.float64]
 
+#: Requests that the engine runs together.
+_AT_ONCE = 12
+
 
 class Question(NamedTuple):
     """One prompt and the domain it is counted in."""
@@ -184,7 +187,7 @@ class Answer(NamedTuple):
     #: ``[N, gamma]`` uncalibrated confidence logits of the drafted tokens.
     confidence: Float64
     #: ``[N, gamma]`` chance ``min(1, p(x) / q(x))`` that each is accepted, the ones before it having been; no
-    #: rows for a greedy request.
+    #: columns for a greedy request.
     acceptance: Float64
 
 
@@ -231,25 +234,41 @@ def answer(
         shortlist=shortlist or None,
         lookup=lookup,
     )
-    stops = pair.target_model.stop_tokens
+    requests = [
+        Request(
+            pair.target_model.encode(question.messages),
+            max_tokens,
+            temperature=temperature,
+            stop_tokens=pair.target_model.stop_tokens,
+        )
+        for question in questions
+    ]
     found = []
-    for number, question in enumerate(questions):
-        prompt = pair.target_model.encode(question.messages)
-        request = Request(prompt, max_tokens, temperature=temperature, stop_tokens=stops)
-        chances.clear()
-        walk, logits = nothing(engine.drafter.gamma), []
-        engine.start(request)
-        while not request.finished:
-            before = len(request.output)
-            report = engine.step([request])
-            walk += _round(int(report.kept), len(request.output) - before, engine.drafter.gamma)
-            logits.append(report.confidence)
-        progress(number + 1)
-        if walk.rounds:
-            empty = torch.empty((0, engine.drafter.gamma))
-            confidence, acceptance = torch.cat([empty, *logits]), torch.cat([empty, *chances])
-            values = (confidence.double().numpy(), acceptance.double().numpy())
-            found.append(Answer(question.domain, request.output, walk, *values))
+    for begin in range(0, len(requests), _AT_ONCE):
+        part = requests[begin : begin + _AT_ONCE]
+        rounds: list[list[tuple[Walk, torch.Tensor, torch.Tensor]]] = [[] for _ in part]
+        engine.start(part)
+        while running := [number for number, request in enumerate(part) if not request.finished]:
+            before = [len(part[number].output) for number in running]
+            report = engine.step(part)
+            chance = chances.pop() if temperature > 0 else torch.empty((len(running), 0))
+            for row, number in enumerate(running):
+                grown = len(part[number].output) - before[row]
+                walk = _round(int(report.kept[row]), grown, engine.drafter.gamma)
+                rounds[number].append((walk, report.confidence[row], chance[row]))
+        for question, request, made in zip(questions[begin:], part, rounds, strict=False):
+            if made:
+                walks, logits, accepted = zip(*made, strict=True)
+                found.append(
+                    Answer(
+                        domain=question.domain,
+                        output=request.output,
+                        walk=sum(walks, nothing(engine.drafter.gamma)),
+                        confidence=torch.stack(logits).double().numpy(),
+                        acceptance=torch.stack(accepted).double().numpy(),
+                    )
+                )
+        progress(begin + len(part))
     if not found:
         raise ConfigError(
             "Every answer of the target ended at once.",

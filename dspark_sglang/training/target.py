@@ -136,9 +136,10 @@ class Target:
 
 
 class HFTarget:
-    """The same model as :class:`dspark_sglang.core.engine.Target` asks.
+    """The same model as :class:`dspark_sglang.core.engine.Target` asks, several sequences together.
 
-    Keys and values of the sequence run last are kept: of the next one only what differs is run.
+    Keys and values of the last sequences are kept, and of the next ones only what follows them is run. A slot of
+    the cache is never taken back: what was rejected is masked out.
 
     Args:
         target: the model, on the CPU.
@@ -146,43 +147,112 @@ class HFTarget:
     """
 
     def __init__(self, target: Target, layer_ids: Sequence[int]) -> None:
-        from transformers import DynamicCache
-
         self._target = target
         self._layer_ids = tuple(layer_ids)
         #: ``[V, d]`` as the model's own module embeds: scaled where it scales.
         self.embedding = target.embed(torch.arange(target.head.shape[0])).detach()
         #: ``[V, d]``.
         self.head = target.head.detach()
-        # Without the model's configuration: layers with a window must be cut back like any other.
+        self._forget()
+
+    def _forget(self) -> None:
+        from transformers import DynamicCache
+
+        # Without the model's configuration: all layers keep everything, those with a window too.
         self._cache: Any = DynamicCache()
-        self._tokens = torch.empty(0, dtype=torch.int64)
-        self._states = self.head.new_empty((0, len(self._layer_ids) * target.hidden))
-        self._logits = torch.empty((0, len(self.head)))
+        #: Tokens and states of each sequence in the cache.
+        self._tokens: list[torch.Tensor] = []
+        self._states: list[torch.Tensor] = []
+        #: ``[B, K]`` position of each slot; -1: it holds nothing.
+        self._slots = torch.empty((0, 0), dtype=torch.int64)
 
     @torch.no_grad()
-    def forward(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """``[n]`` int64 tokens to ``[n, V]`` float32 logits, valid until the next call, and ``[n, L * d]`` states."""
-        shared = min(len(tokens), len(self._tokens))
-        agrees = (tokens[:shared] == self._tokens[:shared]).long().cumprod(0)
-        kept = min(int(agrees.sum()), len(tokens) - 1)
-        if len(self._tokens):
-            self._cache.crop(kept - len(self._tokens))
+    def forward(
+        self, sequences: Sequence[torch.Tensor], rows: Sequence[int]
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """See :meth:`dspark_sglang.core.engine.Target.forward`."""
+        kept = self._find(sequences, rows)
+        fresh = [tokens[count:] for tokens, count in zip(sequences, kept, strict=True)]
+        width = max(len(tokens) for tokens in fresh)
+        ids = torch.zeros((len(fresh), width), dtype=torch.int64)
+        positions = torch.full((len(fresh), width), -1)
+        for row, (tokens, count) in enumerate(zip(fresh, kept, strict=True)):
+            ids[row, : len(tokens)] = tokens
+            positions[row, : len(tokens)] = count + torch.arange(len(tokens))
+            self._slots[row, self._slots[row] >= count] = -1
+        self._slots = torch.cat([self._slots, positions], dim=1)
         target = self._target
         with target.capture(self._layer_ids) as found:
             out = target.decoder(
-                input_ids=tokens[None, kept:], past_key_values=self._cache, use_cache=True
+                input_ids=ids,
+                position_ids=positions.clamp(min=0),
+                attention_mask=self._masks(positions),
+                past_key_values=self._cache,
+                use_cache=True,
             )
-        layers = torch.cat([found[layer][0] for layer in self._layer_ids], dim=-1)
-        self._tokens, self._states = tokens, torch.cat([self._states[:kept], layers])
-        if len(self._logits) < len(tokens):
-            grown = torch.empty((2 * len(tokens), len(self.head)))
-            grown[:kept] = self._logits[:kept]
-            self._logits = grown
-        logits = linear(out.last_hidden_state[0], self.head).float()
-        cap = target.softcap
-        self._logits[kept : len(tokens)] = cap * torch.tanh(logits / cap) if cap else logits
-        return self._logits[: len(tokens)], self._states
+        layers = torch.cat([found[layer] for layer in self._layer_ids], dim=-1)
+        made = []
+        for row, (tokens, count) in enumerate(zip(sequences, kept, strict=True)):
+            end = len(tokens) - count
+            self._states[row] = torch.cat([self._states[row][:count], layers[row, :end]])
+            final = out.last_hidden_state[row, end - rows[row] : end]
+            logits = linear(final, self.head).float()
+            cap = target.softcap
+            logits = cap * torch.tanh(logits / cap) if cap else logits
+            made.append((logits, self._states[row]))
+        self._tokens = list(sequences)
+        return made
+
+    def _find(self, sequences: Sequence[torch.Tensor], rows: Sequence[int]) -> list[int]:
+        """Bring the cache's sequences into the order of ``sequences``; how much of each need not be run.
+
+        Where one is not a continuation of any, all are run from their beginning.
+        """
+        order: list[int] = []
+        kept = []
+        for tokens, count in zip(sequences, rows, strict=True):
+            shared = [
+                0 if row in order else min(_agreeing(tokens, known), len(tokens) - count)
+                for row, known in enumerate(self._tokens)
+            ]
+            kept.append(max(shared, default=0))
+            order.append(shared.index(kept[-1]) if kept[-1] else -1)
+        if min(kept) == 0:
+            self._forget()
+            width = len(self._layer_ids) * self._target.hidden
+            self._states = [self.head.new_empty((0, width)) for _ in sequences]
+            self._slots = torch.empty((len(sequences), 0), dtype=torch.int64)
+            return [0] * len(sequences)
+        if order != list(range(len(self._tokens))):
+            self._cache.batch_select_indices(torch.tensor(order))
+            self._slots = self._slots[order]
+            self._states = [self._states[row] for row in order]
+        return kept
+
+    def _masks(self, positions: torch.Tensor) -> Any:
+        """What rows at ``positions`` ``[B, Q]`` see of the slots: one mask, or one for each kind of layer."""
+        at, slots = positions[..., None], self._slots[:, None]
+        seen = (slots >= 0) & (slots <= at)
+        kind = self._target.model.dtype
+
+        def additive(visible: torch.Tensor) -> torch.Tensor:
+            mask = torch.zeros(visible.shape, dtype=kind)
+            return mask.masked_fill_(~visible, torch.finfo(kind).min)[:, None]
+
+        config = self._target.config
+        kinds = set(getattr(config, "layer_types", None) or ())
+        if not kinds:
+            return additive(seen)
+        near = at - slots < (config.sliding_window or slots.shape[-1] + 1)
+        return {
+            name: additive(seen & near if name == "sliding_attention" else seen) for name in kinds
+        }
+
+
+def _agreeing(one: torch.Tensor, other: torch.Tensor) -> int:
+    """How many tokens two sequences begin with alike."""
+    shared = min(len(one), len(other))
+    return int((one[:shared] == other[:shared]).long().cumprod(0).sum())
 
 
 class StateSource:

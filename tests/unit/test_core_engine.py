@@ -138,12 +138,19 @@ class Toy:
         self.before = 0.5 * torch.randn(vocab, vocab, generator=generator)
         self.calls = 0
 
-    def forward(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def law(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits and states of every token of one sequence."""
         self.calls += 1
         logits = self.last[tokens]
         logits[1:] += self.before[tokens[:-1]]
         count = torch.arange(1, len(tokens) + 1)[:, None]
         return logits, self.embedding[tokens].cumsum(0) / count
+
+    def forward(self, sequences: Any, rows: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        made = [self.law(tokens) for tokens in sequences]
+        return [
+            (logits[-n:].clone(), states) for (logits, states), n in zip(made, rows, strict=True)
+        ]
 
 
 def toy_engine(kind: str = "vanilla", vocab: int = 3, **changes: Any) -> Engine:
@@ -237,7 +244,7 @@ def test_stop_tokens_end_the_output(llama: Target, bigrams: torch.Tensor) -> Non
 
 def test_the_hugging_face_target(llama: Target) -> None:
     tokens = torch.tensor([5, 9, 2, 30])
-    logits, states = HFTarget(llama, [0, 3]).forward(tokens)
+    ((logits, states),) = HFTarget(llama, [0, 3]).forward([tokens], [4])
     out = llama.model(tokens[None], output_hidden_states=True)
     torch.testing.assert_close(logits, out.logits[0])
     torch.testing.assert_close(states[:, :32], out.hidden_states[1][0])
@@ -255,14 +262,27 @@ def test_what_a_target_keeps_of_the_last_sequence_changes_nothing(
         for layer in model.layers:
             layer.self_attn.sliding_window = 6 if layer.self_attn.sliding_window else None
     kept, generator = HFTarget(model, [0, 2]), torch.Generator().manual_seed(0)
-    text = torch.randint(4, 90, (30,), generator=generator)
-    other = torch.randint(4, 90, (9,), generator=generator)
-    # Longer, the same again, shorter, other tokens at its end, and another sequence.
-    sequences = [text[:9], text[:16], text[:16], text[:11], torch.cat([text[:11], other]), other]
-    for tokens in [*sequences, other[:1], text]:
-        found = kept.forward(tokens)
-        for one, alone in zip(found, HFTarget(model, [0, 2]).forward(tokens), strict=True):
-            torch.testing.assert_close(one, alone, atol=2e-5, rtol=1e-4)
+    one, two, three = torch.randint(4, 90, (3, 40), generator=generator)
+    calls = [
+        [one[:9], two[:12], three[:5]],
+        [one[:16], two[:13], three[:11]],
+        # What was rejected is run again, in the same order and in another.
+        [torch.cat([one[:11], two[20:24]]), two[:13], torch.cat([three[:7], one[30:31]])],
+        [torch.cat([three[:7], one[30:36]]), torch.cat([one[:11], two[20:23], two[30:39]])],
+        [torch.cat([one[:11], two[20:23], two[30:40]])],
+        # Nothing that is known, and less than that.
+        [two[:30], one[:4]],
+        [two[:3], one[:4]],
+    ]
+    for sequences in calls:
+        for rows in ([1] * len(sequences), [2] * len(sequences)):
+            found = kept.forward(sequences, rows)
+            for tokens, got, count in zip(sequences, found, rows, strict=True):
+                (alone,) = HFTarget(model, [0, 2]).forward([tokens], [count])
+                out = model.model(tokens[None], output_hidden_states=True)
+                torch.testing.assert_close(got[0], out.logits[0, -count:], atol=2e-5, rtol=1e-4)
+                for mine, wanted in zip(got, alone, strict=True):
+                    torch.testing.assert_close(mine, wanted, atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("repeats", [True, False], ids=["repeating text", "other text"])
@@ -312,7 +332,7 @@ def sequence_law(target: Toy, request: Request, length: int) -> torch.Tensor:
     for output in itertools.product(range(vocab), repeat=length):
         chance = 1.0
         for step, token in enumerate(output):
-            logits, _ = target.forward(torch.tensor([*request.prompt, *output[:step]]))
+            logits, _ = target.law(torch.tensor([*request.prompt, *output[:step]]))
             row = logits[-1:].clone()
             request.penalties.apply(row, output[:step], [])
             chance *= float(torch.softmax(row[0] / request.temperature, dim=-1)[token])
@@ -357,7 +377,7 @@ def test_filters_are_those_of_plain_decoding() -> None:
     engine.generate(requests)
     pairs = torch.tensor([request.output for request in requests])
     for first in pairs[:, 0].unique().tolist():
-        logits, _ = engine.target.forward(torch.tensor([2, first]))
+        logits, _ = engine.target.law(torch.tensor([2, first]))
         law = torch.softmax(logits[-1], dim=-1)
         law[law < law.topk(2).values[-1]] = 0.0
         seen = torch.bincount(pairs[pairs[:, 0] == first, 1], minlength=4)
@@ -377,7 +397,7 @@ def test_with_no_budget_every_round_gives_one_token(kind: str) -> None:
     assert all(report.sent.tolist() == [0, 0] for report in reports)
     wanted = [0]
     for _ in range(4):
-        wanted.append(int(engine.target.forward(torch.tensor(wanted))[0][-1].argmax()))
+        wanted.append(int(engine.target.law(torch.tensor(wanted))[0][-1].argmax()))
     assert requests[0].output == wanted[1:]
 
 
@@ -453,12 +473,12 @@ def test_what_is_committed_is_what_the_next_round_drafts_from(kind: str) -> None
     while all(not request.finished for request in requests):
         before = [request.tokens for request in requests]
         for request, tokens in zip(requests, before, strict=True):
-            _, states = engine.target.forward(torch.tensor(tokens))
+            _, states = engine.target.law(torch.tensor(tokens))
             assert request.states is not None
             torch.testing.assert_close(request.states, states[:-1])
         report = engine.step(requests)
         drafter, tokens = engine.drafter, torch.tensor(before[0])
-        _, states = engine.target.forward(tokens)
+        _, states = engine.target.law(tokens)
         row = engine.target.embedding[tokens[-1:]]
         hidden = drafter.hidden(drafter.context(states), torch.tensor([len(tokens) - 1]), row)
         logits = drafter.base_logits(hidden, engine.target.head)
@@ -497,8 +517,8 @@ def test_broken_logits(temperature: float, value: float, call: int) -> None:
     """In the prompt's forward as in a verify forward: infinity is the token taken, and nothing is drawn from NaN."""
 
     class Broken(Toy):
-        def forward(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            logits, states = super().forward(tokens)
+        def law(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            logits, states = super().law(tokens)
             if self.calls == call:
                 logits[:, 1] = value
             return logits, states

@@ -112,28 +112,29 @@ def reference(
 def test_every_round_is_the_reference_drafters(
     pair: Any, temperature: float, shortlist: int, monkeypatch: Any
 ) -> None:
-    reports: list[Any] = []
+    reports: list[tuple[list[tuple[int, int]], Any]] = []
     step = Engine.step
 
     def kept(self: Engine, requests: Any) -> Any:
-        before = len(requests[0].tokens)
-        reports.append((before - 1, step(self, requests)))
+        running = [(i, len(r.tokens) - 1) for i, r in enumerate(requests) if not r.finished]
+        reports.append((running, step(self, requests)))
         return reports[-1][1]
 
     monkeypatch.setattr(Engine, "step", kept)
     loaded, answers = answered(pair, temperature, shortlist=shortlist)
-    assert sum(found.walk.rounds for found in answers) == len(reports)
-    left = iter(reports)
-    for question, found in zip(QUESTIONS, answers, strict=True):
-        text = [*loaded.target_model.encode(question.messages), *found.output]
-        assert len(found.acceptance) == (found.walk.rounds if temperature else 0)
-        for row in range(found.walk.rounds):
-            anchor, report = next(left)
-            block = report.drafted[0].tolist()
-            read = torch.tensor([*text[: anchor + 1], *block])
+    texts = [
+        [*loaded.target_model.encode(question.messages), *found.output]
+        for question, found in zip(QUESTIONS, answers, strict=True)
+    ]
+    rounds = [0] * len(answers)
+    for running, report in reports:
+        for place, (number, anchor) in enumerate(running):
+            found, block = answers[number], report.drafted[place].tolist()
+            read = torch.tensor([*texts[number][: anchor + 1], *block])
             laws, confidence, truth = reference(
                 pair, loaded.target_model.model, read, anchor, shortlist
             )
+            row = rounds[number]
             np.testing.assert_allclose(found.confidence[row], confidence, atol=1e-3)
             for k, token in enumerate(block):
                 assert laws[k][token] > 0
@@ -142,6 +143,9 @@ def test_every_round_is_the_reference_drafters(
                     assert found.acceptance[row, k] == pytest.approx(ratio, abs=1e-3)
                 else:
                     assert laws[k][token] == laws[k].max()
+            rounds[number] += 1
+    assert rounds == [found.walk.rounds for found in answers]
+    assert {len(found.acceptance) for found in answers} == set(rounds)
 
 
 def test_walks_add_up_to_the_answers(pair: Any) -> None:

@@ -18,13 +18,7 @@ import httpx
 import msgspec
 
 from dspark_sglang import __version__
-from dspark_sglang.checkpoint import (
-    check_fits,
-    check_served,
-    check_tensors,
-    parse_drafter_config,
-    read_config,
-)
+from dspark_sglang.checkpoint import read_config
 from dspark_sglang.config import (
     COST_AUTO,
     COST_ONLINE,
@@ -34,6 +28,8 @@ from dspark_sglang.config import (
     read_settings,
 )
 from dspark_sglang.errors import DSparkError
+from dspark_sglang.layouts.dense.config import check_fits, check_served, parse_drafter_config
+from dspark_sglang.layouts.dense.tensors import check_tensors
 from dspark_sglang.layouts.v4.check import check_bundle
 from dspark_sglang.serving import compat, entry
 from dspark_sglang.serving.arguments import check_port

@@ -15,10 +15,9 @@ from typing import Any, NamedTuple
 import torch
 
 from dspark_sglang.artifacts import write_bytes
-from dspark_sglang.checkpoint import parse_drafter_config
+from dspark_sglang.layouts.dense.config import DrafterSpec, parse_drafter_config
+from dspark_sglang.layouts.dense.write import drafter_config, write_drafter
 from dspark_sglang.layouts.v4 import tiny
-from dspark_sglang.training.config import DrafterSpec
-from dspark_sglang.training.layouts import drafter_config, write_drafter
 from dspark_sglang.training.model import Drafter
 from dspark_sglang.training.start import initialise
 

@@ -12,8 +12,9 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 
 from dspark_sglang.artifacts import SCHEMA_VERSION, STS_FILE, read_sts, write_json
-from dspark_sglang.checkpoint import parse_drafter_config, read_config, weights_digest
+from dspark_sglang.checkpoint import read_config, weights_digest
 from dspark_sglang.errors import ConfigError
+from dspark_sglang.layouts.dense.config import parse_drafter_config
 
 if TYPE_CHECKING:
     from dspark_sglang.evaluation.answer import Answer, Question
@@ -178,7 +179,7 @@ class Session:
         questions: list[Question],
         settings: Settings,
     ) -> None:
-        from dspark_sglang.training.layouts import read_drafter
+        from dspark_sglang.layouts.dense.read import read_drafter
 
         self._console, self._target, self._drafter = console, target, drafter
         self._questions, self._settings = questions, settings

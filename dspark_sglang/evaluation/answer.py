@@ -17,15 +17,14 @@ import torch
 
 from dspark_loadtests.prompts import BALANCED, load_prompts
 from dspark_sglang.artifacts import DRAFT_VOCAB_FILE, read_draft_vocab
-from dspark_sglang.checkpoint import check_fits, is_bundle, read_config
+from dspark_sglang.checkpoint import is_bundle, read_config
 from dspark_sglang.core.accept import Accepted, Round, accept_sampled
 from dspark_sglang.core.draft import cpu_shortlist
 from dspark_sglang.core.engine import Engine, Request
-from dspark_sglang.core.heads import ConfidenceHead, MarkovHead
 from dspark_sglang.errors import CheckpointError, ConfigError
-from dspark_sglang.training.batches import visible
-from dspark_sglang.training.layouts import read_drafter
-from dspark_sglang.training.model import Drafter
+from dspark_sglang.layouts.dense.config import check_fits
+from dspark_sglang.layouts.dense.read import read_drafter
+from dspark_sglang.layouts.dense.reference import DenseDrafter
 from dspark_sglang.training.prompts import load_prompt_files
 from dspark_sglang.training.replay import Walk, nothing
 from dspark_sglang.training.target import HFTarget, Target
@@ -98,55 +97,12 @@ def refuse_bundle(drafter: Path, *, instead: str) -> None:
         )
 
 
-class ModuleDrafter:
-    """A drafter of any dense layout, as the engine drafts with it.
-
-    Args:
-        module: its layers and heads.
-        mask: ``[d]`` the target's embedding of its mask token.
-    """
-
-    def __init__(self, module: Drafter, mask: torch.Tensor) -> None:
-        self._module, self._mask = module, mask
-        config, probe = module.config, module.confidence_head.proj
-        self.markov = MarkovHead.from_module(module.markov_head)
-        self.confidence = ConfidenceHead(
-            weight=probe.weight.detach().float().view(-1),
-            bias=probe.bias.detach().float().view(()),
-            with_markov=probe.in_features > config.hidden_size,
-            temperatures=torch.ones(config.gamma),
-        )
-
-    @property
-    def gamma(self) -> int:
-        """Tokens drafted a round."""
-        return self._module.config.gamma
-
-    def context(self, target_hidden: torch.Tensor) -> torch.Tensor:
-        """``[S, L * d]`` target states to ``[S, d]`` context rows."""
-        return self._module.context(target_hidden[None])[0]
-
-    def hidden(
-        self, context: torch.Tensor, anchors: torch.Tensor, embedding: torch.Tensor
-    ) -> torch.Tensor:
-        """``[A, gamma, d]`` final hidden states of the blocks at ``anchors`` ``[A]`` of one sequence."""
-        seen = visible(anchors[None], len(context), self._module.rows)
-        blocks = self._module.blocks(
-            context[None], anchors[None], embedding[None], self._mask, seen
-        )
-        return blocks[0]
-
-    def base_logits(self, hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
-        """``[..., V]`` logits of hidden states through the target's ``[V, d]`` head."""
-        return hidden @ head.T
-
-
 class Pair(NamedTuple):
     """A target and its drafter."""
 
     target_model: Target
     target: HFTarget
-    drafter: ModuleDrafter
+    drafter: DenseDrafter
     #: ``[M]`` int64 the tokens that are drafted, ascending; None: all.
     vocabulary: torch.Tensor | None
 
@@ -166,16 +122,15 @@ def load_pair(target: Path, drafter: Path, *, bf16: bool = True) -> Pair:
     config, tensors = read_drafter(drafter)
     check_fits(config, read_config(target, role="target"), name=str(target))
     loaded = Target(str(target), bf16=bf16)
-    module = Drafter(config)
-    module.load(tensors)
-    module.to(loaded.head.dtype).eval().requires_grad_(False)
     tokens = None
     path = drafter / DRAFT_VOCAB_FILE
     if path.is_file():
         tokens = torch.tensor(read_draft_vocab(path, vocab_size=len(loaded.head)).tokens)
     engine_target = HFTarget(loaded, config.target_layer_ids)
-    mask = engine_target.embedding[config.mask_token_id]
-    return Pair(loaded, engine_target, ModuleDrafter(module, mask), tokens)
+    kind = engine_target.head.dtype
+    stored = {name: value.to(kind) for name, value in tensors.items()}
+    reference = DenseDrafter(stored, config, engine_target.embedding)
+    return Pair(loaded, engine_target, reference, tokens)
 
 
 class Answer(NamedTuple):

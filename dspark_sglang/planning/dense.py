@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from dspark_sglang.checkpoint import DrafterConfig, dense_layer, dense_tensors
 from dspark_sglang.errors import CheckpointError
+from dspark_sglang.layouts.dense.config import DrafterConfig
+from dspark_sglang.layouts.dense.tensors import dense_layer, dense_tensors
 from dspark_sglang.planning.kv import FullKv, SlidingKv
 from dspark_sglang.planning.reading import integer
 from dspark_sglang.planning.tensors import SIZES, Split, Tensor

@@ -9,16 +9,14 @@ from typing import Any
 import msgspec
 
 from dspark_sglang.artifacts import DRAFT_VOCAB_FILE
-from dspark_sglang.checkpoint import (
+from dspark_sglang.checkpoint import read_config, read_json, text_config
+from dspark_sglang.errors import CheckpointError, ConfigError
+from dspark_sglang.layouts.dense.config import (
     DrafterConfig,
     check_fits,
     check_served,
     parse_drafter_config,
-    read_config,
-    read_json,
-    text_config,
 )
-from dspark_sglang.errors import CheckpointError, ConfigError
 from dspark_sglang.planning import dense, headers, published, reading, v4
 from dspark_sglang.planning.kv import COMPRESSED_PAGE, DEFAULT_PAGE, DraftKv, Kv
 from dspark_sglang.planning.tensors import SIZES, Split, Tensor

@@ -17,18 +17,16 @@ from typing import Any, NoReturn
 import psutil
 from safetensors import SafetensorError, safe_open
 
-from dspark_sglang.checkpoint import (
+from dspark_sglang.checkpoint import is_bundle, read_config, weight_files
+from dspark_sglang.config import COST_AUTO, read_settings
+from dspark_sglang.errors import CheckpointError, ConfigError, DSparkError
+from dspark_sglang.layouts.dense.config import (
     DrafterConfig,
     check_fits,
     check_served,
-    check_tensors,
-    is_bundle,
     parse_drafter_config,
-    read_config,
-    weight_files,
 )
-from dspark_sglang.config import COST_AUTO, read_settings
-from dspark_sglang.errors import CheckpointError, ConfigError, DSparkError
+from dspark_sglang.layouts.dense.tensors import check_tensors
 from dspark_sglang.layouts.v4.check import check_bundle
 from dspark_sglang.serving import placement, warmup
 

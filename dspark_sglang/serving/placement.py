@@ -8,11 +8,12 @@ from typing import Any
 import msgspec
 import torch
 
-from dspark_sglang.checkpoint import DrafterConfig, dense_tensors, parse_drafter_config
 from dspark_sglang.config import Settings
 from dspark_sglang.core import placement as costs
 from dspark_sglang.core.placement import Backbone, Placement
 from dspark_sglang.errors import ConfigError
+from dspark_sglang.layouts.dense.config import DrafterConfig, parse_drafter_config
+from dspark_sglang.layouts.dense.tensors import dense_tensors
 
 #: Not of the backbone: on every rank whatever the placement.
 _HEADS = ("markov_head.", "confidence_head.", "embed_tokens.", "lm_head.")

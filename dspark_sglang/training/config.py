@@ -9,38 +9,7 @@ from typing import Any, Literal
 import msgspec
 
 from dspark_sglang.errors import ConfigError
-
-MarkovKind = Literal["vanilla", "gated", "rnn", "none"]
-
-
-class DrafterSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The drafter to make. Widths, heads and RoPE are the target's."""
-
-    #: Drafted tokens a round.
-    gamma: int = 5
-    layers: int = 2
-    #: Key and value heads. 0: as the target. More let a block row read more of the features of the
-    #: position before it, which is what its first prediction lives on.
-    kv_heads: int = 0
-    #: ``qwen3``: what SGLang runs, for any target. ``gemma4``: DeepSpec's Gemma 4 layers, for a
-    #: Gemma 4 target served elsewhere (SGLang 0.5.23 has no class for them).
-    layout: Literal["qwen3", "gemma4"] = "qwen3"
-    #: Whether the anchor's row predicts the first token, so that gamma rows do. False is DFlash's
-    #: convention: gamma + 1 rows, each mask row predicts its own position. Unset: as ``start``
-    #: has it, else true except with ``markov_head: none``.
-    sample_from_anchor: bool | None = None
-    #: ``none`` trains the parallel backbone alone (DFlash).
-    markov_head: MarkovKind = "vanilla"
-    markov_rank: int = 64
-    #: Target layers read (outputs of those decoder layers). Empty: as ``start`` reads, else five,
-    #: spread from the third layer to the last but one.
-    target_layer_ids: tuple[int, ...] = ()
-    #: Token whose embedding fills rows 2..gamma. Negative: as in ``start``, else an unused special
-    #: token is looked up.
-    mask_token_id: int = -1
-    #: Draft only so many tokens, the most frequent ones the target wrote; 0: the whole vocabulary.
-    #: Unset: the tokens ``start`` drafts.
-    draft_vocabulary: int | None = None
+from dspark_sglang.layouts.dense.config import DrafterSpec
 
 
 class DataSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -4,7 +4,7 @@ Parameter names are the checkpoint's. Layers are dense (Qwen 3) or Gemma 4's. Th
 ``DFlashDecoderLayer`` computes: pre-norms, SwiGLU, attention scaled by ``head_dim ** -0.5``. Gemma 4's
 are DeepSpec's ``Gemma4DSparkModel``: norms before and after attention and MLP, tanh-GELU, queries and
 keys normed and not scaled, values normed without a gain. The forward pass of the dense layout is that of
-:class:`dspark_sglang.core.drafter.DenseDrafter` over many anchors of many sequences at once.
+:class:`dspark_sglang.layouts.dense.reference.DenseDrafter` over many anchors of many sequences at once.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import torch
 from torch import nn
 from torch.nn.functional import gelu, linear, rms_norm, scaled_dot_product_attention, silu
 
-from dspark_sglang.checkpoint import DrafterConfig
-from dspark_sglang.core.drafter import rotate
 from dspark_sglang.core.heads import MarkovHead
+from dspark_sglang.layouts.dense.config import DrafterConfig
+from dspark_sglang.layouts.dense.reference import rotate
 
 
 class Norm(nn.Module):
@@ -253,19 +253,9 @@ class Drafter(nn.Module):
         Returns:
             ``[B, A, gamma, d]``; row ``k`` predicts the token at ``anchor + k + 1``.
         """
-        return self.blocks(self.context(states), anchors, embedded, mask_embedding, mask)
-
-    def blocks(
-        self,
-        context: torch.Tensor,
-        anchors: torch.Tensor,
-        embedded: torch.Tensor,
-        mask_embedding: torch.Tensor,
-        mask: torch.Tensor,
-    ) -> torch.Tensor:
-        """As :meth:`forward`, of context rows ``[B, S, d]``."""
         batch, count = anchors.shape
-        rows, length = self.rows, context.shape[1]
+        rows, length = self.rows, states.shape[1]
+        context = self.context(states)
         x = mask_embedding.to(context.dtype).expand(batch, count, rows, -1).clone()
         x[:, :, 0] = embedded.to(x.dtype)
         x = x.view(batch, count * rows, -1)

@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from dspark_sglang.checkpoint import DrafterConfig
 from dspark_sglang.errors import CheckpointError
-from dspark_sglang.training.existing import Existing, read_existing
+from dspark_sglang.layouts.dense.config import DrafterConfig
+from dspark_sglang.layouts.dense.read import Existing, read_existing
 from dspark_sglang.training.model import Drafter
 from dspark_sglang.training.target import Target
 

@@ -21,15 +21,15 @@ from dspark_sglang.artifacts import (
     DraftVocabArtifact,
     read_draft_vocab,
 )
-from dspark_sglang.checkpoint import parse_drafter_config
 from dspark_sglang.errors import DataError, NumericsError
+from dspark_sglang.layouts.dense.config import parse_drafter_config
+from dspark_sglang.layouts.dense.write import drafter_config, write_drafter
 from dspark_sglang.training import bigram, run_folder
 from dspark_sglang.training.batches import Packed, pack, sample_anchors, step_batches
 from dspark_sglang.training.chat import Encoder, TokenSequence
 from dspark_sglang.training.config import TrainConfig
 from dspark_sglang.training.conversations import is_validation, load_conversations
 from dspark_sglang.training.distributed import World
-from dspark_sglang.training.layouts import drafter_config, write_drafter
 from dspark_sglang.training.loss import (
     Mix,
     Terms,

@@ -27,8 +27,9 @@ from dspark_packaging.records import (
 from dspark_packaging.transfer import Job, Method, Progress, place, silent
 from dspark_packaging.verify import Verified, check_revision, fingerprint, verify_opened
 from dspark_sglang.artifacts import SCHEMA_VERSION, Provenance, write_bytes, write_json
-from dspark_sglang.checkpoint import check_fits, read_config, read_json, weight_files
+from dspark_sglang.checkpoint import read_config, read_json, weight_files
 from dspark_sglang.errors import ArtifactError
+from dspark_sglang.layouts.dense.config import check_fits
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):

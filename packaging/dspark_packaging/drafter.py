@@ -15,17 +15,10 @@ import msgspec
 
 from dspark_packaging.errors import PackageError
 from dspark_packaging.layout import INDEX_FILE, SINGLE_FILE, is_weight, require_inside
-from dspark_sglang.checkpoint import (
-    DrafterConfig,
-    check_tensors,
-    dense_tensors,
-    is_gemma4,
-    parse_drafter_config,
-    read_config,
-    weight_files,
-    weights_digest,
-)
+from dspark_sglang.checkpoint import read_config, weight_files, weights_digest
 from dspark_sglang.errors import CheckpointError
+from dspark_sglang.layouts.dense.config import DrafterConfig, is_gemma4, parse_drafter_config
+from dspark_sglang.layouts.dense.tensors import check_tensors, dense_tensors
 from dspark_sglang.safetensors import Header, Tensor, read_header, unique_keys
 
 #: Tensors of a drafter in DeepSeek-V4's layout.

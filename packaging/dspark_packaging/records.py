@@ -33,8 +33,9 @@ from dspark_sglang.artifacts import (
     read_draft_vocab,
     read_sts,
 )
-from dspark_sglang.checkpoint import parse_drafter_config, read_config, read_json
+from dspark_sglang.checkpoint import read_config, read_json
 from dspark_sglang.errors import ArtifactError
+from dspark_sglang.layouts.dense.config import parse_drafter_config
 
 Kind = Literal["chat", "math", "code", "instructions"]
 Digest = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]

@@ -22,7 +22,8 @@ from dspark_packaging.manifest import read_manifest, verify_manifest
 from dspark_packaging.records import BundleRecord, Package, TargetFingerprint, open_package
 from dspark_packaging.transfer import Progress, silent
 from dspark_sglang.artifacts import SCHEMA_VERSION
-from dspark_sglang.checkpoint import BUNDLED_KEYS, check_fits, read_config, read_json
+from dspark_sglang.checkpoint import BUNDLED_KEYS, read_config, read_json
+from dspark_sglang.layouts.dense.config import check_fits
 
 #: Largest tensor whose values count, and how many bytes of them at most.
 _SMALL, _AT_MOST = 64 << 10, 256 << 20

@@ -32,13 +32,15 @@ from sglang.srt.speculative.dspark_components.dspark_draft import (
 from sglang.srt.utils.hf_transformers_utils import get_config
 from transformers import LlamaConfig
 
-from dspark_sglang.checkpoint import check_served, check_tensors, parse_drafter_config, read_config
-from dspark_sglang.core.drafter import DenseDrafter, DenseShape
+from dspark_sglang.checkpoint import read_config
+from dspark_sglang.layouts.dense.config import DrafterSpec, check_served, parse_drafter_config
+from dspark_sglang.layouts.dense.read import read_drafter
+from dspark_sglang.layouts.dense.reference import DenseDrafter
+from dspark_sglang.layouts.dense.tensors import check_tensors
+from dspark_sglang.layouts.dense.write import drafter_config, write_drafter
 from dspark_sglang.serving.cpu.attention import CpuAttentionBackend
 from dspark_sglang.serving.cpu.platform import _kv_pool_cls
 from dspark_sglang.training.batches import Packed, visible
-from dspark_sglang.training.config import DrafterSpec
-from dspark_sglang.training.layouts import drafter_config, read_drafter, write_drafter
 from dspark_sglang.training.model import Drafter
 from dspark_sglang.training.start import from_drafter
 
@@ -251,19 +253,8 @@ def test_our_loaders_take_the_same_files(name: str, tmp_path: Path) -> None:
     config, tensors = read_drafter(tmp_path)
     check_tensors(tmp_path, parse_drafter_config(read_config(tmp_path, role="drafter")))
     check_served(config)
-    shape = DenseShape(
-        gamma=config.gamma,
-        hidden=HIDDEN,
-        heads=config.num_heads,
-        kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        layers=config.num_layers,
-        mask_token=config.mask_token_id,
-        eps=config.rms_norm_eps,
-        rope_theta=config.rope_theta,
-    )
     embedding = torch.randn(VOCAB, HIDDEN)
-    reference = DenseDrafter.load(tensors, shape, embedding)
+    reference = DenseDrafter(tensors, config, embedding)
     states = torch.randn(LENGTH, len(config.target_layer_ids) * HIDDEN)
     anchors = torch.tensor(ANCHORS)
     tokens = torch.randint(VOCAB, (len(ANCHORS),))

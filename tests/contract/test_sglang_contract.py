@@ -14,8 +14,9 @@ import msgspec
 import pytest
 import torch
 
-from dspark_sglang.checkpoint import dense_tensors, parse_drafter_config
 from dspark_sglang.errors import CompatibilityError
+from dspark_sglang.layouts.dense.config import parse_drafter_config
+from dspark_sglang.layouts.dense.tensors import dense_tensors
 from dspark_sglang.serving import compat, hooks
 from dspark_sglang.serving.compat import Symbol, check, differences
 

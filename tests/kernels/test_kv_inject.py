@@ -19,7 +19,7 @@ from dspark_kernels.kv_inject import Pools, kv_inject, pools, rope_table
 from dspark_kernels.kv_inject.reference import reference
 from dspark_kernels.support.backend import LAUNCHES
 from dspark_kernels.support.errors import OperandError
-from dspark_sglang.core.drafter import rotate
+from dspark_sglang.layouts.dense.reference import rotate
 
 EPS = 1e-6
 SLOTS, POSITIONS = 37, 50

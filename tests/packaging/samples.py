@@ -13,7 +13,9 @@ from safetensors.numpy import save_file
 
 from dspark_packaging import artifact
 from dspark_packaging.records import ACCEPTED_LENGTH, SURVIVAL
-from dspark_sglang.checkpoint import dense_tensors, parse_drafter_config, weights_digest
+from dspark_sglang.checkpoint import weights_digest
+from dspark_sglang.layouts.dense.config import parse_drafter_config
+from dspark_sglang.layouts.dense.tensors import dense_tensors
 
 #: The packaged drafter of this repository.
 COMMITTED = Path(__file__).parents[2] / "model_cards" / "smollm2-135m-instruct-dspark"

@@ -28,9 +28,8 @@ def _write(target: Path, drafter: Path, family: str, seed: int) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3TextConfig, Qwen3Config
 
-    from dspark_sglang.checkpoint import parse_drafter_config
-    from dspark_sglang.training.config import DrafterSpec
-    from dspark_sglang.training.layouts import drafter_config, write_drafter
+    from dspark_sglang.layouts.dense.config import DrafterSpec, parse_drafter_config
+    from dspark_sglang.layouts.dense.write import drafter_config, write_drafter
     from dspark_sglang.training.model import Drafter
     from dspark_sglang.training.start import initialise
 

@@ -9,13 +9,9 @@ from typing import Any
 
 import torch
 
-from dspark_sglang.checkpoint import (
-    DrafterConfig,
-    parse_drafter_config,
-)
+from dspark_sglang.layouts.dense.config import DrafterConfig, DrafterSpec, parse_drafter_config
+from dspark_sglang.layouts.dense.write import drafter_config, write_drafter
 from dspark_sglang.training.batches import Packed, visible
-from dspark_sglang.training.config import DrafterSpec
-from dspark_sglang.training.layouts import drafter_config, write_drafter
 from dspark_sglang.training.model import Drafter
 
 TOKENIZER = SimpleNamespace(added_tokens_encoder={"<mask>": 3}, pad_token_id=0)

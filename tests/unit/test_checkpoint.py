@@ -12,16 +12,10 @@ import pytest
 from drafter_samples import DSPARK_KEYS, FLAT, SHAPES, TARGET, actionable, write
 from safetensors.numpy import save_file
 
-from dspark_sglang.checkpoint import (
-    check_fits,
-    check_tensors,
-    parse_drafter_config,
-    read_config,
-    read_json,
-    read_shapes,
-    weights_digest,
-)
+from dspark_sglang.checkpoint import read_config, read_json, read_shapes, weights_digest
 from dspark_sglang.errors import CheckpointError
+from dspark_sglang.layouts.dense.config import check_fits, parse_drafter_config
+from dspark_sglang.layouts.dense.tensors import check_tensors
 
 
 def nested(section: str, config: Mapping[str, Any] = FLAT) -> dict[str, Any]:

@@ -7,19 +7,21 @@ import math
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
 from laws import THRESHOLD, p_value
 from tiny_training import write_target
 
-from dspark_sglang.checkpoint import dense_tensors, parse_drafter_config
 from dspark_sglang.core.accept import Accepted, Round, accept_sampled
 from dspark_sglang.core.draft import draft_block
-from dspark_sglang.core.drafter import DenseDrafter, DenseShape
 from dspark_sglang.core.engine import Drafter, Engine, Request
 from dspark_sglang.core.penalties import Penalties
 from dspark_sglang.errors import ConfigError, NumericsError
+from dspark_sglang.layouts.dense.config import parse_drafter_config
+from dspark_sglang.layouts.dense.reference import DenseDrafter
+from dspark_sglang.layouts.dense.tensors import dense_tensors
 from dspark_sglang.layouts.v4 import V4Drafter, V4Shape, random_tensors
 from dspark_sglang.training.target import HFTarget, Target
 
@@ -87,10 +89,7 @@ def make_drafter(
     tensors[f"{prefix}confidence_head.proj.weight"] *= 0.4
     if kind == "v4":
         return V4Drafter.load(tensors, shape, embedding)
-    sizes = DenseShape(
-        GAMMA, hidden, 2, config.num_kv_heads, 8, 1, vocab - 1, 1e-6, 1e4, sample_from_anchor=whole
-    )
-    return DenseDrafter.load(tensors, sizes, embedding)
+    return DenseDrafter(tensors, config, embedding)
 
 
 def dense_fields(kind: str, vocab: int) -> dict[str, Any]:
@@ -544,8 +543,9 @@ def test_a_dense_drafter_without_the_anchors_row_drops_it() -> None:
     target = Toy(5)
     masks = make_drafter("vanilla", True, False, target.embedding, target.last)
     assert isinstance(masks, DenseDrafter)
-    sizes = DenseShape(GAMMA + 1, 8, 2, 1, 8, 1, 4, 1e-6, 1e4)
-    wider = DenseDrafter(masks._t, sizes)
+    changes = {"gamma": GAMMA + 1, "sample_from_anchor": True}
+    sizes = msgspec.structs.replace(masks.config, **changes)
+    wider = DenseDrafter(masks._t, sizes, target.embedding)
     context = masks.context(torch.randn(6, 8))
     given = context, torch.tensor([4, 6]), torch.randn(2, 8)
     assert masks.hidden(*given).shape == (2, GAMMA, 8)

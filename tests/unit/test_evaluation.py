@@ -21,15 +21,16 @@ from dspark_sglang.artifacts import (
     read_sts,
     write_json,
 )
-from dspark_sglang.checkpoint import parse_drafter_config, read_config, weights_digest
+from dspark_sglang.checkpoint import read_config, weights_digest
 from dspark_sglang.cli.main import app
 from dspark_sglang.core.draft import SAMPLED_SHORTLIST, SHORTLIST, WHOLE_VOCABULARY
-from dspark_sglang.core.drafter import DenseDrafter, DenseShape
 from dspark_sglang.core.engine import Engine
 from dspark_sglang.errors import ConfigError, ServerError
 from dspark_sglang.evaluation import answer, served
 from dspark_sglang.evaluation.answer import Question, load_questions
 from dspark_sglang.evaluation.report import Domain, calibration, lengths
+from dspark_sglang.layouts.dense.config import parse_drafter_config
+from dspark_sglang.layouts.dense.reference import DenseDrafter
 from dspark_sglang.provenance import provenance
 from dspark_sglang.training import config as configs
 from dspark_sglang.training.distributed import World
@@ -74,12 +75,8 @@ def reference(
     """Laws and confidences of the block at one anchor, given the tokens after it, and the target's laws."""
     config = parse_drafter_config(read_config(pair[1], role="drafter"))
     weights = load_file(pair[1] / "model.safetensors")
-    shape = DenseShape(
-        config.gamma, config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim,
-        config.num_layers, config.mask_token_id, config.rms_norm_eps, config.rope_theta,
-    )  # fmt: skip
     table = model.get_input_embeddings().weight
-    drafter = DenseDrafter.load({n: w.float() for n, w in weights.items()}, shape, table)
+    drafter = DenseDrafter({n: w.float() for n, w in weights.items()}, config, table)
     out = model(tokens[None], output_hidden_states=True)
     states = torch.cat([out.hidden_states[i + 1][0] for i in config.target_layer_ids], dim=-1)
     hidden = drafter.hidden(

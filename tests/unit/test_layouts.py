@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from layouts_samples import (
@@ -22,19 +23,14 @@ from safetensors.torch import load_file, save_file
 from tiny_training import write_target, write_tokenizer
 from torch.nn.functional import scaled_dot_product_attention
 
-from dspark_sglang.checkpoint import (
-    check_served,
-    check_tensors,
-    dense_tensors,
-    parse_drafter_config,
-    read_config,
-)
-from dspark_sglang.core.drafter import DenseDrafter, DenseShape
+from dspark_sglang.checkpoint import read_config
 from dspark_sglang.errors import CheckpointError, ConfigError
-from dspark_sglang.training import layouts
-from dspark_sglang.training.config import DataSpec, DrafterSpec, TrainConfig, check
-from dspark_sglang.training.existing import read_existing
-from dspark_sglang.training.layouts import drafter_config, read_drafter, write_drafter
+from dspark_sglang.layouts.dense.config import DrafterSpec, check_served, parse_drafter_config
+from dspark_sglang.layouts.dense.read import read_drafter, read_existing
+from dspark_sglang.layouts.dense.reference import DenseDrafter
+from dspark_sglang.layouts.dense.tensors import check_tensors, dense_tensors
+from dspark_sglang.layouts.dense.write import WEIGHTS, drafter_config, write_drafter
+from dspark_sglang.training.config import DataSpec, TrainConfig, check
 from dspark_sglang.training.model import Drafter
 from dspark_sglang.training.start import from_target, initialise
 from dspark_sglang.training.target import Target
@@ -43,23 +39,15 @@ from dspark_sglang.training.target import Target
 
 
 @pytest.mark.parametrize("gamma", [1, 5, 7])
-@pytest.mark.parametrize("kv_heads", [0, 4])
-def test_the_trained_model_is_the_reference(gamma: int, kv_heads: int) -> None:
-    _, model = make(DrafterSpec(gamma=gamma, kv_heads=kv_heads, markov_rank=4))
-    config, given = model.config, blocks(model.config, gamma)
-    shape = DenseShape(
-        gamma=gamma,
-        hidden=HIDDEN,
-        heads=4,
-        kv_heads=config.num_kv_heads,
-        head_dim=8,
-        layers=2,
-        mask_token=3,
-        eps=config.rms_norm_eps,
-        rope_theta=config.rope_theta,
-    )
-    tensors = {**model.state_dict(), "mask_embedding": given["mask_embedding"]}
-    reference = DenseDrafter(tensors, shape)
+@pytest.mark.parametrize("name", ["vanilla", "more-key-heads", "from-masks", "gemma4", "gemma4-v"])
+@torch.no_grad()
+def test_the_trained_model_is_the_reference(gamma: int, name: str) -> None:
+    spec, target = LAYOUTS.get(name, (DrafterSpec(kv_heads=4, markov_rank=4), None))
+    _, model = make(msgspec.structs.replace(spec, gamma=gamma), target)
+    given = blocks(model.config, model.rows)
+    embedding = torch.zeros(VOCAB, HIDDEN)
+    embedding[model.config.mask_token_id] = given["mask_embedding"]
+    reference = DenseDrafter(model.state_dict(), model.config, embedding)
     context = reference.context(given["states"][0])
     wanted = reference.hidden(context, given["anchors"][0], given["embedded"][0])
     found = model(**given)
@@ -320,7 +308,7 @@ def test_what_is_written_is_read(name: str, tmp_path: Path) -> None:
 def test_copies_of_the_targets_matrices_are_not_read(tmp_path: Path) -> None:
     """DeepSpec's checkpoints carry them; names may start with ``model.``."""
     folder, model = stored(tmp_path / "drafter", LAYOUTS["vanilla"][0])
-    path = folder / layouts.WEIGHTS
+    path = folder / WEIGHTS
     tensors = {f"model.{name}": value for name, value in load_file(path).items()}
     tensors |= {"embed_tokens.weight": torch.ones(VOCAB, HIDDEN)}
     tensors |= {"lm_head.weight": torch.ones(VOCAB, HIDDEN)}
@@ -331,7 +319,7 @@ def test_copies_of_the_targets_matrices_are_not_read(tmp_path: Path) -> None:
 
 def test_gains_stored_one_less_are_read_as_they_multiply(tmp_path: Path) -> None:
     folder, model = stored(tmp_path / "drafter", LAYOUTS["vanilla"][0], use_gemma_norm=True)
-    path = folder / layouts.WEIGHTS
+    path = folder / WEIGHTS
     tensors = {
         name: value.float() - 1 if name.endswith("norm.weight") else value.float()
         for name, value in load_file(path).items()

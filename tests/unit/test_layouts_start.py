@@ -12,15 +12,11 @@ import torch
 from layouts_samples import HIDDEN, LAYOUTS, TOKENIZER, blocks, stored, text_config
 from safetensors.torch import load_file, save_file
 
-from dspark_sglang.checkpoint import (
-    parse_drafter_config,
-    read_config,
-)
+from dspark_sglang.checkpoint import read_config
 from dspark_sglang.errors import CheckpointError
-from dspark_sglang.training import layouts
-from dspark_sglang.training.config import DrafterSpec
-from dspark_sglang.training.existing import read_existing
-from dspark_sglang.training.layouts import drafter_config
+from dspark_sglang.layouts.dense.config import DrafterSpec, parse_drafter_config
+from dspark_sglang.layouts.dense.read import read_existing
+from dspark_sglang.layouts.dense.write import WEIGHTS, drafter_config
 from dspark_sglang.training.model import Drafter
 from dspark_sglang.training.start import Copied, from_drafter, initialise, prepare
 
@@ -94,7 +90,7 @@ def test_a_confidence_head_that_reads_less_is_the_same_function(tmp_path: Path) 
     folder, model = stored(
         tmp_path / "drafter", DrafterSpec(markov_rank=4), confidence_head_with_markov=False
     )
-    path = folder / layouts.WEIGHTS
+    path = folder / WEIGHTS
     tensors = load_file(path)
     tensors["confidence_head.proj.weight"] = tensors["confidence_head.proj.weight"][:, :HIDDEN]
     save_file({name: value.contiguous() for name, value in tensors.items()}, path)
@@ -127,7 +123,7 @@ def test_a_dflash_start_brings_the_backbone_and_its_convention(named: bool, tmp_
 def test_deepspecs_dflash_predicts_from_the_anchor(tmp_path: Path) -> None:
     """Its architecture is DSpark's with rank 0, and gamma rows."""
     folder, model = stored(tmp_path / "drafter", DrafterSpec(gamma=7, markov_rank=4))
-    path = folder / layouts.WEIGHTS
+    path = folder / WEIGHTS
     save_file({n: t for n, t in load_file(path).items() if "_head." not in n}, path)
     raw = read_config(folder, role="drafter") | {"markov_rank": 0, "enable_confidence_head": False}
     del raw["sample_from_anchor"], raw["markov_head_type"], raw["confidence_head_with_markov"]
@@ -208,7 +204,7 @@ def test_layers_of_another_kind_are_refused(
 @pytest.mark.parametrize("change", ["missing", "unknown", "shape"])
 def test_weights_that_are_not_the_configurations_are_refused(change: str, tmp_path: Path) -> None:
     folder, _ = stored(tmp_path / "drafter", LAYOUTS["vanilla"][0])
-    path = folder / layouts.WEIGHTS
+    path = folder / WEIGHTS
     tensors = load_file(path)
     if change == "missing":
         del tensors["layers.1.mlp.up_proj.weight"]

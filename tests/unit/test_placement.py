@@ -13,7 +13,7 @@ import torch
 
 from benchmarks import collectives
 from benchmarks.placement import COMPUTED
-from dspark_sglang.checkpoint import DrafterConfig, parse_drafter_config, read_config
+from dspark_sglang.checkpoint import read_config
 from dspark_sglang.config import Settings
 from dspark_sglang.core.placement import (
     CPU,
@@ -27,6 +27,7 @@ from dspark_sglang.core.placement import (
     seconds,
 )
 from dspark_sglang.errors import ConfigError
+from dspark_sglang.layouts.dense.config import DrafterConfig, parse_drafter_config
 from dspark_sglang.serving import placement
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -18,8 +18,10 @@ from safetensors.torch import load_file
 from tiny_training import write_config, write_conversations, write_target
 
 from dspark_sglang.artifacts import DRAFT_VOCAB_FILE, read_draft_vocab
-from dspark_sglang.checkpoint import check_tensors, parse_drafter_config, read_config
+from dspark_sglang.checkpoint import read_config
 from dspark_sglang.errors import CheckpointError, ConfigError, DataError, NumericsError
+from dspark_sglang.layouts.dense.config import parse_drafter_config
+from dspark_sglang.layouts.dense.tensors import check_tensors
 from dspark_sglang.layouts.v4 import tiny
 from dspark_sglang.training import config as configs
 from dspark_sglang.training.distributed import World

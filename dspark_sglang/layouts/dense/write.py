@@ -1,9 +1,9 @@
-"""Reading and writing drafter checkpoints in the published layouts.
+"""A new dense drafter for a target: its configuration, and writing it in the published layouts.
 
 Written are ``Qwen3DSparkModel`` (for SGLang's builtin DSPARK and for ours), ``Gemma4DSparkModel``
 (DeepSpec's layout; SGLang 0.5.23 has no class for it) and, for a drafter without heads,
 ``DFlashDraftModel`` (for SGLang's DFLASH). What can be read is in
-:mod:`dspark_sglang.training.existing`.
+:mod:`dspark_sglang.layouts.dense.read`.
 """
 
 from __future__ import annotations
@@ -18,16 +18,14 @@ import torch
 from safetensors.torch import save
 
 from dspark_sglang.artifacts import DRAFT_VOCAB_FILE, DraftVocabArtifact, write_bytes
-from dspark_sglang.checkpoint import (
+from dspark_sglang.errors import CheckpointError
+from dspark_sglang.layouts.dense.config import (
     GEMMA4,
     DrafterConfig,
-    check_tensors,
+    DrafterSpec,
     parse_drafter_config,
-    read_config,
 )
-from dspark_sglang.errors import CheckpointError
-from dspark_sglang.training.config import DrafterSpec
-from dspark_sglang.training.existing import DFLASH, read_existing
+from dspark_sglang.layouts.dense.read import DFLASH, read_existing
 
 WEIGHTS = "model.safetensors"
 
@@ -220,17 +218,6 @@ def _gemma4_target(target: Any) -> DrafterConfig:
             **{"block_size": 1, "markov_rank": 1, "mask_token_id": 0, "target_layer_ids": [0]},
         }
     )
-
-
-def read_drafter(directory: Path) -> tuple[DrafterConfig, dict[str, torch.Tensor]]:
-    """Configuration and float32 tensors of a complete DSpark drafter.
-
-    Raises:
-        CheckpointError: damaged, incomplete, or of another architecture.
-    """
-    check_tensors(directory, parse_drafter_config(read_config(directory, role="drafter")))
-    found = read_existing(directory)
-    return found.config, found.tensors
 
 
 def dflash_config(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,15 +17,10 @@ import msgspec
 import torch
 from safetensors import SafetensorError, safe_open
 
-from dspark_sglang.checkpoint import (
-    DrafterConfig,
-    dense_tensors,
-    is_gemma4,
-    parse_drafter_config,
-    read_config,
-    weight_files,
-)
+from dspark_sglang.checkpoint import read_config, weight_files
 from dspark_sglang.errors import CheckpointError
+from dspark_sglang.layouts.dense.config import DrafterConfig, is_gemma4, parse_drafter_config
+from dspark_sglang.layouts.dense.tensors import check_tensors, dense_tensors
 
 #: Architectures whose layers :mod:`dspark_sglang.training.model` computes.
 DSPARK = ("Qwen3DSparkModel", "LingDSparkModel", "DSparkDraftModel", "Gemma4DSparkModel")
@@ -196,3 +191,14 @@ def read_tensors(directory: Path) -> dict[str, torch.Tensor]:
             fix="Give a drafter's directory as start, or leave it empty.",
         )
     return tensors
+
+
+def read_drafter(directory: Path) -> tuple[DrafterConfig, dict[str, torch.Tensor]]:
+    """Configuration and float32 tensors of a complete DSpark drafter.
+
+    Raises:
+        CheckpointError: damaged, incomplete, or of another architecture.
+    """
+    check_tensors(directory, parse_drafter_config(read_config(directory, role="drafter")))
+    found = read_existing(directory)
+    return found.config, found.tensors

@@ -1,0 +1,1 @@
+"""The dense layout in DeepSpec's format: what a drafter's configuration and tensors mean."""

@@ -1,0 +1,265 @@
+"""What a dense drafter's ``config.json`` says, and whether it fits a target.
+
+Keys are at the top level or nested under ``dflash_config`` / ``dspark_config``. Layers are Qwen 3's
+(``Qwen3DSparkModel`` and its siblings) or Gemma 4's (``Gemma4DSparkModel``). Of a bundle, a target with its
+drafter inside, the ``dspark_*`` keys are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import msgspec
+
+from dspark_sglang.checkpoint import is_bundle, text_config
+from dspark_sglang.errors import CheckpointError
+
+MARKOV_HEADS = ("vanilla", "gated", "rnn")
+GEMMA4 = "Gemma4DSparkModel"
+MarkovKind = Literal["vanilla", "gated", "rnn", "none"]
+
+
+class DrafterConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What a drafter's ``config.json`` says about drafting."""
+
+    gamma: int
+    markov_rank: int
+    markov_head: str
+    mask_token_id: int
+    target_layer_ids: tuple[int, ...]
+    confidence_head: bool
+    confidence_with_markov: bool
+    hidden_size: int
+    vocab_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    num_target_layers: int | None
+    bundled: bool
+    sample_from_anchor: bool = True
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    #: Layers as Gemma 4's: sandwich norms, normed values, tanh-GELU, attention scale 1.
+    gemma4: bool = False
+    #: Gemma 4: values are the key projection, normed; there is no ``v_proj``.
+    shared_kv: bool = False
+    #: Gemma 4: share of each head that RoPE turns (its "proportional" type).
+    rope_share: float = 1.0
+    #: Stored norm gains are one less than what multiplies (``use_gemma_norm``).
+    gain_minus_one: bool = False
+
+
+class DrafterSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The drafter to make. Widths, heads and RoPE are the target's."""
+
+    #: Drafted tokens a round.
+    gamma: int = 5
+    layers: int = 2
+    #: Key and value heads. 0: as the target. More let a block row read more of the features of the
+    #: position before it, which is what its first prediction lives on.
+    kv_heads: int = 0
+    #: ``qwen3``: what SGLang runs, for any target. ``gemma4``: DeepSpec's Gemma 4 layers, for a
+    #: Gemma 4 target served elsewhere (SGLang 0.5.23 has no class for them).
+    layout: Literal["qwen3", "gemma4"] = "qwen3"
+    #: Whether the anchor's row predicts the first token, so that gamma rows do. False is DFlash's
+    #: convention: gamma + 1 rows, each mask row predicts its own position. Unset: as ``start``
+    #: has it, else true except with ``markov_head: none``.
+    sample_from_anchor: bool | None = None
+    #: ``none`` trains the parallel backbone alone (DFlash).
+    markov_head: MarkovKind = "vanilla"
+    markov_rank: int = 64
+    #: Target layers read (outputs of those decoder layers). Empty: as ``start`` reads, else five,
+    #: spread from the third layer to the last but one.
+    target_layer_ids: tuple[int, ...] = ()
+    #: Token whose embedding fills rows 2..gamma. Negative: as in ``start``, else an unused special
+    #: token is looked up.
+    mask_token_id: int = -1
+    #: Draft only so many tokens, the most frequent ones the target wrote; 0: the whole vocabulary.
+    #: Unset: the tokens ``start`` drafts.
+    draft_vocabulary: int | None = None
+
+
+def _lookup(config: Mapping[str, Any], key: str, bundled_key: str | None = None) -> Any:
+    if bundled_key and config.get(bundled_key) is not None:
+        return config[bundled_key]
+    for section in ("dspark_config", "dflash_config"):
+        nested = config.get(section)
+        if isinstance(nested, Mapping) and nested.get(key) is not None:
+            return nested[key]
+    return config.get(key)
+
+
+def _require(config: Mapping[str, Any], key: str, bundled_key: str | None = None) -> Any:
+    value = _lookup(config, key, bundled_key)
+    if value is None:
+        raise CheckpointError(
+            f"The drafter's config.json has no {key}.",
+            expected="a DSpark drafter (block_size, markov_rank, mask_token_id, target_layer_ids)",
+            fix="Use a DSpark checkpoint; DFlash or EAGLE drafters need their own algorithm.",
+        )
+    return value
+
+
+def parse_drafter_config(config: Mapping[str, Any]) -> DrafterConfig:
+    """Read the DSpark fields of a configuration in any published layout.
+
+    Raises:
+        CheckpointError: a field is missing, of the wrong type or out of range.
+    """
+    try:
+        return _parse(config)
+    except (TypeError, ValueError, KeyError, ZeroDivisionError, AttributeError) as error:
+        raise CheckpointError(
+            f"The drafter's config.json holds a value of the wrong type: {error}.",
+            expected="integers for sizes and a list of integers for target_layer_ids",
+            fix="Download the drafter's config.json again.",
+        ) from error
+
+
+def _parse(config: Mapping[str, Any]) -> DrafterConfig:
+    rank = int(_require(config, "markov_rank", "dspark_markov_rank"))
+    head = str(_lookup(config, "markov_head_type", "dspark_markov_head_type") or "vanilla").lower()
+    if head not in MARKOV_HEADS:
+        raise CheckpointError(
+            f"markov_head_type is {head!r}.",
+            expected=" or ".join(MARKOV_HEADS),
+            fix="Use a drafter with one of these heads.",
+        )
+    hidden = int(_require(config, "hidden_size"))
+    parsed = DrafterConfig(
+        gamma=int(_require(config, "block_size", "dspark_block_size")),
+        markov_rank=rank,
+        markov_head=head,
+        mask_token_id=int(_require(config, "mask_token_id", "dspark_noise_token_id")),
+        target_layer_ids=tuple(
+            int(i) for i in _require(config, "target_layer_ids", "dspark_target_layer_ids")
+        ),
+        confidence_head=bool(config.get("enable_confidence_head", True)),
+        confidence_with_markov=bool(config.get("confidence_head_with_markov", rank > 0)),
+        hidden_size=hidden,
+        vocab_size=int(_require(config, "vocab_size")),
+        num_layers=int(_require(config, "num_hidden_layers")),
+        intermediate_size=int(config.get("intermediate_size", 0)),
+        num_target_layers=config.get("num_target_layers"),
+        bundled=is_bundle(config),
+        sample_from_anchor=bool(config.get("sample_from_anchor", True)),
+        rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+        gain_minus_one=bool(config.get("use_gemma_norm", False)),
+        **attention_shape(config),
+    )
+    if parsed.gamma < 1 or parsed.markov_rank < 1 or not parsed.target_layer_ids:
+        raise CheckpointError(
+            f"The drafter says block_size {parsed.gamma}, markov_rank {parsed.markov_rank}, "
+            f"target_layer_ids {list(parsed.target_layer_ids)}.",
+            expected="a block size and rank of at least 1 and at least one target layer",
+            fix="Use a DSpark checkpoint.",
+        )
+    return parsed
+
+
+def is_gemma4(config: Mapping[str, Any]) -> bool:
+    """Whether a drafter's configuration says its layers are Gemma 4's."""
+    return GEMMA4 in (config.get("architectures") or ())
+
+
+def attention_shape(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Heads and RoPE as fields of :class:`DrafterConfig`, from a drafter's configuration."""
+    heads = int(_require(config, "num_attention_heads"))
+    kv_heads = int(config.get("num_key_value_heads") or heads)
+    rope = config.get("rope_parameters") or {}
+    rope = rope.get("full_attention", rope)
+    theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
+    if not is_gemma4(config):
+        return {
+            "num_heads": heads,
+            "num_kv_heads": kv_heads,
+            "head_dim": int(config.get("head_dim") or int(config["hidden_size"]) // heads),
+            "rope_theta": float(theta),
+        }
+    shared = bool(config.get("attention_k_eq_v", False))
+    proportional = rope.get("rope_type", "proportional") == "proportional"
+    return {
+        "num_heads": heads,
+        "num_kv_heads": int(config["num_global_key_value_heads"]) if shared else kv_heads,
+        "head_dim": int(config["global_head_dim"]),
+        "rope_theta": float(theta if rope else 1e6),
+        "rope_share": float(rope.get("partial_rotary_factor", 0.25)) if proportional else 1.0,
+        "gemma4": True,
+        "shared_kv": shared,
+    }
+
+
+def check_served(config: DrafterConfig, target: Mapping[str, Any] | None = None) -> None:
+    """Check that SGLang 0.5.23 can run a stand-alone drafter of this kind at all.
+
+    Args:
+        config: the drafter.
+        target: the target's ``config.json``, where it is known.
+
+    Raises:
+        CheckpointError: Gemma 4 layers, for which it has no class, the target's embedding among
+            the layers read, which its loader refuses, or the target's last layer, whose output it
+            never captures (the first request would end the server).
+    """
+    layers = None if target is None else text_config(target).get("num_hidden_layers")
+    if layers is not None and max(config.target_layer_ids) == int(layers) - 1:
+        raise CheckpointError(
+            f"The drafter reads target layers {list(config.target_layer_ids)}.",
+            expected=f"layers up to {int(layers) - 2}: SGLang does not capture the last one",
+            fix="Train one with other drafter.target_layer_ids.",
+        )
+    if min(config.target_layer_ids) < 0:
+        raise CheckpointError(
+            f"The drafter reads target layers {list(config.target_layer_ids)}.",
+            expected="outputs of decoder layers (0 and up): SGLang cannot capture the embedding",
+            fix="Train one with other drafter.target_layer_ids.",
+        )
+    if config.gemma4:
+        raise CheckpointError(
+            f"The drafter is a {GEMMA4}.",
+            expected="an architecture that SGLang has (Qwen3DSparkModel, DSparkDraftModel, ...)",
+            fix="Train one for this target with drafter.layout qwen3, or serve this one with vLLM.",
+        )
+
+
+def check_fits(config: DrafterConfig, target: Mapping[str, Any], *, name: str = "target") -> None:
+    """Check that a drafter was made for a target of this shape.
+
+    Args:
+        config: the drafter.
+        target: the target's ``config.json`` (text configuration nested or not).
+        name: how to call the target in messages.
+
+    Raises:
+        CheckpointError: hidden size, vocabulary, layer ids or mask token do not fit.
+    """
+    shape = text_config(target)
+    fix = f"Use a drafter made for {name}, at the same revision."
+    for ours, theirs, what in (
+        (config.hidden_size, shape.get("hidden_size"), "hidden_size"),
+        (config.vocab_size, shape.get("vocab_size"), "vocab_size"),
+        (config.num_target_layers, shape.get("num_hidden_layers"), "num_target_layers"),
+    ):
+        if ours is not None and theirs is not None and int(ours) != int(theirs):
+            raise CheckpointError(
+                f"The drafter's {what} is {ours}.", expected=f"{theirs}, as in {name}", fix=fix
+            )
+    layers = shape.get("num_hidden_layers")
+    if layers is not None:
+        outside = [i for i in config.target_layer_ids if not -1 <= i < int(layers)]
+        if outside:
+            raise CheckpointError(
+                f"The drafter reads target layers {outside}.",
+                expected=f"layers -1 to {int(layers) - 1} of {name}",
+                fix=fix,
+            )
+    vocab = shape.get("padded_vocab_size") or shape.get("vocab_size")
+    if vocab is not None and not 0 <= config.mask_token_id < int(vocab):
+        raise CheckpointError(
+            f"The drafter's mask_token_id is {config.mask_token_id}.",
+            expected=f"a token below {vocab}",
+            fix=fix,
+        )

@@ -100,8 +100,6 @@ class Scores(NamedTuple):
     match: torch.Tensor
     #: ``[N, gamma]`` float32: ``min(1, q(x) / p(x))`` of the next token.
     ratio: torch.Tensor
-    #: ``[N, gamma]`` float32 confidence logits, given the text's own tokens.
-    confidence: torch.Tensor
 
 
 def block_hidden(drafter: Drafter, target: Target, packed: Packed, states: States) -> torch.Tensor:
@@ -158,9 +156,7 @@ def score_blocks(
         made[1, part] = (gain.exp().clamp(max=1.0) * known).cpu()
     spread = torch.zeros((2, *valid.shape))
     spread[:, valid.cpu()] = made
-    confidence = drafter.confidence_logits(hidden, packed.previous).float().cpu()
-    match, ratio = spread.view(2, -1, gamma)
-    return Scores(match, ratio, confidence.view(-1, gamma))
+    return Scores(*spread.view(2, -1, gamma))
 
 
 def score_sequence(

@@ -18,7 +18,7 @@ from dspark_packaging.layout import INDEX_FILE, SINGLE_FILE, is_weight, require_
 from dspark_sglang.checkpoint import read_config, weight_files, weights_digest
 from dspark_sglang.errors import CheckpointError
 from dspark_sglang.layouts.dense.config import DrafterConfig, is_gemma4, parse_drafter_config
-from dspark_sglang.layouts.dense.tensors import check_tensors, dense_tensors
+from dspark_sglang.layouts.dense.tensors import check_shapes, dense_tensors
 from dspark_sglang.safetensors import Header, Tensor, read_header, unique_keys
 
 #: Tensors of a drafter in DeepSeek-V4's layout.
@@ -351,7 +351,8 @@ def check_drafter(directory: Path, drafter: Drafter) -> None:
     if drafter.config.bundled:
         check_v4(drafter)
         return
-    check_tensors(directory, drafter.config)
+    shapes = {name: tensor.shape for name, tensor in drafter.tensors.items()}
+    check_shapes(shapes, drafter.config, where=directory.name)
     wanted = dense_tensors(drafter.config)
     copy = (drafter.config.vocab_size, drafter.config.hidden_size)
     for name, tensor in drafter.tensors.items():

@@ -30,11 +30,15 @@ from dspark_sglang.evaluation import answer, served
 from dspark_sglang.evaluation.answer import Question, load_questions
 from dspark_sglang.evaluation.report import Domain, calibration, lengths
 from dspark_sglang.layouts.dense.config import parse_drafter_config
+from dspark_sglang.layouts.dense.read import read_drafter
 from dspark_sglang.layouts.dense.reference import DenseDrafter
 from dspark_sglang.provenance import provenance
 from dspark_sglang.training import config as configs
+from dspark_sglang.training.chat import TokenSequence
 from dspark_sglang.training.distributed import World
-from dspark_sglang.training.replay import Walk, nothing
+from dspark_sglang.training.loss import drafting
+from dspark_sglang.training.model import Drafter
+from dspark_sglang.training.replay import Walk, nothing, score_sequence
 from dspark_sglang.training.target import Target
 from dspark_sglang.training.trainer import Trainer
 
@@ -143,6 +147,34 @@ def test_every_round_is_the_reference_drafters(
             rounds[number] += 1
     assert rounds == [found.walk.rounds for found in answers]
     assert {len(found.acceptance) for found in answers} == set(rounds)
+
+
+@torch.no_grad()
+def test_validation_in_training_scores_as_the_reference_does(pair: Any) -> None:
+    loaded, answers = answered(pair, 1.0)
+    config, tensors = read_drafter(pair[1])
+    drafter = Drafter(config)
+    assert drafter.load(tensors) == []
+    target = loaded.target_model
+    vocabulary = drafting(target.head, loaded.vocabulary)
+    for question, found in zip(QUESTIONS, answers, strict=True):
+        prompt = target.encode(question.messages)
+        tokens = torch.tensor([*prompt, *found.output])
+        written = np.arange(len(tokens)) >= len(prompt)
+        sequence = TokenSequence(tokens.numpy().astype(np.int32), written, 0)
+        states = target.states(tokens[None], config.target_layer_ids)
+        scores = score_sequence(drafter, target, sequence, states, vocabulary, bf16=False)
+        assert len(scores.match) == len(found.output) - 1
+        padded = torch.cat([tokens, tokens[-1:].expand(GAMMA)])
+        for row, anchor in enumerate(sequence.anchors()[:6].tolist()):
+            laws, _, truth = reference(pair, target.model, padded, anchor)
+            inside = min(GAMMA, int(sequence.remaining()[row]))
+            for k in range(inside):
+                follows = int(tokens[anchor + k + 1])
+                assert scores.match[row, k] == float(int(laws[k].argmax()) == follows)
+                ratio = min(1.0, float(laws[k][follows] / truth[anchor + k, follows]))
+                assert float(scores.ratio[row, k]) == pytest.approx(ratio, abs=1e-4)
+            assert not scores.match[row, inside:].any() and not scores.ratio[row, inside:].any()
 
 
 def test_walks_add_up_to_the_answers(pair: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from dspark_sglang.checkpoint import read_shapes
@@ -82,11 +83,18 @@ def check_tensors(directory: Path, config: DrafterConfig) -> None:
     Raises:
         CheckpointError: damaged file, missing head, missing tensor or wrong shape.
     """
-    stored = {name.removeprefix("model."): s for name, s in read_shapes(directory).items()}
+    check_shapes(read_shapes(directory), config, where=str(directory))
+
+
+def check_shapes(
+    shapes: Mapping[str, tuple[int, ...]], config: DrafterConfig, *, where: str
+) -> None:
+    """As :func:`check_tensors`, of shapes by stored name; ``where`` names them in errors."""
+    stored = {name.removeprefix("model."): shape for name, shape in shapes.items()}
     if not config.confidence_head or "confidence_head.proj.weight" not in stored:
         said = "says" if config.confidence_head else "turns off (enable_confidence_head)"
         raise CheckpointError(
-            f"{directory} holds no confidence head (its config.json {said} one).",
+            f"{where} holds no confidence head (its config.json {said} one).",
             expected="confidence_head.proj.weight, which scheduling reads",
             fix="Use a drafter trained with a confidence head, or SGLang's builtin in static "
             "mode (DSPARK_PLUGIN=off SGLANG_RAGGED_VERIFY_MODE=static).",
@@ -94,13 +102,13 @@ def check_tensors(directory: Path, config: DrafterConfig) -> None:
     for name, shape in dense_tensors(config).items():
         if name not in stored:
             raise CheckpointError(
-                f"{directory} has no tensor {name}.",
+                f"{where} has no tensor {name}.",
                 expected=f"{name} of shape {list(shape)}",
                 fix="Download the drafter again; it is incomplete or of another architecture.",
             )
         if stored[name] != shape:
             raise CheckpointError(
-                f"{name} in {directory} has shape {list(stored[name])}.",
+                f"{name} in {where} has shape {list(stored[name])}.",
                 expected=f"{list(shape)} (from config.json)",
                 fix="The weights and config.json belong to different drafters; download both.",
             )

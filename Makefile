@@ -68,10 +68,10 @@ bench-faults: install  ## Faults under load on a real server, and how soon they 
 	$(BIN)/python -m pytest -q tests/serving/test_faults.py
 
 simulate-fit: install  ## Fit the simulator to the real server here (about 7 minutes; commit the result)
-	$(BIN)/dspark simulate fit --out docs/results/simulation-parameters.json
+	$(BIN)/python -m tests.simulation fit
 
 simulate-check: install  ## Compare it with the server at loads that were not fitted (about 7 minutes)
-	$(BIN)/dspark simulate check --parameters docs/results/simulation-parameters.json --out docs/results
+	$(BIN)/python -m tests.simulation check
 
 simulate-published: install  ## Re-derive the published V4 result (computed; about 6 minutes)
 	$(BIN)/dspark simulate published --out docs/results

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -91,21 +92,25 @@ GONE = {
     "drill": ("make drill in a checkout", "make drill DRILL='--url URL --requests 500'"),
     "lossless": ("make exactness in a checkout", "make exactness"),
     "package-check": ("make package-check in a checkout", "make package-check"),
+    "simulate fit": ("make simulate-fit in a checkout", "make simulate-fit"),
+    "simulate check": ("make simulate-check in a checkout", "make simulate-check"),
 }
 
 
-def _gone(context: typer.Context) -> None:
-    name = str(context.info_name)
-    instead, example = GONE[name]
-    raise ConfigError(
-        f"There is no dspark {name} any more.", expected=instead, fix=f"For example: {example}"
-    )
+def _gone(name: str) -> Callable[[], None]:
+    def answer() -> None:
+        instead, example = GONE[name]
+        raise ConfigError(
+            f"There is no dspark {name} any more.", expected=instead, fix=f"For example: {example}"
+        )
+
+    return answer
 
 
-for _name in GONE:
-    app.command(
-        _name,
+for _path in GONE:
+    (simulate.app if _path.startswith("simulate ") else app).command(
+        _path.split()[-1],
         hidden=True,
         add_help_option=False,
         context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-    )(_gone)
+    )(_gone(_path))

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
+import msgspec
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from dspark_sglang.cli.demo import DRAFTER
-from dspark_sglang.errors import ConfigError
-
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-_COLUMNS = (TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[at]}"),
-            TimeElapsedColumn(), TimeRemainingColumn())  # fmt: skip
-_EVALUATION = Path("docs/results/evaluation/evaluation.json")
-_RESULTS = Path("docs/results")
-PARAMETERS = _RESULTS / "simulation-parameters.json"
+_COLUMNS = (TextColumn("{task.description}"), BarColumn(bar_width=24), TimeElapsedColumn(), TimeRemainingColumn())  # fmt: skip
 
 
 def progress(console: Console) -> Progress:
@@ -27,23 +20,9 @@ def progress(console: Console) -> Progress:
     return Progress(*_COLUMNS, console=console, transient=True)
 
 
-def numbers(text: str, name: str, kind: type[Any]) -> list[Any]:
-    """A list of numbers above 0.
-
-    Raises:
-        ConfigError: anything else.
-    """
-    try:
-        found = [kind(part) for part in text.split(",")]
-    except ValueError:
-        found = []
-    if not found or not all(0 < value < float("inf") for value in found):
-        raise ConfigError(
-            f"{name} is {text!r}.",
-            expected="numbers above 0 with commas between them",
-            fix="As in 1,8,32.",
-        )
-    return found
+def dumps(found: Any) -> str:
+    """A result as indented JSON."""
+    return msgspec.json.format(msgspec.json.encode(found), indent=2).decode()
 
 
 @app.callback(invoke_without_command=True)
@@ -53,19 +32,12 @@ def simulate(
         Path | None,
         typer.Option(help="Step cost: what `dspark profile` wrote (file or directory)."),
     ] = None,
-    parameters: Annotated[
-        Path | None,
-        typer.Option(help="Step cost and acceptance of a fitted server (`dspark simulate fit`)."),
-    ] = None,
     model: Annotated[
         str | None,
         typer.Option(help="Or a published model on H800s, from shapes: deepseek-v4-flash-dspark."),
     ] = None,
     evaluation: Annotated[
         Path | None, typer.Option(help="Acceptance: a result of `dspark eval --json`.")
-    ] = None,
-    blocks: Annotated[
-        Path | None, typer.Option(help="Acceptance: recorded blocks, JSON lines.")
     ] = None,
     temperature: Annotated[
         float, typer.Option(min=0.0, help="Of the evaluation, and of requests.")
@@ -103,9 +75,6 @@ def simulate(
         int | None,
         typer.Option(min=1, help="Processes. Default: the cores, at most one a replica."),
     ] = None,
-    ray: Annotated[
-        str | None, typer.Option(help="Run replicas on a Ray cluster: auto, local or an address.")
-    ] = None,
     sla_ttft_ms: Annotated[
         float | None, typer.Option(help="Milliseconds to the first token.")
     ] = None,
@@ -122,29 +91,24 @@ def simulate(
 ) -> None:
     """Simulate loads on one machine, with and without drafting.
 
-    Arrivals are one of --concurrency, --rate, --trace. Step times come from one of --profile, --parameters,
-    --model; acceptance from --evaluation or --blocks (or with --parameters and --model).
+    Arrivals are one of --concurrency, --rate, --trace. Step times come from --profile or --model; acceptance from
+    --evaluation (or with --model).
     """
     if context.invoked_subcommand is not None:
         return
     given = {key: value for key, value in locals().items() if key not in ("context", "as_json")}
     from dspark_sglang.simulate import study
 
-    study.check_choices(given)
-    workers = workers or len(os.sched_getaffinity(0))
     console, errors = Console(), Console(stderr=True)
-    plan = study.plan({**given, "workers": workers})
+    plan = study.plan(given)
     with progress(errors) as bar:
-        task = bar.add_task("", total=plan.total, at="")
+        task = bar.add_task("", total=plan.total)
         found = study.run(
-            plan,
-            lambda what, done, rate: bar.update(
-                task, completed=done, description=what, at=f"{rate:,.0f} events/s"
-            ),
+            plan, lambda what, done: bar.update(task, completed=done, description=what)
         )
     study.write(found, out)
     if as_json:
-        print(study.dumps(found))
+        print(dumps(found))
     else:
         console.print(table(found))
         for name in ("simulation.json", "frontier.json", "frontier.png"):
@@ -157,39 +121,19 @@ def simulate(
 
 def table(found: Any) -> Table:
     """Loads and modes of a study."""
-    view = Table(title="Simulated" + (" (interrupted: partial)" if found.interrupted else ""))
-    view.add_column("mode")
-    headings = (
-        "load",
-        "tok/s",
-        "TTFT ms",
-        "TPOT ms",
-        "p99",
-        "length",
-        "budget",
-        "drafting",
-        "SLA",
-        "events/s",
+    view = Table(
+        "mode", title="Simulated" + (" (interrupted: partial)" if found.interrupted else "")
     )
-    for heading in headings:
+    for heading in ("load", "tok/s", "TTFT ms", "TPOT ms", "p99", "length", "budget", "drafting", "SLA", "events/s"):  # fmt: skip
         view.add_column(heading, justify="right")
     for mode, summaries in found.summaries.items():
         for one in summaries:
+            ttft, (tpot, _, late) = one.ttft_ms or [None], one.tpot_ms or [None] * 3
+            cells = ((one.load, "g"), (one.tok_s, ".1f"), (ttft[0], ".1f"), (tpot, ".2f"), (late, ".2f"),
+                     (one.accept_length, ".2f"), (one.budget, ".2f"), (one.drafting, ".0%"),
+                     (one.sla_share, ".1%"), (found.events_s[mode], ",.0f"))  # fmt: skip
             view.add_row(
-                mode,
-                f"{one.load:g}",
-                f"{one.tok_s:.1f}",
-                *("-" if one.ttft_ms is None else f"{one.ttft_ms[0]:.1f}",),
-                *(
-                    ("-", "-")
-                    if one.tpot_ms is None
-                    else (f"{one.tpot_ms[0]:.2f}", f"{one.tpot_ms[2]:.2f}")
-                ),
-                "-" if one.accept_length is None else f"{one.accept_length:.2f}",
-                f"{one.budget:.2f}",
-                f"{one.drafting:.0%}",
-                "-" if one.sla_share is None else f"{one.sla_share:.1%}",
-                f"{found.events_s[mode]:,.0f}",
+                mode, *("-" if value is None else f"{value:{form}}" for value, form in cells)
             )
     return view
 
@@ -206,157 +150,43 @@ def published_(
 ) -> None:
     """Re-derive the published V4-Flash and V4-Pro result on H800s from one table of assumptions.
 
-    Computed, not run. Keeps the validation of an earlier `dspark simulate check` with the same --out.
+    Computed, not run. Keeps the validation of an earlier `make simulate-check` with the same --out.
     """
-    from dspark_sglang.simulate import rederive
+    from dspark_sglang.simulate import published
 
     console, errors = Console(), Console(stderr=True)
     with progress(errors) as bar:
-        task = bar.add_task("", total=rederive.total(sensitivity), at="")
-        found = rederive.run(
+        task = bar.add_task("", total=published.total(sensitivity))
+        found = published.run(
             out, sensitivity, lambda what: bar.update(task, advance=1, description=what)
         )
     if as_json:
-        print(rederive.dumps(found))
+        print(dumps(found))
         return
-    console.print(rederive.table(found))
+    console.print(published_table(found))
     console.print(f"Written: {out / 'simulation.json'}, frontiers and figures beside it")
 
 
-@app.command("fit")
-def fit_(
-    out: Annotated[Path, typer.Option(help="The parameters' file.")] = PARAMETERS,
-    work: Annotated[Path, typer.Option(help="Where log and cache go.")] = Path("runs/simulate-fit"),
-    target: Annotated[Path | None, typer.Option(help="Default: the bundle, else SmolLM2.")] = None,
-    drafter: Annotated[Path, typer.Option(help="The drafter to serve.")] = DRAFTER,
-    dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
-    temperature: Annotated[float, typer.Option(min=0.0, help="Of requests.")] = 1.0,
-    concurrency: Annotated[str, typer.Option(help="Loads to fit at.")] = "1,4,8,16,32",
-    speculation: Annotated[str, typer.Option(help="on: always draft; auto: where it pays.")] = "on",
-    blocks: Annotated[int, typer.Option(min=1, help="Turns of each load.")] = 2,
-    warm_s: Annotated[float, typer.Option(min=0.0, help="Seconds before a window.")] = 4.0,
-    window_s: Annotated[float, typer.Option(min=1.0, help="Seconds of a window.")] = 24.0,
-    max_tokens: Annotated[int, typer.Option(min=8, help="Tokens of each answer.")] = 96,
-) -> None:
-    """Learn a real server on this machine: step cost, acceptance, what lies between steps.
-
-    Takes about 7 minutes on 2 cores; nothing else may run. Commit the file before `dspark simulate check`.
-    """
-    from dspark_sglang import targets
-    from dspark_sglang.artifacts import write_json
-    from dspark_sglang.simulate import measure
-
-    if speculation not in ("on", "auto") or dtype not in ("bfloat16", "float32"):
-        raise ConfigError(
-            f"--speculation {speculation}, --dtype {dtype}.",
-            expected="on or auto, bfloat16 or float32",
-            fix="Use one of these.",
-        )
-    loads = numbers(concurrency, "--concurrency", int)
-    console, work = Console(), work.absolute()
-    plan = measure.Plan(
-        temperature=temperature,
-        max_tokens=max_tokens,
-        warm_s=warm_s,
-        window_s=window_s,
-        blocks=blocks,
-    )
-    given = ["dspark", "simulate", "fit", "--concurrency", concurrency, "--temperature", f"{temperature:g}",
-             "--speculation", speculation, "--dtype", dtype, "--blocks", str(blocks),
-             "--warm-s", f"{warm_s:g}", "--window-s", f"{window_s:g}", "--max-tokens", str(max_tokens)]  # fmt: skip
-    fixed: dict[str, Any] = {
-        "target": targets.of_drafter(drafter, target),
-        "drafter": drafter,
-        "dtype": dtype,
-        "slots": max(32, *loads),
-    }
-    with (
-        console.status("starting the server (about 90 s)") as status,
-        measure.serving(**fixed, out=work) as server,
-    ):
-        found = measure.fit(
-            server,
-            plan,
-            loads=loads,
-            speculation=speculation,
-            tell=status.update,
-            given=given,
-            **fixed,
-        )
-    write_json(out, found)
-    own = found.overheads
-    console.print(
-        f"Between steps {1e3 * own.step:.1f} ms and {1e3 * own.request:.2f} ms a request; "
-        f"prefill {1e3 * own.prefill_step:.0f} ms."
-    )
-    console.print(
-        f"Written: {out}. Commit it, then compare: dspark simulate check --parameters {out}"
-    )
+def published_table(found: dict[str, Any]) -> Table:
+    """Published against simulated."""
+    view = Table(title="Published against simulated (computed, not run)")
+    for heading in ("figure", "published", "simulated"):
+        view.add_column(heading, justify="left" if heading == "figure" else "right")
+    for name, pair in found["frontier"].items():
+        view.add_row(name, ratio(pair["published"]), ratio(pair["simulated"]))
+    for model, details in found["details"].items():
+        own = details["collapse"]
+        name = f"{model}, throughput at {own['speed']:g} tok/s/user"
+        view.add_row(name, ratio(own["published"]), ratio(own["simulated"]))
+        view.add_row(f"{model}, fastest baseline user, tok/s", "", ratio(own["fastest_baseline"]))
+    return view
 
 
-@app.command("check")
-def check_(
-    parameters: Annotated[
-        Path, typer.Option(help="What `dspark simulate fit` wrote.")
-    ] = PARAMETERS,
-    out: Annotated[Path, typer.Option(help="Result: simulation.json there is updated.")] = Path(
-        "runs/simulate-published"
-    ),
-    work: Annotated[Path, typer.Option(help="Where log and cache go.")] = Path(
-        "runs/simulate-check"
-    ),
-    target: Annotated[Path | None, typer.Option(help="Default: the bundle, else SmolLM2.")] = None,
-    drafter: Annotated[Path, typer.Option(help="The drafter to serve.")] = DRAFTER,
-    concurrency: Annotated[
-        str, typer.Option(help="Loads to compare at; none that was fitted.")
-    ] = "2,3,6,12,24",
-    blocks: Annotated[int, typer.Option(min=1, help="Turns of each load.")] = 2,
-    warm_s: Annotated[float, typer.Option(min=0.0, help="Seconds before a window.")] = 4.0,
-    window_s: Annotated[float, typer.Option(min=1.0, help="Seconds of a window.")] = 32.0,
-    tolerance: Annotated[float, typer.Option(help="Per cent; more is exit code 1.")] = 10.0,
-    simulate_only: Annotated[
-        bool, typer.Option(help="Print predictions, start no server.")
-    ] = False,
-) -> None:
-    """Compare the simulator with a real server at loads it was not fitted at.
-
-    All loads are simulated first. Takes about 7 minutes on 2 cores; nothing else may run.
-    """
-    from dspark_sglang.simulate import checking
-    from dspark_sglang.simulate import parameters as fitted
-
-    loads = numbers(concurrency, "--concurrency", int)
-    console = Console()
-    given = fitted.read(parameters, here=not simulate_only)
-    checking.check_loads(given, loads)
-    with console.status("simulating") as status:
-        predicted = {}
-        for users in loads:
-            status.update(f"simulating {users} requests")
-            predicted[users] = fitted.predict(given, users)
-    if simulate_only:
-        console.print(checking.predictions(predicted))
-        return
-    with console.status("starting the server (about 60 s)") as status:
-        found = checking.run(
-            given,
-            predicted,
-            target=target,
-            drafter=drafter,
-            work=work.absolute(),
-            tell=status.update,
-            blocks=blocks,
-            warm_s=warm_s,
-            window_s=window_s,
-        )
-    path = checking.write(found, given, parameters, out)
-    console.print(checking.table(found))
-    wrong = {name: value for name, value in fitted.worst(found).items() if not value <= tolerance}
-    console.print(f"Written: {path}")
-    if wrong:
-        shown = ", ".join(f"{name} {value:.1f}%" for name, value in wrong.items())
-        console.print(f"[red]Beyond {tolerance:g}%:[/] {shown}")
-        raise typer.Exit(1)
+def ratio(value: Any) -> str:
+    """A number, the ends of a range, or that there is none."""
+    if isinstance(value, list):
+        return " to ".join(f"{one:.2f}" for one in value)
+    return "none" if value is None else f"{value:.2f}"
 
 
 @app.command("price")
@@ -395,15 +225,13 @@ def price_(
     Computed, not run. One input at a time is set to both ends of its range. For example: dspark simulate price
     frontier.json --sla 80 --preset v4-flash
     """
-    import msgspec
-
     from dspark_loadtests import frontier
     from dspark_sglang.simulate import price
 
     given = price.load(preset, prices, gpu_hour=gpu_hour, utilisation=utilisation)
     found = price.answer(frontier.read(file), given, sla=sla, max_ttft_ms=max_ttft_ms)
     if as_json:
-        print(msgspec.json.format(msgspec.json.encode(found), indent=2).decode())
+        print(dumps(found))
         return
     console = Console(highlight=False)
     console.print(f"{found.prices.about}.")

@@ -1,7 +1,6 @@
 """What a drafted block is worth: its confidences, and the chance that each token is accepted.
 
-A *law* is a table of blocks that a simulated round draws from, so fitted models and recorded blocks
-run through the same code. Confidence ``c`` of a fitted model is a Beta variable and its token is
+A *law* is a table of blocks that a simulated round draws from. Confidence ``c`` of a fitted model is a Beta variable and its token is
 accepted with chance ``c``: confidences are right on average (calibrated) and tell as much apart as
 the measured area under their ROC curve says. More noise in the truth would not show, since an
 acceptance is a coin either way.
@@ -9,16 +8,16 @@ acceptance is a coin either way.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 from scipy.special import betaincinv, expit, logit  # type: ignore[import-untyped]
 
-from dspark_sglang.core.sts import BINS, area_under_curve
+from dspark_sglang.core.sts import area_under_curve
 from dspark_sglang.errors import ArtifactError, ConfigError
 
 Float64 = npt.NDArray[np.float64]
@@ -28,7 +27,6 @@ Int64 = npt.NDArray[np.int64]
 _ROWS, _FIT_ROWS = 1 << 14, 1 << 11
 #: Concentrations of a Beta variable that are tried: from two points to hardly any spread.
 _SMALLEST, _LARGEST = 0.05, 500.0
-_TRACE_FIX = 'Write one JSON object a line: {"confidence": [0.9, 0.7], "accepted": 1}.'
 
 
 class Law(NamedTuple):
@@ -144,14 +142,8 @@ def geometric(name: str, *, accept_length: float, of: int, gamma: int, spread: f
             expected=f"above 1 and below {1 + of}",
             fix="Count the bonus token, and name the block size it was measured with.",
         )
-    low, high = 0.0, 1.0
-    for _ in range(60):
-        chance = (low + high) / 2
-        if sum(chance**k for k in range(of + 1)) < accept_length:
-            low = chance
-        else:
-            high = chance
-    return fitted(name, [low] * gamma, spread=spread)
+    chance = _bisect(lambda chance: sum(chance**k for k in range(of + 1)) < accept_length, 0.0, 1.0)
+    return fitted(name, [chance] * gamma, spread=spread)
 
 
 def _blocks(
@@ -189,15 +181,20 @@ def _spreads(means: Float64, auc: Sequence[float]) -> list[float]:
 def _moved(confidence: Float64, mean: float) -> Float64:
     """Chances that rise with ``confidence`` and have another mean."""
     scores = logit(np.clip(confidence, 1e-9, 1 - 1e-9))
-    low, high = -20.0, 20.0
+    shift = _bisect(lambda shift: expit(scores + shift).mean() < mean, -20.0, 20.0)
+    moved: Float64 = expit(scores + shift)
+    return moved
+
+
+def _bisect(below: Callable[[float], bool], low: float, high: float) -> float:
+    """The largest number that is ``below`` what is looked for, to 60 halvings."""
     for _ in range(60):
         middle = (low + high) / 2
-        if expit(scores + middle).mean() < mean:
+        if below(middle):
             low = middle
         else:
             high = middle
-    moved: Float64 = expit(scores + low)
-    return moved
+    return low
 
 
 class _Known(msgspec.Struct):
@@ -253,112 +250,6 @@ def from_evaluation(path: Path, *, temperature: float) -> Mixture:
 
 def _scaled(profile: Sequence[float], length: float) -> list[float]:
     """``profile`` with its logits moved so that a whole block gives ``length`` tokens."""
-    scores, low, high = logit(np.asarray(profile)), -10.0, 10.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        if 1.0 + np.cumprod(expit(scores + middle)).sum() < length:
-            low = middle
-        else:
-            high = middle
-    return [float(value) for value in expit(scores + low)]
-
-
-def from_reliability(table: Mapping[str, Any], *, sampled: bool, name: str = "served") -> Law:
-    """A law from what a server counted: ``reliability`` of its ``dspark_info_record``.
-
-    Each position draws a bin as often as it was seen, states the bin's mean confidence and is accepted
-    as often as the bin's tokens were. Serve with everything verified (``dspark_budget`` 1), or bins
-    that were left out are missing.
-
-    Raises:
-        ArtifactError: nothing was counted.
-    """
-    seen, predicted, kept = (
-        np.asarray(table[part], dtype=np.float64)[int(sampled)]
-        for part in ("seen", "predicted", "kept")
-    )
-    if seen.shape[-1] != BINS or not (seen.sum(axis=1) > 0).all():
-        raise ArtifactError(
-            f"The server counted {seen.sum(axis=1).round(1).tolist()} tokens by position.",
-            expected="some of every position",
-            fix="Let it serve longer with everything verified.",
-        )
-    rng, grid = np.random.default_rng(0), (np.arange(_ROWS) + 0.5) / _ROWS
-    confidence, chance = [], []
-    for total, stated, right in zip(seen, predicted, kept, strict=True):
-        shares = np.cumsum(total) / total.sum()
-        bins = np.minimum(np.searchsorted(shares, rng.permutation(grid)), BINS - 1)
-        weight = np.maximum(total, 1e-9)
-        confidence.append(np.clip((stated / weight)[bins], 0.0, 1.0))
-        chance.append(np.clip((right / weight)[bins], 0.0, 1.0))
-    return Law(name, np.stack(confidence, axis=1), np.stack(chance, axis=1))
-
-
-class _Block(msgspec.Struct, forbid_unknown_fields=True):
-    confidence: list[float]
-    accepted: int
-    domain: str = "trace"
-
-
-def from_trace(path: Path) -> Mixture:
-    """Recorded blocks, everything verified: JSON lines of confidences and tokens accepted.
-
-    What would have happened behind the first rejected token is not in a trace; there the stated
-    confidence stands for the chance.
-
-    Raises:
-        ArtifactError: missing, empty, or a line that is no block.
-    """
-    blocks = read_lines(path, _Block, what="a trace of drafted blocks", fix=_TRACE_FIX)
-    gamma = len(blocks[0].confidence)
-    for number, block in enumerate(blocks, 1):
-        inside = all(0.0 <= value <= 1.0 for value in block.confidence)
-        if (
-            len(block.confidence) != gamma
-            or not inside
-            or not 0 <= block.accepted <= gamma
-            or not gamma
-        ):
-            raise ArtifactError(
-                f"Block {number} of {path} has confidences {block.confidence} "
-                f"and {block.accepted} accepted.",
-                expected=f"{gamma} numbers from 0 to 1, and 0 to {gamma} accepted",
-                fix=_TRACE_FIX,
-            )
-    laws = []
-    for name in sorted({block.domain for block in blocks}):
-        own = [block for block in blocks if block.domain == name]
-        stated, kept = np.array([b.confidence for b in own]), np.array([b.accepted for b in own])
-        position = np.arange(gamma)
-        chance = np.where(position < kept[:, None], 1.0, stated)
-        chance = np.where(position == kept[:, None], 0.0, chance)
-        laws.append(Law(name, stated, chance))
-    counts = [len(law.confidence) for law in laws]
-    return Mixture(laws, counts)
-
-
-def read_lines(path: Path, kind: type[Any], *, what: str, fix: str) -> list[Any]:
-    """A JSON lines file, each line decoded as ``kind``.
-
-    Raises:
-        ArtifactError: missing, empty, or a line that is something else.
-    """
-    try:
-        lines = path.read_bytes().splitlines()
-    except OSError as error:
-        raise ArtifactError(
-            f"{path} cannot be read: {error.strerror}.", expected=what, fix=fix
-        ) from error
-    decoder, found = msgspec.json.Decoder(kind), []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            found.append(decoder.decode(line))
-        except msgspec.DecodeError as error:
-            raise ArtifactError(
-                f"Line {number} of {path} is wrong: {error}.", expected=what, fix=fix
-            ) from error
-    if not found:
-        raise ArtifactError(f"{path} is empty.", expected=what, fix=fix)
-    return found
+    scores = logit(np.asarray(profile))
+    shift = _bisect(lambda s: 1.0 + np.cumprod(expit(scores + s)).sum() < length, -10.0, 10.0)
+    return [float(value) for value in expit(scores + shift)]

@@ -10,7 +10,6 @@ import numpy as np
 import numpy.typing as npt
 
 from dspark_sglang.errors import ArtifactError, ConfigError
-from dspark_sglang.simulate.acceptance import read_lines
 
 Float64 = npt.NDArray[np.float64]
 Int64 = npt.NDArray[np.int64]
@@ -105,6 +104,28 @@ class _Line(msgspec.Struct):
     output_length: int
 
 
+def _read(path: Path) -> list[_Line]:
+    what = "a trace of requests in Mooncake's format"
+    found = []
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise ArtifactError(
+            f"{path} cannot be read: {error.strerror}.", expected=what, fix=_FIX
+        ) from error
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            try:
+                found.append(msgspec.json.decode(line, type=_Line))
+            except msgspec.DecodeError as error:
+                raise ArtifactError(
+                    f"Line {number} of {path} is wrong: {error}.", expected=what, fix=_FIX
+                ) from error
+    if not found:
+        raise ArtifactError(f"{path} is empty.", expected=what, fix=_FIX)
+    return found
+
+
 def trace(
     path: Path,
     *,
@@ -122,8 +143,7 @@ def trace(
         ArtifactError: missing, empty, going back in time, or with lengths that no request has.
     """
     _positive("The speed of replay", speed)
-    what = "a trace of requests in Mooncake's format"
-    lines = read_lines(path, _Line, what=what, fix=_FIX)
+    lines = _read(path)
     at = np.array([line.timestamp for line in lines]) / (1000.0 * speed)
     prompt = np.array([line.input_length for line in lines], dtype=np.int64)
     output = np.array([line.output_length for line in lines], dtype=np.int64)

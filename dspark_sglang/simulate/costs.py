@@ -46,8 +46,6 @@ class Overheads(msgspec.Struct, frozen=True, kw_only=True):
     #: Between steps, and more for each request.
     step: float = 0.0
     request: float = 0.0
-    #: From sending a request to its queue, and from its token to the client.
-    network: float = 0.0
 
 
 class Measured:
@@ -68,28 +66,6 @@ class Measured:
 
     def between(self, requests: int) -> float:
         return self._overheads.step + self._overheads.request * requests
-
-
-class Fixed:
-    """Steps of one length: what closed forms can be compared with."""
-
-    def __init__(
-        self, *, gamma: int, step: float, round_: float | None = None, prefill: float = 0.0
-    ):
-        self.gamma, self._step, self._prefill = gamma, step, prefill
-        self._round = step if round_ is None else round_
-
-    def plain(self, requests: int, context: int, sampled: int) -> float:
-        return self._step
-
-    def round(self, requests: int, drafted: int, context: int, sampled: int) -> float:
-        return self._round
-
-    def prefill(self, tokens: int, requests: int) -> float:
-        return self._prefill
-
-    def between(self, requests: int) -> float:
-        return 0.0
 
 
 def read_cost(path: Path) -> tuple[CostModel, CostArtifact]:

@@ -1,11 +1,13 @@
 """The published production result, re-derived: MTP-1 against DSpark-5 on H800 nodes, V4-Flash and V4-Pro.
 
-Source of the published figures: arXiv 2607.05147. Everything else is in :mod:`.assumptions`. Computed, not run.
+Source of the published figures: arXiv 2607.05147. Everything else is assumed (:func:`rows`). Computed, not run.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -15,18 +17,23 @@ from dspark_loadtests.frontier import (
     Frontier,
     Point,
     Series,
+    draw_budget,
+    draw_frontier,
     non_dominated,
     speed_at,
     throughput_at,
 )
+from dspark_sglang.artifacts import SCHEMA_VERSION, write_json
+from dspark_sglang.errors import ArtifactError
+from dspark_sglang.provenance import provenance
 from dspark_sglang.simulate.arrivals import Lengths, waiting
-from dspark_sglang.simulate.assumptions import Assumptions, changed, rows
 from dspark_sglang.simulate.costs import learned
 from dspark_sglang.simulate.engine import Replica, Setting
-from dspark_sglang.simulate.roofline import Roofline, sizes
+from dspark_sglang.simulate.roofline import Assumptions, Roofline, exchange, sizes
 from dspark_sglang.simulate.summary import Summary, point, summarise
 
 MTP, DSPARK = "MTP-1", "DSpark-5"
+FILE = "simulation.json"
 
 
 class OneOfMany:
@@ -37,7 +44,7 @@ class OneOfMany:
     """
 
     def __init__(self, times: Roofline) -> None:
-        self.gamma, self._times, self._ranks = times.gamma, times, times.gpus.count
+        self.gamma, self._times, self._ranks = times.gamma, times, times.count
 
     def plain(self, requests: int, context: int, sampled: int) -> float:
         return self._times.plain(*(self._ranks * n for n in (requests, context, sampled)))
@@ -92,6 +99,61 @@ _COARSE = (2, 16, 45, 91, 181, 362)
 Tell = Callable[[str], None]
 
 
+class Row(msgspec.Struct, frozen=True):
+    """One assumption as it is told."""
+
+    name: str
+    value: str
+    source: str
+    #: Other values that are tried, each instead of this one.
+    instead: tuple[float, ...] = ()
+
+
+def rows() -> list[Row]:
+    """All assumptions with their sources."""
+    own = Assumptions()
+    lines = ", ".join(
+        f"{count} GPUs {1e6 * wait:.0f} us and {speed / 1e9:.0f} GB/s"
+        for count, (wait, speed) in ((n, exchange(n)) for n in (8, 16, 32))
+    )
+    return [
+        Row("memory", f"{own.memory / 1e12:.2f} TB/s a GPU",
+            "FlashMLA's README: up to 3000 GB/s on H800; data sheet 3.35 TB/s", (2.4e12, 3.35e12)),
+        Row("fp8", f"{own.fp8 / 1e12:.0f} TFLOP/s a GPU",
+            "DeepGEMM's README: up to 1550 TFLOP/s on H800; data sheet 1979", (0.8e15, 1.979e15)),
+        Row("attention", f"{own.attention / 1e12:.0f} TFLOP/s a GPU, bfloat16",
+            "FlashMLA's README: up to 660 TFLOP/s on H800", (4e14,)),
+        Row("exchange_wait", f"dispatch or combine: {lines}",
+            "a line through DeepEP's low-latency dispatch and combine on H800, docs/legacy.md; waits times", (0.5, 2.0)),
+        Row("exchange_speed", "the same line; speeds times", "as above", (0.5, 2.0)),
+        Row("kernel", f"{1e6 * own.kernel:g} us the shortest kernel in a graph",
+            "assumed, no public source for these kernels", (1.5e-6, 6e-6)),
+        Row("layer_kernels", f"{own.layer_kernels} kernels a layer",
+            "assumed: attention with indexer and compression, hyper-connections, router, experts", (15, 60)),
+        Row("host", f"{1e3 * own.host:g} ms a step that no graph hides",
+            "assumed: sampling, scheduling", (0.0, 2e-3)),
+        Row("bucket", f"graphs at multiples of {own.bucket} tokens a GPU", "assumed: SGLang captures batches in such steps", (1,)),
+        Row("mtp_acceptance", f"{own.mtp_acceptance:g}",
+            "DeepSeek-V3's report (arXiv 2412.19437, 5.4.3): 85% to 90% of second tokens", (0.8, 0.9)),
+        Row("dspark_length", f"{own.dspark_length:.3f} tokens a round with blocks of 7",
+            "the paper's table 1, mean of its four targets; one chance at every position", (4.0, 5.5)),
+        Row("spread", f"confidences Beta with concentration {own.spread:g}",
+            "assumed; calibrated, as after STS (paper: error about 1%)", (0.7, 8.0)),
+        Row("context", f"{own.context} cached tokens a request",
+            "DeepSeek's account of its inference system (2025): mean KV length per output token", (1024, 20000)),
+        Row("draft_depth", "MTP-1 one layer, DSpark three layers and 5 chained heads",
+            "shapes of the checkpoints (`dspark plan`)"),
+        Row("nodes", "the fewest whole nodes (1, 2, 4) that hold the weights, prefill elsewhere",
+            "shapes of the checkpoints, attention data parallel, experts spread (arXiv 2412.19437, 3.4)"),
+    ]  # fmt: skip
+
+
+def changed(name: str, value: float) -> Assumptions:
+    """The assumptions with one of them replaced."""
+    kind = type(getattr(Assumptions(), name))
+    return replace(Assumptions(), **{name: kind(value)})
+
+
 def frontier(
     model: str,
     given: Assumptions,
@@ -108,13 +170,13 @@ def frontier(
         tell: told before each load.
     """
     shape = sizes(CLAIMS[model].checkpoint)
-    gpus = given.gpus(shape)
+    gpus = Roofline(shape, given)
     series = []
     for name, drafter in ((MTP, "mtp"), (DSPARK, "dspark")):
         found: list[Point] = []
         for load in loads:
             tell(f"{model} {name}, {load * gpus.count} requests")
-            times = Roofline(shape, gpus, drafter=drafter)
+            times = Roofline(shape, given, drafter=drafter)
             one = point(_steady(times, given, load, steps), gpus=1)
             if one is not None:
                 # A load is what the whole server has.
@@ -151,7 +213,7 @@ def _steady(machine: Roofline, given: Assumptions, users: int, steps: int) -> Su
         users=users,
         warm=_WARM * step,
         until=(_WARM + steps) * step,
-        bucket=given.bucket // machine.gpus.count if ours else 0,
+        bucket=given.bucket // machine.count if ours else 0,
     )
     cost = learned(times, requests=users, context=given.context) if ours else None
     result = Replica(setting, requests, times=times, blocks=blocks, cost=cost).run()
@@ -165,7 +227,7 @@ def compare(model: str, made: Frontier, given: Assumptions) -> dict[str, Any]:
     claim = CLAIMS[model]
     base, ours = made.of(MTP).points, made.of(DSPARK).points
     shape = sizes(claim.checkpoint)
-    times = Roofline(shape, given.gpus(shape))
+    times = Roofline(shape, given)
     fastest = {name: max(p.tok_s_per_user for p in made.of(name).points) for name in (MTP, DSPARK)}
     budgets = [(p.load, round(1 + (p.budget or 0.0), 3)) for p in ours]
     ratio = _ratio(base, ours, claim.fast)
@@ -255,3 +317,66 @@ def sensitivity(tell: Tell = lambda what: None) -> list[dict[str, Any]]:
             row[f"{model}_fastest_baseline"] = round(max(p.tok_s_per_user for p in base), 1)
         found.append(row)
     return found
+
+
+def total(with_sensitivity: bool) -> int:
+    """Calls of ``tell`` of :func:`run`."""
+    cases = 1 + sum(len(row.instead) for row in rows())
+    return len(CLAIMS) * (2 * len(LOADS) + (cases if with_sensitivity else 0))
+
+
+def read(out: Path) -> dict[str, Any]:
+    """What ``simulation.json`` in ``out`` holds already; nothing where there is none.
+
+    Raises:
+        ArtifactError: it is damaged.
+    """
+    path = out / FILE
+    if not path.is_file():
+        return {}
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+    except msgspec.DecodeError as error:
+        raise ArtifactError(
+            f"{path} cannot be read: {error}.",
+            expected="a result of `dspark simulate published`",
+            fix="Remove it.",
+        ) from error
+
+
+def update(out: Path, **parts: Any) -> dict[str, Any]:
+    """Write some parts of ``simulation.json`` and keep the others."""
+    known = {"schema_version": SCHEMA_VERSION, **read(out), **parts}
+    write_json(out / FILE, known)
+    return known
+
+
+def run(out: Path, with_sensitivity: bool, tell: Tell) -> dict[str, Any]:
+    """Re-derive, draw and write; a validation that is there already is kept."""
+    read(out)  # before minutes are spent
+    compared = {}
+    for model, claim in CLAIMS.items():
+        made = frontier(model, Assumptions(), tell=tell)
+        compared[model] = compare(model, made, Assumptions())
+        write_json(out / f"frontier-{model}.json", made)
+        speeds = (claim.speed, claim.fast)
+        draw_frontier(made, out / f"frontier-{model}.png", ours=DSPARK, speeds=speeds)
+        draw_budget(made, out / f"budget-{model}.png")
+    short = {
+        f"{model}_{claim.speed:g}": compared[model]["throughput_at"]
+        for model, claim in CLAIMS.items()
+    }
+    short |= {f"{model}_matched": compared[model]["matched"] for model in CLAIMS}
+    parts: dict[str, Any] = {
+        "frontier": {
+            name: {key: value[key] for key in ("published", "simulated")}
+            for name, value in short.items()
+        },
+        "details": compared,
+        "assumptions": [msgspec.to_builtins(row) for row in rows()],
+        "label": "computed, not run",
+        "provenance": msgspec.to_builtins(provenance(["dspark", "simulate", "published"])),
+    }
+    if with_sensitivity:
+        parts["sensitivity"] = sensitivity(tell)
+    return update(out, **parts)

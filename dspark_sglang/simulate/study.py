@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,26 +11,25 @@ from typing import Any, NamedTuple
 import msgspec
 import numpy as np
 
-from dspark_loadtests.frontier import Frontier, Point, Series
+from dspark_loadtests.frontier import Frontier, Series, draw_frontier
 from dspark_sglang.artifacts import SCHEMA_VERSION, Provenance, write_json
 from dspark_sglang.core.steps import CostModel
 from dspark_sglang.errors import ConfigError
 from dspark_sglang.provenance import machine, provenance
-from dspark_sglang.simulate import acceptance, arrivals, figures, parameters
+from dspark_sglang.simulate import acceptance, arrivals
 from dspark_sglang.simulate.acceptance import Mixture
 from dspark_sglang.simulate.arrivals import Lengths, Requests
-from dspark_sglang.simulate.assumptions import Assumptions
 from dspark_sglang.simulate.costs import Measured, Overheads, StepTimes, learned, read_cost
 from dspark_sglang.simulate.engine import MODES, Mode, Setting
 from dspark_sglang.simulate.replicas import ROUTERS, Job, Router, spread
 from dspark_sglang.simulate.replicas import run as run_jobs
-from dspark_sglang.simulate.roofline import Roofline, sizes
+from dspark_sglang.simulate.roofline import Assumptions, Roofline, sizes
 from dspark_sglang.simulate.summary import Sla, Summary, point, summarise
 from dspark_sglang.values import read_numbers
 
 Given = Mapping[str, Any]
-#: Told what runs, requests answered over all loads, events a second.
-Tell = Callable[[str, int, float], None]
+#: Told what runs, and the requests answered over all loads.
+Tell = Callable[[str, int], None]
 
 
 class Machine(NamedTuple):
@@ -75,48 +75,35 @@ class Study(msgspec.Struct, frozen=True, kw_only=True, tag="simulated_loads", ta
     provenance: Provenance
 
 
-def check_choices(given: Given) -> None:
-    """Refuse combinations that mean nothing.
+def plan(given: Given) -> Plan:
+    """Read and check everything before anything runs.
 
     Raises:
-        ConfigError: none or several sources of arrivals or of step times, an unknown name.
+        ConfigError: none or several sources of arrivals or of step times, an unknown name, an impossible value.
     """
     for names, what in (
         (("concurrency", "rate", "trace"), "arrivals"),
-        (("profile", "parameters", "model"), "step times"),
+        (("profile", "model"), "step times"),
     ):
         named = [name for name in names if given[name] is not None]
         if len(named) != 1:
-            options = ", ".join(f"--{name}" for name in names)
             raise ConfigError(
                 f"{' and '.join('--' + name for name in named) or 'Nothing'} given for {what}.",
-                expected=f"one of {options}",
+                expected=f"one of {', '.join(f'--{name}' for name in names)}",
                 fix="See `dspark simulate --help`.",
             )
-    if given["evaluation"] is not None and given["blocks"] is not None:
-        raise ConfigError(
-            "--evaluation and --blocks given.", expected="one of them", fix="Drop one."
-        )
-    for name, value, known in (
-        ("--router", given["router"], ROUTERS),
-        ("--speculation", given["speculation"], ("auto", "on", "off")),
-    ):
-        if value not in known:
-            raise ConfigError(
-                f"{name} is {value!r}.", expected=", ".join(known), fix="Use one of these."
-            )
-
-
-def plan(given: Given) -> Plan:
-    """Read and check everything before anything runs."""
     modes = tuple(str(given["modes"]).split(","))
-    wrong = [mode for mode in modes if mode not in MODES]
-    if wrong:
-        raise ConfigError(
-            f"--modes names {', '.join(wrong)}.",
-            expected=", ".join(MODES),
-            fix="Use some of these.",
-        )
+    for name, values, known in (
+        ("router", (given["router"],), ROUTERS),
+        ("speculation", (given["speculation"],), ("auto", "on", "off")),
+        ("modes", modes, MODES),
+    ):
+        if wrong := [value for value in values if value not in known]:
+            raise ConfigError(
+                f"--{name} names {', '.join(wrong)}.",
+                expected=", ".join(known),
+                fix="Use some of these.",
+            )
     drafts = any(mode != "none" for mode in modes)
     made = _machine(given, drafts=drafts)
     sla = Sla(ttft_ms=given["sla_ttft_ms"], tpot_ms=given["sla_tpot_ms"])
@@ -131,44 +118,26 @@ def plan(given: Given) -> Plan:
 
 
 def _machine(given: Given, *, drafts: bool) -> Machine:
-    blocks = _blocks(given)
-    if given["parameters"] is not None:
-        fitted = parameters.read(given["parameters"])
-        own = parameters.twin(fitted)
-        return Machine(fitted.machine, fitted.target, 1, own.times, own.cost, blocks or own.blocks)
+    blocks = None
+    if given["evaluation"] is not None:
+        blocks = acceptance.from_evaluation(given["evaluation"], temperature=given["temperature"])
     if given["model"] is not None:
-        assumed, shape = Assumptions(), sizes(given["model"])
-        gpus = assumed.gpus(shape)
-        times = Roofline(shape, gpus)
+        assumed = Assumptions()
+        times = Roofline(sizes(given["model"]), assumed)
         cost = learned(times, requests=int(given["slots"]), context=round(given["prompt"]))
-        return Machine(
-            gpus.name,
-            given["model"],
-            gpus.count,
-            times,
-            cost,
-            blocks or assumed.dspark(times.gamma),
-        )
+        blocks = blocks or assumed.dspark(times.gamma)
+        return Machine(times.name, given["model"], times.count, times, cost, blocks)
     known, found = read_cost(given["profile"])
     truth = CostModel(gamma=known.gamma)
     truth.restore(known.state())
     if drafts and blocks is None:
         raise ConfigError(
             "Nothing says what drafted tokens are worth.",
-            expected="--evaluation (from `dspark eval --json`) or --blocks",
+            expected="--evaluation (from `dspark eval --json`)",
             fix="Name one, or simulate --modes none.",
         )
-    measured = Measured(truth, _prefill(given))
-    name = found.fingerprint.get("device", "unknown")
-    return Machine(name, found.fingerprint.get("target", "unknown"), 1, measured, known, blocks)
-
-
-def _blocks(given: Given) -> Mixture | None:
-    if given["blocks"] is not None:
-        return acceptance.from_trace(given["blocks"])
-    if given["evaluation"] is not None:
-        return acceptance.from_evaluation(given["evaluation"], temperature=given["temperature"])
-    return None
+    device, target = (found.fingerprint.get(name, "unknown") for name in ("device", "target"))
+    return Machine(device, target, 1, Measured(truth, _prefill(given)), known, blocks)
 
 
 def _prefill(given: Given) -> Overheads:
@@ -192,36 +161,28 @@ def run(plan: Plan, tell: Tell) -> Study:
     """Simulate all loads in all ways. An interrupt keeps what is there and marks it."""
     found: dict[str, list[Summary]] = {mode: [] for mode in plan.modes}
     rates: dict[str, float] = {}
-    done, events, began, interrupted = 0, 0, time.perf_counter(), False
+    done, interrupted, began = 0, False, time.perf_counter()
+    workers = plan.given["workers"] or len(os.sched_getaffinity(0))
     for mode in plan.modes:
-        started, own = time.perf_counter(), 0
+        started, events = time.perf_counter(), 0
         for load in plan.loads:
-            label = f"{mode}, load {load:g}"
-
-            def progress(
-                answered: int, label: str = label, done: int = done, events: int = events
-            ) -> None:
-                spent = max(1e-9, time.perf_counter() - began)
-                tell(label, done + answered, events / spent)
-
+            label, before = f"{mode}, load {load:g}", done
             results = run_jobs(
                 _jobs(plan, mode, load),
-                workers=plan.given["workers"],
-                ray=plan.given["ray"],
-                progress=progress,
+                workers=workers,
+                progress=lambda answered, label=label, before=before: tell(
+                    label, before + answered
+                ),  # type: ignore[misc]
             )
-            interrupted = (
-                interrupted or any(result.interrupted for result in results) or not results
-            )
-            own += sum(result.events for result in results)
             events += sum(result.events for result in results)
             done += int(plan.given["requests"])
             if any(len(result.number) for result in results):
                 one = summarise(results, load=load, warm=plan.given["warm"], sla=plan.sla)
                 found[mode].append(one)
+            interrupted = not results or any(result.interrupted for result in results)
             if interrupted:
                 break
-        rates[mode] = round(own / max(1e-9, time.perf_counter() - started), 1)
+        rates[mode] = round(events / max(1e-9, time.perf_counter() - started), 1)
         if interrupted:
             break
     return _study(plan, found, rates, time.perf_counter() - began, interrupted)
@@ -287,12 +248,12 @@ def _study(
     interrupted: bool,
 ) -> Study:
     gpus = plan.machine.gpus * int(plan.given["replicas"])
-    series = []
-    for mode, summaries in found.items():
-        points: list[Point] = [
-            one for one in (point(summary, gpus=gpus) for summary in summaries) if one is not None
-        ]
-        series.append(Series(name=mode, gpus=gpus, points=points))
+    series = [
+        Series(
+            name=mode, gpus=gpus, points=[p for one in summaries if (p := point(one, gpus=gpus))]
+        )
+        for mode, summaries in found.items()
+    ]
     setting = {
         name: str(value) if isinstance(value, Path) else value for name, value in plan.given.items()
     }
@@ -323,14 +284,10 @@ def _flags(given: Given) -> list[str]:
     return shown
 
 
-def dumps(found: Study) -> str:
-    """A study as indented JSON."""
-    return msgspec.json.format(msgspec.json.encode(found), indent=2).decode()
-
-
 def write(found: Study, out: Path) -> None:
     """``simulation.json``, ``frontier.json`` and ``frontier.png`` in ``out``."""
     write_json(out / "simulation.json", found)
     write_json(out / "frontier.json", found.frontier)
     if any(series.points for series in found.frontier.series):
-        figures.frontiers(out / "frontier.png", {found.frontier.model: found.frontier}, {})
+        ours = list(found.summaries)[-1]
+        draw_frontier(found.frontier, out / "frontier.png", ours=ours)

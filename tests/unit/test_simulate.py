@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from simulated_times import Fixed
 
 from dspark_sglang.core.schedule import lengths
 from dspark_sglang.core.schedule.scheduler import Scheduler
@@ -16,7 +17,7 @@ from dspark_sglang.core.steps import CostModel, Step
 from dspark_sglang.errors import ConfigError
 from dspark_sglang.simulate.acceptance import Law, Mixture, fitted
 from dspark_sglang.simulate.arrivals import Lengths, Requests, poisson, waiting
-from dspark_sglang.simulate.costs import Fixed, Measured, Overheads, StepTimes, learned
+from dspark_sglang.simulate.costs import Measured, Overheads, StepTimes, learned
 from dspark_sglang.simulate.engine import Mode, Replica, Result, Setting
 from dspark_sglang.simulate.replicas import Job, run, spread
 from dspark_sglang.simulate.summary import Sla, summarise
@@ -340,19 +341,6 @@ def test_processes_find_what_one_process_finds() -> None:
         assert here.ended.tolist() == there.ended.tolist()
         assert here.counts == there.counts
     assert told
-
-
-def test_ray_finds_what_one_process_finds() -> None:
-    pytest.importorskip("ray", reason="Ray is not installed")
-    jobs = [Job(Setting(mode="none"), asked([0.0], output=9), Fixed(gamma=1, step=0.1), None, None)]
-    (here,), (there,) = run(jobs), run(jobs, ray="local")
-    assert here.ended.tolist() == there.ended.tolist()
-
-
-def test_ray_that_is_not_there_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "ray", None)
-    with pytest.raises(ConfigError, match="pip install ray"):
-        run([], ray="auto")
 
 
 # --- settings that no server has -------------------------------------------------------------------

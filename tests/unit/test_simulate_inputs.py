@@ -1,37 +1,26 @@
-"""What the simulator is given: acceptance, arrivals, costs, parameters; and how its command answers to bad ones."""
+"""What the simulator is given: acceptance, arrivals, costs; and how its command answers to bad ones."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import pytest
+from simulated_times import Fixed
 from typer.testing import CliRunner
 
 from dspark_loadtests.frontier import Frontier, Point, Series, read
-from dspark_sglang.artifacts import Provenance, write_json
 from dspark_sglang.cli import simulate as command
 from dspark_sglang.core.steps import CostModel
-from dspark_sglang.core.sts import BINS, area_under_curve
-from dspark_sglang.errors import ArtifactError, ConfigError, DSparkError
-from dspark_sglang.provenance import machine
-from dspark_sglang.simulate import (
-    acceptance,
-    arrivals,
-    checking,
-    document,
-    parameters,
-    published,
-    rederive,
-    replicas,
-)
-from dspark_sglang.simulate.assumptions import Assumptions, changed, exchange, rows
-from dspark_sglang.simulate.costs import Fixed, Overheads, learned, read_cost
-from dspark_sglang.simulate.parameters import Observed, Parameters
-from dspark_sglang.simulate.roofline import Roofline, sizes
+from dspark_sglang.core.sts import area_under_curve
+from dspark_sglang.errors import ArtifactError, DSparkError
+from dspark_sglang.simulate import acceptance, arrivals, published, replicas
+from dspark_sglang.simulate.costs import learned, read_cost
+from dspark_sglang.simulate.published import changed, rows
+from dspark_sglang.simulate.roofline import Assumptions, Roofline, exchange, sizes
 
 ROOT = Path(__file__).resolve().parents[2]
 EVALUATION = ROOT / "docs" / "results" / "evaluation" / "evaluation.json"
@@ -73,55 +62,6 @@ def test_a_published_length_becomes_one_chance_at_every_position() -> None:
     law = acceptance.geometric("a", accept_length=4.75, of=7, gamma=7, spread=2.0)
     assert law.accept_length == pytest.approx(4.75, abs=0.02)
     assert np.ptp(law.chance.mean(axis=0)) < 1e-6
-
-
-def test_what_a_server_counted_is_drawn_as_often() -> None:
-    seen = np.zeros((2, 2, BINS))
-    seen[1, 0, 2], seen[1, 0, BINS - 1], seen[1, 1, 5] = 300.0, 100.0, 50.0
-    stated = seen * ((np.arange(BINS) + 0.5) / BINS)
-    kept = seen * 0.25
-    kept[1, 0, BINS - 1] = 90.0
-    table = {"seen": seen.tolist(), "predicted": stated.tolist(), "kept": kept.tolist()}
-    law = acceptance.from_reliability(table, sampled=True)
-    likely = law.confidence[:, 0] > 0.9
-    assert likely.mean() == pytest.approx(0.25, abs=0.01)
-    assert law.chance[likely, 0].mean() == pytest.approx(0.9)
-    assert law.chance[~likely, 0].mean() == pytest.approx(0.25)
-    with pytest.raises(ArtifactError, match="Let it serve longer"):
-        acceptance.from_reliability(table, sampled=False)
-
-
-def test_recorded_blocks_are_accepted_as_they_were(tmp_path: Path) -> None:
-    path = tmp_path / "blocks.jsonl"
-    path.write_text(
-        '{"confidence": [0.9, 0.8], "accepted": 2, "domain": "code"}\n'
-        '{"confidence": [0.4, 0.3], "accepted": 0, "domain": "chat"}\n'
-    )
-    mix = acceptance.from_trace(path)
-    assert mix.names == ["chat", "code"]
-    assert mix.chance.tolist() == [[0.0, 0.3], [1.0, 1.0]]
-    assert mix.accept_length == pytest.approx(2.0)
-
-
-@pytest.mark.parametrize(
-    ("text", "says"),
-    [
-        ("", "is empty"),
-        ("\n\n", "is empty"),
-        ("{", "Line 1"),
-        ('{"confidence": [0.5], "accepted": 2}', "2 accepted"),
-        ('{"confidence": [1.5], "accepted": 0}', "confidences"),
-        (
-            '{"confidence": [0.5], "accepted": 0}\n{"confidence": [0.5, 0.5], "accepted": 0}',
-            "Block 2",
-        ),
-    ],
-)
-def test_blocks_that_are_none(tmp_path: Path, text: str, says: str) -> None:
-    path = tmp_path / "blocks.jsonl"
-    path.write_text(text)
-    with pytest.raises(ArtifactError, match=says):
-        acceptance.from_trace(path)
 
 
 def test_a_foreign_evaluation_is_refused(tmp_path: Path) -> None:
@@ -203,22 +143,23 @@ def test_a_foreign_cost_file_is_refused(
 def test_a_roofline_rises_with_requests_and_tokens_and_reads_distinct_experts() -> None:
     shape = sizes("deepseek-v4-flash-dspark")
     own = Assumptions()
-    times = Roofline(shape, own.gpus(shape))
-    assert times.gamma == 5 and own.gpus(shape).count == 8
+    times = Roofline(shape, own)
+    assert times.gamma == 5 and times.count == 8
     loads = [times.plain(n, n * 4989, n) for n in (1, 8, 64, 512, 4096)]
     assert loads == sorted(loads)
     depths = [times.round(256, 256 * k, 256 * 4989, 256) for k in range(6)]
     assert depths == sorted(depths) and depths[0] > times.plain(256, 256 * 4989, 256)
     # One token reads its 6 experts of 256, very many read all; nothing else here depends on that.
-    few, _ = times.with_gpus(kernel=0.0, fp8=1e30)._layer(shape.layers, 1)
-    all_, _ = times.with_gpus(kernel=0.0, fp8=1e30)._layer(shape.layers, 1e6)
+    free = Roofline(shape, replace(own, kernel=0.0, fp8=1e30))
+    few, _ = free._layer(shape.layers, 1)
+    all_, _ = free._layer(shape.layers, 1e6)
     read = (all_ - few) * own.memory
     assert read == pytest.approx((256 - 6) * shape.layers.expert_bytes / 8, rel=0.01)
 
 
 def test_pro_needs_more_nodes_than_flash() -> None:
     shape = sizes("deepseek-v4-pro-dspark")
-    assert Assumptions().gpus(shape).count == 32
+    assert Roofline(shape, Assumptions()).count == 32
 
 
 def test_exchanges_go_through_what_was_published() -> None:
@@ -274,104 +215,13 @@ def test_small_frontiers_of_both_models_come_out(tmp_path: Path) -> None:
 
 
 def test_parts_of_the_result_are_kept(tmp_path: Path) -> None:
-    rederive.update(tmp_path, sim_error_pct={"throughput": 1.0})
-    rederive.update(tmp_path, frontier={"x": 1})
-    found = rederive.read(tmp_path)
+    published.update(tmp_path, sim_error_pct={"throughput": 1.0})
+    published.update(tmp_path, frontier={"x": 1})
+    found = published.read(tmp_path)
     assert found["sim_error_pct"] == {"throughput": 1.0} and found["frontier"] == {"x": 1}
-    (tmp_path / rederive.FILE).write_text("{")
+    (tmp_path / published.FILE).write_text("{")
     with pytest.raises(ArtifactError, match="Remove it"):
-        rederive.read(tmp_path)
-
-
-# --- parameters of a real server ---------------------------------------------------------------------
-
-
-def observed(users: int, *, steps: int, step_s: float, wall_s: float, began: int) -> Observed:
-    return Observed(
-        users=users, tok_s=100.0, tpot_s=0.05, ttft_s=0.1, budget=2.0, accept_length=1.7, drafting=1.0,
-        wall_s=wall_s, step_s=step_s, steps=steps, began=began,
-    )  # fmt: skip
-
-
-def test_what_lies_between_steps_is_found_again() -> None:
-    true = Overheads(step=0.004, request=0.0005, prefill_step=0.1)
-    blocks = []
-    for users, steps, began in ((1, 300, 8), (8, 200, 30), (32, 120, 70)):
-        prefills = began - users + 1
-        rest = true.step * steps + true.request * steps * users + true.prefill_step * prefills
-        blocks.append(observed(users, steps=steps, step_s=9.0, wall_s=9.0 + rest, began=began))
-    found = parameters.overheads(blocks)
-    assert found.step == pytest.approx(true.step)
-    assert found.request == pytest.approx(true.request)
-    assert found.prefill_step == pytest.approx(true.prefill_step)
-    for few in (blocks[:1], blocks[1:]):
-        with pytest.raises(ConfigError, match="where prefill is timed"):
-            parameters.overheads(few)
-
-
-def fitted(cost: CostModel, **changes: Any) -> Parameters:
-    seen = np.zeros((2, 5, BINS))
-    seen[1, :, BINS // 2] = 500.0
-    table = {
-        "seen": seen.tolist(),
-        "predicted": (seen * 0.5).tolist(),
-        "kept": (seen * 0.5).tolist(),
-    }
-    known: dict[str, Any] = {
-        "machine": machine(), "target": "t", "drafter_sha256": "d", "dtype": "bfloat16", "temperature": 1.0,
-        "speculation": "on", "slots": 32, "max_tokens": 32, "cost": cost.state(), "fingerprint": {},
-        "reliability": table, "reference_s": 0.05, "overheads": Overheads(step=0.01, prefill_request=0.05),
-        "answer_tokens": [32], "prompt_tokens": [60],
-        "fitted": [observed(8, steps=1, step_s=1, wall_s=2, began=1)],
-        "provenance": Provenance(created="now", command="c", versions={}),
-    }  # fmt: skip
-    return Parameters(**{**known, **changes})
-
-
-def test_a_lone_user_of_the_twin_is_as_fast_as_its_parts_say(cost: CostModel) -> None:
-    one = parameters.predict(fitted(cost), 1, seconds=120.0)
-    length = sum(0.5**k for k in range(6))
-    assert one.budget == 5 and one.accept_length == pytest.approx(length, rel=0.03)
-    assert one.tpot_ms is not None
-    assert one.tpot_ms[0] == pytest.approx(1e3 * 0.07 / length, rel=0.06)
-    seconds = 0.05 + 0.01 + 31 * 1e-3 * one.tpot_ms[0]
-    assert one.tok_s == pytest.approx(32 / seconds, rel=0.05)
-
-
-def test_parameters_come_back_and_belong_to_a_machine(tmp_path: Path, cost: CostModel) -> None:
-    path = tmp_path / "p.json"
-    write_json(path, fitted(cost))
-    assert parameters.read(path, here=True) == fitted(cost)
-    write_json(path, fitted(cost, machine="another"))
-    assert parameters.read(path).machine == "another"
-    with pytest.raises(ArtifactError, match="was fitted on another"):
-        parameters.read(path, here=True)
-    with pytest.raises(ArtifactError, match="simulate fit"):
-        parameters.read(tmp_path / "none.json")
-
-
-def test_loads_that_were_fitted_are_no_check(cost: CostModel) -> None:
-    checking.check_loads(fitted(cost), [2, 3])
-    for loads in ([2, 8], [64]):
-        with pytest.raises(ConfigError, match="not fitted"):
-            checking.check_loads(fitted(cost), loads)
-
-
-def test_errors_are_relative_and_the_worst_counts(cost: CostModel, tmp_path: Path) -> None:
-    one = parameters.predict(fitted(cost), 2, seconds=60.0)
-    assert one.tpot_ms is not None
-    base = observed(2, steps=1, step_s=1, wall_s=2, began=1)
-    off = msgspec.structs.replace(
-        base, tok_s=one.tok_s / 1.1, tpot_s=one.tpot_ms[1] / 1e3 / 0.95, budget=one.budget
-    )
-    # The same on a machine that takes twice as long for everything.
-    slow = msgspec.structs.replace(off, tok_s=off.tok_s / 2, tpot_s=off.tpot_s * 2, reference_s=0.1)
-    found = parameters.compare(one, [slow, slow], 0.05)
-    assert found.error_pct == {"throughput": 10.0, "tpot": -5.0, "budget": 0.0}
-    assert found.slowdown == 2.0
-    assert parameters.worst([found]) == {"throughput": 10.0, "tpot": 5.0, "budget": 0.0}
-    checking.write([found], fitted(cost), Path("p.json"), tmp_path)
-    assert rederive.read(tmp_path)["sim_error_pct"]["throughput"] == 10.0
+        published.read(tmp_path)
 
 
 # --- the command -----------------------------------------------------------------------------------
@@ -440,7 +290,6 @@ def test_an_interrupted_study_keeps_its_loads_and_says_so(
         (["--concurrency", "1", "--answer", "-4"], "answer's length"),
         (["--concurrency", "1", "--cached", "2"], "cached share"),
         (["--concurrency", "1", "--prefill-ms", "1,2"], "--prefill-ms"),
-        (["--concurrency", "1", "--blocks", "x"], "--evaluation and --blocks"),
         (["--trace", "/nowhere.jsonl"], "cannot be read"),
     ],
 )
@@ -459,27 +308,7 @@ def test_drafting_needs_acceptance(tmp_path: Path, cost: CostModel) -> None:
     assert done.exit_code == 0
 
 
-def test_check_without_a_server_shows_predictions(tmp_path: Path, cost: CostModel) -> None:
-    path = tmp_path / "p.json"
-    write_json(path, fitted(cost))
-    done = call("check", "--parameters", str(path), "--concurrency", "2", "--simulate-only")
-    assert done.exit_code == 0 and "drafting" in done.output
-
-
-# --- the document ------------------------------------------------------------------------------------
-
-
-def test_the_document_shows_the_committed_result() -> None:
-    found = json.loads((ROOT / "docs" / "results" / "simulation.json").read_text())
-    text = (ROOT / "docs" / "simulation.md").read_text()
-    for lines in (
-        document.assumptions(found),
-        document.figures(found),
-        document.sensitivity(found),
-    ):
-        for one in lines:
-            assert one in text
-    assert found["assumptions"] == json.loads(msgspec.json.encode(rows()))
+# --- the committed result ------------------------------------------------------------------------------------
 
 
 def test_the_committed_frontiers_give_the_committed_figures() -> None:

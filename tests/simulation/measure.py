@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -28,7 +28,7 @@ from dspark_sglang.checkpoint import weights_digest
 from dspark_sglang.demo.server import Server, free_port
 from dspark_sglang.errors import ServerError
 from dspark_sglang.provenance import machine, provenance
-from dspark_sglang.simulate.parameters import Observed, Parameters, overheads
+from tests.simulation.twin import Observed, Parameters, overheads
 
 #: Tokens of the plain request by which the machine's speed is known.
 _REFERENCE_TOKENS = 96
@@ -37,14 +37,14 @@ _LEARN_USERS = 8
 Tell = Callable[[str], None]
 
 
-class Plan:
+class Plan(NamedTuple):
     """Blocks of load: how long, of what."""
 
-    def __init__(
-        self, *, temperature: float, max_tokens: int, warm_s: float, window_s: float, blocks: int
-    ) -> None:
-        self.temperature, self.max_tokens, self.blocks = temperature, max_tokens, blocks
-        self.warm_s, self.window_s = warm_s, window_s
+    temperature: float
+    max_tokens: int
+    warm_s: float
+    window_s: float
+    blocks: int
 
     def load(self, users: int, seed: int) -> Load:
         """One block."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,17 +12,20 @@ from scipy.optimize import nnls  # type: ignore[import-untyped]
 
 from dspark_sglang.artifacts import SCHEMA_VERSION, Provenance, read_artifact
 from dspark_sglang.core.steps import CostModel
+from dspark_sglang.core.sts import BINS
 from dspark_sglang.errors import ArtifactError, ConfigError
 from dspark_sglang.provenance import machine
-from dspark_sglang.simulate.acceptance import Law, Mixture, from_reliability
+from dspark_sglang.simulate.acceptance import Law, Mixture
 from dspark_sglang.simulate.arrivals import Requests
 from dspark_sglang.simulate.costs import Measured, Overheads
 from dspark_sglang.simulate.engine import Replica, Setting
 from dspark_sglang.simulate.summary import Summary, summarise
 
-_FIX = "Make one with `dspark simulate fit`."
+_FIX = "Make one with `make simulate-fit`."
 #: Simulated seconds of one load.
 _SECONDS = 300.0
+#: Rows of a table of blocks.
+_ROWS = 1 << 14
 
 
 class Observed(msgspec.Struct, frozen=True, kw_only=True):
@@ -59,7 +62,7 @@ class Observed(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Parameters(msgspec.Struct, frozen=True, kw_only=True, tag="simulation", tag_field="kind"):
-    """What ``dspark simulate fit`` found of one server; frozen before anything is compared with it."""
+    """What ``make simulate-fit`` found of one server; frozen before anything is compared with it."""
 
     schema_version: int = SCHEMA_VERSION
     machine: str
@@ -106,7 +109,7 @@ def read(path: Path, *, here: bool = False) -> Parameters:
         raise ArtifactError(
             f"{path} was fitted on {found.machine}.",
             expected=f"{machine()}, this machine",
-            fix="Fit this machine with `dspark simulate fit`.",
+            fix="Fit this machine with `make simulate-fit`.",
         )
     return found
 
@@ -137,6 +140,37 @@ def overheads(blocks: Sequence[Observed]) -> Overheads:
     return Overheads(step=float(step), request=float(request), prefill_step=prefill)
 
 
+def from_reliability(table: Mapping[str, Any], *, sampled: bool) -> Law:
+    """A law from what a server counted: ``reliability`` of its ``dspark_info_record``.
+
+    Each position draws a bin as often as it was seen, states the bin's mean confidence and is accepted
+    as often as the bin's tokens were. Serve with everything verified (``dspark_budget`` 1), or bins
+    that were left out are missing.
+
+    Raises:
+        ArtifactError: nothing was counted.
+    """
+    seen, predicted, kept = (
+        np.asarray(table[part], dtype=np.float64)[int(sampled)]
+        for part in ("seen", "predicted", "kept")
+    )
+    if seen.shape[-1] != BINS or not (seen.sum(axis=1) > 0).all():
+        raise ArtifactError(
+            f"The server counted {seen.sum(axis=1).round(1).tolist()} tokens by position.",
+            expected="some of every position",
+            fix="Let it serve longer with everything verified.",
+        )
+    rng, grid = np.random.default_rng(0), (np.arange(_ROWS) + 0.5) / _ROWS
+    confidence, chance = [], []
+    for total, stated, right in zip(seen, predicted, kept, strict=True):
+        shares = np.cumsum(total) / total.sum()
+        bins = np.minimum(np.searchsorted(shares, rng.permutation(grid)), BINS - 1)
+        weight = np.maximum(total, 1e-9)
+        confidence.append(np.clip((stated / weight)[bins], 0.0, 1.0))
+        chance.append(np.clip((right / weight)[bins], 0.0, 1.0))
+    return Law("served", np.stack(confidence, axis=1), np.stack(chance, axis=1))
+
+
 class Server(NamedTuple):
     """The simulated twin of a fitted server."""
 
@@ -157,7 +191,7 @@ def twin(given: Parameters) -> Server:
     truth, known = CostModel(gamma=gamma), CostModel(gamma=gamma)
     truth.restore(given.cost)
     known.restore(given.cost)
-    law: Law = from_reliability(given.reliability, sampled=given.sampled)
+    law = from_reliability(given.reliability, sampled=given.sampled)
     return Server(Measured(truth, given.overheads), Mixture([law]), known)
 
 

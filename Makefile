@@ -7,10 +7,7 @@ STAMP := $(VENV)/.dspark-installed
 SEED ?= 1
 SOURCES := dspark_sglang kernels packaging loadtests tests requirements
 
-.PHONY: help install demo test test-unit test-server lint format typecheck bench bench-kernels bench-load bench-load-full bench-faults bench-placement bench-selfcheck exactness simulate-fit simulate-check simulate-published net never-ends golden structure v4 v4-cuda report package-check deploy-check drill plan layouts deploy-arguments deploy-rendered gpu lock wheel clean
-
-# A command that fails leaves no half of a file behind.
-.DELETE_ON_ERROR:
+.PHONY: help install demo test test-unit test-server lint format typecheck bench bench-kernels bench-load bench-load-full bench-faults bench-placement bench-selfcheck exactness simulate-fit simulate-check simulate-published net never-ends golden structure reference results v4 v4-cuda package-check deploy-check drill plan layouts deploy-arguments deploy-rendered gpu lock wheel clean
 
 help:  ## Show what can be made
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -99,40 +96,7 @@ v4: install  ## DeepSeek-V4's tiny bundle against plain decoding and its referen
 v4-cuda: install  ## Compile SGLang's CUDA and Triton sources of V4's leaves for Hopper; needs nvcc, no GPU (about 10 minutes)
 	$(BIN)/python -m pytest -q -s tests/v4/test_cuda_sources.py
 
-# What `make report` reads. Measured and simulated files are made where they are missing: their age says nothing in a
-# fresh checkout. Remove one to make it again. Prices and the page are made again when something in them is newer.
 RESULTS := docs/results
-MADE := runs/report
-PRICE = $(BIN)/dspark simulate price $< --json
-PRICES := $(addprefix $(MADE)/,price-flash.json price-pro.json price-cpu.json)
-
-report: $(MADE)/report.md  ## One page of all results; measures what is missing (close everything else then)
-
-$(MADE)/report.md: tests/report.py tests/report.md.jinja $(PRICES) $(RESULTS)/loadgen.json $(RESULTS)/load.json $(RESULTS)/simulation.json $(wildcard $(RESULTS)/*.json $(RESULTS)/*.png) | $(STAMP)
-	$(BIN)/python -m tests.report
-
-$(PRICES): dspark_sglang/simulate/price.py dspark_sglang/simulate/prices.toml | $(STAMP) $(MADE)
-$(MADE)/price-flash.json: $(RESULTS)/frontier-flash.json
-	$(PRICE) --sla 80 --preset v4-flash >$@
-$(MADE)/price-pro.json: $(RESULTS)/frontier-pro.json
-	$(PRICE) --sla 35 --preset v4-pro >$@
-$(MADE)/price-cpu.json: $(RESULTS)/frontier-cpu.json
-	$(PRICE) --sla 10 --preset cpu >$@
-
-$(RESULTS)/loadgen.json: | $(STAMP)
-	$(BIN)/python -m tests.selfcheck --seconds 30 --out $@
-
-$(RESULTS)/load.json $(RESULTS)/frontier-cpu.json &: | $(STAMP)
-	$(BIN)/python -m benchmarks.load --concurrency 1,2,4,8,16,32 --dtypes bfloat16 --resume --out runs/load-report
-	cp runs/load-report/summary.json $(RESULTS)/load.json
-	cp runs/load-report/load.png $(RESULTS)/load.png
-	cp runs/load-report/frontier-T1-bfloat16.json $(RESULTS)/frontier-cpu.json
-
-$(RESULTS)/simulation.json $(RESULTS)/frontier-flash.json $(RESULTS)/frontier-pro.json &: | $(STAMP)
-	$(BIN)/dspark simulate published --out $(RESULTS)
-
-$(MADE):
-	mkdir -p $@
 
 package-check: install  ## Try what packaging promises: bad input, 100 GB, both Hub clients, a served round trip
 	$(BIN)/python -m tests.packaging.check
@@ -158,7 +122,13 @@ deploy-rendered: install  ## Write deploy/rendered/NAME.yaml again
 plan: install  ## Hold plans against what real servers allocate here: docs/results/plan.json (a few minutes)
 	$(BIN)/python -m tests.planning.measure --out $(RESULTS)/plan.json
 
-layouts: install  ## Plan the published layouts again: docs/layouts.md
+reference: install  ## Write docs/reference from the code
+	$(BIN)/python -m tests.docs.reference
+
+results: install  ## Write docs/results.md from docs/results
+	$(BIN)/python -m tests.docs.results
+
+layouts: install  ## Plan the published layouts again: docs/reference/layouts.md
 	$(BIN)/python -m tests.planning.document
 
 lock: install  ## Resolve requirements/cpu.in again

@@ -83,7 +83,7 @@ GONE = {
     ),
     "generate-data": ("dspark data", "dspark data --target TARGET --out data.jsonl"),
     "economics": ("dspark simulate price", "dspark simulate price frontier.json --sla 80"),
-    "report": ("make report in a checkout of the repository", "make report"),
+    "report": ("docs/results.md, which make results writes in a checkout", "make results"),
     "fetch-target": ("dspark demo --fetch-only", "dspark demo --fetch-only --target DIR"),
     "bench-round": ("make bench in a checkout", "make bench"),
     "bench-kernels": ("make bench-kernels in a checkout", "make bench-kernels"),

@@ -15,7 +15,7 @@ from dspark_sglang.core.seeded import Noise, seeded_draw
 SHORTLIST = 128
 #: Tokens of largest bias after each token that our kernels draft from beside those, whatever their
 #: base logits. With them, and the other tokens at their base logits, sampled requests lose 1% of
-#: the accepted length instead of 7.5% (docs/kernels.md).
+#: the accepted length instead of 7.5% (docs/explanation/kernels.md).
 FOLLOWING = 128
 #: A vocabulary up to here is drafted from whole: on a CPU, finding candidates takes longer.
 WHOLE_VOCABULARY = 16384

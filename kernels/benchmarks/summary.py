@@ -1,4 +1,4 @@
-"""The summary of the kernels: what it holds, and its tables for ``docs/kernels.md`` and the terminal."""
+"""The summary of the kernels: what it holds, and its tables for ``docs/explanation/kernels.md`` and the terminal."""
 
 from __future__ import annotations
 
@@ -202,7 +202,7 @@ def _config_row(name: str, config: Config, *, timed: bool) -> list[str]:
 
 
 def markdown(summary: Summary) -> str:
-    """The generated part of ``docs/kernels.md``, between the markers."""
+    """The generated part of ``docs/explanation/kernels.md``, between the markers."""
     timed = (
         f"Timed on {summary.device}." if summary.device else "Nothing was timed: no CUDA device."
     )
@@ -244,7 +244,7 @@ def insert(path: Path, summary: Summary) -> None:
         raise ConfigError(
             f"{path}: {error.strerror}.",
             expected="a document with the two markers",
-            fix="Pass --docs docs/kernels.md.",
+            fix="Pass --docs docs/explanation/kernels.md.",
         ) from error
     path.write_text(replaced(text, markdown(summary), str(path)), encoding="utf-8")
 

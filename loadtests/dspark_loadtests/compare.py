@@ -23,7 +23,7 @@ from dspark_loadtests.schema import Estimate, Slo, Summary
 from dspark_sglang.artifacts import SCHEMA_VERSION, Provenance
 from dspark_sglang.errors import ConfigError, ServerError
 
-#: Of a server of ours (docs/scheduling.md). ``none`` still writes the draft's context, ``fixed`` verifies all it drafts.
+#: Of a server of ours (docs/explanation/scheduling.md). ``none`` still writes the draft's context, ``fixed`` verifies all it drafts.
 SWITCHES: Mapping[str, Mapping[str, float]] = {
     "dspark": {"dspark_speculation": -1, "dspark_budget": -1},
     "none": {"dspark_speculation": 0, "dspark_budget": -1},

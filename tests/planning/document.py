@@ -11,7 +11,7 @@ from dspark_sglang.planning.plan import LABEL, Plan
 from dspark_sglang.planning.report import gigabytes, verdict
 from tests.planning.anchors import Anchor, anchors
 
-OUT = Path(__file__).resolve().parents[2] / "docs" / "layouts.md"
+OUT = Path(__file__).resolve().parents[2] / "docs" / "reference" / "layouts.md"
 #: What is planned: target, stand-alone drafter, title.
 MODELS = (
     ("deepseek-v4-flash-dspark", None, "DeepSeek-V4-Flash-DSpark"),
@@ -41,7 +41,7 @@ every rule. An H800 has an H100's memory and less NVLink: the plan is the same, 
 GB are 10^9 bytes. Weights are sums over tensors as SGLang 0.5.23 keeps and shares them. Activations, graphs and what
 CUDA takes before loading are estimates (SGLang's own heuristic); pools are what that leaves. "Requests" are requests at once
 by the context each has, never more than `--max-running-requests`. What plans are worth where a server does run, on a CPU,
-is in [`results/plan.json`](results/plan.json) (`make plan`).
+is in [`results/plan.json`](../results/plan.json) (`make plan`).
 """
 
 

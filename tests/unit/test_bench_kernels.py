@@ -20,7 +20,7 @@ from dspark_sglang.errors import ArtifactError, ConfigError, DSparkError
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMITTED = ROOT / "docs" / "results" / "kernels.json"
-DOCUMENT = ROOT / "docs" / "kernels.md"
+DOCUMENT = ROOT / "docs" / "explanation" / "kernels.md"
 WHEN = Provenance(created="2026-01-01", command="make bench-kernels", versions={"torch": "2"})
 BATCHES = (*report.COUNTED, *report.EXTRAPOLATED)
 OURS = rounds.OURS
@@ -299,7 +299,7 @@ def test_wrong_flags_are_explained(
 def test_the_document_shows_the_committed_summary() -> None:
     text = DOCUMENT.read_text()
     generated = summary.markdown(summary.read(COMMITTED))
-    assert summary.replaced(text, generated, "docs/kernels.md") == text
+    assert summary.replaced(text, generated, "docs/explanation/kernels.md") == text
 
 
 def test_every_op_is_explained() -> None:

@@ -19,7 +19,7 @@ Experts of the first layers are read from a table by token; weights are the scor
 Streams and experts are those of :mod:`~dspark_sglang.layouts.v4.hyper` and
 :mod:`~dspark_sglang.layouts.v4.moe`.
 
-Written from the published configuration and the papers; ``docs/v4.md`` compares it with DeepSeek's
+Written from the published configuration and the papers; ``docs/explanation/v4.md`` compares it with DeepSeek's
 own inference code.
 """
 

@@ -4,7 +4,7 @@ Latents [D] are kept as fp8 e4m3 in tiles of 64 with a power-of-two scale each, 
 bfloat16. Keys and queries of the indexer are fp8 with one float scale a row in SGLang 0.5.23;
 DeepSeek's own inference code rounds them to fp4 in runs of 32 with power-of-two scales.
 
-Source: SGLang 0.5.23, ``kernels/ops/attention/dsv4``; ``docs/v4.md`` compares with DeepSeek's.
+Source: SGLang 0.5.23, ``kernels/ops/attention/dsv4``; ``docs/explanation/v4.md`` compares with DeepSeek's.
 """
 
 from __future__ import annotations

@@ -1,36 +1,43 @@
-"""Write one page of what ``docs/results`` holds: ``runs/report/report.md``, with the figures that are there.
+"""Write ``docs/results.md``: one page of what ``docs/results`` holds, and the prices computed from its frontiers.
 
-``make report`` runs it once the files are there. A figure is copied from its file, never typed: the page is
-``tests/report.md.jinja``, filled.
+``make results`` runs it. A figure is copied from its file, never typed: the page is ``results.md.jinja``, filled.
+``tests/docs`` fails while the page is not current.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import msgspec
 
+from dspark_loadtests import frontier
 from dspark_sglang.errors import ArtifactError, DSparkError
+from dspark_sglang.simulate import price
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "docs" / "results"
-PAGE = ROOT / "runs" / "report" / "report.md"
+PAGE = ROOT / "docs" / "results.md"
+#: Frontiers that are priced: the preset of prices, and tokens a second that every user gets.
+PRICED = {
+    "frontier-flash.json": ("v4-flash", 80.0),
+    "frontier-pro.json": ("v4-pro", 35.0),
+    "frontier-cpu.json": ("cpu", 10.0),
+}
 
 
-def read(folders: Sequence[Path]) -> dict[str, Any]:
-    """Every JSON file of the folders and below them, by name without its ending.
+def read(folder: Path) -> dict[str, Any]:
+    """Every JSON file of the folder and below it, by name without its ending.
 
     Raises:
         ArtifactError: one is damaged.
     """
     found = {}
-    for path in sorted(path for folder in folders for path in folder.rglob("*.json")):
+    for path in sorted(folder.rglob("*.json")):
         try:
             found[path.stem] = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
@@ -38,6 +45,16 @@ def read(folders: Sequence[Path]) -> dict[str, Any]:
                 f"{path} cannot be read: {error}.", expected="JSON", fix="Make it again."
             ) from error
     return found
+
+
+def prices(folder: Path) -> list[dict[str, Any]]:
+    """What a million tokens cost by the frontiers that are there."""
+    found = [
+        price.answer(frontier.read(folder / name), price.load(preset, None), sla=sla)
+        for name, (preset, sla) in PRICED.items()
+        if (folder / name).is_file()
+    ]
+    return [msgspec.to_builtins(one) for one in found]
 
 
 def number(value: float | None, digits: int = 2) -> str:
@@ -63,17 +80,16 @@ def loads(cells: dict[str, Any]) -> list[tuple[str, int, dict[str, Any]]]:
     return [(found[1], int(found[2]), cell) for found, cell in parts if found]
 
 
-def render(folders: Sequence[Path], page: Path) -> str:
+def render(folder: Path, page: Path = PAGE) -> str:
     """The page's text.
 
     Args:
-        folders: of the results; their figures are linked from where ``page`` will be.
+        folder: of the results; its figures are linked from where ``page`` will be.
 
     Raises:
         ArtifactError: a result is damaged, or lacks what the page shows of it.
     """
-    found = read(folders)
-    figures = sorted(path for folder in folders for path in folder.rglob("*.png"))
+    found = read(folder)
     environment = jinja2.Environment(
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -82,31 +98,23 @@ def render(folders: Sequence[Path], page: Path) -> str:
     )
     environment.filters |= {"number": number, "span": span, "short": short, "loads": loads}
     template = environment.from_string(Path(__file__).with_suffix(".md.jinja").read_text())
+    figures = [Path(os.path.relpath(path, page.parent)) for path in sorted(folder.rglob("*.png"))]
     try:
-        return template.render(
-            r=found, figures=[Path(os.path.relpath(path, page.parent)) for path in figures]
-        )
+        return template.render(r=found, prices=prices(folder), figures=figures)
     except (jinja2.UndefinedError, TypeError, ValueError, KeyError) as error:
         raise ArtifactError(
             f"A result is not what the page shows: {error}.",
             expected="the files as this version's commands write them",
-            fix="Make them again, or change tests/report.md.jinja.",
+            fix="Make them again, or change tests/docs/results.md.jinja.",
         ) from error
 
 
 def main() -> None:
     """Write the page."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folders", type=Path, nargs="*", default=[RESULTS, PAGE.parent])
-    parser.add_argument("--out", type=Path, default=PAGE)
-    given = parser.parse_args()
-    given.out.parent.mkdir(parents=True, exist_ok=True)
     try:
-        text = render([folder.resolve() for folder in given.folders], given.out.resolve())
+        PAGE.write_text(render(RESULTS), encoding="utf-8")
     except DSparkError as error:
-        raise SystemExit(f"report: error: {error}") from None
-    given.out.write_text(text, encoding="utf-8")
-    print(f"Written: {given.out}")
+        raise SystemExit(f"results: error: {error}") from None
 
 
 if __name__ == "__main__":

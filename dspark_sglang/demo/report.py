@@ -187,7 +187,7 @@ def draw(summary: dict[str, Any], path: Path) -> None:
         color="#c2410c",
         linestyle="--",
         linewidth=1.2,
-        label=f"break-even: a round costs {cost:.2f} plain steps",
+        label=f"break-even: a round costs {cost:.2f} decode steps",
     )
     right.legend(loc="upper left", frameon=False)
     right.set_xticks(list(places), kinds)
@@ -244,7 +244,7 @@ def markdown(summary: dict[str, Any]) -> str:
     lines += [
         "",
         f"Speedup {summary['speedup']:.2f}× (95% over prompts: {low:.2f} to {high:.2f}); a round costs "
-        f"{summary['round_cost']:.2f} plain steps ({round_low:.2f} to {round_high:.2f}).",
+        f"{summary['round_cost']:.2f} decode steps ({round_low:.2f} to {round_high:.2f}).",
         f"Greedy text in float32: {summary['identical']} of {summary['compared']} identical. "
         f"Prompt tokens from the radix cache: {summary['cached_share']:.0%}, "
         f"{summary['cached_share_prefix_seen']:.0%} once a prefix had been seen.",

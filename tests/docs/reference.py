@@ -21,6 +21,7 @@ import typer
 from dspark_sglang.cli.app import GONE, app
 from dspark_sglang.config import PREFIX, Settings
 from dspark_sglang.serving import admin, telemetry
+from dspark_sglang.serving.options import RequestOptions
 from dspark_sglang.training.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -102,6 +103,10 @@ def settings() -> str:
             "value changes nothing, answers `[false]`, and its reason is in the server's log.",
             table(("key", "values"), *((f"`{key}`", text) for key, text in keys)),
             "SGLang's own `dspark_force_budget_frac` sets `dspark_budget`.",
+            "## Options of a request",
+            "In the sampling parameters: `{\"custom_params\": {\"dspark\": {OPTION: VALUE}}}`. Anything else is "
+            "answered with HTTP 400.",
+            table(("option", "default", "meaning"), *fields(RequestOptions)),
             "## The file of `dspark train`",
             "`dspark train --example` prints one. `--set optim.lr=5e-4` overrides a field. "
             "The [training guide](../training.md) says how to choose.",

@@ -41,7 +41,7 @@ _ROOTS = [
     ROOT / part for part in ("", "dspark_sglang", "kernels", "packaging", "loadtests", "tests")
 ]
 _SGLANG = Path(importlib.util.find_spec("sglang").submodule_search_locations[0])  # type: ignore[union-attr, index]
-_FLAGS = frozen_FLAGS
+_FLAGS = frozenset(sglang_flags(_SGLANG))
 
 
 def name_of(path: Path) -> str:
@@ -53,13 +53,13 @@ every_document = pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
 
 def blocks(text: str) -> Iterator[tuple[str, str]]:
     """What stands behind the fence of every code block, and the block."""
-    return iter(re.findall(r"^```(.*?)\n(.*?)^```", text, flags=re.M | re.S))
+    return iter(re.findall(r"^ *```(.*?)\n(.*?)^ *```", text, flags=re.M | re.S))
 
 
 def command_lines(text: str) -> Iterator[list[str]]:
     """Words of every shell command of a page, from its blocks and from code in a line."""
     found = [body.replace("\\\n", " ") for kind, body in blocks(text) if kind.startswith("bash")]
-    outside = re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
+    outside = re.sub(r"^ *```.*?^ *```", "", text, flags=re.M | re.S)
     found += re.findall(r"`((?:dspark|sglang|make|python) [^`]*)`", outside)
     for line in "\n".join(found).splitlines():
         for part in re.split(r"&&|\|\||[;|]|(?<=\s)&(?=\s|$)", line.split(" #")[0]):
@@ -78,7 +78,7 @@ def command_lines(text: str) -> Iterator[list[str]]:
 
 def anchors(text: str) -> set[str]:
     """What links into a page may end with, as GitHub makes it of headings."""
-    text = re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
+    text = re.sub(r"^ *```.*?^ *```", "", text, flags=re.M | re.S)
     heads = re.findall(r"^#+ (.*)$", text, flags=re.M)
     slugs = [re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads]
     return {*slugs, *re.findall(r'<a id="([^"]+)">', text)}

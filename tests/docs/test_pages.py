@@ -18,12 +18,12 @@ from typing import Any
 
 import pytest
 import typer
+from sglang_source import sglang_flags
 
 from dspark_sglang.cli.main import app
 from dspark_sglang.config import Settings
 from dspark_sglang.demo import report
 from dspark_sglang.serving import admin
-from sglang_source import sglang_flags
 from tests import structure
 from tests.docs.reference import PAGES, targets
 
@@ -203,7 +203,7 @@ def test_a_marked_block_runs(tmp_path: Path, block: str) -> None:
 
 
 def test_some_blocks_are_marked() -> None:
-    assert len(runnable()) >= 3
+    assert len(runnable()) >= 2
 
 
 # --- what a stranger reads first ------------------------------------------------------------------
@@ -222,7 +222,9 @@ def test_the_readme_is_short() -> None:
 @pytest.mark.parametrize("question", QUESTIONS)
 def test_a_question_has_one_short_answer(question: str) -> None:
     parts = re.split(r"^## (.*)$", README.read_text(), flags=re.M)
-    answers = [body for head, body in zip(parts[1::2], parts[2::2], strict=True) if head == question]
+    answers = [
+        body for head, body in zip(parts[1::2], parts[2::2], strict=True) if head == question
+    ]
     assert len(answers) == 1
     lines = [line for line in answers[0].splitlines() if line.strip() and "```" not in line]
     assert 0 < len(lines) <= 5

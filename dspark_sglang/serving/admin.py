@@ -17,12 +17,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from dspark_sglang.core.policy import Choice
 from dspark_sglang.errors import ConfigError, DSparkError
+from dspark_sglang.serving.sglang_types import MemoryRequest, TokenizerManager, UpdaterManager
+
+if TYPE_CHECKING:
+    from dspark_sglang.serving.worker import DSparkWorker
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +42,7 @@ SPECULATION: dict[int, Choice] = {-1: "auto", 0: "off", 1: "on"}
 class Commands:
     """The keys of one worker. Each is checked in full before anything is changed."""
 
-    def __init__(self, worker: Any) -> None:
+    def __init__(self, worker: DSparkWorker) -> None:
         self._worker = worker
         self._known: dict[str, Callable[[float], Apply]] = {
             "dspark_speculation": self._speculation,
@@ -151,7 +155,7 @@ def handlers(original: Callable[[Any], dict[str, Any]], controller: Any) -> dict
         except DSparkError as error:
             raise internal_state.UpdateRejected(str(error)) from error
 
-    def apply(key: str, value: Any) -> None:
+    def apply(key: str, value: object) -> None:
         prepared.pop(key)()
         logger.info("%s set to %r", key, value)
 
@@ -160,13 +164,13 @@ def handlers(original: Callable[[Any], dict[str, Any]], controller: Any) -> dict
     return known
 
 
-def _tags(recv_req: Any) -> list[str]:
+def _tags(recv_req: MemoryRequest) -> list[str]:
     from sglang.srt.constants import GPU_MEMORY_ALL_TYPES
 
     return list(recv_req.tags or GPU_MEMORY_ALL_TYPES)
 
 
-def refusal(updater: Any, recv_req: Any, *, release: bool) -> str | None:
+def refusal(updater: UpdaterManager, recv_req: MemoryRequest, *, release: bool) -> str | None:
     """Why memory cannot be released or taken back now; None when it can.
 
     Args:
@@ -199,7 +203,9 @@ def refusal(updater: Any, recv_req: Any, *, release: bool) -> str | None:
     return None
 
 
-def guard(original: Callable[..., Any], updater: Any, recv_req: Any, *, release: bool) -> Any:
+def guard(
+    original: Callable[..., Any], updater: UpdaterManager, recv_req: MemoryRequest, *, release: bool
+) -> Any:
     """Release or take back in the scheduler, or leave all as it is.
 
     Args:
@@ -219,7 +225,7 @@ def guard(original: Callable[..., Any], updater: Any, recv_req: Any, *, release:
     return kind(rid=why)
 
 
-async def ask(manager: Any, obj: Any, *, release: bool) -> None:
+async def ask(manager: TokenizerManager, obj: object, *, release: bool) -> None:
     """Ask the schedulers, in the HTTP process.
 
     Raises:

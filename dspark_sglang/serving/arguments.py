@@ -12,7 +12,7 @@ import socket
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import psutil
 from safetensors import SafetensorError, safe_open
@@ -29,6 +29,9 @@ from dspark_sglang.layouts.dense.config import (
 from dspark_sglang.layouts.dense.tensors import check_tensors
 from dspark_sglang.layouts.v4.check import check_bundle
 from dspark_sglang.serving import placement, warmup
+
+if TYPE_CHECKING:
+    from dspark_sglang.serving.sglang_types import ServerArgs
 
 _WIDTHS = {"float32": 4, "float": 4, "float16": 2, "half": 2, "bfloat16": 2}
 #: What a server process needs beside weights and KV (Python, torch, tokenizer, buffers).
@@ -81,7 +84,7 @@ def weight_elements(directory: Path) -> int:
     return total
 
 
-def check_memory(view: Any) -> None:
+def check_memory(view: ServerArgs) -> None:
     """Raise ConfigError when target and drafter cannot fit in this machine's free memory."""
     if not view.device.startswith("cpu"):
         return
@@ -145,7 +148,7 @@ def stop(error: DSparkError) -> NoReturn:
     raise SystemExit(2) from error
 
 
-def resolve(original: Callable[[Any], None], server_args: Any) -> None:
+def resolve(original: Callable[[Any], None], server_args: ServerArgs) -> None:
     """Stand in for SGLang's DSPARK argument resolution.
 
     Args:
@@ -186,7 +189,7 @@ def resolve(original: Callable[[Any], None], server_args: Any) -> None:
         original(server_args)
 
 
-def resolve_builtin(server_args: Any) -> None:
+def resolve_builtin(server_args: ServerArgs) -> None:
     """Let SGLang's own DSPARK run on the CPU platform, to compare with: nothing of it is ours."""
     from sglang.srt.arg_groups.overrides import resolving_view
 
@@ -198,7 +201,7 @@ def resolve_builtin(server_args: Any) -> None:
     _resolve_on_cpu(server_args, view, drafter)
 
 
-def _check_at_start(server_args: Any, view: Any) -> None:
+def _check_at_start(server_args: ServerArgs, view: ServerArgs) -> None:
     """Add our measurement and our comparison to SGLang's warm-ups."""
     from sglang.srt.arg_groups.overrides import declare_resolution
 
@@ -212,7 +215,7 @@ def _check_at_start(server_args: Any, view: Any) -> None:
     declare_resolution(server_args, _RESOLVER, warmups=",".join(names))
 
 
-def _admit_at_once(server_args: Any, view: Any) -> None:
+def _admit_at_once(server_args: ServerArgs, view: ServerArgs) -> None:
     """Let a waiting request in as soon as one has ended.
 
     For drafters with a prefill of their own SGLang holds requests back until up to four may begin together. Ours
@@ -225,7 +228,7 @@ def _admit_at_once(server_args: Any, view: Any) -> None:
         declare_resolution(server_args, _RESOLVER, min_free_slots_delay=1)
 
 
-def _refuse_ignored_options(view: Any) -> None:
+def _refuse_ignored_options(view: ServerArgs) -> None:
     """Options of SGLang's builtin that would be accepted here and then do nothing, or harm."""
     from sglang.srt.environ import envs
 
@@ -245,7 +248,7 @@ def _refuse_ignored_options(view: Any) -> None:
             )
 
 
-def _check_placement(view: Any, drafter: DrafterConfig | None) -> None:
+def _check_placement(view: ServerArgs, drafter: DrafterConfig | None) -> None:
     """Refuse a placement that cannot be, where the drafter is known already."""
     if drafter is None or drafter.bundled:
         os.environ[_SHARDED_HEAD] = "0"  # where W2 is cut, it is by us
@@ -271,7 +274,7 @@ def _require_compact_mode() -> None:
     os.environ[_MODE] = "compact"
 
 
-def _drafter_directory(view: Any) -> Path | None:
+def _drafter_directory(view: ServerArgs) -> Path | None:
     """The local drafter directory, the target's own where it bundles one; None while it is on the Hub."""
     if view.speculative_draft_model_path is None:
         target = Path(view.model_path)
@@ -287,7 +290,7 @@ def _drafter_directory(view: Any) -> Path | None:
     return path if looks_local else None
 
 
-def _check_drafter(view: Any) -> DrafterConfig | None:
+def _check_drafter(view: ServerArgs) -> DrafterConfig | None:
     directory = _drafter_directory(view)
     target: dict[str, Any] | None = None
     if Path(view.model_path).is_dir():
@@ -315,7 +318,7 @@ def _check_drafter(view: Any) -> DrafterConfig | None:
     return config
 
 
-def _check_gamma(view: Any, config: DrafterConfig) -> None:
+def _check_gamma(view: ServerArgs, config: DrafterConfig) -> None:
     for flag, given, expected in (
         ("--speculative-dspark-block-size", view.speculative_dspark_block_size, config.gamma),
         (
@@ -332,7 +335,9 @@ def _check_gamma(view: Any, config: DrafterConfig) -> None:
             )
 
 
-def _resolve_on_cpu(server_args: Any, view: Any, drafter: DrafterConfig | None) -> None:
+def _resolve_on_cpu(
+    server_args: ServerArgs, view: ServerArgs, drafter: DrafterConfig | None
+) -> None:
     """SGLang's resolver refuses this device, so its steps that apply here are done here."""
     from sglang.srt.arg_groups.overrides import declare_resolution
 

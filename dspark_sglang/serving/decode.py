@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode
@@ -13,7 +14,11 @@ from sglang.srt.speculative.dspark_components.dspark_draft import make_next_draf
 from dspark_sglang.serving.draft_kv import States
 from dspark_sglang.serving.requests import told_sampled
 from dspark_sglang.serving.rounds import Rounds
+from dspark_sglang.serving.sglang_types import ScheduleBatch
 from dspark_sglang.serving.verifier import Verifier
+
+if TYPE_CHECKING:
+    from dspark_sglang.serving.worker import DSparkWorker
 
 
 class Decoder:
@@ -23,7 +28,7 @@ class Decoder:
     it captures verification only, so there that stays the way.
     """
 
-    def __init__(self, worker: Any, verifier: Verifier, rounds: Rounds) -> None:
+    def __init__(self, worker: DSparkWorker, verifier: Verifier, rounds: Rounds) -> None:
         """Args:
         worker: SGLang's, whose target decodes.
         verifier: keeps the target's states.
@@ -47,7 +52,7 @@ class Decoder:
             and self._verifier.defers
         )
 
-    def takes(self, batch: Any) -> bool:
+    def takes(self, batch: ScheduleBatch) -> bool:
         """Whether a step of ``batch`` that verifies nothing can be decoded.
 
         Requests whose logits are adjusted, masked by a grammar or returned need verification's
@@ -55,7 +60,9 @@ class Decoder:
         """
         return self._served and self._verifier.untouched(batch, batch.sampling_info)
 
-    def decode(self, batch: Any, on_publish: Any) -> Any:
+    def decode(
+        self, batch: ScheduleBatch, on_publish: Callable[[torch.Tensor], None] | None
+    ) -> Any:
         """Decode one token of each of ``R`` requests.
 
         Args:
@@ -71,7 +78,7 @@ class Decoder:
         batch.input_ids = batch.spec_info.bonus_tokens.view(-1)
         # Allocated already: speculative batches are given the slots of whole blocks.
         batch.out_cache_loc = table[batch.req_pool_indices, places].to(torch.int64)
-        batch.spec_info = None
+        batch.spec_info = None  # type: ignore[assignment]
         batch.seq_lens = lens = places + 1
         if batch.seq_lens_cpu is not None:  # under overlap, where attention needs none
             batch.seq_lens_cpu = batch.seq_lens_cpu + 1

@@ -10,9 +10,17 @@ from sglang.srt.runtime_context import get_disagg, get_memory, get_schedule, get
 
 from dspark_sglang.serving.draft_model import DraftModel
 from dspark_sglang.serving.faults import Faults
+from dspark_sglang.serving.sglang_types import (
+    DraftInput,
+    KvInjector,
+    PrefillPlacement,
+    ScheduleBatch,
+)
 
 
-def prepare(original: Callable[[Any, Any], None], draft_input: Any, batch: Any) -> None:
+def prepare(
+    original: Callable[[Any, Any], None], draft_input: DraftInput, batch: ScheduleBatch
+) -> None:
     """Prepare a batch for its next step.
 
     SGLang tops every request up to the slots of two blocks before every step, because under overlap
@@ -117,7 +125,7 @@ class DeferredStates:
         self._write(together, latest(together.slots) if len(parts) > 1 else None)
 
 
-def contain_prefills(injector: Any, faults: Faults) -> None:
+def contain_prefills(injector: KvInjector, faults: Faults) -> None:
     """Make what goes wrong while a prefill writes the draft's KV a fault of the drafter.
 
     Args:
@@ -133,7 +141,7 @@ def contain_prefills(injector: Any, faults: Faults) -> None:
     injector.inject_prefill = guarded
 
 
-def keep_prefills(injector: Any, deferred: DeferredStates, draft: DraftModel) -> None:
+def keep_prefills(injector: KvInjector, deferred: DeferredStates, draft: DraftModel) -> None:
     """Let prefills leave their states to ``deferred``.
 
     Args:
@@ -143,7 +151,7 @@ def keep_prefills(injector: Any, deferred: DeferredStates, draft: DraftModel) ->
     inject = injector.inject_prefill
 
     def keep(
-        placement: Any,
+        placement: PrefillPlacement,
         *,
         target_hidden: torch.Tensor,
         token_indices: torch.Tensor | None,

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from sglang.srt.models.dspark import DSparkDraftMixin
 
 from dspark_sglang.errors import CompatibilityError
+from dspark_sglang.serving.sglang_types import DenseDraft, KvInjector, V4Draft
 
 
 class DraftModel:
@@ -23,7 +23,7 @@ class DraftModel:
     #: Whether our kernel writes the draft's KV where our kernels run.
     kernel_writes = True
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: DenseDraft) -> None:
         """Args:
         model: SGLang's draft model, with the target's embedding and LM head.
 
@@ -79,7 +79,7 @@ class DraftModel:
         logits: torch.Tensor = self.module.compute_base_logits(states)[0]
         return logits
 
-    def writes(self, injector: Any) -> bool:
+    def writes(self, injector: KvInjector) -> bool:
         """Whether the draft's KV may be written by :meth:`write`, whenever that is convenient.
 
         Args:
@@ -87,12 +87,16 @@ class DraftModel:
         """
         return injector.swa_ring_size is None
 
-    def slots(self, injector: Any, slots: torch.Tensor) -> torch.Tensor:
+    def slots(self, injector: KvInjector, slots: torch.Tensor) -> torch.Tensor:
         """``[N]`` int64 places in the draft's KV of what the target has at ``slots`` ``[N]``, as they are now."""
         return slots
 
     def write(
-        self, injector: Any, hidden: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor
+        self,
+        injector: KvInjector,
+        hidden: torch.Tensor,
+        slots: torch.Tensor,
+        positions: torch.Tensor,
     ) -> None:
         """Write the draft's KV.
 
@@ -111,7 +115,7 @@ class DraftModel:
         """Let an update bring some tensors: SGLang's loader wants the confidence head's in every load."""
         load = self.module._load_confidence_weights
 
-        def load_given(*, confidence_weights: Any, params_dict: Any) -> None:
+        def load_given(*, confidence_weights: object, params_dict: object) -> None:
             if confidence_weights:
                 load(confidence_weights=confidence_weights, params_dict=params_dict)
 
@@ -130,6 +134,7 @@ class V4DraftModel(DraftModel):
     LAYERS = "stages."
     embeds_by_module = False  # it repeats the embedding into its streams itself
     kernel_writes = False
+    module: V4Draft  # type: ignore[assignment]  # SGLang's other class
 
     @property
     def projection(self) -> torch.Tensor:
@@ -153,14 +158,18 @@ class V4DraftModel(DraftModel):
         logits: torch.Tensor = self.module._logits_from_x_post_hc(states)
         return logits
 
-    def slots(self, injector: Any, slots: torch.Tensor) -> torch.Tensor:
+    def slots(self, injector: KvInjector, slots: torch.Tensor) -> torch.Tensor:
         # The window's pool gives places to others once a request has moved on.
         pool = injector.draft_model_runner.token_to_kv_pool
         found: torch.Tensor = pool.translate_loc_from_full_to_swa(slots)
         return found.to(torch.int64)
 
     def write(
-        self, injector: Any, hidden: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor
+        self,
+        injector: KvInjector,
+        hidden: torch.Tensor,
+        slots: torch.Tensor,
+        positions: torch.Tensor,
     ) -> None:
         with torch.inference_mode():
             self.module.write_target_hidden_kv(
@@ -180,7 +189,7 @@ class V4DraftModel(DraftModel):
         """SGLang renews its copies of norms after each load."""
 
 
-def draft_model(model: Any) -> DraftModel:
+def draft_model(model: DenseDraft) -> DraftModel:
     """The layout of SGLang's draft model.
 
     Raises:

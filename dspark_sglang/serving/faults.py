@@ -12,12 +12,15 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from dspark_sglang.serving.options import never_draft
+
+if TYPE_CHECKING:
+    from dspark_sglang.serving.sglang_types import Req
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +79,7 @@ class Faults:
         self._suspects = 0
 
     def screened(
-        self, confidence: Float64, drafted: Bool, requests: Sequence[Any]
+        self, confidence: Float64, drafted: Bool, requests: Sequence[Req]
     ) -> tuple[Float64, Bool]:
         """Confidences of a step, 0 for requests that have one that is none; those are drafted for no more.
 

@@ -8,11 +8,22 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dspark_sglang.config import read_settings
 from dspark_sglang.errors import CompatibilityError
 from dspark_sglang.serving import arguments, compat
+
+if TYPE_CHECKING:
+    from dspark_sglang.serving.sglang_types import (
+        DraftInput,
+        MemoryRequest,
+        Req,
+        ScheduleBatch,
+        ServerArgs,
+        TokenizerManager,
+        UpdaterManager,
+    )
 
 _installed: dict[str, str] = {}
 
@@ -49,7 +60,7 @@ def install(*, algorithm: bool, builtin: bool, cpu_platform: bool) -> None:
         hooks += _algorithm_hooks()
     if builtin:
 
-        def handle_builtin(original: Callable[[Any], None], server_args: Any) -> None:
+        def handle_builtin(original: Callable[[Any], None], server_args: ServerArgs) -> None:
             from dspark_sglang.serving import arguments
 
             arguments.resolve_builtin(server_args)
@@ -64,12 +75,12 @@ def install(*, algorithm: bool, builtin: bool, cpu_platform: bool) -> None:
 
 
 def _algorithm_hooks() -> list[tuple[str, str, Callable[..., Any], str]]:
-    def handle_arguments(original: Callable[[Any], None], server_args: Any) -> None:
+    def handle_arguments(original: Callable[[Any], None], server_args: ServerArgs) -> None:
         from dspark_sglang.serving import arguments
 
         arguments.resolve(original, server_args)
 
-    def create_worker(original: Callable[..., Any], self: Any, server_args: Any) -> Any:
+    def create_worker(original: Callable[..., Any], self: Any, server_args: ServerArgs) -> Any:
         if not self.is_dspark():
             return original(self, server_args)
         from dspark_sglang.serving.worker import DSparkWorker
@@ -86,22 +97,26 @@ def _algorithm_hooks() -> list[tuple[str, str, Callable[..., Any], str]]:
 
         return faults.tell(original, *args, **kwargs)
 
-    def refuse_inexact(original: Callable[..., Any], req: Any, enable_overlap: bool) -> Any:
+    def refuse_inexact(original: Callable[..., Any], req: Req, enable_overlap: bool) -> Any:
         from dspark_sglang.serving import requests
 
         return original(req, enable_overlap) or requests.refusal(req, enable_overlap)
 
-    def finish(original: Callable[..., Any], req: Any, new_accepted_len: int = 1) -> None:
+    def finish(original: Callable[..., Any], req: Req, new_accepted_len: int = 1) -> None:
         from dspark_sglang.serving import requests
 
         requests.finish(original, req, new_accepted_len)
 
-    def advance(original: Callable[..., Any], processor: Any, req: Any, tokens: Any) -> Any:
+    def advance(
+        original: Callable[..., Any], processor: object, req: Req, tokens: int | list[int]
+    ) -> Any:
         from dspark_sglang.serving import requests
 
         return requests.advance_grammar(original, processor, req, tokens)
 
-    def prepare(original: Callable[..., None], draft_input: Any, batch: Any) -> None:
+    def prepare(
+        original: Callable[..., None], draft_input: DraftInput, batch: ScheduleBatch
+    ) -> None:
         if not batch.spec_algorithm.is_dspark():
             original(draft_input, batch)
             return
@@ -109,7 +124,7 @@ def _algorithm_hooks() -> list[tuple[str, str, Callable[..., Any], str]]:
 
         draft_kv.prepare(original, draft_input, batch)
 
-    def update_handlers(original: Callable[[Any], Any], controller: Any) -> Any:
+    def update_handlers(original: Callable[[Any], Any], controller: object) -> Any:
         from dspark_sglang.serving import admin
 
         return admin.handlers(original, controller)
@@ -130,12 +145,12 @@ def _algorithm_hooks() -> list[tuple[str, str, Callable[..., Any], str]]:
 
 
 def _weight_hooks() -> list[tuple[str, str, Callable[..., Any], str]]:
-    def changed(original: Callable[..., Any], manager: Any, recv_req: Any) -> Any:
+    def changed(original: Callable[..., Any], manager: UpdaterManager, recv_req: object) -> Any:
         from dspark_sglang.serving import weights
 
         return weights.followed(original, manager, recv_req)
 
-    def loaded(original: Callable[..., Any], manager: Any, recv_req: Any) -> Any:
+    def loaded(original: Callable[..., Any], manager: UpdaterManager, recv_req: object) -> Any:
         from dspark_sglang.serving import weights
 
         return weights.contained(original, manager, recv_req)
@@ -148,7 +163,11 @@ def _weight_hooks() -> list[tuple[str, str, Callable[..., Any], str]]:
 
 def _http_hooks() -> list[tuple[str, str, Callable[..., Any], str]]:
     def make(
-        original: Callable[..., Any], manager: Any, obj: Any, *args: Any, **kwargs: Any
+        original: Callable[..., Any],
+        manager: TokenizerManager,
+        obj: object,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
         from dspark_sglang.serving import options
 
@@ -166,13 +185,19 @@ def _http_hooks() -> list[tuple[str, str, Callable[..., Any], str]]:
     for name in ("release", "resume"):
 
         def guard(
-            original: Callable[..., Any], updater: Any, recv_req: Any, *, name: str = name
+            original: Callable[..., Any],
+            updater: UpdaterManager,
+            recv_req: MemoryRequest,
+            *,
+            name: str = name,
         ) -> Any:
             from dspark_sglang.serving import admin
 
             return admin.guard(original, updater, recv_req, release=name == "release")
 
-        async def ask(manager: Any, obj: Any, request: Any = None, *, name: str = name) -> None:
+        async def ask(
+            manager: TokenizerManager, obj: object, request: object = None, *, name: str = name
+        ) -> None:
             from dspark_sglang.serving import admin
 
             await admin.ask(manager, obj, release=name == "release")

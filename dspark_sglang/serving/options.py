@@ -9,9 +9,17 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
+
+if TYPE_CHECKING:
+    from dspark_sglang.serving.sglang_types import (
+        Req,
+        SamplingParams,
+        TokenizedRequest,
+        TokenizerManager,
+    )
 
 KEY = "dspark"
 _KEPT = "_dspark_options"
@@ -31,7 +39,7 @@ class RequestOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 _DEFAULT = RequestOptions()
 
 
-def read_options(request: Any) -> RequestOptions:
+def read_options(request: Req) -> RequestOptions:
     """The options of an SGLang request, read once and kept on it.
 
     Raises:
@@ -52,7 +60,7 @@ def read_options(request: Any) -> RequestOptions:
     return found
 
 
-def never_draft(request: Any) -> bool:
+def never_draft(request: Req) -> bool:
     """Draft nothing for an SGLang request from now on; says whether that is news."""
     known = read_options(request)
     setattr(request, _KEPT, msgspec.structs.replace(known, max_draft_tokens=0))
@@ -75,7 +83,9 @@ def check_samples(obj: Any) -> None:
         raise ValueError(f"n is {obj.parallel_sample_num}. Expected at most {_MOST_ANSWERS}.")
 
 
-def made(original: Callable[..., Any], manager: Any, obj: Any, *args: Any, **kwargs: Any) -> Any:
+def made(
+    original: Callable[..., Any], manager: TokenizerManager, obj: object, *args: Any, **kwargs: Any
+) -> Any:
     """Make what the scheduler is sent of one request, if both processes can go on with it.
 
     Args:
@@ -99,7 +109,7 @@ def made(original: Callable[..., Any], manager: Any, obj: Any, *args: Any, **kwa
     return request
 
 
-def _check_labels(obj: Any, manager: Any) -> None:
+def _check_labels(obj: object, manager: TokenizerManager) -> None:
     """Metrics have the labels named at start, and counting a request with another one ends this process."""
     from sglang.srt.runtime_context import get_observability
 
@@ -117,7 +127,7 @@ def _check_labels(obj: Any, manager: Any) -> None:
         )
 
 
-def _bound(given: Any, size: int) -> None:
+def _bound(given: SamplingParams, size: int) -> None:
     """Say the same of the target's ``size`` tokens alone: the scheduler ends at numbers beyond its tensors'.
 
     A stop token that the target does not have stops nothing, and more tokens than it has are all.
@@ -129,7 +139,7 @@ def _bound(given: Any, size: int) -> None:
     given.top_k = TOP_K_ALL if given.top_k >= size else given.top_k
 
 
-def _check_readable(request: Any) -> None:
+def _check_readable(request: msgspec.Struct) -> None:
     """Read what the scheduler will be sent, as it will.
 
     Args:
@@ -149,7 +159,7 @@ def _check_readable(request: Any) -> None:
         raise ValueError(f"{_where(request, place)} cannot be used: {said}.") from error
 
 
-def _where(request: Any, place: str) -> str:
+def _where(request: msgspec.Struct, place: str) -> str:
     """The field at a place that msgspec names by numbers, since SGLang's structures travel as arrays."""
     found = re.search(r"\$\[(\d+)\](?:\[(\d+)\])?", place)
     if found is None:
@@ -159,7 +169,7 @@ def _where(request: Any, place: str) -> str:
     return f"{name}.{inner[int(found[2])]}" if inner and found[2] else str(name)
 
 
-def _check_values(request: Any) -> None:
+def _check_values(request: TokenizedRequest) -> None:
     """Values that can be read and not be used."""
     overrides = request.positional_embed_overrides
     if not isinstance(overrides, msgspec.Struct | None):

@@ -20,6 +20,7 @@ from dspark_sglang.core.schedule.scheduler import ADMISSIBLE, Scheduler, before_
 from dspark_sglang.core.sts import BINS
 from dspark_sglang.serving.ops import Admitted
 from dspark_sglang.serving.rounds import Block, Round, Rounds, pack, unpack
+from dspark_sglang.serving.sglang_types import ScheduleBatch
 
 #: Rounds between copies of the correction of confidences to the device.
 _REFRESH = 16
@@ -135,7 +136,7 @@ class OverlappedRounds(Rounds):
         self._confidence: torch.Tensor | None = None
         self._pair: torch.Tensor | None = None
 
-    def begin(self, batch: Any) -> StepPlan:
+    def begin(self, batch: ScheduleBatch) -> StepPlan:
         self.survival = self._confidence = self._pair = None
         return super().begin(batch)
 
@@ -210,7 +211,7 @@ class OverlappedRounds(Rounds):
         super().recalibrated()
         self.device_survival.outdate()
 
-    def _load(self, batch: Any) -> Load:
+    def _load(self, batch: ScheduleBatch) -> Load:
         pool = batch.req_to_token_pool
         slots = batch.req_pool_indices_cpu.long()
         return dataclasses.replace(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -14,6 +15,7 @@ from dspark_sglang.core.placement import Backbone, Placement
 from dspark_sglang.errors import ConfigError
 from dspark_sglang.layouts.dense.config import DrafterConfig, parse_drafter_config
 from dspark_sglang.layouts.dense.tensors import dense_tensors
+from dspark_sglang.serving.sglang_types import TargetWorker
 
 #: Not of the backbone: on every rank whatever the placement.
 _HEADS = ("markov_head.", "confidence_head.", "embed_tokens.", "lm_head.")
@@ -109,7 +111,7 @@ def settled() -> Placement:
     return "shard" if _settled is None else _settled.placement
 
 
-def settle(settings: Settings, target_worker: Any) -> Placed | None:
+def settle(settings: Settings, target_worker: TargetWorker) -> Placed | None:
     """Decide in a scheduler process, before SGLang builds the draft; None leaves it to SGLang.
 
     Raises:
@@ -133,7 +135,7 @@ def settle(settings: Settings, target_worker: Any) -> Placed | None:
     return _settled
 
 
-def layout(original: Any, *args: Any, **kwargs: Any) -> Any:
+def layout(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Stand in for SGLang's choice of the ranks that share the draft model."""
     from sglang.srt.configs.draft_parallel import DraftParallelLayout
     from sglang.srt.distributed.parallel_state import get_self_pp_group

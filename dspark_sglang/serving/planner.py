@@ -16,6 +16,7 @@ from sglang.srt.speculative.dspark_components.dspark_planner import (
 
 from dspark_sglang.serving.cpu.packing import is_packed, row_counts
 from dspark_sglang.serving.rounds import Rounds
+from dspark_sglang.serving.sglang_types import ModelRunner
 
 
 class Planner(DSparkVerifyPlanner):
@@ -51,7 +52,7 @@ class Planner(DSparkVerifyPlanner):
         *,
         req_pool_indices: torch.Tensor,
         prefix_lens: torch.Tensor,
-        device: Any,
+        device: torch.device | str,
         confidence: torch.Tensor | None,
         budget: int | None,
     ) -> torch.Tensor | None:
@@ -66,7 +67,7 @@ class Planner(DSparkVerifyPlanner):
         return verify_lens
 
 
-def buckets(model_runner: Any, gamma: int) -> Callable[[int], npt.NDArray[np.int64] | None]:
+def buckets(model_runner: ModelRunner, gamma: int) -> Callable[[int], npt.NDArray[np.int64] | None]:
     """Gives the ascending numbers of rows that verify forwards of so many requests run with; None: any."""
 
     def of(requests: int) -> npt.NDArray[np.int64] | None:

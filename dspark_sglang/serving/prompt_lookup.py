@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from dspark_sglang.core.lookup import CopyRates, Follower
+
+if TYPE_CHECKING:
+    from dspark_sglang.serving.sglang_types import Req
 
 Float64 = npt.NDArray[np.float64]
 _FOLLOWER = "_dspark_follower"
@@ -66,7 +69,7 @@ class Lookup:
     def __init__(self) -> None:
         self.rates = CopyRates()
 
-    def find(self, requests: Sequence[Any], sampled: npt.NDArray[np.bool_], depth: int) -> Copies:
+    def find(self, requests: Sequence[Req], sampled: npt.NDArray[np.bool_], depth: int) -> Copies:
         """Copies of ``depth`` tokens for the requests whose text repeats.
 
         Args:

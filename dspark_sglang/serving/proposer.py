@@ -16,6 +16,14 @@ from dspark_sglang.core.draft import DraftBlock
 from dspark_sglang.serving.ops import Ops, SampledRows
 from dspark_sglang.serving.prompt_lookup import Copies, Lookup
 from dspark_sglang.serving.rounds import Block, Rounds
+from dspark_sglang.serving.sglang_types import (
+    DraftInput,
+    Req,
+    SamplingBatchInfo,
+    ScheduleBatch,
+    TargetModel,
+    VerifyWindow,
+)
 from dspark_sglang.serving.tensor_parallel import DraftSharding
 
 
@@ -54,37 +62,39 @@ class Proposer(DraftBlockProposer):
         self._rounds = rounds
         self._telemetry = rounds.telemetry
         #: Requests of the last step, and those of them that sample.
-        self._requests: list[Any] = []
+        self._requests: list[Req] = []
         self._rows: SampledRows | None = None
         #: What the running step can copy although it does not draft.
         self._found: Copies | None = None
 
-    def can_copy(self, requests: Sequence[Any]) -> bool:
+    def can_copy(self, requests: Sequence[Req]) -> bool:
         """Whether the running step, whose plan does not draft, can copy; called once before it."""
         allowed = self._rounds.running.plan.prompt_lookup and self._sharding.ranks.count == 1
         found = self._copies(requests, self.gamma) if allowed else None
         self._found = found if found is not None and len(found.rows) else None
         return self._found is not None
 
-    def _sampled_rows(self, batch: Any, sampling_info: Any) -> SampledRows | None:
+    def _sampled_rows(
+        self, batch: ScheduleBatch, sampling_info: SamplingBatchInfo | None
+    ) -> SampledRows | None:
         """Which requests sample and how; read again only when the batch changes."""
         if batch.reqs != self._requests:
             self._requests, self._rows = list(batch.reqs), SampledRows.of(sampling_info)
         return self._rows
 
-    def attach_draft_sampler(self, draft_sampler: Any) -> None:
+    def attach_draft_sampler(self, draft_sampler: object) -> None:
         """SGLang's sampler is folded into the draft graph; ours runs after it, so it stays out."""
 
     def propose(
         self,
         *,
-        batch: Any,
-        draft_input: Any,
-        verify_window: Any,
+        batch: ScheduleBatch,
+        draft_input: DraftInput,
+        verify_window: VerifyWindow,
         bs: int,
-        device: Any,
-        target_model: Any,
-        sampling_info: Any,
+        device: torch.device | str,
+        target_model: TargetModel,
+        sampling_info: SamplingBatchInfo | None,
         anchor_prepared: bool = False,
     ) -> DraftProposal:
         rows = self._sampled_rows(batch, sampling_info)
@@ -99,11 +109,11 @@ class Proposer(DraftBlockProposer):
 
     def _drafted(
         self,
-        batch: Any,
-        draft_input: Any,
-        verify_window: Any,
-        target_model: Any,
-        sampling_info: Any,
+        batch: ScheduleBatch,
+        draft_input: DraftInput,
+        verify_window: VerifyWindow,
+        target_model: TargetModel,
+        sampling_info: SamplingBatchInfo | None,
         anchor_prepared: bool,
     ) -> DraftProposal:
         """A proposal of a step whose plan drafts."""
@@ -162,7 +172,7 @@ class Proposer(DraftBlockProposer):
         """Tokens that a copy may have whatever is drafted; 0: no more than are drafted, as our kernels and ranks expect."""
         return self.gamma if self._ops.name == "torch" and self._sharding.ranks.count == 1 else 0
 
-    def _copies(self, requests: Sequence[Any], depth: int) -> Copies | None:
+    def _copies(self, requests: Sequence[Req], depth: int) -> Copies | None:
         """What requests of this step can copy from their own text."""
         plan = self._rounds.running.plan
         if self._lookup is None or plan.profile:
@@ -183,14 +193,16 @@ class Proposer(DraftBlockProposer):
         self._telemetry.ran["draft:copied-requests"] += len(copies.rows)
         return copies.replace(tokens, confidence)
 
-    def _without_draft(self, draft_input: Any, bs: int, rows: SampledRows | None) -> DraftProposal:
+    def _without_draft(
+        self, draft_input: DraftInput, bs: int, rows: SampledRows | None
+    ) -> DraftProposal:
         """A step whose plan does not draft: copies where there are any."""
         if self._found is None:
             return self._nothing(draft_input, bs, rows)
         return self._copied(draft_input, bs, self._found, rows, self.gamma)
 
     def _copied(
-        self, draft_input: Any, bs: int, copies: Copies, rows: SampledRows | None, depth: int
+        self, draft_input: DraftInput, bs: int, copies: Copies, rows: SampledRows | None, depth: int
     ) -> DraftProposal:
         """A proposal of copies alone, counted as ``depth`` tokens a request: the draft forward is skipped."""
         given = self._nothing(draft_input, bs, rows)
@@ -201,7 +213,7 @@ class Proposer(DraftBlockProposer):
         tokens = self._rounds.take(Block(tokens, confidence, nothing, depth, copies, alone=True))
         return self._proposal(given.draft_block_ids, tokens, block, rows, nothing)
 
-    def _nothing(self, draft_input: Any, bs: int, rows: SampledRows | None) -> DraftProposal:
+    def _nothing(self, draft_input: DraftInput, bs: int, rows: SampledRows | None) -> DraftProposal:
         """A proposal of no tokens, for a step that does not draft: only anchors are verified."""
         ids = self.draft_block_ids_view(bs=bs, device=draft_input.bonus_tokens.device)
         ids[:, 0].copy_(draft_input.bonus_tokens.view(-1))

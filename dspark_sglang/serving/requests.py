@@ -14,6 +14,7 @@ from dspark_sglang.core.sampling import UNDECIDED
 from dspark_sglang.core.schedule.scheduler import Scheduler
 from dspark_sglang.serving.faults import Faults
 from dspark_sglang.serving.options import KEY, read_options
+from dspark_sglang.serving.sglang_types import GenerationBatchResult, Req, ScheduleBatch
 
 _KEPT = "_dspark_penalties"
 _STOPS = "_dspark_stops"
@@ -21,12 +22,12 @@ _STOPS = "_dspark_stops"
 _REFUSED = "_dspark_refused"
 
 
-def stop_tokens(request: Any) -> tuple[int, ...]:
+def stop_tokens(request: Req) -> tuple[int, ...]:
     """Tokens that end an SGLang request unless it ignores them, read once and kept on it."""
     known: tuple[int, ...] | None = getattr(request, _STOPS, None)
     if known is None:
         given, tokenizer = request.sampling_params, request.tokenizer
-        stops = set(given.stop_token_ids or ()) | set(request.eos_token_ids or ())
+        stops: set[int | None] = {*(given.stop_token_ids or ()), *(request.eos_token_ids or ())}
         stops |= set(getattr(tokenizer, "additional_stop_token_ids", None) or ())
         stops |= {getattr(tokenizer, "eos_token_id", None)}
         known = tuple(sorted(token for token in stops if token is not None))
@@ -34,7 +35,7 @@ def stop_tokens(request: Any) -> tuple[int, ...]:
     return known
 
 
-def request_penalties(request: Any) -> Penalties:
+def request_penalties(request: Req) -> Penalties:
     """The penalties of an SGLang request, read once and kept on it."""
     known: Penalties | None = getattr(request, _KEPT, None)
     if known is not None:
@@ -51,7 +52,7 @@ def request_penalties(request: Any) -> Penalties:
     return penalties
 
 
-def batch_stops(requests: Sequence[Any], device: Any) -> torch.Tensor | None:
+def batch_stops(requests: Sequence[Req], device: torch.device | str) -> torch.Tensor | None:
     """``[R, S]`` int64 tokens at which a run of each request ends, padded with -1; None where nothing ends one.
 
     Where stop tokens are ignored, one still ends a grammar, and the next step has to begin there.
@@ -65,7 +66,7 @@ def batch_stops(requests: Sequence[Any], device: Any) -> torch.Tensor | None:
     return torch.tensor(padded, device=device)
 
 
-def told(token: torch.Tensor, requests: Sequence[Any]) -> torch.Tensor:
+def told(token: torch.Tensor, requests: Sequence[Req]) -> torch.Tensor:
     """``[R]`` integer tokens as the scheduler is told them: :data:`UNDECIDED` ends a request there.
 
     A grammar's parser is told one that it may refuse, as in plain decoding: some parsers take no negative number.
@@ -76,7 +77,7 @@ def told(token: torch.Tensor, requests: Sequence[Any]) -> torch.Tensor:
     return torch.where(torch.tensor(parsed, device=token.device), token.clamp(min=0), token)
 
 
-def told_sampled(result: Any, batch: Any) -> torch.Tensor:
+def told_sampled(result: GenerationBatchResult, batch: ScheduleBatch) -> torch.Tensor:
     """:func:`told` of what SGLang's own sampler drew, from logits that it has made probabilities of."""
     info, token = batch.sampling_info, result.next_token_ids
     if info is None or info.is_all_greedy:
@@ -102,7 +103,7 @@ def bind(scheduler: Scheduler, faults: Faults) -> None:
     _process = _Process(scheduler, faults)
 
 
-def _impossible(req: Any) -> str | None:
+def _impossible(req: Req) -> str | None:
     """What no forward can answer, and SGLang lets through: it would end the scheduler, and with it the server."""
     if not req.origin_input_ids:
         return "The prompt has no tokens. Expected at least one: there is nothing to go on from."
@@ -126,7 +127,7 @@ def _impossible(req: Any) -> str | None:
     return None
 
 
-def refusal(req: Any, enable_overlap: bool) -> str | None:
+def refusal(req: Req, enable_overlap: bool) -> str | None:
     """Why a request cannot be served exactly, or None when it can.
 
     Under overlap scheduling the host does not know the last step's tokens while it prepares the
@@ -166,7 +167,7 @@ def refusal(req: Any, enable_overlap: bool) -> str | None:
 
 
 def advance_grammar(
-    original: Callable[..., list[int]], processor: Any, req: Any, tokens: int | list[int]
+    original: Callable[..., list[int]], processor: object, req: Req, tokens: int | list[int]
 ) -> list[int]:
     """Let a grammar take a run of tokens, up to the first that it refuses.
 
@@ -192,7 +193,7 @@ def advance_grammar(
     return kept
 
 
-def finish(original: Callable[..., None], req: Any, new_accepted_len: int = 1) -> None:
+def finish(original: Callable[..., None], req: Req, new_accepted_len: int = 1) -> None:
     """End a request at the first of its new tokens at which plain decoding would have.
 
     - A token that could not be drawn ends it with an error of its own.
@@ -239,7 +240,7 @@ def finish(original: Callable[..., None], req: Any, new_accepted_len: int = 1) -
         req.grammar = grammar
 
 
-def _undecided(req: Any) -> Any:
+def _undecided(req: Req) -> Any:
     """Why a request ends at a token that has no law: the client's fault where its own options can exclude all tokens."""
     from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
@@ -261,12 +262,12 @@ def _undecided(req: Any) -> Any:
     return FINISH_ABORT(message, HTTPStatus.INTERNAL_SERVER_ERROR, "InternalServerError")
 
 
-def _just_over(req: Any) -> bool:
+def _just_over(req: Req) -> bool:
     """Whether the last token is the one that ended the request's grammar.
 
     A grammar takes a stop token as its end only, so where the one before is such, it was over before.
     """
-    if not req.output_ids or not req.grammar.is_terminated():
+    if not req.output_ids or req.grammar is None or not req.grammar.is_terminated():
         return False
     stops = set(req.eos_token_ids or ()) | {getattr(req.tokenizer, "eos_token_id", None)}
     return req.output_ids[-1] in stops and not (
@@ -274,7 +275,7 @@ def _just_over(req: Any) -> bool:
     )
 
 
-def _finish(original: Callable[..., None], req: Any, new_accepted_len: int) -> None:
+def _finish(original: Callable[..., None], req: Req, new_accepted_len: int) -> None:
     given = req.sampling_params
     watched = bool(given.stop_strs or given.stop_regex_strs)
     if new_accepted_len <= 1 or not watched or req.finished() or req.to_finish:

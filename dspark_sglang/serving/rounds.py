@@ -23,6 +23,7 @@ from dspark_sglang.serving.faults import Faults
 from dspark_sglang.serving.ops import Admitted, Ops
 from dspark_sglang.serving.options import read_options
 from dspark_sglang.serving.prompt_lookup import Copies
+from dspark_sglang.serving.sglang_types import Req, ScheduleBatch
 from dspark_sglang.serving.telemetry import Telemetry
 from dspark_sglang.serving.tensor_parallel import Ranks
 
@@ -65,7 +66,7 @@ class Round:
 
     plan: StepPlan
     #: SGLang's requests.
-    requests: Sequence[Any]
+    requests: Sequence[Req]
     #: Tokens drafted a request, and those of one that may be verified; 0: a decode step, whatever was planned.
     depth: int = 0
     width: int = 0
@@ -122,7 +123,7 @@ class Rounds(abc.ABC):
 
     # -- in the order of a step --------------------------------------------------------------
 
-    def begin(self, batch: Any) -> StepPlan:
+    def begin(self, batch: ScheduleBatch) -> StepPlan:
         """Decide what the step of an SGLang ``ScheduleBatch`` does, the same on every rank."""
         load = self._load(batch)
         with self.telemetry.timed("plan"):
@@ -196,7 +197,7 @@ class Rounds(abc.ABC):
 
     # -- of a strategy -----------------------------------------------------------------------
 
-    def _load(self, batch: Any) -> Load:
+    def _load(self, batch: ScheduleBatch) -> Load:
         known = batch.seq_lens_cpu
         lens = [r.kv.kv_committed_len for r in batch.reqs] if known is None else known.tolist()
         options = [read_options(request) for request in batch.reqs]

@@ -152,7 +152,7 @@ class StepObservers:
     def begin_step(self) -> None:
         pass
 
-    def segment(self, name: Any) -> Any:
+    def segment(self, name: object) -> Any:
         return self._telemetry.timed(str(getattr(name, "value", name)))
 
     def note_prefill_step(self) -> None:

@@ -20,6 +20,7 @@ from dspark_sglang.errors import CompatibilityError, ConfigError
 from dspark_sglang.serving.cpu.packing import can_pack, pack, packed_linear
 from dspark_sglang.serving.draft_model import DraftModel
 from dspark_sglang.serving.placement import settled
+from dspark_sglang.serving.sglang_types import Group, KvInjector, LogitsProcessor, VocabEmbedding
 from dspark_sglang.serving.telemetry import Telemetry
 
 
@@ -32,7 +33,7 @@ class Ranks:
         group: SGLang's coordinator of the ranks that share the LM head.
     """
 
-    def __init__(self, group: Any, telemetry: Telemetry) -> None:
+    def __init__(self, group: Group, telemetry: Telemetry) -> None:
         self._group = group
         self._telemetry = telemetry
         self.count = int(group.world_size)
@@ -151,7 +152,7 @@ class Vocabulary:
         return cls(draft, ranks)
 
 
-def keep_shards(processor: Any) -> None:
+def keep_shards(processor: LogitsProcessor) -> None:
     """Let the target's logits processor leave verification's logits sharded.
 
     Prefill and plain decoding still gather. What the processor does to single logits (scale, soft cap)
@@ -161,7 +162,7 @@ def keep_shards(processor: Any) -> None:
 
     def get_logits(
         hidden_states: torch.Tensor,
-        lm_head: Any,
+        lm_head: object,
         logits_metadata: Any,
         embedding_bias: torch.Tensor | None = None,
         use_logits_buffer: bool = True,
@@ -193,7 +194,7 @@ class DraftEmbedding(torch.nn.Module):
         width: rows of the draft forward a request.
     """
 
-    def __init__(self, embed: Any, mask: int, width: int, ranks: Ranks) -> None:
+    def __init__(self, embed: VocabEmbedding, mask: int, width: int, ranks: Ranks) -> None:
         super().__init__()
         # In a tuple, or its weight would be listed among the draft's parameters.
         self._shared = (embed,)
@@ -344,7 +345,7 @@ class DraftSharding(msgspec.Struct, frozen=True):
         if self.head is not None:
             self.head.renew(self.draft.module.lm_head.weight)
 
-    def forget(self, injector: Any) -> None:
+    def forget(self, injector: KvInjector) -> None:
         """Free what this rank does not read: rows of W1 and W2, and layers where it does not draft.
 
         A rank that does not draft writes no draft KV at prefill either.
@@ -397,7 +398,8 @@ def shard_draft(
     embed = draft.module.embed_tokens
     embedding = None
     if vocabulary is not None and int(getattr(embed, "tp_size", 1)) > 1 and draft.embeds_by_module:
-        draft.module.embed_tokens = embedding = DraftEmbedding(embed, mask, width, ranks)
+        embedding = DraftEmbedding(embed, mask, width, ranks)
+        draft.module.embed_tokens = embedding  # type: ignore[assignment]  # called like SGLang's
     head = None if folder is None else DraftHead.beside(folder, draft, vocabulary)
     if vocabulary is None or heads == "auto":
         heads = "replicate"

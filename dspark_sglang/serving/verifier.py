@@ -26,6 +26,15 @@ from dspark_sglang.serving.planner import Planner
 from dspark_sglang.serving.proposer import OurDraftBlock
 from dspark_sglang.serving.requests import batch_stops, request_penalties, told
 from dspark_sglang.serving.rounds import Rounds
+from dspark_sglang.serving.sglang_types import (
+    DraftInput,
+    LogitsOutput,
+    Req,
+    SamplingBatchInfo,
+    ScheduleBatch,
+    VerifyLayout,
+    VerifyWindow,
+)
 from dspark_sglang.serving.tensor_parallel import DraftSharding
 
 if TYPE_CHECKING:
@@ -57,25 +66,25 @@ class Verifier(TargetVerifyExecutor):
         self.deferred = DeferredStates(self._write)
         #: Whether plain decoding would adjust the running step's logits.
         self._adjusting = False
-        self._requests: Sequence[Any] = ()
+        self._requests: Sequence[Req] = ()
         #: ``[R, gamma + 1]`` int64 tokens of the last step as the scheduler is told them.
         self.reported: torch.Tensor | None = None
         #: Stop tokens of the running step's requests; those of the last requests, and whose they are.
         self._stops: torch.Tensor | None = None
         self._known_stops: torch.Tensor | None = None
-        self._stopping: list[Any] = []
+        self._stopping: list[Req] = []
 
     def run_compact(
         self,
         *,
-        batch: Any,
-        layout: Any,
+        batch: ScheduleBatch,
+        layout: VerifyLayout,
         draft_block_ids: torch.Tensor,
         draft_tokens: torch.Tensor,
         bs: int,
-        device: Any,
-        sampling_info: Any,
-        verify_window: Any,
+        device: torch.device | str,
+        sampling_info: SamplingBatchInfo | None,
+        verify_window: VerifyWindow,
         inject_gate: bool = False,
     ) -> tuple[TargetVerifyResult, torch.Tensor]:
         width = self.verify_num_draft_tokens
@@ -119,11 +128,11 @@ class Verifier(TargetVerifyExecutor):
     def run_non_compact(
         self,
         *,
-        batch: Any,
-        draft_input: Any,
+        batch: ScheduleBatch,
+        draft_input: DraftInput,
         verify_ids_2d: torch.Tensor,
-        verify_window: Any,
-        sampling_info: Any,
+        verify_window: VerifyWindow,
+        sampling_info: SamplingBatchInfo | None,
     ) -> TargetVerifyResult:
         """SGLang's way for batches beyond its captured graphs: whole blocks, strided rows."""
         self._packed = None
@@ -141,7 +150,7 @@ class Verifier(TargetVerifyExecutor):
         self._penalise(batch, logits, verify_ids_2d[:, 1:], None)
         return result
 
-    def _batch_stops(self, batch: Any, device: Any) -> torch.Tensor | None:
+    def _batch_stops(self, batch: ScheduleBatch, device: torch.device | str) -> torch.Tensor | None:
         """:func:`batch_stops`, made again only when the batch changes."""
         if batch.reqs != self._stopping:
             self._stopping, self._known_stops = list(batch.reqs), batch_stops(batch.reqs, device)
@@ -162,7 +171,7 @@ class Verifier(TargetVerifyExecutor):
         )
 
     @staticmethod
-    def _needs_strided(batch: Any, sampling_info: Any) -> bool:
+    def _needs_strided(batch: ScheduleBatch, sampling_info: SamplingBatchInfo | None) -> bool:
         """Whether SGLang code that expects ``[R * (gamma + 1)]`` rows will read the logits."""
         return bool(
             batch.has_grammar
@@ -171,7 +180,9 @@ class Verifier(TargetVerifyExecutor):
             or getattr(sampling_info, "sampling_mask_batch_indices", None) is not None
         )
 
-    def _gather(self, batch: Any, output: Any, info: Any) -> None:
+    def _gather(
+        self, batch: ScheduleBatch, output: LogitsOutput, info: SamplingBatchInfo | None
+    ) -> None:
         """Make whole rows of sharded logits where something reads whole rows."""
         vocabulary = self._sharding.vocabulary
         if vocabulary is None:
@@ -189,7 +200,7 @@ class Verifier(TargetVerifyExecutor):
             self._telemetry.ran["logits:sharded"] += 1
 
     @staticmethod
-    def _adjusts(batch: Any, info: Any) -> bool:
+    def _adjusts(batch: ScheduleBatch, info: SamplingBatchInfo | None) -> bool:
         """Whether plain decoding adds anything to the logits of some request."""
         return bool(
             getattr(info, "logit_bias", None) is not None
@@ -197,11 +208,11 @@ class Verifier(TargetVerifyExecutor):
             or any(request_penalties(request).active for request in batch.reqs)
         )
 
-    def untouched(self, batch: Any, info: Any) -> bool:
+    def untouched(self, batch: ScheduleBatch, info: SamplingBatchInfo | None) -> bool:
         """Whether a step's logits are sampled as they are, and nothing else reads them."""
         return not self._needs_strided(batch, info) and not self._adjusts(batch, info)
 
-    def _spread(self, output: Any, layout: Any) -> None:
+    def _spread(self, output: LogitsOutput, layout: VerifyLayout) -> None:
         for name in ("next_token_logits", "hidden_states"):
             strided = ScatterCompactToStrided.execute(
                 compact=getattr(output, name),
@@ -222,7 +233,11 @@ class Verifier(TargetVerifyExecutor):
         return first
 
     def _penalise(
-        self, batch: Any, logits: torch.Tensor, drafted: torch.Tensor, layout: Any
+        self,
+        batch: ScheduleBatch,
+        logits: torch.Tensor,
+        drafted: torch.Tensor,
+        layout: VerifyLayout | None,
     ) -> None:
         """What plain decoding does to logits before a grammar masks them, at every row of the blocks."""
         self._requests = batch.reqs
@@ -242,7 +257,9 @@ class Verifier(TargetVerifyExecutor):
                 drafts = blocks[index][: sizes[index] - 1]
                 penalties[index].apply(rows, request.output_ids, drafts)
 
-    def _bias(self, logits: torch.Tensor, lens: torch.Tensor, info: Any) -> None:
+    def _bias(
+        self, logits: torch.Tensor, lens: torch.Tensor, info: SamplingBatchInfo | None
+    ) -> None:
         """What plain decoding does to logits once a grammar has masked them.
 
         The order counts where a bias is infinite, or a processor allows what the grammar excludes.
@@ -272,12 +289,12 @@ class Verifier(TargetVerifyExecutor):
         verify_ids_2d: torch.Tensor,
         target_logits: torch.Tensor,
         draft_block: OurDraftBlock,
-        sampling_info: Any,
-        draft_input: Any,
-        layout: Any,
+        sampling_info: SamplingBatchInfo | None,
+        draft_input: DraftInput,
+        layout: VerifyLayout | None,
         prefix_lens: torch.Tensor,
         draft_tokens: torch.Tensor,
-        simulate_bonus_sampling_info: Any = None,
+        simulate_bonus_sampling_info: object = None,
     ) -> AcceptOuts:
         assert not folded_accept, "SGLang's folded acceptance must stay off"
         lens = self._drafted_lens(layout, bs, target_logits.device)
@@ -321,7 +338,9 @@ class Verifier(TargetVerifyExecutor):
             out_tokens=out.scatter_(1, count[:, None], token[:, None]),
         )
 
-    def _drafted_lens(self, layout: Any, bs: int, device: Any) -> torch.Tensor:
+    def _drafted_lens(
+        self, layout: VerifyLayout | None, bs: int, device: torch.device | str
+    ) -> torch.Tensor:
         if layout is None:  # more requests than graphs were captured for: whole blocks run
             admitted = self._planner.lens
             if admitted is not None:
@@ -333,11 +352,11 @@ class Verifier(TargetVerifyExecutor):
     def commit_hidden(
         self,
         *,
-        batch: Any,
-        layout: Any,
+        batch: ScheduleBatch,
+        layout: VerifyLayout | None,
         hidden_strided: torch.Tensor | None,
-        verify_window: Any,
-        logits_output: Any,
+        verify_window: VerifyWindow,
+        logits_output: LogitsOutput,
         commit_lens: torch.Tensor,
         bs: int,
         run_compact: bool,
@@ -428,7 +447,7 @@ class Verifier(TargetVerifyExecutor):
         """The drafter's weights have changed."""
         self.__dict__.pop("_kv_writer", None)
 
-    def _strided_hidden(self, hidden: Any, layout: Any) -> Any:
+    def _strided_hidden(self, hidden: torch.Tensor | None, layout: VerifyLayout | None) -> Any:
         return ScatterCompactToStrided.execute(
             compact=hidden,
             layout=layout,

@@ -13,10 +13,13 @@ import logging
 import random
 import time
 import uuid
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dspark_sglang.errors import ServerError
 from dspark_sglang.serving.options import KEY
+
+if TYPE_CHECKING:
+    from dspark_sglang.serving.sglang_types import TokenizerManager
 
 NAME = "dspark"
 logger = logging.getLogger(__name__)
@@ -53,7 +56,9 @@ def loads(most: int) -> list[Load]:
     return found
 
 
-async def _answer(manager: Any, rid: str, load: Load, rng: random.Random, vocabulary: int) -> None:
+async def _answer(
+    manager: TokenizerManager, rid: str, load: Load, rng: random.Random, vocabulary: int
+) -> None:
     from sglang.srt.managers.io_struct import GenerateReqInput
 
     request = GenerateReqInput(
@@ -72,7 +77,7 @@ async def _answer(manager: Any, rid: str, load: Load, rng: random.Random, vocabu
 
 
 async def _serve(
-    manager: Any, load: Load, rng: random.Random, vocabulary: int, seconds: float
+    manager: TokenizerManager, load: Load, rng: random.Random, vocabulary: int, seconds: float
 ) -> bool:
     """Serve one load to its end, or abort it.
 
@@ -95,7 +100,7 @@ async def _serve(
     return not late
 
 
-async def measure(disaggregation_mode: str, manager: Any) -> None:
+async def measure(disaggregation_mode: str, manager: TokenizerManager) -> None:
     """Measure where the scheduler process has no step cost yet; SGLang calls this."""
     states = await manager.get_internal_state()
     record = states[0].get("dspark_info_record") or {}
@@ -140,7 +145,7 @@ _PROMPT_TOKENS = 12
 TIE = 0.5
 
 
-async def check(disaggregation_mode: str, manager: Any) -> None:
+async def check(disaggregation_mode: str, manager: TokenizerManager) -> None:
     """Refuse to serve where the plugin is not active or a short canary disagrees; SGLang calls this.
 
     Raises:
@@ -157,7 +162,7 @@ async def check(disaggregation_mode: str, manager: Any) -> None:
     await _compare(manager)
 
 
-async def _compare(manager: Any) -> None:
+async def _compare(manager: TokenizerManager) -> None:
     vocabulary = int(manager.model_config.vocab_size)
     step = max(1, vocabulary // (_PROMPTS * _PROMPT_TOKENS + 1))
     prompts = [
@@ -194,7 +199,9 @@ async def _compare(manager: Any) -> None:
     logger.info("dspark: %d prompts have the same text with and without speculation", _PROMPTS)
 
 
-async def _checked_answer(manager: Any, prompt: list[int], drafts: bool) -> dict[str, Any]:
+async def _checked_answer(
+    manager: TokenizerManager, prompt: list[int], drafts: bool
+) -> dict[str, Any]:
     from sglang.srt.managers.io_struct import GenerateReqInput
 
     custom = None if drafts else {KEY: {"max_draft_tokens": 0}}

@@ -11,13 +11,17 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from sglang.srt.runtime_context import get_parallel
 
 from dspark_sglang.checkpoint import bundle_at, read_shapes, weight_files
 from dspark_sglang.core.heads import ConfidenceHead, MarkovHead
+from dspark_sglang.serving.sglang_types import UpdaterManager, WeightUpdater
+
+if TYPE_CHECKING:
+    from dspark_sglang.serving.worker import DSparkWorker
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +59,7 @@ class DraftUpdater:
     """In the place of SGLang's updater of the draft model."""
 
     def __init__(
-        self, own: Any, names: Iterable[str], *, whole: bool, bundled: bool = False
+        self, own: WeightUpdater, names: Iterable[str], *, whole: bool, bundled: bool = False
     ) -> None:
         """Args:
         own: SGLang's ``WeightUpdater`` of the draft's runner.
@@ -95,12 +99,14 @@ class DraftUpdater:
             names, lambda _: self._own.update_weights_from_disk(model_path, load_format, **more)
         )
 
-    def update_weights_from_ipc(self, recv_req: Any) -> Loaded:
+    def update_weights_from_ipc(self, recv_req: object) -> Loaded:
         """Nothing: the tensors are the target's."""
         return True, _KEPT
 
     def update_weights_from_tensor(
-        self, named_tensors: Any, load_format: str | None = None
+        self,
+        named_tensors: Iterable[tuple[str, torch.Tensor]] | dict[str, Any],
+        load_format: str | None = None,
     ) -> Loaded:
         """Load those tensors that are the drafter's.
 
@@ -108,7 +114,7 @@ class DraftUpdater:
             named_tensors: pairs of name and tensor, or SGLang's flattened bucket.
             load_format: SGLang's.
         """
-        given = named_tensors
+        given: Any = named_tensors
         if load_format == "flattened_bucket":
             names = [entry.name for entry in given["metadata"]]
             return self._load(
@@ -126,7 +132,9 @@ class DraftUpdater:
             ),
         )
 
-    def load_weights_from_distributed(self, named_tensors: Any) -> Loaded:
+    def load_weights_from_distributed(
+        self, named_tensors: Iterable[tuple[str, torch.Tensor]]
+    ) -> Loaded:
         """Load those received tensors that are the drafter's."""
         given = list(named_tensors)
         return self._load(
@@ -155,7 +163,7 @@ class DraftRunner:
 class Weights:
     """The weights of one worker's target and drafter, as they were when the two fitted."""
 
-    def __init__(self, worker: Any, drafter: Path) -> None:
+    def __init__(self, worker: DSparkWorker, drafter: Path) -> None:
         """Args:
         worker: ours, with its parts in place.
         drafter: folder of the drafter's checkpoint.
@@ -227,7 +235,7 @@ class Weights:
             worker.faults.stop("weights", reason)
 
 
-def contained(original: Callable[..., Any], manager: Any, recv_req: Any) -> Any:
+def contained(original: Callable[..., Any], manager: UpdaterManager, recv_req: object) -> Any:
     """SGLang's ``update_weights_from_tensor``, whose loaders raise on a wrong shape: here the update fails."""
     from sglang.srt.managers.io_struct import UpdateWeightsFromTensorReqOutput
 
@@ -241,7 +249,7 @@ def contained(original: Callable[..., Any], manager: Any, recv_req: Any) -> Any:
         return UpdateWeightsFromTensorReqOutput(success=False, message=message)
 
 
-def followed(original: Callable[..., Any], manager: Any, recv_req: Any) -> Any:
+def followed(original: Callable[..., Any], manager: UpdaterManager, recv_req: object) -> Any:
     """An update of SGLang's manager that ends with new weights in place."""
     result = original(manager, recv_req)
     weights = getattr(manager.draft_worker, "weights", None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from dspark_sglang.serving.planner import Planner, buckets, whole_blocks
 from dspark_sglang.serving.prompt_lookup import Lookup
 from dspark_sglang.serving.proposer import Proposer
 from dspark_sglang.serving.rounds import Rounds, SynchronousRounds, VerifyAllRounds
+from dspark_sglang.serving.sglang_types import ScheduleBatch, ServerArgs, TargetWorker
 from dspark_sglang.serving.telemetry import Metrics, StepObservers, Telemetry
 from dspark_sglang.serving.tensor_parallel import Ranks, keep_shards, shard_draft
 from dspark_sglang.serving.verifier import Verifier
@@ -60,10 +62,10 @@ class DSparkWorker(DSparkWorkerV2):
 
     def __init__(
         self,
-        server_args: Any,
+        server_args: ServerArgs,
         gpu_id: int,
         nccl_port: int,
-        target_worker: Any,
+        target_worker: TargetWorker,
         *args: Any,
         **kwargs: Any,
     ) -> None:
@@ -265,7 +267,7 @@ class DSparkWorker(DSparkWorkerV2):
         if self._hosts_draft and self._sharding.drafts:
             super().init_cuda_graphs()
 
-    def forward_batch_generation(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+    def forward_batch_generation(self, batch: ScheduleBatch, *args: Any, **kwargs: Any) -> Any:
         prefills = batch.forward_mode.is_extend()  # a decode step leaves another mode behind
         result = super().forward_batch_generation(batch, *args, **kwargs)
         if prefills and result.logits_output is not None:
@@ -274,7 +276,13 @@ class DSparkWorker(DSparkWorkerV2):
             self._draft_up_to_date()
         return result
 
-    def _forward_decode(self, batch: Any, on_publish: Any, *args: Any, **kwargs: Any) -> Any:
+    def _forward_decode(
+        self,
+        batch: ScheduleBatch,
+        on_publish: Callable[[torch.Tensor], None] | None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
         if not batch.reqs or batch.forward_mode.is_idle():
             return super()._forward_decode(batch, on_publish, *args, **kwargs)
         rounds = self._rounds

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib.metadata
 import inspect
 import pkgutil
 import re
 import textwrap
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 import pytest
@@ -17,7 +18,7 @@ import torch
 from dspark_sglang.errors import CompatibilityError
 from dspark_sglang.layouts.dense.config import parse_drafter_config
 from dspark_sglang.layouts.dense.tensors import dense_tensors
-from dspark_sglang.serving import compat, hooks
+from dspark_sglang.serving import compat, hooks, sglang_types
 from dspark_sglang.serving.compat import Symbol, check, differences
 
 SYMBOLS = compat.ALGORITHM_SYMBOLS + compat.CPU_SYMBOLS
@@ -146,13 +147,6 @@ def test_a_budget_decision_needs_only_its_budget() -> None:
     assert VerifyBudgetDecision(budget=3).budget == 3
 
 
-@pytest.mark.parametrize("name", ["verify_lens", "verify_lens_cpu", "graph_num_tokens"])
-def test_the_ragged_layout_has_what_we_read(name: str) -> None:
-    from sglang.srt.speculative.ragged_verify import RaggedVerifyLayout
-
-    assert name in {field.name for field in msgspec.structs.fields(RaggedVerifyLayout)}
-
-
 # --- classes we take the place of -----------------------------------------------------------------
 
 
@@ -230,6 +224,7 @@ def ours(name: str) -> type:
     return found
 
 
+@functools.cache
 def own_attributes(cls: type) -> tuple[set[str], set[str]]:
     """Attributes of ``self`` that a class stores and those it reads, from its own source."""
     stored: set[str] = set()
@@ -298,6 +293,89 @@ def test_the_budget_planner_has_what_we_copy(name: str) -> None:
 
     source = inspect.getsource(HostConfidenceBudgetPlanner)
     assert hasattr(HostConfidenceBudgetPlanner, name) or f"self.{name}" in source
+
+
+# --- protocols of what we read ---------------------------------------------------------------------
+
+PROTOCOLS = {
+    name: cls for name, cls in vars(sglang_types).items() if getattr(cls, "_is_protocol", False)
+}
+PROTOCOLS.pop("Protocol")
+#: Attributes that another part of SGLang sets: where, and by which statement.
+SET_ELSEWHERE = {
+    ("VocabEmbedding", "weight"): (
+        "sglang.srt.layers.quantization.unquant.UnquantizedEmbeddingMethod.create_weights",
+        'register_parameter("weight"',
+    ),
+    **{
+        ("TokenizerManager", f"{name}_memory_occupation_communicator"): (
+            "sglang.srt.managers.tokenizer_control_mixin",
+            f'("{name}_memory_occupation", ',
+        )
+        for name in ("release", "resume")
+    },
+}
+
+
+def described(protocol: type) -> list[type]:
+    """The classes of SGLang that a protocol names."""
+    names = re.findall(r"``(sglang\.[\w.]+)``", str(protocol.__doc__))
+    assert names, protocol
+    return [pkgutil.resolve_name(name) for name in names]
+
+
+def has(cls: type, name: str) -> bool:
+    """Whether a class declares an attribute, or assigns it to ``self`` in one of its methods."""
+    bases = [base for base in cls.__mro__ if base.__module__.startswith("sglang.")]
+    return hasattr(cls, name) or any(
+        name in vars(base).get("__annotations__", ()) or name in own_attributes(base)[0]
+        for base in bases
+    )
+
+
+def lacking(protocol: type) -> list[str]:
+    """What a protocol has and some class that it describes has not."""
+    public = {n for n in vars(protocol) if inspect.isfunction(vars(protocol)[n]) or n[0] != "_"}
+    names = (set(protocol.__annotations__) | public) - {"__init__", "__subclasshook__"}
+    return [
+        f"{cls.__name__}.{name}"
+        for cls in described(protocol)
+        for name in sorted(names)
+        if (protocol.__name__, name) not in SET_ELSEWHERE and not has(cls, name)
+    ]
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS.values(), ids=PROTOCOLS)
+def test_what_a_protocol_has_is_sglangs(protocol: type) -> None:
+    assert lacking(protocol) == []
+    for name, function in vars(protocol).items():
+        if inspect.isfunction(function) and name != "__init__" and name != "__subclasshook__":
+            for cls in described(protocol):
+                accepts(getattr(cls, name), function)
+
+
+@pytest.mark.parametrize(
+    ("where", "statement"), SET_ELSEWHERE.values(), ids=[".".join(key) for key in SET_ELSEWHERE]
+)
+def test_what_another_part_sets_is_set_there(where: str, statement: str) -> None:
+    assert statement in inspect.getsource(pkgutil.resolve_name(where))
+
+
+def test_an_attribute_that_sglang_has_not_is_found() -> None:
+    class Changed(Protocol):
+        """``sglang.srt.managers.schedule_batch.Req`` and ``sglang.srt.managers.schedule_batch.ReqKvInfo``."""
+
+        sampling_params: object
+        kv_committed_len: int
+        gone: int
+
+        def finished(self) -> bool: ...
+        def ended(self) -> bool: ...
+
+    assert lacking(Changed) == [
+        *("Req.ended", "Req.gone", "Req.kv_committed_len"),
+        *("ReqKvInfo.ended", "ReqKvInfo.finished", "ReqKvInfo.gone", "ReqKvInfo.sampling_params"),
+    ]
 
 
 # --- the drafter's modules ------------------------------------------------------------------------

@@ -17,6 +17,8 @@ from sglang.srt.layers.radix_attention import AttentionType
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from torch.nn.functional import scaled_dot_product_attention
 
+from dspark_sglang.serving.sglang_types import AttentionLayer, ForwardBatch, ModelRunner
+
 _BIDIRECTIONAL = (AttentionType.ENCODER_ONLY, AttentionType.DECODER_BIDIRECTIONAL)
 
 #: What a call and a key cost, in pairs of a query row and a key: keys are gathered from the cache for each call.
@@ -218,7 +220,7 @@ def attend(
 class CpuAttentionBackend(AttentionBackend):
     """Decode, extend, ragged target verification and the bidirectional draft block."""
 
-    def __init__(self, runner: Any) -> None:
+    def __init__(self, runner: ModelRunner) -> None:
         super().__init__()
         self._req_to_token = runner.req_to_token_pool.req_to_token
         self._pool = runner.token_to_kv_pool
@@ -231,7 +233,7 @@ class CpuAttentionBackend(AttentionBackend):
     def get_cuda_graph_seq_len_fill_value(self) -> int:
         return 1
 
-    def init_forward_metadata(self, forward_batch: Any) -> None:
+    def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         mode = forward_batch.forward_mode
         requests = forward_batch.req_pool_indices.tolist()
         if mode.is_idle() or not requests:
@@ -243,7 +245,7 @@ class CpuAttentionBackend(AttentionBackend):
         self._rows = sum(q_lens)
 
     @staticmethod
-    def _lengths(forward_batch: Any, batch: int) -> tuple[list[int], list[int]]:
+    def _lengths(forward_batch: ForwardBatch, batch: int) -> tuple[list[int], list[int]]:
         """Query rows and cached positions (own rows included) of each request."""
         mode = forward_batch.forward_mode
         seq_lens: list[int] = forward_batch.seq_lens.tolist()
@@ -263,8 +265,8 @@ class CpuAttentionBackend(AttentionBackend):
         q: torch.Tensor,
         k: torch.Tensor | None,
         v: torch.Tensor | None,
-        layer: Any,
-        forward_batch: Any,
+        layer: AttentionLayer,
+        forward_batch: ForwardBatch,
         save_kv_cache: bool = True,
         **unsupported: Any,
     ) -> torch.Tensor:

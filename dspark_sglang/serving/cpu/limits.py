@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dspark_sglang.checkpoint import read_config
 from dspark_sglang.errors import ConfigError
 
+if TYPE_CHECKING:
+    from dspark_sglang.serving.sglang_types import ServerArgs
 
-def check(server_args: Any) -> None:
+
+def check(server_args: ServerArgs) -> None:
     """Look at SGLang's arguments.
 
     Raises:

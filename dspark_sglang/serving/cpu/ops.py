@@ -18,7 +18,7 @@ def rms_norm(
     x: torch.Tensor,
     residual: torch.Tensor | None = None,
     post_residual_addition: torch.Tensor | None = None,
-    quant_linear: Any = None,
+    quant_linear: object = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """RMSNorm of ``x`` (plus ``residual``); returns the sum as the new residual as well."""
     if (
@@ -39,7 +39,7 @@ def rms_norm(
     return normed, total
 
 
-def silu_and_mul(self: Any, x: torch.Tensor) -> torch.Tensor:
+def silu_and_mul(self: object, x: torch.Tensor) -> torch.Tensor:
     """SwiGLU: ``silu(x[:, :d]) * x[:, d:]``."""
     gate, up = x.chunk(2, dim=-1)
     return functional.silu(gate).mul_(up)

@@ -9,6 +9,7 @@ import torch
 
 from dspark_sglang.serving.cpu import sampler
 from dspark_sglang.serving.cpu.platform import BACKEND, assign_slots, threads
+from dspark_sglang.serving.sglang_types import ModelRunner
 
 
 def register_backend() -> None:
@@ -23,7 +24,7 @@ def register_backend() -> None:
     choices.add_deterministic_attention_backend_choices([BACKEND])
     choices.add_radix_supported_deterministic_attention_backend_choices([BACKEND])
 
-    def create(runner: Any) -> Any:
+    def create(runner: ModelRunner) -> Any:
         from dspark_sglang.serving.cpu.attention import CpuAttentionBackend
 
         return CpuAttentionBackend(runner)
@@ -39,7 +40,7 @@ def _ignore_streams_on_cpu() -> None:
     if getattr(original, "dspark", False):
         return
 
-    def record_stream(self: torch.Tensor, stream: Any) -> None:
+    def record_stream(self: torch.Tensor, stream: torch.Stream) -> None:
         if self.device.type != "cpu":
             original(self, stream)
 
@@ -47,23 +48,23 @@ def _ignore_streams_on_cpu() -> None:
     torch.Tensor.record_stream = record_stream  # type: ignore[method-assign, assignment]
 
 
-def _no_fused_bundle(self: Any, pool: Any) -> None:
+def _no_fused_bundle(self: object, pool: object) -> None:
     """The draft's fused norm-RoPE-write kernel is Triton; None selects its torch path."""
 
 
-def _plain_draft_attention(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:
+def _plain_draft_attention(result: object, self: Any, *args: Any, **kwargs: Any) -> None:
     """The draft attention's table-driven norm and RoPE kernel is Triton as well."""
     self.use_table_qk_norm_rope = False
 
 
-def _no_batch_invariant_kernels(self: Any) -> None:
+def _no_batch_invariant_kernels(self: object) -> None:
     """SGLang's batch-invariant operators are Triton kernels for accelerators.
 
     Seeded requests then repeat up to rounding: a near-tie may fall otherwise in another batch.
     """
 
 
-def _add_then_scale(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:
+def _add_then_scale(result: object, self: Any, *args: Any, **kwargs: Any) -> None:
     """Penalties in the order of SGLang's overlapped loop; without overlap it takes that of a set, random a process."""
     ordered = sorted(self.penalizers.items(), key=lambda item: item[1].is_multiplicative)
     self.penalizers = dict(ordered)

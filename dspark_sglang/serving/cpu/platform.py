@@ -16,6 +16,7 @@ from dspark_sglang.config import read_settings
 from dspark_sglang.errors import DSparkError
 from dspark_sglang.memory import keep_freed_memory
 from dspark_sglang.serving.cpu import limits
+from dspark_sglang.serving.sglang_types import ServerArgs
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +111,7 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
             v4.widen(model)
         logger.info("Packed %d projections for oneDNN.", pack_model(model))
 
-    def apply_server_args_defaults(self, server_args: Any) -> None:
+    def apply_server_args_defaults(self, server_args: ServerArgs) -> None:
         """Choose what runs here where the user did not choose; refuse what cannot."""
         try:
             limits.check(server_args)
@@ -130,7 +131,7 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
     def get_device(self, device_id: int = 0) -> str:
         return "cpu"
 
-    def is_pin_memory_available(self, device: Any = None) -> bool:
+    def is_pin_memory_available(self, device: object = None) -> bool:
         return False
 
     def get_default_attention_backend(self) -> str:

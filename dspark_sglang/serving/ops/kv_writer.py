@@ -10,6 +10,7 @@ from torch.nn.functional import linear
 
 from dspark_kernels.kv_inject import kv_inject, pools
 from dspark_kernels.support.errors import OperandError
+from dspark_sglang.serving.sglang_types import DenseDraft, KvPool
 
 logger = logging.getLogger(__name__)
 
@@ -17,7 +18,7 @@ logger = logging.getLogger(__name__)
 class KvWriter:
     """Projects rows through a dense SGLang draft model and writes those that have a slot."""
 
-    def __init__(self, model: Any, pool: Any, stacked: dict[str, Any]) -> None:
+    def __init__(self, model: DenseDraft, pool: KvPool, stacked: dict[str, Any]) -> None:
         """Args:
         model: the draft model.
         pool: its KV pool.
@@ -38,7 +39,7 @@ class KvWriter:
         )
 
     @classmethod
-    def of(cls, model: Any, pool: Any) -> KvWriter | None:
+    def of(cls, model: DenseDraft, pool: KvPool) -> KvWriter | None:
         """The writer of a draft model; None, said once in the log, where SGLang has to write."""
         rotary = model.layers[0].self_attn.rotary_emb
         stacked = model._stacked_ctx_kv_params()
@@ -49,7 +50,7 @@ class KvWriter:
             why = f"its rotary embedding is a {type(rotary).__name__}"
         elif not (hasattr(pool, "get_key_buffer") and hasattr(pool, "get_value_buffer")):
             why = f"its KV pool is a {type(pool).__name__}"
-        if not why:
+        if stacked is not None and not why:
             try:
                 return cls(model, pool, stacked)
             except OperandError as error:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 import torch
 
 from dspark_sglang.core.sampling import Filters
 from dspark_sglang.core.seeded import Noise
+from dspark_sglang.serving.sglang_types import SamplingBatchInfo
 
 
 class SampledRows(msgspec.Struct, frozen=True):
@@ -25,7 +26,7 @@ class SampledRows(msgspec.Struct, frozen=True):
     seeds: torch.Tensor | None = None
 
     @classmethod
-    def of(cls, info: Any) -> SampledRows | None:
+    def of(cls, info: SamplingBatchInfo | None) -> SampledRows | None:
         """The sampled rows of SGLang's sampling information; None when every row is greedy."""
         if info is None or info.is_all_greedy:
             return None

@@ -55,7 +55,7 @@ def fp8_paged_mqa_logits(
     weight: torch.Tensor,
     seq_lens: torch.Tensor,
     page_table: torch.Tensor,
-    deep_gemm_metadata: Any,
+    deep_gemm_metadata: object,
     max_seq_len: int,
     clean_logits: bool = True,
 ) -> torch.Tensor:

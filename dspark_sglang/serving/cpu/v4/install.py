@@ -21,6 +21,7 @@ from dspark_sglang.serving.cpu.v4 import (
     unsupported,
 )
 from dspark_sglang.serving.cpu.v4.weights import dequantised
+from dspark_sglang.serving.sglang_types import ModelConfig
 
 _DSV4 = "sglang.kernels.ops.attention.dsv4"
 _BACKEND = "sglang.srt.layers.attention.deepseek_v4_backend"
@@ -84,7 +85,7 @@ def installed() -> bool:
     return _installed
 
 
-def replace(module: str, name: str, new: Any) -> None:
+def replace(module: str, name: str, new: Callable[..., object]) -> None:
     """Set ``module.name``, and every copy of it that a loaded module of SGLang has imported."""
     old = getattr(importlib.import_module(module), name)
     for key, loaded in list(sys.modules.items()):
@@ -141,10 +142,10 @@ def _attention_backend() -> None:
     backend = importlib.import_module(_BACKEND)
     cls: Any = backend.DeepseekV4AttnBackend
 
-    def move(self: Any, values: list[int]) -> torch.Tensor:
+    def move(self: object, values: list[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int32)  # there is no pinned memory
 
-    def dense(self: Any, forward_batch: Any, *, num_qo_tokens: int) -> bool:
+    def dense(self: object, forward_batch: object, *, num_qo_tokens: int) -> bool:
         return False
 
     cls._flash_mla_with_kvcache = staticmethod(attention.flash_mla_with_kvcache)
@@ -170,7 +171,7 @@ def _models() -> None:
 
 def _dequantised(load: Callable[..., Any]) -> Callable[..., Any]:
     def load_weights(
-        self: Any, weights: Iterable[tuple[str, torch.Tensor]], *args: Any, **kwargs: Any
+        self: object, weights: Iterable[tuple[str, torch.Tensor]], *args: Any, **kwargs: Any
     ) -> Any:
         return load(self, dequantised(weights), *args, **kwargs)
 
@@ -187,11 +188,11 @@ def _pools() -> None:
         update_config.adjust_config_with_unaligned_cpu_tp,
     )
 
-    def reject(platform: Any, *, subsystem: str) -> None:
+    def reject(platform: object, *, subsystem: str) -> None:
         if "DeepSeek-V4" not in subsystem:
             refuse(platform, subsystem=subsystem)
 
-    def keep(model_config: Any, load_config: Any, tp_size: int) -> Any:
+    def keep(model_config: ModelConfig, load_config: object, tp_size: int) -> Any:
         if model_config.hf_config.model_type == "deepseek_v4":
             return model_config
         return pad(model_config, load_config, tp_size)
@@ -206,7 +207,7 @@ def _routed_experts() -> None:
 
     from dspark_sglang.serving.cpu.platform import BACKEND
 
-    def forward(self: Any, layer: Any, dispatch_output: Any) -> Any:
+    def forward(self: object, layer: object, dispatch_output: object) -> Any:
         return StandardCombineInput(hidden_states=experts.routed_experts(layer, dispatch_output))
 
     UnquantizedFusedMoEMethod.register_oot_forward(UnquantizedFusedMoEMethod, forward, BACKEND)
@@ -224,7 +225,7 @@ def _refuse_kernels() -> None:
             raise unsupported.refusal(f"the CUDA kernel {args[0]} ({kwargs['cuda_files'][0]})")
         return load(*args, **kwargs)
 
-    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def run(self: JITFunction, *args: Any, **kwargs: Any) -> Any:
         raise unsupported.refusal(f"the Triton kernel {self.fn.__module__}.{self.fn.__name__}")
 
     replace("sglang.kernels.jit.utils", "load_jit", load_jit)

@@ -6,8 +6,6 @@ table of all positions. Written from SGLang 0.5.23, ``kernels/ops/attention/dsv4
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from dspark_sglang.serving.cpu.v4 import pages
@@ -82,7 +80,7 @@ def fused_k_norm_rope_flashmla(
     out_loc: torch.Tensor,
     kvcache: torch.Tensor,
     page_size: int,
-    layout: Any = "v4",
+    layout: object = "v4",
     q: torch.Tensor | None = None,
 ) -> None:
     """Norm and RoPE of ``[n, 512]`` latents, written at slots ``out_loc`` of a latent cache."""
@@ -98,7 +96,7 @@ def fused_store_cache(
     *,
     page_size: int,
     type: str,
-    layout: Any = "v4",
+    layout: object = "v4",
     freqs_cis: torch.Tensor | None = None,
 ) -> None:
     """Write latents (``type`` "flashmla") or indexer keys ("indexer"), normed and turned already."""
@@ -107,5 +105,5 @@ def fused_store_cache(
     write(cache, indices, input, page_size)
 
 
-def _is_v4(layout: Any) -> bool:
+def _is_v4(layout: object) -> bool:
     return str(getattr(layout, "value", layout)).lower() == "v4"

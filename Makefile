@@ -88,7 +88,9 @@ golden: install  ## What scheduling decides and learns, step by step, against th
 	$(BIN)/python -m tests.golden.record --check
 
 structure: install  ## How large the code is and how far one walks through it: docs/results/structure.json
-	$(BIN)/python -m tests.structure
+	mkdir -p runs
+	$(BIN)/python -m tests.golden.record --check --json runs/golden.json
+	$(BIN)/python -m tests.structure --golden runs/golden.json
 
 v4: install  ## DeepSeek-V4's tiny bundle against plain decoding and its reference: docs/results/v4.json (about two hours)
 	$(BIN)/python -m tests.v4.record

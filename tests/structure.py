@@ -150,6 +150,11 @@ def measure(root: Path) -> dict[str, Any]:
 def main() -> None:
     """Measure and write, or print."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--golden",
+        type=Path,
+        help="what `python -m tests.golden.record --check --json` has written",
+    )
     parser.add_argument("--root", type=Path, help="another checkout: print its figures only")
     given = parser.parse_args()
     found = measure(given.root or ROOT)
@@ -157,6 +162,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             passed = structure_package.modules_of_the_source_path(Path(folder))
         found["modules_on_the_way"] = {"package": len(passed)}
+    if given.golden is not None:
+        found["golden_traces"] = json.loads(given.golden.read_text(encoding="utf-8"))
     text = json.dumps(found, indent=1) + "\n"
     if given.root is None:
         (ROOT / "docs" / "results" / "structure.json").write_text(text)

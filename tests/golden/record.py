@@ -8,8 +8,10 @@ step that differs; ``--exact`` asks for the same bytes, which only the machine t
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from tests.golden import scenario, servers, simulated, trace
 
@@ -39,11 +41,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="compare, and store nothing")
     parser.add_argument("--exact", action="store_true", help="with --check: byte for byte")
     parser.add_argument("--servers", type=int, default=1, help="started at once")
+    parser.add_argument(
+        "--json", type=Path, help="with --check: write steps and whether they are equal"
+    )
     given = parser.parse_args(arguments)
     unknown = [name for name in given.names if name not in NAMES]
     if unknown:
         parser.error(f"{unknown[0]} is no trace: {', '.join(NAMES)}")
-    wrong = 0
+    wrong = steps = 0
     for name, text in recorded(given.names or NAMES, at_once=given.servers):
         if not given.check:
             path = trace.save(name, text)
@@ -54,7 +59,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             found = trace.compare(name, trace.load(name), text, exact=given.exact)
             wrong += not found.equal
+            steps += len(trace.decode(text)) - 2  # a first line and a last one
             print(found.report, flush=True)
+    if given.json is not None:
+        given.json.write_text(json.dumps({"steps": steps, "equal": not wrong}))
     return int(wrong > 0)
 
 

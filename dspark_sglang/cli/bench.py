@@ -10,8 +10,11 @@ from typing import Annotated
 import msgspec
 import typer
 from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
 from dspark_loadtests import bench as stage
+from dspark_loadtests import gate
 from dspark_loadtests.bench import Stage
 from dspark_loadtests.client import Endpoint, RequestSettings, connect, read_api_key
 from dspark_loadtests.frontier import frontier_of
@@ -19,7 +22,7 @@ from dspark_loadtests.generator import Load
 from dspark_loadtests.prompts import Source, read_prompts
 from dspark_loadtests.report import print_summaries, verdict
 from dspark_loadtests.schema import BenchResult, Slo
-from dspark_sglang.artifacts import write_bytes, write_json
+from dspark_sglang.artifacts import read_artifact, write_bytes, write_json
 from dspark_sglang.errors import ConfigError, DSparkError
 from dspark_sglang.provenance import machine, provenance
 from dspark_sglang.values import read_numbers
@@ -82,18 +85,39 @@ def bench(
     gpus: Annotated[int, typer.Option(min=1, help="GPUs of the server (1: a CPU).")] = 1,
     model: Model = None,
     api_key_file: ApiKey = None,
+    baseline: Annotated[
+        Path | None,
+        typer.Option(help="A result.json that was good: exit code 1 where this one is worse."),
+    ] = None,
+    tolerance: Annotated[
+        float, typer.Option(min=0.0, help="Of --baseline: largest loss of a metric, 0.05 is 5%.")
+    ] = 0.05,
+    result: Annotated[
+        Path | None, typer.Option(help="Judge this result.json by --baseline; nothing is loaded.")
+    ] = None,
     out: Out = Path("runs/bench"),
 ) -> None:
-    """Load a running server: latencies, throughput, goodput at an SLA, accepted length. Or compare, gate and draw results.
+    """Load a running server: latencies, throughput, goodput at an SLA, accepted length.
 
     Examples: dspark bench --url http://127.0.0.1:30000 --concurrency 1,8,32;
-    dspark bench --url http://127.0.0.1:30000 --pattern poisson --rate 2,4 --duration 60.
+    dspark bench --url http://127.0.0.1:30000 --pattern poisson --rate 2,4 --duration 60;
+    dspark bench --result runs/bench/result.json --baseline saved/result.json.
 
     Writes result.json, requests.jsonl (a line for each request) and, of several loads, frontier.json.
-    Exit code 0: all answered; 1: requests failed, none completed, or the server died; 2: it could not be run.
+    Exit code 0: all answered; 1: requests failed, none completed, the server died, or --baseline was better by more
+    than the tolerance and than noise; 2: it could not be run.
     """
     if context.invoked_subcommand is not None:
         return
+    console = Console()
+    if result is not None:
+        if baseline is None or url is not None:
+            raise ConfigError(
+                "--result needs --baseline, and no --url.",
+                expected="two results to hold against each other",
+                fix="For example: --result runs/bench/result.json --baseline saved/result.json.",
+            )
+        raise typer.Exit(0 if judge(console, result, baseline, tolerance) else 1)
     if url is None:
         raise ConfigError(
             "No server was named.",
@@ -137,8 +161,48 @@ def bench(
         incidents=[],
         provenance=provenance(command()),
     )
-    result = _run(Console(), endpoint, source, loads, slo, empty, out)
-    raise typer.Exit(0 if result.complete and all(verdict(s)[0] for s in result.stages) else 1)
+    good = None if baseline is None else read_result(baseline)  # before minutes of load
+    found = _run(console, endpoint, source, loads, slo, empty, out)
+    passed = found.complete and all(verdict(s)[0] for s in found.stages)
+    if good is not None and baseline is not None:
+        passed &= judge(console, out / "result.json", baseline, tolerance)
+    raise typer.Exit(0 if passed else 1)
+
+
+def read_result(path: Path) -> BenchResult:
+    """A result.json.
+
+    Raises:
+        ArtifactError: it is none.
+    """
+    return read_artifact(path, BenchResult, "a result", "Make one with `dspark bench`.")
+
+
+def judge(console: Console, result: Path, baseline: Path, tolerance: float) -> bool:
+    """Hold a result against a saved one, and show how they differ.
+
+    Not passed: a metric is worse by more than the tolerance and by more than noise, requests failed that did not before,
+    a stage is missing, the load differs or the run is incomplete.
+    """
+    found = gate.compare(read_result(result), read_result(baseline), tolerance=tolerance)
+    view = Table(title=f"{result} against {baseline}, tolerance {tolerance:.1%}")
+    for heading in ("stage", "metric", "before", "after", "change (95%)", "verdict"):
+        view.add_column(heading, justify="left" if heading in ("stage", "metric") else "right")
+    colours = {"worse": "red", "better": "green", "unsure": "yellow", "ok": ""}
+    for one in found.checks:
+        change = f"{one.change:+.1%} ({one.low:+.1%} to {one.high:+.1%})"
+        view.add_row(
+            one.stage, one.metric, f"{one.before:.2f}", f"{one.after:.2f}", change, one.verdict,
+            style=colours[one.verdict],
+        )  # fmt: skip
+    console.print(view)
+    for problem in found.problems:
+        console.print(f"[red]![/] {escape(problem)}", soft_wrap=True)
+    unsure = sum(one.verdict == "unsure" for one in found.checks)
+    if unsure:
+        console.print(f"{unsure} metrics are too noisy to exclude such a loss: measure longer.")
+    console.print("PASSED" if found.passed else "FAILED")
+    return found.passed
 
 
 def _run(

@@ -1,4 +1,4 @@
-"""``dspark bench compare``, ``gate`` and ``frontier``."""
+"""``dspark bench compare``: ways of serving on servers, or by their results."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from dspark_loadtests import bench, compare, frontier, gate
+from dspark_loadtests import bench, compare, frontier
 from dspark_loadtests.client import RequestSettings, connect, read_api_key
 from dspark_loadtests.compare import SWITCHES, Cell, Versus, Way
 from dspark_loadtests.generator import Load
 from dspark_loadtests.prompts import read_prompts
-from dspark_loadtests.schema import BenchResult, Slo
+from dspark_loadtests.schema import Slo
 from dspark_sglang import artifacts
 from dspark_sglang.cli.bench import (
     ApiKey,
@@ -55,10 +55,11 @@ def _ways(given: list[str], modes: str, model: str | None, key: str | None, gpus
 
 
 def compare_servers(
-    servers: Annotated[
+    ways: Annotated[
         list[str],
         typer.Argument(
-            help="NAME=URL of each way, ours first: DSPARK, no speculation, NGRAM, EAGLE ... Or one URL of a server of ours, switched between --modes."
+            help="NAME=URL of each way, ours first: DSPARK, no speculation, NGRAM, EAGLE ... Or one URL of a server of ours, "
+            "switched between --modes. Or frontier.json files: they are drawn together, and nothing is loaded."
         ),
     ],
     modes: Annotated[
@@ -77,12 +78,22 @@ def compare_servers(
     gpus: Annotated[int, typer.Option(min=1, help="GPUs of each server.")] = 1,
     model: Model = None,
     api_key_file: ApiKey = None,
+    ours: Annotated[
+        str | None,
+        typer.Option(help="Of files: the series the others are held against. Default: the first."),
+    ] = None,
+    user_speed: Annotated[
+        str | None, typer.Option(help="Of files: tokens/s and user to compare at, as 20,40.")
+    ] = None,
     out: Out = Path("runs/bench-compare"),
 ) -> None:
     """Ways of serving in paired, interleaved windows; ratios with 95% intervals over blocks.
 
     Writes compare.json, frontier.json, frontier.png and, where a server tells it, budget.png.
     """
+    if all(way.endswith(".json") and "://" not in way for way in ways):
+        _draw([Path(way) for way in ways], ours, user_speed, out)
+        return
     console = Console()
     source = read_prompts(prompts)
     slo = Slo(ttft_ms=sla_ttft_ms, tpot_ms=sla_tpot_ms)
@@ -98,27 +109,27 @@ def compare_servers(
         for users in read_numbers(concurrency, "--concurrency", int)
     }
     bench.check(loads, source, slo)
-    ways = _ways(servers, modes, model, read_api_key(api_key_file), gpus)
+    chosen = _ways(ways, modes, model, read_api_key(api_key_file), gpus)
     cells: list[Cell] = []
     stopped = ""
 
     def keep(cell: Cell) -> None:
         cells.append(cell)
-        _write(_result(ways, cells, complete=len(cells) == len(loads)), out)
+        _write(_result(chosen, cells, complete=len(cells) == len(loads)), out)
 
     def told(users: int, block: int, way: str) -> None:
         console.print(f"{users} users, block {block + 1} of {blocks}, {way} ...", highlight=False)
 
     try:
         compare.compare(
-            ways, source, list(loads.values()), blocks=blocks, slo=slo, told=told, finished=keep
+            chosen, source, list(loads.values()), blocks=blocks, slo=slo, told=told, finished=keep
         )
     except (KeyboardInterrupt, DSparkError) as error:
         if not cells:
             raise
         stopped = str(error) or "interrupted"
         console.print(f"[red]Incomplete[/]: {escape(stopped)}", soft_wrap=True)
-    found = _result(ways, cells, complete=len(cells) == len(loads), why=stopped)
+    found = _result(chosen, cells, complete=len(cells) == len(loads), why=stopped)
     _write(found, out)
     console.print(_table(found))
     console.print(f"Written: {out}/compare.json, frontier.json, frontier.png")
@@ -163,55 +174,7 @@ def _interval(found: list[float] | None) -> str:
     return "-" if found is None else "{1:.3f} ({0:.3f} to {2:.3f})".format(*found)
 
 
-def check(
-    result: Annotated[Path, typer.Argument(help="The result.json to judge.")],
-    baseline: Annotated[Path, typer.Option(help="The result.json that was good.")],
-    tolerance: Annotated[
-        float, typer.Option(min=0.0, help="Largest loss of a metric, as a share: 0.05 is 5%.")
-    ] = 0.05,
-) -> None:
-    """Hold a result against a saved one. Exit code 1: a metric is worse by more than the tolerance and by more than noise.
-
-    Also 1: requests failed that did not before, a stage is missing, the load differs or the run is incomplete.
-    """
-    console = Console()
-    both = (
-        artifacts.read_artifact(path, BenchResult, "a result", "Make one with `dspark bench`.")
-        for path in (result, baseline)
-    )
-    found = gate.compare(*both, tolerance=tolerance)
-    view = Table(title=f"{result} against {baseline}, tolerance {tolerance:.1%}")
-    for heading in ("stage", "metric", "before", "after", "change (95%)", "verdict"):
-        view.add_column(heading, justify="left" if heading in ("stage", "metric") else "right")
-    colours = {"worse": "red", "better": "green", "unsure": "yellow", "ok": ""}
-    for one in found.checks:
-        change = f"{one.change:+.1%} ({one.low:+.1%} to {one.high:+.1%})"
-        view.add_row(
-            one.stage, one.metric, f"{one.before:.2f}", f"{one.after:.2f}", change, one.verdict,
-            style=colours[one.verdict],
-        )  # fmt: skip
-    console.print(view)
-    for problem in found.problems:
-        console.print(f"[red]![/] {escape(problem)}", soft_wrap=True)
-    unsure = sum(one.verdict == "unsure" for one in found.checks)
-    if unsure:
-        console.print(f"{unsure} metrics are too noisy to exclude such a loss: measure longer.")
-    console.print("PASSED" if found.passed else "FAILED")
-    raise typer.Exit(0 if found.passed else 1)
-
-
-def draw(
-    files: Annotated[
-        list[Path], typer.Argument(help="frontier.json files; equal models are drawn together.")
-    ],
-    ours: Annotated[
-        str | None, typer.Option(help="The series the others are held against. Default: the first.")
-    ] = None,
-    user_speed: Annotated[
-        str | None, typer.Option(help="Tokens/s and user to compare at, as 20,40.")
-    ] = None,
-    out: Out = Path("runs/bench-frontier"),
-) -> None:
+def _draw(files: list[Path], ours: str | None, user_speed: str | None, out: Path) -> None:
     """Draw throughput against a user's speed (the paper's Figure 7) and budget against load (Figure 8), with ratios at equal service."""
     console = Console()
     merged = frontier.merge([frontier.read(path) for path in files])

@@ -16,10 +16,8 @@ from dspark_sglang.cli import (
     demo,
     doctor,
     evaluate,
-    gate,
     package,
     plan,
-    profile,
     push,
     serve,
     simulate,
@@ -56,7 +54,6 @@ app.command("doctor")(doctor.doctor)
 app.command("serve", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
     serve.serve
 )
-app.command("gate")(gate.gate)
 app.command("canary")(canary.canary)
 app.command("demo")(demo.demo)
 bench_app.command("compare")(bench_compare.compare_servers)
@@ -66,10 +63,8 @@ app.command("train")(train.train)
 app.command("eval")(evaluate.evaluate)
 app.command("calibrate")(calibrate.calibrate)
 app.command("plan")(plan.plan)
-app.command("profile")(profile.profile)
 app.add_typer(simulate.app, name="simulate")
 app.command("package")(package.package)
-app.command("card")(package.card)
 app.command("verify")(package.verify)
 app.command("push")(push.push)
 
@@ -89,6 +84,20 @@ GONE = {
     "bench-placement": ("make bench-placement in a checkout", "make bench-placement"),
     "drill": ("make drill in a checkout", "make drill DRILL='--url URL --requests 500'"),
     "lossless": ("make exactness in a checkout", "make exactness"),
+    "gate": (
+        "dspark verify --files DIR=CHECKSUMS",
+        "dspark verify --files /models/target=target.json",
+    ),
+    "card": ("dspark package DIR --card write", "dspark package model_cards/NAME --card check"),
+    "profile": ("dspark calibrate --cost", "dspark calibrate --cost --drafter DIR"),
+    "bench gate": (
+        "dspark bench --baseline",
+        "dspark bench --result runs/bench/result.json --baseline saved/result.json",
+    ),
+    "bench frontier": (
+        "dspark bench compare",
+        "dspark bench compare runs/a/frontier.json runs/b/frontier.json",
+    ),
     "package-check": ("make package-check in a checkout", "make package-check"),
     "simulate fit": ("make simulate-fit in a checkout", "make simulate-fit"),
     "simulate check": ("make simulate-check in a checkout", "make simulate-check"),
@@ -105,9 +114,11 @@ def _gone(name: str) -> Callable[[], None]:
     return answer
 
 
+_GROUPS = {"": app, "bench": bench_app, "simulate": simulate.app}
 for _path in GONE:
-    (simulate.app if _path.startswith("simulate ") else app).command(
-        _path.split()[-1],
+    _group, _, _name = _path.rpartition(" ")
+    _GROUPS[_group].command(
+        _name,
         hidden=True,
         add_help_option=False,
         context_settings={"allow_extra_args": True, "ignore_unknown_options": True},

@@ -38,12 +38,28 @@ def calibrate(
         str,
         typer.Option(help="A running server: fit to what it verified lately, and serve with that."),
     ] = "",
+    cost: Annotated[
+        bool, typer.Option("--cost", help="Measure the step cost instead, and draw it.")
+    ] = False,
+    dtype: Annotated[str, typer.Option(help="Of --cost: bfloat16 or float32.")] = "bfloat16",
+    requests: Annotated[int, typer.Option(min=1, help="Of --cost: most requests at once.")] = 32,
 ) -> None:
     """Fit STS on half of the prompts and report calibration on the other half.
 
     With --url to what a running server verified instead; --out then keeps the fit for the next start. The
     server's key is read from API_KEY.
+
+    With --cost nothing is fitted: a server of target and drafter measures what its steps cost, as at its first start.
+    Serve with that by DSPARK_COST=OUT/cost.json; a server of other models, dtype, device or ranks refuses it.
     """
+    if cost:
+        from dspark_sglang.cli import step_cost
+        from dspark_sglang.cli.demo import DRAFTER
+
+        chosen = drafter or DRAFTER
+        folder = out or Path("runs/step-cost")
+        step_cost.measure(folder, chosen, target, dtype=dtype, requests=requests)
+        return
     if url:
         from dspark_sglang.evaluation.refit import refit
 

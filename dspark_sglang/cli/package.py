@@ -1,4 +1,4 @@
-"""``dspark package``, ``dspark card`` and ``dspark verify``."""
+"""``dspark package`` and ``dspark verify``."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import typer
 from dspark_packaging.errors import PackageError
 from dspark_packaging.layout import CARD_FILE
 from dspark_sglang.artifacts import require_writable
+from dspark_sglang.errors import ConfigError
 
 if TYPE_CHECKING:
     from dspark_packaging.verify import Verified
 
-Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A packaged drafter or a bundle.")]
 Method = Literal["auto", "reflink", "link", "copy"]
 Layout = Literal["mtp", "folder"]
 
@@ -35,7 +35,9 @@ def package(
         Path,
         typer.Argument(help="Drafter: config.json, weights, provenance.json. Or a bundle."),
     ],
-    out: Annotated[Path, typer.Argument(help="Folder to write; may be SOURCE itself.")],
+    out: Annotated[
+        Path | None, typer.Argument(help="Folder to write; may be SOURCE itself.")
+    ] = None,
     target: Annotated[
         Path | None,
         typer.Option(help="The target's folder: its fingerprint is recorded in target.json."),
@@ -68,6 +70,12 @@ def package(
     sign: Annotated[
         Path | None, typer.Option(help="Private key (PEM) for an OpenSSF signature, model.sig.")
     ] = None,
+    card: Annotated[
+        Literal["write", "check"] | None,
+        typer.Option(
+            help="Only write the model card of SOURCE again, or check that it is current."
+        ),
+    ] = None,
 ) -> None:
     """Build the folder to publish: weights, records, card, licence and checksums.
 
@@ -77,6 +85,21 @@ def package(
     """
     from dspark_packaging.signing import sign as sign_folder
 
+    if card is not None:
+        if out is not None:
+            raise PackageError(
+                "--card was given with a folder to write.",
+                expected="SOURCE alone: its card is beside its files",
+                fix="Leave OUT away.",
+            )
+        _card(source, check=card == "check")
+        return
+    if out is None:
+        raise PackageError(
+            "No folder to write was named.",
+            expected="dspark package SOURCE OUT",
+            fix="Name one; it may be SOURCE itself.",
+        )
     if split and (bundle or target or throughput or sign):
         raise PackageError(
             "--split was given with options of packaging.",
@@ -159,15 +182,7 @@ def _split(source: Path, out: Path, method: Method | None) -> None:
         typer.echo(f"The bundle had left out {done.lost} files or tensors; they are not back.")
 
 
-def card(
-    directory: Annotated[
-        Path,
-        typer.Argument(metavar="DIR", help="A package, a bundle, or a folder with facts.yaml."),
-    ],
-    check: Annotated[
-        bool, typer.Option("--check", help="Only check that README.md is current.")
-    ] = False,
-) -> None:
+def _card(directory: Path, *, check: bool) -> None:
     """Write the model card from the files beside it, or check that it is current."""
     from dspark_packaging.card import check_card, write_card
 
@@ -179,8 +194,32 @@ def card(
         typer.echo(f"Wrote {path}." if write_card(directory) else f"{path} was current.")
 
 
+def _files(given: list[str]) -> None:
+    """Hold the files of ``DIRECTORY=CHECKSUMS`` pairs against the lists."""
+    from dspark_packaging.manifest import verify_files
+
+    for text in dict.fromkeys(given):
+        directory, found, manifest = text.partition("=")
+        if not found or not directory or not manifest:
+            raise ConfigError(
+                f"--files is {text!r}.",
+                expected="DIRECTORY=CHECKSUMS",
+                fix="For example: --files /models/target=/etc/dspark/checksums/target.json",
+            )
+        count = verify_files(Path(directory), Path(manifest))
+        typer.echo(f"{directory}: {count} files as {manifest} lists them")
+
+
 def verify(
-    directory: Folder,
+    directory: Annotated[
+        Path | None, typer.Argument(metavar="DIR", help="A packaged drafter or a bundle.")
+    ] = None,
+    files: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="DIRECTORY=CHECKSUMS, instead of DIR: check size and SHA-256 of every file."
+        ),
+    ] = None,
     target: Annotated[
         Path | None,
         typer.Option(help="The target's folder: compare fingerprints, then load both in SGLang."),
@@ -193,7 +232,27 @@ def verify(
         typer.Option(help="Load it in SGLang on the CPU, where it fits and a target is there."),
     ] = True,
 ) -> None:
-    """Check a package: files, checksums, signature, tensors, records, target; then load it."""
+    """Check a package: files, checksums, signature, tensors, records, target; then load it.
+
+    With --files only bytes are checked, of any folder, for an initContainer: CHECKSUMS is what `dspark package`,
+    `dspark demo --fetch-only` or `python -m sglang.srt.utils.model_file_verifier generate` wrote. Weight files that it
+    does not list are refused too. Exit code 2 when one differs.
+    """
+    if files:
+        if directory is not None:
+            raise ConfigError(
+                "--files was given with a package.",
+                expected="one of them",
+                fix="Check the package, then the files.",
+            )
+        _files(files)
+        return
+    if directory is None:
+        raise ConfigError(
+            "Nothing to check was named.",
+            expected="DIR, or --files DIRECTORY=CHECKSUMS",
+            fix="Name a packaged drafter or a bundle.",
+        )
     from dspark_packaging.layout import SIGNATURE_FILE
     from dspark_packaging.records import open_package
     from dspark_packaging.signing import verify_signature

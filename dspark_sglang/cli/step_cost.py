@@ -1,18 +1,16 @@
-"""``dspark profile``: measure a server's step cost offline, and draw it."""
+"""``dspark calibrate --cost``: measure what a server's steps cost, and draw it."""
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from dspark_sglang import targets
-from dspark_sglang.cli.demo import DRAFTER
 from dspark_sglang.errors import ConfigError, ServerError
 
 #: Loads shown and drawn.
@@ -20,21 +18,17 @@ _SHOWN = (1, 2, 4, 8, 16, 32)
 _CONTEXT = 128
 
 
-def profile(
-    out: Annotated[Path, typer.Option(help="Where cost.json and cost.png go.")] = Path(
-        "runs/profile"
-    ),
-    drafter: Annotated[Path, typer.Option(help="The drafter to serve.")] = DRAFTER,
-    target: Annotated[
-        Path | None, typer.Option(help="Default: the bundle itself, else SmolLM2, fetched once.")
-    ] = None,
-    dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
-    requests: Annotated[int, typer.Option(min=1, help="Most requests at once.")] = 32,
-) -> None:
+def measure(out: Path, drafter: Path, target: Path | None, *, dtype: str, requests: int) -> None:
     """Measure what steps cost, as a server does at its first start, and draw the result.
 
-    Serve with it by DSPARK_COST=runs/profile/cost.json; a server of other models, dtype, device or
-    ranks refuses it.
+    Args:
+        out: folder of cost.json and cost.png.
+        target: None: the bundle itself, else SmolLM2, fetched once.
+        requests: most at once.
+
+    Raises:
+        ConfigError: another ``dtype`` than bfloat16 and float32.
+        ServerError: the server measured nothing.
     """
     from dspark_loadtests.closed_loop import make_server, mode
     from dspark_sglang.demo.server import Server, free_port
@@ -81,7 +75,10 @@ def report(console: Console, out: Path, record: dict[str, Any], requests: int) -
     from dspark_sglang.core.steps import CostModel
 
     artifact = read_artifact(
-        out / "cost.json", CostArtifact, "a cost file of this plugin", "Run `dspark profile` again."
+        out / "cost.json",
+        CostArtifact,
+        "a cost file of this plugin",
+        "Run `dspark calibrate --cost` again.",
     )
     model = CostModel(gamma=artifact.model["gamma"])
     model.restore(artifact.model)

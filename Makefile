@@ -71,7 +71,7 @@ simulate-check: install  ## Compare it with the server at loads that were not fi
 	$(BIN)/python -m tests.simulation check
 
 simulate-published: install  ## Re-derive the published V4 result (computed; about 6 minutes)
-	$(BIN)/dspark simulate published --out docs/results
+	$(BIN)/python -m tests.simulation published
 
 exactness: install  ## Prove through the real server that the output distribution is plain decoding's
 	$(BIN)/python -m tests.exactness

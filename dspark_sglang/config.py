@@ -40,7 +40,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     #: ``all``: always verify the whole drafted block.
     schedule: Schedule = "adaptive"
     #: Step cost. ``auto``: measured at start-up, once for each pair of models and machine (kept in the
-    #: cache directory). ``online``: from the steps served alone. A path: what ``dspark profile`` wrote.
+    #: cache directory). ``online``: from the steps served alone. A path: what ``dspark calibrate --cost`` wrote.
     cost: str = COST_AUTO
     #: STS calibration file. Empty: ``sts.json`` beside the drafter's weights, if present.
     sts: str = ""

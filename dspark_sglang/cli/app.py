@@ -99,6 +99,7 @@ GONE = {
         "dspark bench compare runs/a/frontier.json runs/b/frontier.json",
     ),
     "package-check": ("make package-check in a checkout", "make package-check"),
+    "simulate published": ("make simulate-published in a checkout", "make simulate-published"),
     "simulate fit": ("make simulate-fit in a checkout", "make simulate-fit"),
     "simulate check": ("make simulate-check in a checkout", "make simulate-check"),
 }

@@ -30,7 +30,7 @@ def simulate(
     context: typer.Context,
     profile: Annotated[
         Path | None,
-        typer.Option(help="Step cost: what `dspark profile` wrote (file or directory)."),
+        typer.Option(help="Step cost: what `dspark calibrate --cost` wrote (file or directory)."),
     ] = None,
     model: Annotated[
         str | None,
@@ -136,57 +136,6 @@ def table(found: Any) -> Table:
                 mode, *("-" if value is None else f"{value:{form}}" for value, form in cells)
             )
     return view
-
-
-@app.command("published")
-def published_(
-    out: Annotated[
-        Path, typer.Option(help="Where frontiers, figures and simulation.json go.")
-    ] = Path("runs/simulate-published"),
-    sensitivity: Annotated[bool, typer.Option(help="Replace each assumption in turn, too.")] = True,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print simulation.json, nothing else.")
-    ] = False,
-) -> None:
-    """Re-derive the published V4-Flash and V4-Pro result on H800s from one table of assumptions.
-
-    Computed, not run. Keeps the validation of an earlier `make simulate-check` with the same --out.
-    """
-    from dspark_sglang.simulate import published
-
-    console, errors = Console(), Console(stderr=True)
-    with progress(errors) as bar:
-        task = bar.add_task("", total=published.total(sensitivity))
-        found = published.run(
-            out, sensitivity, lambda what: bar.update(task, advance=1, description=what)
-        )
-    if as_json:
-        print(dumps(found))
-        return
-    console.print(published_table(found))
-    console.print(f"Written: {out / 'simulation.json'}, frontiers and figures beside it")
-
-
-def published_table(found: dict[str, Any]) -> Table:
-    """Published against simulated."""
-    view = Table(title="Published against simulated (computed, not run)")
-    for heading in ("figure", "published", "simulated"):
-        view.add_column(heading, justify="left" if heading == "figure" else "right")
-    for name, pair in found["frontier"].items():
-        view.add_row(name, ratio(pair["published"]), ratio(pair["simulated"]))
-    for model, details in found["details"].items():
-        own = details["collapse"]
-        name = f"{model}, throughput at {own['speed']:g} tok/s/user"
-        view.add_row(name, ratio(own["published"]), ratio(own["simulated"]))
-        view.add_row(f"{model}, fastest baseline user, tok/s", "", ratio(own["fastest_baseline"]))
-    return view
-
-
-def ratio(value: Any) -> str:
-    """A number, the ends of a range, or that there is none."""
-    if isinstance(value, list):
-        return " to ".join(f"{one:.2f}" for one in value)
-    return "none" if value is None else f"{value:.2f}"
 
 
 @app.command("price")

@@ -241,7 +241,7 @@ class _Kind:
                 raise ConfigError(
                     f"The cost model's {name} has shape {values.shape} or numbers beyond {most:g}.",
                     expected=f"finite numbers of shape {shape}, at most {most:g}",
-                    fix="Measure it again with `dspark profile`.",
+                    fix="Measure it again with `dspark calibrate --cost`.",
                 )
             setattr(self, name, values)
         falls = (self.theta < 0).any() or (self.seen < 0).any()
@@ -251,7 +251,7 @@ class _Kind:
             raise ConfigError(
                 "The cost model says that steps take no time, or what no steps can have taught.",
                 expected="coefficients that are not negative, one above 0",
-                fix="Measure it again with `dspark profile`.",
+                fix="Measure it again with `dspark calibrate --cost`.",
             )
         self.observations = int(state["observations"])
 
@@ -409,7 +409,7 @@ class CostModel:
             raise ConfigError(
                 f"The cost model was measured for gamma {state.get('gamma')}.",
                 expected=f"gamma {self.gamma}",
-                fix="Measure it again with `dspark profile`.",
+                fix="Measure it again with `dspark calibrate --cost`.",
             )
         fresh = CostModel(gamma=self.gamma)
         try:
@@ -421,7 +421,7 @@ class CostModel:
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ConfigError(
                 f"The cost model lacks or garbles {error}.",
-                expected="what `dspark profile` writes",
-                fix="Measure it again with `dspark profile`.",
+                expected="what `dspark calibrate --cost` writes",
+                fix="Measure it again with `dspark calibrate --cost`.",
             ) from error
         self.__dict__.update(fresh.__dict__)

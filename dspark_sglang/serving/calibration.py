@@ -147,7 +147,7 @@ def fit(blocks: Blocks) -> Refit:
 #: server listens; it was measured, but could not be kept.
 COST_OFF, COST_UNMEASURED, COST_UNKEPT = "off", "unmeasured", "measured, not kept"
 _COST_FILE = "a cost file of this plugin"
-_MEASURE_AGAIN = "Measure it again with `dspark profile`, or unset DSPARK_COST."
+_MEASURE_AGAIN = "Measure it again with `dspark calibrate --cost`, or unset DSPARK_COST."
 
 
 def _missing(expected: str) -> ConfigError:
@@ -355,7 +355,9 @@ def save_cost(
         fingerprint=wanted,
         model=model.state(),
         seconds=seconds,
-        provenance=provenance(["dspark", "profile"], data=f"{model.observations} steps"),
+        provenance=provenance(
+            ["dspark", "calibrate", "--cost"], data=f"{model.observations} steps"
+        ),
     )
     try:
         write_json(path, artifact)

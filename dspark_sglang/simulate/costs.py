@@ -11,7 +11,7 @@ from dspark_sglang.artifacts import CostArtifact, read_artifact
 from dspark_sglang.core.steps import CostModel, Step
 from dspark_sglang.errors import ArtifactError, ConfigError
 
-_FIX = "Measure one with `dspark profile`."
+_FIX = "Measure one with `dspark calibrate --cost`."
 
 
 class StepTimes(Protocol):
@@ -49,7 +49,7 @@ class Overheads(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Measured:
-    """Steps as long as a server's own cost model says (``dspark profile``)."""
+    """Steps as long as a server's own cost model says (``dspark calibrate --cost``)."""
 
     def __init__(self, model: CostModel, overheads: Overheads) -> None:
         self.gamma, self._model, self._overheads = model.gamma, model, overheads

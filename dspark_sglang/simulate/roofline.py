@@ -127,7 +127,7 @@ def sizes(name: str) -> Sizes:
         raise ConfigError(
             f"{name} is no DeepSeek-V4 checkpoint with a drafter.",
             expected="deepseek-v4-flash-dspark or deepseek-v4-pro-dspark",
-            fix="Take a measured cost (`dspark profile`) for other models.",
+            fix="Take a measured cost (`dspark calibrate --cost`) for other models.",
         )
     shape = shape_of(model.target.config)
     latent, index = page_bytes(64) / 64, kv.index_dim + kv.index_dim // 128 * 4

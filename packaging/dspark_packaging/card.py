@@ -188,7 +188,7 @@ def card_of(package: Package) -> str:
         .get_template("card.md.jinja")
         .render(
             front_matter=front_matter(records.provenance, bundle=package.bundle is not None),
-            mark=layout.GENERATED_MARK,
+            mark=layout.CARD_MARK,
             p=records.provenance,
             architecture=drafter.architecture,
             config=drafter.config,
@@ -250,7 +250,9 @@ def check_card(directory: Path) -> None:
     if found != card:
         state = "does not exist" if found is None else "differs from what the files beside it say"
         raise PackageError(
-            f"{path} {state}.", expected="the generated card", fix=f"Run `dspark card {directory}`."
+            f"{path} {state}.",
+            expected="the generated card",
+            fix=f"Run `dspark package {directory}`.",
         )
 
 
@@ -430,7 +432,7 @@ def render_published(directory: Path) -> str:
         .get_template("published.md.jinja")
         .render(
             front_matter=_front_matter(facts),
-            mark=layout.GENERATED_MARK,
+            mark=layout.CARD_MARK,
             f=facts,
             facts_file=FACTS_FILE,
             paper=PAPER,

@@ -47,7 +47,7 @@ _SLUG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 _LANGUAGE = re.compile(r"[a-z]{2,3}|code|multilingual")
 _REPO_NAME = re.compile(r"[A-Za-z0-9](?:[\w.-]*[A-Za-z0-9_])?", re.ASCII)
 _MAX_REPO_ID = 96
-_FIX = "Correct provenance.json and run `dspark card DIR`."
+_FIX = "Correct provenance.json and run `dspark package DIR --card write`."
 
 
 class UniqueKeys(yaml.SafeLoader):

@@ -419,7 +419,7 @@ def read_records(directory: Path, drafter: Drafter) -> Records:
 
 
 def _read_cost(path: Path, *, gamma: int, digest: str) -> dict[str, object]:
-    value = read_json(path, what="a step cost that `dspark profile` wrote")
+    value = read_json(path, what="a step cost that `dspark calibrate --cost` wrote")
     of = value.get("fingerprint")
     of = of if isinstance(of, dict) else {}
     for key, wanted in (("gamma", str(gamma)), ("drafter", digest)):
@@ -427,7 +427,7 @@ def _read_cost(path: Path, *, gamma: int, digest: str) -> dict[str, object]:
             raise ArtifactError(
                 f"{path} was measured with {key} {of.get(key)}.",
                 expected=wanted,
-                fix="Measure it again with `dspark profile`, or leave it out.",
+                fix="Measure it again with `dspark calibrate --cost`, or leave it out.",
             )
     return value
 

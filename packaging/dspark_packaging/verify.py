@@ -234,7 +234,7 @@ def verify_opened(package: Package) -> Verified:
             raise PackageError(
                 f"{path} says {key} {meta[key]}.",
                 expected=f"{meant}, as {layout.PROVENANCE_FILE} says",
-                fix=f"Run `dspark card {path.parent}`.",
+                fix=f"Run `dspark package {path.parent} --card write`.",
             )
     return Verified(
         name=provenance.name,

@@ -402,7 +402,7 @@ def test_committed_artifact_verifies() -> None:
 @pytest.fixture
 def run() -> Callable[..., Any]:
     app = typer.Typer()
-    for function in (cli.package, cli.card, cli.verify):
+    for function in (cli.package, cli.verify):
         app.command()(function)
     return lambda *words: CliRunner().invoke(app, [str(word) for word in words])
 
@@ -412,11 +412,15 @@ def test_commands(source: Path, tmp_path: Path, run: Callable[..., Any]) -> None
     done = run("package", source, out)
     assert done.exit_code == 0, done.output
     assert "not calibrated (no sts.json), not measured (no eval.json)" in done.output
-    assert "is current" in run("card", out, "--check").output
-    assert "was current" in run("card", out).output
+    assert "is current" in run("package", out, "--card", "check").output
+    assert "was current" in run("package", out, "--card", "write").output
     assert "Verified" in run("verify", out).output
     shutil.rmtree(source)
-    for words in (("package", source, out), ("card", source), ("verify", source)):
+    for words in (
+        ("package", source, out),
+        ("package", source, "--card", "write"),
+        ("verify", source),
+    ):
         error = run(*words).exception
         assert isinstance(error, DSparkError)
         assert "is not a directory" in str(error)

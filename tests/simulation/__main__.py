@@ -1,7 +1,7 @@
-"""``python -m tests.simulation fit`` and ``check``: the simulator against a real server on this machine.
+"""``python -m tests.simulation fit``, ``check`` and ``published``: the simulator against a server here, and published.
 
 ``fit`` learns a server at some loads and writes its parameters. ``check`` simulates other loads first and measures them
-then. Each takes about 7 minutes on 2 cores; nothing else may run.
+then. Each takes about 7 minutes on 2 cores; nothing else may run. ``published`` re-derives the published V4 result.
 """
 
 from __future__ import annotations
@@ -22,10 +22,9 @@ from dspark_sglang.checkpoint import weights_digest
 from dspark_sglang.cli.main import run
 from dspark_sglang.errors import ArtifactError, ConfigError
 from dspark_sglang.provenance import machine, provenance
-from dspark_sglang.simulate import published
 from dspark_sglang.simulate.summary import Summary
 from dspark_sglang.values import read_numbers
-from tests.simulation import measure, twin
+from tests.simulation import measure, published, twin
 from tests.simulation.measure import Plan
 from tests.simulation.twin import Compared, Observed, Parameters, compare, worst
 
@@ -196,6 +195,38 @@ def check(options: argparse.Namespace) -> None:
         raise SystemExit(f"Beyond {options.tolerance:g}%: {shown}")
 
 
+def rederive(options: argparse.Namespace) -> None:
+    """Re-derive the published V4-Flash and V4-Pro result on H800s from one table of assumptions: computed, not run.
+
+    Keeps the validation of an earlier ``check`` with the same ``--out``.
+    """
+    found = published.run(options.out, not options.quick, lambda what: print(what, flush=True))
+    Console().print(published_table(found))
+    print(f"Written: {options.out / 'simulation.json'}, frontiers and figures beside it")
+
+
+def published_table(found: dict[str, Any]) -> Table:
+    """Published against simulated."""
+    view = Table(title="Published against simulated (computed, not run)")
+    for heading in ("figure", "published", "simulated"):
+        view.add_column(heading, justify="left" if heading == "figure" else "right")
+    for name, pair in found["frontier"].items():
+        view.add_row(name, ratio(pair["published"]), ratio(pair["simulated"]))
+    for model, details in found["details"].items():
+        own = details["collapse"]
+        name = f"{model}, throughput at {own['speed']:g} tok/s/user"
+        view.add_row(name, ratio(own["published"]), ratio(own["simulated"]))
+        view.add_row(f"{model}, fastest baseline user, tok/s", "", ratio(own["fastest_baseline"]))
+    return view
+
+
+def ratio(value: Any) -> str:
+    """A number, the ends of a range, or that there is none."""
+    if isinstance(value, list):
+        return " to ".join(f"{one:.2f}" for one in value)
+    return "none" if value is None else f"{value:.2f}"
+
+
 def main() -> None:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -219,6 +250,10 @@ def main() -> None:
         own.add_argument("--temperature", type=float, default=1.0)
         own.add_argument("--max-tokens", type=int, default=96)
         own.add_argument("--speculation", choices=("on", "auto"), default="on")
+    own = commands.add_parser("published", help=rederive.__doc__)
+    own.set_defaults(what=rederive)
+    own.add_argument("--out", type=Path, default=ROOT / "docs/results")
+    own.add_argument("--quick", action="store_true", help="keep every assumption as it is")
     options = parser.parse_args()
     options.what(options)
 

@@ -17,11 +17,10 @@ from dspark_sglang.core.steps import CostModel
 from dspark_sglang.core.sts import BINS
 from dspark_sglang.errors import ArtifactError, ConfigError
 from dspark_sglang.provenance import machine
-from dspark_sglang.simulate import published
 from dspark_sglang.simulate.costs import Overheads, learned
-from dspark_sglang.simulate.published import rows
 from tests.simulation import __main__ as command
-from tests.simulation import document, twin
+from tests.simulation import document, published, twin
+from tests.simulation.published import rows
 from tests.simulation.twin import Observed, Parameters
 
 

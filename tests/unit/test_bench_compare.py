@@ -193,12 +193,12 @@ def test_the_gate_command_and_its_exit_codes(saved: BenchResult, tmp_path: Path)
     old, new = tmp_path / "old.json", tmp_path / "new.json"
     write_json(old, narrow(saved, "output_tok_s"))
     write_json(new, changed(saved, "output_tok_s", 0.68, 0.70, 0.72))
-    code, text = bench("gate", str(new), "--baseline", str(old))
+    code, text = bench("--result", str(new), "--baseline", str(old))
     assert code == 1 and "FAILED" in text
-    code, text = bench("gate", str(old), "--baseline", str(old))
+    code, text = bench("--result", str(old), "--baseline", str(old))
     assert code == 0 and "PASSED" in text
-    assert bench("gate", str(new), "--baseline", str(old), "--tolerance", "0.4")[0] == 0
-    code, text = bench("gate", str(new), "--baseline", str(tmp_path / "none.json"))
+    assert bench("--result", str(new), "--baseline", str(old), "--tolerance", "0.4")[0] == 0
+    code, text = bench("--result", str(new), "--baseline", str(tmp_path / "none.json"))
     assert code == 2 and "does not exist" in text
 
 
@@ -243,14 +243,14 @@ def test_the_frontier_command(tmp_path: Path) -> None:
     write_json(one, both(OURS))
     write_json(two, both(PLAIN))
     code, text = bench(
-        "frontier", str(one), str(two), "--user-speed", "25,50", "--out", str(tmp_path)
+        "compare", str(one), str(two), "--user-speed", "25,50", "--out", str(tmp_path)
     )
     assert code == 0, text
     assert "cannot" in text and "ours over the others" in text
     for name in ("frontier.png", "budget.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     assert [s.name for s in frontier.read(tmp_path / "frontier.json").series] == ["ours", "plain"]
-    code, text = bench("frontier", str(one), str(one), "--out", str(tmp_path))
+    code, text = bench("compare", str(one), str(one), "--out", str(tmp_path))
     assert code == 2 and "both have a series ours" in text
 
 

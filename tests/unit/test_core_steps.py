@@ -391,7 +391,7 @@ def test_what_is_no_cost_model_is_refused_and_changes_nothing(
     (path, value), model = BAD[name], copy.deepcopy(learned)
     with pytest.raises(ConfigError) as caught:
         model.restore(changed(learned.state(), *path, value=value))
-    assert "dspark profile" in caught.value.fix
+    assert "dspark calibrate --cost" in caught.value.fix
     assert model.state() == learned.state()
 
 

@@ -113,7 +113,7 @@ def test_container_commands(rendered: list[Doc]) -> None:
     server, fetch, verify = context.workloads()[0].containers
     target = "/models/smollm2-135m-instruct"
     assert server["command"] == ["dspark", "serve"]
-    assert verify["command"] == ["dspark", "gate"]
+    assert verify["command"] == ["dspark", "verify"]
     flags = dict(arguments(server, context))
     assert flags["--model-path"] == [target]
     assert flags["--speculative-draft-model-path"] == [

@@ -54,17 +54,17 @@ def test_weights_that_are_not_listed_are_refused(tmp_path: Path, name: str) -> N
         verify_files(tmp_path / "target", manifest)
 
 
-def test_the_gate_command(tmp_path: Path) -> None:
+def test_files_are_held_against_their_checksums(tmp_path: Path) -> None:
     pairs = []
-    for flag in ("target", "drafter"):
-        manifest = _folder(tmp_path / flag)
-        pairs += [f"--{flag}", f"{tmp_path / flag}={manifest}"]
-    done = CliRunner().invoke(app, ["gate", *pairs])
+    for name in ("target", "drafter"):
+        manifest = _folder(tmp_path / name)
+        pairs += ["--files", f"{tmp_path / name}={manifest}"]
+    done = CliRunner().invoke(app, ["verify", *pairs])
     assert done.exit_code == 0 and done.output.count("2 files") == 2
     (tmp_path / "drafter/config.json").write_text("[]")
-    done = CliRunner().invoke(app, ["gate", *pairs])
+    done = CliRunner().invoke(app, ["verify", *pairs])
     assert isinstance(done.exception, PackageError)
-    done = CliRunner().invoke(app, ["gate", "--target", "no-pair"])
+    done = CliRunner().invoke(app, ["verify", "--files", "no-pair"])
     assert isinstance(done.exception, ConfigError)
 
 

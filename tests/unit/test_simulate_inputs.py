@@ -17,10 +17,11 @@ from dspark_sglang.cli import simulate as command
 from dspark_sglang.core.steps import CostModel
 from dspark_sglang.core.sts import area_under_curve
 from dspark_sglang.errors import ArtifactError, DSparkError
-from dspark_sglang.simulate import acceptance, arrivals, published, replicas
+from dspark_sglang.simulate import acceptance, arrivals, replicas
 from dspark_sglang.simulate.costs import learned, read_cost
-from dspark_sglang.simulate.published import changed, rows
 from dspark_sglang.simulate.roofline import Assumptions, Roofline, exchange, sizes
+from tests.simulation import published
+from tests.simulation.published import changed, rows
 
 ROOT = Path(__file__).resolve().parents[2]
 EVALUATION = ROOT / "docs" / "results" / "evaluation" / "evaluation.json"
@@ -134,7 +135,7 @@ def test_a_cost_file_is_found_in_its_directory(tmp_path: Path, cost: CostModel) 
 def test_a_foreign_cost_file_is_refused(
     tmp_path: Path, cost: CostModel, change: dict[str, Any]
 ) -> None:
-    with pytest.raises(ArtifactError, match="dspark profile"):
+    with pytest.raises(ArtifactError, match="dspark calibrate --cost"):
         read_cost(cost_file(tmp_path / "cost.json", cost, **change))
     with pytest.raises(ArtifactError, match="does not exist"):
         read_cost(tmp_path / "none.json")

@@ -46,7 +46,7 @@ def test_a_cost_comes_back_as_it_was(saved: Path, model: CostModel) -> None:
     assert found.state() == model.state()
     assert found.round_seconds(8, 12, 900) == model.round_seconds(8, 12, 900)
     assert (artifact.seconds, artifact.fingerprint) == (12.5, WANTED)
-    assert artifact.provenance.command == "dspark profile"
+    assert artifact.provenance.command == "dspark calibrate --cost"
     assert artifact.provenance.data == "400 steps"
 
 
@@ -100,7 +100,7 @@ def test_a_file_of_no_use_is_refused_with_its_reason(
     with pytest.raises(ArtifactError, match=says) as caught:
         calibration.load_cost(saved, WANTED, target)
     assert str(saved) in caught.value.found
-    assert "dspark profile" in caught.value.fix and "DSPARK_COST" in caught.value.fix
+    assert "dspark calibrate --cost" in caught.value.fix and "DSPARK_COST" in caught.value.fix
     assert target.state() == before
 
 

@@ -339,7 +339,7 @@ def read(out: Path) -> dict[str, Any]:
     except msgspec.DecodeError as error:
         raise ArtifactError(
             f"{path} cannot be read: {error}.",
-            expected="a result of `dspark simulate published`",
+            expected="a result of `make simulate-published`",
             fix="Remove it.",
         ) from error
 

@@ -43,7 +43,7 @@ format: install  ## Apply style
 typecheck: install  ## Check types, strictly
 	$(BIN)/mypy
 
-bench: install  ## Measure a round against a plain step, and where its time goes
+bench: install  ## Measure a round against a decode step, and where its time goes
 	$(BIN)/python -m benchmarks.round_cost
 
 bench-kernels: install  ## Count what the kernels cost, next to floor and builtin; time them on a GPU

@@ -126,7 +126,7 @@ def _choose(key: str, value: float, choices: Mapping[int, T]) -> T:
         raise ConfigError(
             f"{key} is {value}.",
             expected=" or ".join(str(choice) for choice in choices),
-            fix="Use one of these; docs/explanation/scheduling.md says what they do.",
+            fix="Use one of these; docs/reference/settings.md says what they do.",
         )
     return choices[int(value)]
 

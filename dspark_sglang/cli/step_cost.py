@@ -72,7 +72,7 @@ def measure(out: Path, drafter: Path, target: Path | None, *, dtype: str, reques
 def report(console: Console, out: Path, record: dict[str, Any], requests: int) -> None:
     """Print and draw the cost in ``out/cost.json``."""
     from dspark_sglang.artifacts import CostArtifact, read_artifact
-    from dspark_sglang.core.steps import CostModel
+    from dspark_sglang.core.schedule.cost_model import CostModel
 
     artifact = read_artifact(
         out / "cost.json",

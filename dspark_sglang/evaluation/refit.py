@@ -95,7 +95,7 @@ def draw(table: Mapping[str, Any], path: Path) -> None:
     """Observed against predicted acceptance of each position, as a server counted them.
 
     Args:
-        table: :meth:`dspark_sglang.core.reliability.Reliability.table`.
+        table: :meth:`dspark_sglang.core.schedule.correction.Reliability.table`.
     """
     import matplotlib
 

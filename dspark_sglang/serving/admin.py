@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from dspark_sglang.core.policy import Choice
+from dspark_sglang.core.schedule.policy import Choice
 from dspark_sglang.errors import ConfigError, DSparkError
 from dspark_sglang.serving.sglang_types import MemoryRequest, TokenizerManager, UpdaterManager
 

@@ -23,9 +23,9 @@ from dspark_sglang.artifacts import (
     write_json,
 )
 from dspark_sglang.config import COST_AUTO, COST_ONLINE, Settings
-from dspark_sglang.core.reliability import Blocks
+from dspark_sglang.core.schedule.correction import Blocks
+from dspark_sglang.core.schedule.cost_model import CostModel
 from dspark_sglang.core.schedule.scheduler import Scheduler
-from dspark_sglang.core.steps import CostModel
 from dspark_sglang.core.sts import fit_sts
 from dspark_sglang.errors import ArtifactError, ConfigError
 from dspark_sglang.provenance import machine, provenance

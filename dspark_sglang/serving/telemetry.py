@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from dspark_sglang import __version__
-from dspark_sglang.core.depth import WORKLOADS
+from dspark_sglang.core.schedule.depth import WORKLOADS
 from dspark_sglang.serving.faults import KINDS
 
 if TYPE_CHECKING:

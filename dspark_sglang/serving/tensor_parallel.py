@@ -14,8 +14,8 @@ from sglang.srt.runtime_context import get_parallel
 from dspark_sglang import config
 from dspark_sglang.artifacts import DRAFT_VOCAB_FILE, read_draft_vocab
 from dspark_sglang.core.placement import Placement
-from dspark_sglang.core.sharded import Exchange, HeldHeads, Shard, Sum, held_heads
-from dspark_sglang.core.sharded.shard import Result
+from dspark_sglang.core.tensor_parallel import Exchange, HeldHeads, Shard, Sum, held_heads
+from dspark_sglang.core.tensor_parallel.shard import Result
 from dspark_sglang.errors import CompatibilityError, ConfigError
 from dspark_sglang.serving.cpu.packing import can_pack, pack, packed_linear
 from dspark_sglang.serving.draft_model import DraftModel

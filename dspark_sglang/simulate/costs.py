@@ -8,7 +8,7 @@ from typing import Protocol
 import msgspec
 
 from dspark_sglang.artifacts import CostArtifact, read_artifact
-from dspark_sglang.core.steps import CostModel, Step
+from dspark_sglang.core.schedule.cost_model import CostModel, Step
 from dspark_sglang.errors import ArtifactError, ConfigError
 
 _FIX = "Measure one with `dspark calibrate --cost`."

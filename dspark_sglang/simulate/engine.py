@@ -16,11 +16,11 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from dspark_sglang.core.policy import Choice
 from dspark_sglang.core.round import Drafted, Load, StepResult
 from dspark_sglang.core.schedule import lengths
+from dspark_sglang.core.schedule.cost_model import CostModel
+from dspark_sglang.core.schedule.policy import Choice
 from dspark_sglang.core.schedule.scheduler import Overlapped, Scheduler, Synchronous, VerifyAll
-from dspark_sglang.core.steps import CostModel
 from dspark_sglang.errors import ConfigError
 from dspark_sglang.simulate.acceptance import Mixture
 from dspark_sglang.simulate.arrivals import Requests

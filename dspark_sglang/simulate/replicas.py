@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from dspark_sglang.core.steps import CostModel
+from dspark_sglang.core.schedule.cost_model import CostModel
 from dspark_sglang.errors import ConfigError
 from dspark_sglang.simulate.acceptance import Mixture
 from dspark_sglang.simulate.arrivals import Requests

@@ -13,7 +13,7 @@ import numpy as np
 
 from dspark_loadtests.frontier import Frontier, Series, draw_frontier
 from dspark_sglang.artifacts import SCHEMA_VERSION, Provenance, write_json
-from dspark_sglang.core.steps import CostModel
+from dspark_sglang.core.schedule.cost_model import CostModel
 from dspark_sglang.errors import ConfigError
 from dspark_sglang.provenance import machine, provenance
 from dspark_sglang.simulate import acceptance, arrivals

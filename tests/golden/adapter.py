@@ -23,9 +23,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from dspark_sglang.core.lookup import LONGEST
 from dspark_sglang.core.schedule import History, admission_order
-from dspark_sglang.core.steps import CostModel, Step
+from dspark_sglang.core.schedule.cost_model import CostModel, Step
+from dspark_sglang.core.schedule.prompt_lookup import LONGEST
 from tests.golden.trace import SHORT, Line, number, numbers
 
 #: Told each step: what :mod:`tests.golden.trace` calls a line, without its number, its seconds and its changes;

@@ -15,7 +15,7 @@ from dspark_kernels.support.backend import LAUNCHES
 from dspark_sglang.core.accept import Accepted
 from dspark_sglang.core.draft import DraftBlock
 from dspark_sglang.core.heads import ConfidenceHead, MarkovHead
-from dspark_sglang.core.sharded import Shard
+from dspark_sglang.core.tensor_parallel import Shard
 from dspark_sglang.serving.ops import Ops, SampledRows, choose, selfcheck
 from dspark_sglang.serving.ops.rows import Verified
 from dspark_sglang.serving.ops.sharded_ops import ShardedOps

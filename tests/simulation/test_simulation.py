@@ -13,7 +13,7 @@ import pytest
 from simulated_times import Fixed
 
 from dspark_sglang.artifacts import Provenance, write_json
-from dspark_sglang.core.steps import CostModel
+from dspark_sglang.core.schedule.cost_model import CostModel
 from dspark_sglang.core.sts import BINS
 from dspark_sglang.errors import ArtifactError, ConfigError
 from dspark_sglang.provenance import machine

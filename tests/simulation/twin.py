@@ -11,7 +11,7 @@ import numpy as np
 from scipy.optimize import nnls  # type: ignore[import-untyped]
 
 from dspark_sglang.artifacts import SCHEMA_VERSION, Provenance, read_artifact
-from dspark_sglang.core.steps import CostModel
+from dspark_sglang.core.schedule.cost_model import CostModel
 from dspark_sglang.core.sts import BINS
 from dspark_sglang.errors import ArtifactError, ConfigError
 from dspark_sglang.provenance import machine

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dspark_sglang.core.reliability import Blocks
+from dspark_sglang.core.schedule.correction import Blocks
 from dspark_sglang.core.sts import sigmoid
 from dspark_sglang.errors import ConfigError, ServerError
 from dspark_sglang.evaluation.refit import refit

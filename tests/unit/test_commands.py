@@ -12,8 +12,8 @@ import torch
 
 from dspark_sglang.artifacts import SCHEMA_VERSION, STSArtifact, write_json
 from dspark_sglang.config import Settings
+from dspark_sglang.core.schedule.cost_model import Step
 from dspark_sglang.core.schedule.scheduler import Scheduler, Synchronous, VerifyAll
-from dspark_sglang.core.steps import Step
 from dspark_sglang.errors import ArtifactError, ConfigError
 from dspark_sglang.provenance import provenance
 from dspark_sglang.serving import admin

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dspark_sglang.core.depth import DepthCaps
+from dspark_sglang.core.schedule.depth import DepthCaps
 
 GAMMA = 5
 ENOUGH = 32

@@ -10,9 +10,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dspark_sglang.core import lookup
-from dspark_sglang.core.cost import FlatCost, TableCost
-from dspark_sglang.core.lookup import LEAST, LONGEST, CopyRates, Follower, copy_budget
+from dspark_sglang.core.schedule import prompt_lookup as lookup
+from dspark_sglang.core.schedule.cost_model import FlatCost, TableCost
+from dspark_sglang.core.schedule.prompt_lookup import (
+    LEAST,
+    LONGEST,
+    CopyRates,
+    Follower,
+    copy_budget,
+)
 
 WORDS = st.lists(st.integers(0, 2), max_size=60)
 

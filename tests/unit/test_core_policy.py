@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dspark_sglang.core.policy import HYSTERESIS, PROBE_ROUNDS, DraftPolicy
+from dspark_sglang.core.schedule.policy import HYSTERESIS, PROBE_ROUNDS, DraftPolicy
 
 #: Plain steps between two probes, at most.
 LONGEST_WAIT = 160

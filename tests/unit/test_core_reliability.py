@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from dspark_sglang.core.reliability import ALARM, BLOCKS_KEPT, ENOUGH, Reliability
+from dspark_sglang.core.schedule.correction import ALARM, BLOCKS_KEPT, ENOUGH, Reliability
 from dspark_sglang.core.sts import calibration_error, sigmoid
 
 GAMMA = 3

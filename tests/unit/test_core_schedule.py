@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from dspark_sglang.core.cost import FlatCost, StepCost
 from dspark_sglang.core.schedule import (
     History,
     admission_order,
@@ -20,8 +19,8 @@ from dspark_sglang.core.schedule import (
     global_budget,
     lengths,
 )
-from dspark_sglang.core.steps import CostModel
-from dspark_sglang.core.survival import survival
+from dspark_sglang.core.schedule.cost_model import CostModel, FlatCost, StepCost
+from dspark_sglang.core.schedule.survival import survival
 from dspark_sglang.errors import NumericsError
 
 

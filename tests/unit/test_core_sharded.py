@@ -13,7 +13,7 @@ from dspark_sglang.core import accept as whole
 from dspark_sglang.core.heads import ConfidenceHead, MarkovHead
 from dspark_sglang.core.sampling import UNDECIDED, Filters, best, target_weights
 from dspark_sglang.core.seeded import Noise, gumbel, seeded_draw
-from dspark_sglang.core.sharded import (
+from dspark_sglang.core.tensor_parallel import (
     Keys,
     Sampling,
     Shard,
@@ -23,7 +23,7 @@ from dspark_sglang.core.sharded import (
     draft_block,
     held_heads,
 )
-from dspark_sglang.core.sharded.filters import keep
+from dspark_sglang.core.tensor_parallel.filters import keep
 
 VOCABULARY, GAMMA = 203, 5
 #: Columns of each rank: one, even, uneven, and a rank whose columns hardly exist.

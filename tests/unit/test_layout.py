@@ -273,7 +273,10 @@ def test_a_wrong_import_is_noticed(tmp_path: Path, module: str, line: str, rule:
     ("module", "line"),
     [
         ("dspark_sglang/core/good.py", "import math, torch.nn, numpy.typing"),
-        ("dspark_sglang/core/good.py", "from dspark_sglang.core.cost import StepCost"),
+        (
+            "dspark_sglang/core/good.py",
+            "from dspark_sglang.core.schedule.cost_model import StepCost",
+        ),
         ("dspark_sglang/core/good.py", "from .cost import StepCost"),
         ("dspark_sglang/core/x/__init__.py", "from ..cost import StepCost"),
         ("dspark_sglang/layouts/good.py", "from dspark_sglang.core.heads import MarkovHead"),

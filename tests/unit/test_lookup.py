@@ -12,9 +12,9 @@ import torch
 from scheduled_world import GAMMA, Asked, load
 from test_scheduler import measured
 
-from dspark_sglang.core.policy import PROBE_ROUNDS, DraftPolicy
 from dspark_sglang.core.round import Admission, Drafted, StepPlan, StepResult
 from dspark_sglang.core.schedule import lengths
+from dspark_sglang.core.schedule.policy import PROBE_ROUNDS, DraftPolicy
 from dspark_sglang.core.schedule.scheduler import Scheduler
 from dspark_sglang.serving.prompt_lookup import Copies, Lookup
 

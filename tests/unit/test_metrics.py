@@ -118,7 +118,7 @@ def test_what_is_unknown_yet_is_left_at_0(tmp_path: Path, choice: str) -> None:
 def test_workloads_that_clients_name_do_not_grow_the_metric(tmp_path: Path) -> None:
     found = exposed(
         """
-        from dspark_sglang.core.depth import WORKLOADS
+        from dspark_sglang.core.schedule.depth import WORKLOADS
         for turn in range(3 * WORKLOADS):
             scheduler.depths.learn(f"w{turn}", np.array([2]))
             metrics.update(10.0 * turn, rounds)
@@ -126,7 +126,7 @@ def test_workloads_that_clients_name_do_not_grow_the_metric(tmp_path: Path) -> N
         tmp_path,
     )
     series = {name: value for name, value in found.items() if "depth_cap{" in name}
-    from dspark_sglang.core.depth import WORKLOADS
+    from dspark_sglang.core.schedule.depth import WORKLOADS
 
     assert len(series) == WORKLOADS + 1
     # The first ones have been forgotten, and the last ones share a series.

@@ -221,7 +221,7 @@ def test_ports_of_servers_are_not_those_that_ranks_are_given() -> None:
 @pytest.mark.parametrize("heads", ["shard", "single", "auto", "replicate"])
 def test_a_draft_vocabulary_needs_whole_heads(heads: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every rank drafts from all of its tokens, so their rows of W1 and W2 stay."""
-    from dspark_sglang.core.sharded import Shard
+    from dspark_sglang.core.tensor_parallel import Shard
     from dspark_sglang.serving import tensor_parallel as seats
 
     vocabulary = SimpleNamespace(shard=Shard(0, 0, 6, 12))

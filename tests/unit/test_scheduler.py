@@ -15,8 +15,8 @@ from test_core_schedule import DRAFT, SECOND, TARGET, TOKENS
 
 from dspark_sglang.core.round import Admission, Drafted, StepResult
 from dspark_sglang.core.schedule import lengths
+from dspark_sglang.core.schedule.cost_model import Step
 from dspark_sglang.core.schedule.scheduler import Scheduler, Synchronous, VerifyAll
-from dspark_sglang.core.steps import Step
 
 
 def measured(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scheduled_world import GAMMA, Asked, World, drafting_share, mean_budget, speed, world
 
-from dspark_sglang.core.policy import Choice
+from dspark_sglang.core.schedule.policy import Choice
 from dspark_sglang.core.schedule.scheduler import Synchronous
 
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from simulated_times import Fixed
 
 from dspark_sglang.core.schedule import lengths
+from dspark_sglang.core.schedule.cost_model import CostModel, Step
 from dspark_sglang.core.schedule.scheduler import Scheduler
-from dspark_sglang.core.steps import CostModel, Step
 from dspark_sglang.errors import ConfigError
 from dspark_sglang.simulate.acceptance import Law, Mixture, fitted
 from dspark_sglang.simulate.arrivals import Lengths, Requests, poisson, waiting

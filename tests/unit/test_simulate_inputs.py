@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from dspark_loadtests.frontier import Frontier, Point, Series, read
 from dspark_sglang.cli import simulate as command
-from dspark_sglang.core.steps import CostModel
+from dspark_sglang.core.schedule.cost_model import CostModel
 from dspark_sglang.core.sts import area_under_curve
 from dspark_sglang.errors import ArtifactError, DSparkError
 from dspark_sglang.simulate import acceptance, arrivals, replicas

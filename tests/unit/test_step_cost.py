@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from dspark_sglang.config import Settings
-from dspark_sglang.core.steps import CostModel, Step
+from dspark_sglang.core.schedule.cost_model import CostModel, Step
 from dspark_sglang.errors import ArtifactError, ConfigError
 from dspark_sglang.serving import calibration
 

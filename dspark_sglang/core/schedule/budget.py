@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from dspark_sglang.core.cost import StepCost
+from dspark_sglang.core.schedule.cost_model import StepCost
 
 Float64 = npt.NDArray[np.float64]
 Int64 = npt.NDArray[np.int64]

@@ -6,9 +6,9 @@ import logging
 
 import numpy as np
 
-from dspark_sglang.core.depth import far_apart
 from dspark_sglang.core.round import Load, StepPlan
-from dspark_sglang.core.steps import CostModel, Step
+from dspark_sglang.core.schedule.cost_model import CostModel, Step
+from dspark_sglang.core.schedule.depth import far_apart
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from dspark_sglang.core.accept import Accepted
 from dspark_sglang.core.draft import DraftBlock, undrafted
 from dspark_sglang.core.heads import ConfidenceHead, MarkovHead
 from dspark_sglang.core.sampling import Filters
-from dspark_sglang.core.sharded import (
+from dspark_sglang.core.tensor_parallel import (
     HeldHeads,
     Keys,
     Sampling,

@@ -10,8 +10,8 @@ from torch.nn.functional import linear
 from dspark_sglang.core.draft import DraftBlock
 from dspark_sglang.core.heads import MarkovHead
 from dspark_sglang.core.seeded import gumbel
-from dspark_sglang.core.sharded.heads import HeldHeads, embed
-from dspark_sglang.core.sharded.shard import Exchange, Shard, best_of
+from dspark_sglang.core.tensor_parallel.heads import HeldHeads, embed
+from dspark_sglang.core.tensor_parallel.shard import Exchange, Shard, best_of
 
 
 class Keys(NamedTuple):

@@ -9,8 +9,8 @@ import torch
 from dspark_sglang.core.accept import Accepted, accept_greedy, block_chances, judged, rows_of
 from dspark_sglang.core.sampling import UNDECIDED, Filters
 from dspark_sglang.core.seeded import gumbel
-from dspark_sglang.core.sharded.filters import keep
-from dspark_sglang.core.sharded.shard import Exchange, Shard, best_of
+from dspark_sglang.core.tensor_parallel.filters import keep
+from dspark_sglang.core.tensor_parallel.shard import Exchange, Shard, best_of
 
 
 class Sampling(NamedTuple):

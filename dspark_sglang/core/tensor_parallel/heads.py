@@ -11,7 +11,7 @@ import torch
 
 from dspark_sglang.core.heads import ConfidenceHead
 from dspark_sglang.core.placement import Placement
-from dspark_sglang.core.sharded.shard import Exchange, Shard, Sum
+from dspark_sglang.core.tensor_parallel.shard import Exchange, Shard, Sum
 
 
 class HeldHeads(NamedTuple):

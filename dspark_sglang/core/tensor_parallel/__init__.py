@@ -9,10 +9,10 @@ Draws do not depend on how the vocabulary is divided: a drafted token is the max
 inverts the cumulative sum in token order over all shards.
 """
 
-from dspark_sglang.core.sharded.accept import Sampling, accept
-from dspark_sglang.core.sharded.draft import Keys, draft_block
-from dspark_sglang.core.sharded.heads import HeldHeads, confidence_logits, held_heads
-from dspark_sglang.core.sharded.shard import Exchange, Shard, Sum
+from dspark_sglang.core.tensor_parallel.accept import Sampling, accept
+from dspark_sglang.core.tensor_parallel.draft import Keys, draft_block
+from dspark_sglang.core.tensor_parallel.heads import HeldHeads, confidence_logits, held_heads
+from dspark_sglang.core.tensor_parallel.shard import Exchange, Shard, Sum
 
 __all__ = [
     "Exchange",

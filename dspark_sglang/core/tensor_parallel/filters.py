@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from dspark_sglang.core.sampling import Filters
-from dspark_sglang.core.sharded.shard import Exchange, Shard
+from dspark_sglang.core.tensor_parallel.shard import Exchange, Shard
 
 #: Weights relative to the largest lie in [0, 1]; as bits of float32 that is a range of 2^30, and each
 #: exchange of the search leaves a quarter of it.

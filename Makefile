@@ -116,10 +116,10 @@ drill: install  ## Kill, drain, starve and misuse real servers; faults for the c
 	$(BIN)/python -m tests.drill $(DRILL)
 
 deploy-arguments: install  ## Ask dspark plan for the flags of the GPU overlays again
-	$(BIN)/python -m dspark_sglang.deployment.generate --arguments
+	$(BIN)/python -m tests.deploy.generate --arguments
 
 deploy-rendered: install  ## Write deploy/rendered/NAME.yaml again
-	$(BIN)/python -m dspark_sglang.deployment.generate --rendered
+	$(BIN)/python -m tests.deploy.generate --rendered
 
 plan: install  ## Hold plans against what real servers allocate here: docs/results/plan.json (a few minutes)
 	$(BIN)/python -m tests.planning.measure --out $(RESULTS)/plan.json

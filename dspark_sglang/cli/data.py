@@ -174,7 +174,7 @@ def _serve(
     stack: ExitStack, console: Console, target: Path, drafter: Path | None, out: Path
 ) -> str:
     """Serve the target here for as long as ``stack`` lives."""
-    from dspark_sglang.demo.server import Server, free_port, serve_command
+    from dspark_sglang.server import Server, free_port, serve_command
 
     port = free_port()
     command = serve_command(

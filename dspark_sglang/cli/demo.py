@@ -24,8 +24,8 @@ from dspark_sglang.demo.measure import (
     running,
     tie_gap,
 )
-from dspark_sglang.demo.server import Server, free_ports, pause_when_up, serve_command
 from dspark_sglang.errors import CheckpointError
+from dspark_sglang.server import Server, free_ports, pause_when_up, serve_command
 
 DRAFTER = Path("model_cards/smollm2-135m-instruct-dspark")
 _COLUMNS = (

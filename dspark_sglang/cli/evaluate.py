@@ -234,9 +234,9 @@ class Session:
         """Rows as a server counted them; one is started here without ``url``."""
         from contextlib import ExitStack
 
-        from dspark_sglang.demo.server import Server, free_port, serve_command
         from dspark_sglang.evaluation import served
         from dspark_sglang.evaluation.report import Domain, lengths
+        from dspark_sglang.server import Server, free_port, serve_command
 
         rows: list[Lengths] = []
         with ExitStack() as stack:

@@ -91,9 +91,9 @@ def _check(values: dict[str, str]) -> None:
 
 def _planned(values: dict[str, str], hardware: str) -> tuple[list[list[str]], dict[str, str]]:
     """The plan's flags, each with its values, and its environment."""
-    from dspark_sglang.deployment.generate import split
     from dspark_sglang.planning import hardware as machines
     from dspark_sglang.planning import plan
+    from dspark_sglang.planning.command import split
 
     if _MODEL not in values:
         raise ConfigError(

@@ -31,7 +31,7 @@ def measure(out: Path, drafter: Path, target: Path | None, *, dtype: str, reques
         ServerError: the server measured nothing.
     """
     from dspark_loadtests.closed_loop import make_server, mode
-    from dspark_sglang.demo.server import Server, free_port
+    from dspark_sglang.server import Server, free_port
 
     if dtype not in ("bfloat16", "float32"):
         raise ConfigError(

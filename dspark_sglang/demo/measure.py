@@ -14,8 +14,8 @@ import numpy as np
 
 from dspark_loadtests.prompts import Prompt
 from dspark_loadtests.stream import STREAM_OPTIONS, Outcome, RequestRecord, StreamRecorder
-from dspark_sglang.demo.server import Server
 from dspark_sglang.errors import ServerError
+from dspark_sglang.server import Server
 
 #: Two tokens whose logits differ by less are a near-tie: rounding may choose either.
 NEAR_TIE = 1e-4

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
+
+import msgspec
+
 from dspark_sglang.planning.hardware import Hardware
 from dspark_sglang.planning.model import Model
 from dspark_sglang.planning.options import Options, needs_marlin
@@ -90,3 +94,30 @@ def _features(options: Options) -> list[str]:
         "--enable-eplb": options.eplb,
     }
     return [flag for flag, on in flags.items() if on]
+
+
+#: What the base's own arguments say already, with how many values follow.
+_IN_BASE = {"--model-path": 1, "--speculative-algorithm": 1, "--speculative-draft-model-path": 1}
+
+
+class Planned(msgspec.Struct, frozen=True):
+    """The command that ``dspark plan`` recommends."""
+
+    asked: str
+    environment: dict[str, str]
+    flags: list[str]
+
+
+def split(command: str, asked: str) -> Planned:
+    """Environment and flags of a planned command, without what the base says already."""
+    words = shlex.split(command)
+    serve = words.index("serve")
+    environment = dict(word.split("=", 1) for word in words[: serve - 1])
+    rest, flags = words[serve + 1 :], []
+    while rest:
+        word = rest.pop(0)
+        if word in _IN_BASE:
+            del rest[: _IN_BASE[word]]
+        else:
+            flags.append(word)
+    return Planned(asked, environment, flags)

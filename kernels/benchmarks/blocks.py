@@ -34,7 +34,7 @@ from dspark_loadtests.generator import Load
 from dspark_loadtests.prompts import Prompt
 from dspark_loadtests.stream import Clock
 from dspark_sglang.demo.measure import running
-from dspark_sglang.demo.server import Server
+from dspark_sglang.server import Server
 
 K = TypeVar("K")
 V = TypeVar("V")

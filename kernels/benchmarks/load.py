@@ -39,9 +39,9 @@ from dspark_sglang.cli.demo import DRAFTER
 from dspark_sglang.cli.main import run as run_command
 from dspark_sglang.demo import report
 from dspark_sglang.demo.measure import running, stream_text
-from dspark_sglang.demo.server import Server, free_ports, pause_when_up
 from dspark_sglang.errors import ConfigError, ServerError
 from dspark_sglang.provenance import machine, versions
+from dspark_sglang.server import Server, free_ports, pause_when_up
 from dspark_sglang.values import read_numbers
 
 SCHEMA_VERSION = 1

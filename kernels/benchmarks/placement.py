@@ -24,9 +24,9 @@ from dspark_sglang.cli.demo import DRAFTER
 from dspark_sglang.cli.main import run
 from dspark_sglang.core import placement as costs
 from dspark_sglang.demo import report
-from dspark_sglang.demo.server import Server, free_port, serve_command
 from dspark_sglang.errors import ServerError
 from dspark_sglang.provenance import machine
+from dspark_sglang.server import Server, free_port, serve_command
 from tests.tiny_models import Heads, ensure_models
 
 #: Prompts of the tiny models, tokens.

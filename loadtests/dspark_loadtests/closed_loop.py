@@ -15,8 +15,8 @@ from dspark_loadtests.generator import Generator, Load
 from dspark_loadtests.prompts import Prompt
 from dspark_loadtests.report import tokens_in
 from dspark_loadtests.stream import Clock, Outcome
-from dspark_sglang.demo.server import Server, serve_command
 from dspark_sglang.errors import ServerError
+from dspark_sglang.server import Server, serve_command
 
 K = TypeVar("K")
 V = TypeVar("V")

@@ -17,8 +17,8 @@ from dspark_packaging.errors import PackageError
 from dspark_packaging.layout import EVAL_FILE
 from dspark_packaging.records import EvalArtifact
 from dspark_sglang.checkpoint import read_config
-from dspark_sglang.demo.server import Server, free_port, serve_command
 from dspark_sglang.errors import ServerError
+from dspark_sglang.server import Server, free_port, serve_command
 
 #: What a server process needs beside two copies of the weights (packed for the CPU) and its KV.
 _WORKING_BYTES = 3 << 30

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import tools
 import yaml
 
-from dspark_sglang.demo.server import free_ports
+from dspark_sglang.server import free_ports
 
 _TOKEN = "drill"
 _START_S = 60.0

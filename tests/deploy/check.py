@@ -28,8 +28,8 @@ from manifest_lint import lint  # noqa: E402
 from manifest_network import policies_unreachable  # noqa: E402
 
 from dspark_sglang.artifacts import write_bytes  # noqa: E402
-from dspark_sglang.deployment.generate import kubectl, overlays, render  # noqa: E402
 from dspark_sglang.provenance import machine, versions  # noqa: E402
+from tests.deploy.generate import kubectl, overlays, render  # noqa: E402
 
 DEPLOY = ROOT / "deploy"
 #: Policies that do not apply, and why.

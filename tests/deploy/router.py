@@ -23,7 +23,7 @@ import yaml
 from manifest_model import Context, Doc, expand
 from manifest_network import routes
 
-from dspark_sglang.demo.server import free_ports
+from dspark_sglang.server import free_ports
 
 KEY, NAMESPACE, MODEL = "key-of-the-check", "llm", "checked-model"
 _ASKED, _READY_S, _REGISTER_S = 12, 30.0, 4.0

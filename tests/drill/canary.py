@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from dspark_sglang.artifacts import STS_FILE
 from dspark_sglang.canary import run as runs
-from dspark_sglang.demo.server import Server
 from dspark_sglang.provenance import provenance
+from dspark_sglang.server import Server
 from tests.drill.section import Findings, Tell
 from tests.drill.world import Pair, World, started
 

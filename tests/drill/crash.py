@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import psutil
 
-from dspark_sglang.demo.server import Server
+from dspark_sglang.server import Server
 from tests.drill.requests import End, Reference, Result, ask, ask_all, client, references
 from tests.drill.section import Findings, Tell
 from tests.drill.world import (

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import httpx
 
-from dspark_sglang.demo.server import Server
+from dspark_sglang.server import Server
 from tests.drill.requests import Reference, ask_all, client, references
 from tests.drill.section import Findings, Tell
 from tests.drill.world import World, started

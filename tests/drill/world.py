@@ -13,8 +13,8 @@ from typing import Literal, NamedTuple
 import psutil
 
 from dspark_sglang import targets
-from dspark_sglang.demo.server import Server, free_port, serve_command
 from dspark_sglang.errors import CheckpointError, ServerError
+from dspark_sglang.server import Server, free_port, serve_command
 from tests.tiny_models import ensure_models
 
 Pair = Literal["tiny", "real"]

@@ -18,7 +18,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from dspark_sglang import targets
-from dspark_sglang.demo.server import Server, free_port, serve_command
+from dspark_sglang.server import Server, free_port, serve_command
 
 pytestmark = pytest.mark.server
 ROOT = Path(__file__).resolve().parents[2]

@@ -17,7 +17,7 @@ import yaml
 from manifest_lint import Context, environment, expand
 
 from dspark_sglang import diagnosis, targets
-from dspark_sglang.demo.server import Server, free_port
+from dspark_sglang.server import Server, free_port
 
 pytestmark = pytest.mark.server
 ROOT = Path(__file__).resolve().parents[2]

@@ -11,8 +11,8 @@ from typing import Any, Literal, NamedTuple
 
 import httpx
 
-from dspark_sglang.demo.server import Server, free_port, serve_command
 from dspark_sglang.errors import ServerError
+from dspark_sglang.server import Server, free_port, serve_command
 from tests.exactness import mutants, store
 from tests.exactness.distribution import Distribution, Model, NextLogits, Output
 from tests.exactness.options import Option

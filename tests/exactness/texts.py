@@ -12,8 +12,8 @@ import httpx
 import torch
 
 from dspark_sglang.demo.measure import NEAR_TIE
-from dspark_sglang.demo.server import Server, free_port, serve_command
 from dspark_sglang.errors import ServerError
+from dspark_sglang.server import Server, free_port, serve_command
 from tests.exactness import store
 from tests.exactness.prompts import Ask
 from tests.exactness.store import Answers, Clock

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import httpx
 
-from dspark_sglang.demo.server import Server, free_port, serve_command
+from dspark_sglang.server import Server, free_port, serve_command
 from tests.golden import adapter, recorder, scenario
 from tests.golden.scenario import Case
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import httpx
 
 from dspark_sglang import targets
-from dspark_sglang.demo.server import Server, free_port, serve_command
+from dspark_sglang.server import Server, free_port, serve_command
 from tests.exactness.statistics import Test, two_sample
 from tests.net.generate import batches, greedy
 

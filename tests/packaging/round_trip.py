@@ -13,7 +13,7 @@ from dspark_packaging import artifact
 from dspark_packaging.errors import PackageError
 from dspark_packaging.smoke import ask
 from dspark_packaging.verify import verify_any
-from dspark_sglang.demo.server import COMMON_FLAGS, Server, free_port
+from dspark_sglang.server import COMMON_FLAGS, Server, free_port
 from tests.packaging.clients import CLIENTS, TOKEN, dspark, install, run
 from tests.packaging.hub import FakeHub, running_hub
 from tests.packaging.samples import tree

@@ -20,13 +20,13 @@ import msgspec
 from dspark_sglang import targets
 from dspark_sglang.artifacts import write_json
 from dspark_sglang.cli.main import run
-from dspark_sglang.demo.server import COMMON_FLAGS, Server, free_port, serve_command
 from dspark_sglang.errors import ServerError
 from dspark_sglang.planning import hardware
 from dspark_sglang.planning import plan as planning
 from dspark_sglang.planning.options import Options
 from dspark_sglang.planning.sizing import DRAFTER
 from dspark_sglang.provenance import machine, provenance
+from dspark_sglang.server import COMMON_FLAGS, Server, free_port, serve_command
 from tests.planning import tiny
 from tests.planning.anchors import anchors
 from tests.planning.footprint import MARK

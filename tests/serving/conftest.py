@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.placement import UNEVEN
 from dspark_sglang import targets
-from dspark_sglang.demo.server import Server, free_port, serve_command
+from dspark_sglang.server import Server, free_port, serve_command
 from tests.tiny_models import ensure_models
 
 ROOT = Path(__file__).resolve().parents[2]

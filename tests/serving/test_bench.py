@@ -11,7 +11,7 @@ from dspark_loadtests.client import RequestSettings, connect
 from dspark_loadtests.generator import Load
 from dspark_loadtests.prompts import Source, load_prompts
 from dspark_loadtests.schema import Slo
-from dspark_sglang.demo.server import Server
+from dspark_sglang.server import Server
 from tests.serving.conftest import Pair
 
 pytestmark = pytest.mark.server

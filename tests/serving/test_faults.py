@@ -24,8 +24,8 @@ from dspark_loadtests.generator import Load
 from dspark_loadtests.prompts import load_prompts
 from dspark_loadtests.schema import Estimate
 from dspark_sglang.demo.measure import NEAR_TIE, running, stream_text, tie_gap
-from dspark_sglang.demo.server import Server, free_ports, serve_command
 from dspark_sglang.provenance import machine, versions
+from dspark_sglang.server import Server, free_ports, serve_command
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 

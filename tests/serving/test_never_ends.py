@@ -17,7 +17,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from dspark_sglang.demo.server import Server, free_port, serve_command
+from dspark_sglang.server import Server, free_port, serve_command
 from tests.net.generate import PROMPTS, batches
 from tests.net.run import QUIET, Answer, ask, catch
 from tests.serving.conftest import Pair

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from benchmarks.placement import PROMPTS
-from dspark_sglang.demo.server import Server
+from dspark_sglang.server import Server
 from tests.serving.tiny import (
     Models,
     generate,

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from benchmarks.placement import DEATH_SECONDS, EVEN, PROMPTS, UNEVEN, kill_rank
-from dspark_sglang.demo.server import Server
+from dspark_sglang.server import Server
 from tests.serving.tiny import Models, generate, ran, require_the_distribution, start, tokens
 from tests.tiny_models import ensure_models
 

@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from dspark_loadtests.prompts import load_prompts
-from dspark_sglang.demo.server import Server
+from dspark_sglang.server import Server
 from tests.serving.conftest import Pair
 
 pytestmark = pytest.mark.server

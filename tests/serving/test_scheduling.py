@@ -16,7 +16,7 @@ from benchmarks.blocks import hold, release
 from dspark_loadtests.closed_loop import wait_idle
 from dspark_loadtests.prompts import load_prompts
 from dspark_sglang.demo.measure import NEAR_TIE, tie_gap
-from dspark_sglang.demo.server import Server, free_port, serve_command
+from dspark_sglang.server import Server, free_port, serve_command
 
 pytestmark = pytest.mark.server
 PROMPTS = load_prompts()

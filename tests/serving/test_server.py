@@ -13,7 +13,7 @@ import pytest
 from dspark_loadtests.prompts import load_prompts
 from dspark_sglang import diagnosis
 from dspark_sglang.demo.measure import NEAR_TIE, tie_gap
-from dspark_sglang.demo.server import Server
+from dspark_sglang.server import Server
 from tests.serving.conftest import Pair
 
 pytestmark = pytest.mark.server

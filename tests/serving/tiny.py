@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 
-from dspark_sglang.demo.server import Server, free_port, serve_command
+from dspark_sglang.server import Server, free_port, serve_command
 from tests.exactness import sampled
 from tests.exactness.distribution import Distribution, Model
 from tests.exactness.options import choose

@@ -25,9 +25,9 @@ from dspark_loadtests.generator import Load
 from dspark_loadtests.prompts import Prompt, load_prompts
 from dspark_sglang.artifacts import CostArtifact, read_artifact
 from dspark_sglang.checkpoint import weights_digest
-from dspark_sglang.demo.server import Server, free_port
 from dspark_sglang.errors import ServerError
 from dspark_sglang.provenance import machine, provenance
+from dspark_sglang.server import Server, free_port
 from tests.simulation.twin import Observed, Parameters, overheads
 
 #: Tokens of the plain request by which the machine's speed is known.

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import yaml
 from manifest_model import Context, Doc, Workload, arguments, environment, expand, matches, serves
 
-from dspark_sglang.deployment.generate import overlays, render
+from tests.deploy.generate import overlays, render
 
 Direction = Literal["Egress", "Ingress"]
 Labels = Mapping[str, str]

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from dspark_sglang.demo.server import Server, free_port, pause_when_up
 from dspark_sglang.errors import ServerError
+from dspark_sglang.server import Server, free_port, pause_when_up
 
 #: What a server shows of itself while it starts, without a model behind it.
 UP = """
@@ -75,7 +75,7 @@ def test_one_that_must_not_fail_ends_the_wait(stack: ExitStack, tmp_path: Path) 
 def test_servers_that_do_not_come_up_are_named(
     stack: ExitStack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dspark_sglang.demo.server.START_SECONDS", 0.2)
+    monkeypatch.setattr("dspark_sglang.server.START_SECONDS", 0.2)
     slow = launched(stack, tmp_path, "import time; time.sleep(600)")
     with pytest.raises(ServerError, match="slow not ready") as caught:
         pause_when_up({"slow": slow}, tell=lambda took: None)

@@ -15,9 +15,9 @@ from dspark_packaging.errors import PackageError
 from dspark_packaging.manifest import file_entry, verify_files
 from dspark_sglang import probe, rdma
 from dspark_sglang.cli.main import app
-from dspark_sglang.deployment import generate
 from dspark_sglang.errors import ConfigError, ServerError
 from dspark_sglang.serving import warmup
+from tests.deploy import generate
 
 
 def _folder(path: Path) -> Path:

@@ -77,6 +77,7 @@ FOUNDATION = tuple(
 TOOLS = (
     "dspark_sglang.cli",
     "dspark_sglang.demo",
+    "dspark_sglang.server",
     "dspark_sglang.training",
     "dspark_sglang.evaluation",
     "dspark_sglang.simulate",

@@ -27,8 +27,8 @@ from dspark_loadtests.generator import Load
 from dspark_loadtests.prompts import load_prompts
 from dspark_loadtests.report import tokens_in
 from dspark_loadtests.stream import Outcome, RequestRecord
-from dspark_sglang.demo.server import Server
 from dspark_sglang.errors import ConfigError, ServerError
+from dspark_sglang.server import Server
 from dspark_sglang.values import read_numbers
 
 # --- tokens in a window ---------------------------------------------------------------------------

@@ -20,7 +20,7 @@ import pytest
 
 from dspark_loadtests.schema import Summary
 from dspark_sglang.artifacts import read_artifact
-from dspark_sglang.demo.server import free_port
+from dspark_sglang.server import free_port
 from tests.fake_server import Chunk, FakeServer, Script
 
 # Importing locust would patch ssl under the whole test process.

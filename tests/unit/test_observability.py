@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from dspark_sglang.deployment import generate
 from dspark_sglang.serving import telemetry
+from tests.deploy import generate
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
 RULES = yaml.safe_load((DEPLOY / "observability/rules.yaml").read_text(encoding="utf-8"))

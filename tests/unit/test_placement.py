@@ -207,7 +207,7 @@ def test_the_process_that_died_is_named(
 def test_ports_of_servers_are_not_those_that_ranks_are_given() -> None:
     import socket
 
-    from dspark_sglang.demo.server import _first_handed_out, free_ports
+    from dspark_sglang.server import _first_handed_out, free_ports
 
     found = free_ports(20)
     assert len(set(found)) == 20

@@ -17,8 +17,8 @@ import pytest
 
 from benchmarks.blocks import RunningClock, hold, release, take_turns
 from dspark_loadtests.stream import Clock
-from dspark_sglang.demo.server import Server
 from dspark_sglang.errors import ServerError
+from dspark_sglang.server import Server
 
 
 class Told(Server):

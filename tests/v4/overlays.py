@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import httpx
 
-from dspark_sglang.demo.server import Server, free_ports
 from dspark_sglang.layouts.v4.reference import Reference
+from dspark_sglang.server import Server, free_ports
 from tests.deploy import v4_flags
 from tests.v4.servers import clear_prompts, greedy
 

@@ -19,12 +19,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dspark_sglang.demo.server import Server
 from dspark_sglang.layouts.v4 import tiny
 from dspark_sglang.layouts.v4.names import map_names, published_bundle
 from dspark_sglang.layouts.v4.reference import Reference, load_drafter, load_tensors
 from dspark_sglang.planning import published
 from dspark_sglang.provenance import machine, versions
+from dspark_sglang.server import Server
 from tests.deploy.v4_flags import FLAGS
 from tests.v4 import overlays, recorder
 from tests.v4.planted import BEYOND_TOP_K, MISTAKES, gaps

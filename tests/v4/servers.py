@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dspark_sglang.demo.server import Server, free_port, serve_command
 from dspark_sglang.layouts.v4.reference import Reference
+from dspark_sglang.server import Server, free_port, serve_command
 
 #: A server of six layers needs little; the default number of requests would make its pools large.
 FLAGS = (

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import httpx
 import pytest
 
-from dspark_sglang.demo.server import Server
 from dspark_sglang.layouts.v4 import tiny
 from dspark_sglang.layouts.v4.reference import Reference
+from dspark_sglang.server import Server
 from tests.v4.planted import BEYOND_TOP_K, MISTAKES, gaps
 from tests.v4.servers import LENGTHS, clear_prompts, generate, greedy, prompt, scored, server
 

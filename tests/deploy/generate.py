@@ -1,4 +1,4 @@
-"""Generated files of ``deploy/``: ``python -m dspark_sglang.deployment.generate [--rendered]``.
+"""Generated files of ``deploy/``: ``python -m tests.deploy.generate [--rendered]``.
 
 Flags of GPU overlays come from ``dspark plan``: each overlay with a ``plan.env`` gets its arguments as
 kustomize patches. ``--rendered`` writes every overlay as one file for plain ``kubectl apply -f``.
@@ -14,14 +14,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import msgspec
 import yaml
 
 from dspark_sglang.artifacts import write_bytes
 from dspark_sglang.errors import ConfigError, DSparkError
+from dspark_sglang.planning.command import Planned, split
 
-#: What the base's own arguments say already, with how many values follow.
-_IN_BASE = {"--model-path": 1, "--speculative-algorithm": 1, "--speculative-draft-model-path": 1}
 _RULES = "observability/rules.yaml"
 _OPERATOR_RULES = "components/podmonitor/rules.yaml"
 _DIST_PORT = "20000"
@@ -30,33 +28,10 @@ _LWS_HEAD = "$(LWS_LEADER_ADDRESS):" + _DIST_PORT
 _NOTE = "# Made by `make deploy-arguments` from `dspark plan {asked}`. Computed, not run.\n"
 
 
-class Planned(msgspec.Struct, frozen=True):
-    """The command that ``dspark plan`` recommends."""
-
-    asked: str
-    environment: dict[str, str]
-    flags: list[str]
-
-
 def read_env(path: Path) -> dict[str, str]:
     """``NAME=VALUE`` lines, comments left out."""
     lines = path.read_text(encoding="utf-8").splitlines()
     return dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
-
-
-def split(command: str, asked: str) -> Planned:
-    """Environment and flags of a planned command, without what the base says already."""
-    words = shlex.split(command)
-    serve = words.index("serve")
-    environment = dict(word.split("=", 1) for word in words[: serve - 1])
-    rest, flags = words[serve + 1 :], []
-    while rest:
-        word = rest.pop(0)
-        if word in _IN_BASE:
-            del rest[: _IN_BASE[word]]
-        else:
-            flags.append(word)
-    return Planned(asked, environment, flags)
 
 
 def ask_plan(wanted: dict[str, str]) -> Planned:

@@ -1,1 +1,0 @@
-"""Making what ``deploy/`` holds of generated files."""

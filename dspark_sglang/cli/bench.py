@@ -128,7 +128,7 @@ def bench(
         raise ConfigError(
             f"--pattern is {pattern!r}.",
             expected="closed or poisson",
-            fix="aiperf makes it: docs/load-testing.md."
+            fix="aiperf makes it: docs/guides/load-test.md."
             if pattern in _GONE
             else "Use one of these.",
         )

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from dspark_sglang.training.trainer import StepReport, Trainer
 
 EXAMPLE = """\
-# dspark train --config this.yaml       (every field: docs/training.md)
+# dspark train --config this.yaml       (every field: docs/reference/settings.md)
 target: path/to/target                  # any Hugging Face causal language model
 out: runs/train                         # state, logs and the drafter; the same command resumes
 data:

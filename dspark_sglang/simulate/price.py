@@ -170,7 +170,7 @@ def builtin() -> dict[str, dict[str, Any]]:
 
 
 def _wrong(found: str, expected: str) -> ConfigError:
-    return ConfigError(f"{found}.", expected=expected, fix="See docs/economics.md.")
+    return ConfigError(f"{found}.", expected=expected, fix="See docs/explanation/economics.md.")
 
 
 def _presets(path: Path) -> dict[str, dict[str, Any]]:

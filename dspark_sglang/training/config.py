@@ -15,6 +15,7 @@ from dspark_sglang.layouts.dense.config import DrafterSpec
 class DataSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What is learned from."""
 
+    #: Conversations, as `dspark data` writes them.
     files: tuple[str, ...]
     #: Per mille of the prompts kept for validation, chosen by their digest.
     validation_per_mille: int = 20
@@ -27,6 +28,7 @@ class DataSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 class BatchSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How much goes into one step, for each process."""
 
+    #: Sequences of a step.
     sequences: int = 16
     #: Blocks trained in each sequence of a step.
     anchors: int = 64
@@ -42,11 +44,17 @@ class LossSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     the laws are over the ``frequent_tokens`` tokens that are most frequent in the data.
     """
 
+    #: Weight of cross-entropy.
     ce: float = 0.1
+    #: Weight of the distance between both distributions.
     tv: float = 0.9
+    #: Weight of the confidence term.
     confidence: float = 1.0
+    #: Share of the steps until which soft-target KL fades out.
     blend: float = 0.6
+    #: Tokens that distributions are over at first.
     frequent_tokens: int = 8192
+    #: Share of the steps from which they are over all.
     full_from: float = 0.85
     #: Position ``k`` weighs ``exp(-(k - 1) / decay)``. 0: gamma.
     decay: float = 0.0
@@ -55,21 +63,28 @@ class LossSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 class OptimSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Optimiser and schedule: linear warm-up, constant, linear decay to zero."""
 
+    #: Steps of the run.
     steps: int = 2000
+    #: Highest rate.
     lr: float = 1e-3
+    #: Steps until it is reached.
     warmup: int = 100
     #: Share of the steps spent decaying.
     decay: float = 0.25
     #: Muon for the matrices of ``fc`` and the layers; AdamW for the rest. False: AdamW for all.
     muon: bool = True
+    #: As in AdamW; Muon takes the same.
     weight_decay: float = 0.0
+    #: Largest norm of the gradient.
     clip: float = 1.0
 
 
 class CacheSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Where target states are kept between epochs; what does not fit is computed again."""
 
+    #: ``ram``, ``disk``, or ``none``.
     kind: Literal["none", "ram", "disk"] = "ram"
+    #: Most that it takes, GiB.
     gib: float = 4.0
     #: Folder of a disk cache. Empty: inside the run's folder.
     folder: str = ""
@@ -78,7 +93,9 @@ class CacheSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A training run."""
 
+    #: Directory of the target.
     target: str
+    #: Folder of the run.
     out: str
     data: DataSpec
     drafter: DrafterSpec = DrafterSpec()
@@ -94,11 +111,15 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     #: Fit the Markov embeddings to neighbouring tokens of the text before training. Unset: unless
     #: ``start`` brings a Markov head.
     markov_from_text: bool | None = None
+    #: Of anchors and of the order of sequences.
     seed: int = 0
-    #: cpu or cuda. bf16: matrix products in bfloat16, weights and optimiser in float32.
+    #: cpu or cuda.
     device: str = "cpu"
+    #: Matrix products in bfloat16; weights and optimiser stay in float32.
     bf16: bool = True
+    #: Steps between validations.
     validate_every: int = 250
+    #: Steps between saved states.
     checkpoint_every: int = 100
     #: Stop after this many validations without a longer accepted length. 0: never.
     patience: int = 0
@@ -112,7 +133,7 @@ def read_config(path: Path, overrides: tuple[str, ...] = ()) -> TrainConfig:
     """
     import yaml
 
-    fix = "See docs/training.md for every field, or `dspark train --example` for a file."
+    fix = "See docs/reference/settings.md for every field, or `dspark train --example` for a file."
     try:
         raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_loader())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

@@ -141,7 +141,7 @@ def read_prompts(path: Path | None) -> Source:
         raise ConfigError(
             f"{path} is a Mooncake trace, which has lengths and no text.",
             expected="prompts",
-            fix="Replay it with aiperf: docs/load-testing.md.",
+            fix="Replay it with aiperf: docs/guides/load-test.md.",
         )
     if b'"systems"' in data:
         return Source(list(load_prompts(path)), path.name)

@@ -109,7 +109,7 @@ def settings() -> str:
             table(("option", "default", "meaning"), *fields(RequestOptions)),
             "## The file of `dspark train`",
             "`dspark train --example` prints one. `--set optim.lr=5e-4` overrides a field. "
-            "The [training guide](../training.md) says how to choose.",
+            "The [training guide](../guides/train.md) says how to choose.",
             table(("field", "default", "meaning"), *fields(TrainConfig)),
         ]
     )  # fmt: skip

@@ -208,7 +208,7 @@ def test_a_marked_block_runs(tmp_path: Path, block: str) -> None:
 
 
 def test_some_blocks_are_marked() -> None:
-    assert len(runnable()) >= 2
+    assert len(runnable()) >= 4
 
 
 # --- what a stranger reads first ------------------------------------------------------------------

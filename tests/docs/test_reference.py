@@ -6,6 +6,7 @@ import msgspec
 import pytest
 
 from dspark_sglang.config import Settings
+from dspark_sglang.serving.options import RequestOptions
 from dspark_sglang.training.config import TrainConfig
 from tests.docs import reference, results
 
@@ -19,9 +20,10 @@ def test_the_page_of_results_is_current() -> None:
     assert results.PAGE.read_text() == results.render(results.RESULTS), "make results"
 
 
-def test_every_setting_has_a_meaning() -> None:
-    for name, _, meaning in reference.fields(Settings):
-        assert meaning, f"{name} has no #: comment in config.py"
+@pytest.mark.parametrize("kind", [Settings, RequestOptions, TrainConfig])
+def test_every_setting_has_a_meaning(kind: type[msgspec.Struct]) -> None:
+    for name, _, meaning in reference.fields(kind):
+        assert meaning, f"{name} has no #: comment above it"
 
 
 def test_every_field_of_a_training_run_is_listed_with_its_section() -> None:

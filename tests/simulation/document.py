@@ -1,4 +1,4 @@
-"""The tables of ``docs/simulation.md`` from ``simulation.json``."""
+"""The tables of ``docs/explanation/simulation.md`` from ``simulation.json``."""
 
 from __future__ import annotations
 

@@ -157,7 +157,7 @@ def test_check_without_a_server_shows_predictions(
 
 def test_the_document_shows_the_committed_result() -> None:
     found = json.loads((command.ROOT / "docs" / "results" / "simulation.json").read_text())
-    text = (command.ROOT / "docs" / "simulation.md").read_text()
+    text = (command.ROOT / "docs" / "explanation" / "simulation.md").read_text()
     for lines in (
         document.assumptions(found),
         document.figures(found),

@@ -122,7 +122,7 @@ NODE_TOK_S = 14_800.0
 
 
 def quoted() -> dict[str, float]:
-    """Figures of the table in docs/economics.md, computed."""
+    """Figures of the table in docs/explanation/economics.md, computed."""
     bare = price.account(5e6 / 3600, values(price.load("quoted", None)))
     day = values(price.load("r1-2025", None))
     before = price.account(NODE_TOK_S / 8, day)
@@ -148,7 +148,7 @@ def test_published_figures_come_out() -> None:
 
 
 def test_the_document_shows_what_is_computed() -> None:
-    text = (ROOT / "docs" / "economics.md").read_text()
+    text = (ROOT / "docs" / "explanation" / "economics.md").read_text()
     found = quoted()
     for shown in (
         f"${found['sold']:.2f}", f"${found['left']:.2f}", f"${found['rent']:,.0f}", f"${found['revenue']:,.0f}",
@@ -164,7 +164,7 @@ def test_the_document_shows_what_is_computed() -> None:
 def test_the_document_shows_what_committed_frontiers_cost(
     name: str, sla: float, preset: str
 ) -> None:
-    text = (ROOT / "docs" / "economics.md").read_text()
+    text = (ROOT / "docs" / "explanation" / "economics.md").read_text()
     found = price.answer(
         frontier.read(RESULTS / f"frontier-{name}.json"), price.load(preset, None), sla=sla
     )
@@ -282,7 +282,7 @@ def test_every_price_has_its_date_and_source() -> None:
 
 def test_the_command_and_the_document_name_every_preset() -> None:
     shown = CliRunner().invoke(command.app, ["simulate", "price", "--help"], env={"COLUMNS": "200"})
-    text = (ROOT / "docs" / "economics.md").read_text()
+    text = (ROOT / "docs" / "explanation" / "economics.md").read_text()
     for name in price.builtin():
         assert name in re.sub(r"[\s│]+", " ", shown.stdout) and f"`{name}`" in text
 

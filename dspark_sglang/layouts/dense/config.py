@@ -57,6 +57,7 @@ class DrafterSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     #: Drafted tokens a round.
     gamma: int = 5
+    #: Draft layers.
     layers: int = 2
     #: Key and value heads. 0: as the target. More let a block row read more of the features of the
     #: position before it, which is what its first prediction lives on.
@@ -70,6 +71,7 @@ class DrafterSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     sample_from_anchor: bool | None = None
     #: ``none`` trains the parallel backbone alone (DFlash).
     markov_head: MarkovKind = "vanilla"
+    #: Rank of the Markov head.
     markov_rank: int = 64
     #: Target layers read (outputs of those decoder layers). Empty: as ``start`` reads, else five,
     #: spread from the third layer to the last but one.

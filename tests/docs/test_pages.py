@@ -235,6 +235,21 @@ def test_a_question_has_one_short_answer(question: str) -> None:
     assert 0 < len(lines) <= 5
 
 
+@pytest.mark.parametrize("document", [*DOCUMENTS, ROOT / "packaging/README.md"], ids=name_of)
+def test_the_fields_terms_are_used(document: Path) -> None:
+    """``docs/glossary.md`` has them: distribution, decode step, verify all, fixed budget."""
+    if document.name not in ("results.md", *PAGES):
+        found = re.findall(r"\b(?:laws?|plain steps?|plain decoding step|forced budget)\b", document.read_text(), re.I)  # fmt: skip
+        assert not found
+
+
+@pytest.mark.parametrize(
+    "document", sorted((ROOT / "docs" / "explanation").glob("*.md")), ids=name_of
+)
+def test_no_sentence_of_an_explanation_is_long(document: Path) -> None:
+    assert max(structure.sentences(document.read_text())) <= 30
+
+
 def test_sentences_are_short() -> None:
     found = [structure.sentences(page.read_text()) for page in structure.pages(ROOT)]
     words = sorted(count for page in found for count in page)

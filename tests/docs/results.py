@@ -18,6 +18,7 @@ import msgspec
 from dspark_loadtests import frontier
 from dspark_sglang.errors import ArtifactError, DSparkError
 from dspark_sglang.simulate import price
+from tests.simulation import document
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "docs" / "results"
@@ -100,7 +101,7 @@ def render(folder: Path, page: Path = PAGE) -> str:
     template = environment.from_string(Path(__file__).with_suffix(".md.jinja").read_text())
     figures = [Path(os.path.relpath(path, page.parent)) for path in sorted(folder.rglob("*.png"))]
     try:
-        return template.render(r=found, prices=prices(folder), figures=figures)
+        return template.render(r=found, prices=prices(folder), figures=figures, document=document)
     except (jinja2.UndefinedError, TypeError, ValueError, KeyError) as error:
         raise ArtifactError(
             f"A result is not what the page shows: {error}.",

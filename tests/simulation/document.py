@@ -1,4 +1,4 @@
-"""The tables of ``docs/explanation/simulation.md`` from ``simulation.json``."""
+"""Tables of ``docs/results.md`` from ``simulation.json``."""
 
 from __future__ import annotations
 

@@ -161,30 +161,15 @@ def test_the_document_shows_what_is_computed() -> None:
     ("name", "sla", "preset"),
     [("flash", 80, "v4-flash"), ("pro", 35, "v4-pro"), ("cpu", 10, "cpu")],
 )
-def test_the_document_shows_what_committed_frontiers_cost(
+def test_speculation_hardly_changes_the_cost_of_committed_frontiers(
     name: str, sla: float, preset: str
 ) -> None:
-    text = (ROOT / "docs" / "explanation" / "economics.md").read_text()
+    """As docs/explanation/economics.md says."""
     found = price.answer(
         frontier.read(RESULTS / f"frontier-{name}.json"), price.load(preset, None), sla=sla
     )
-    for side in found.sides:
-        ends = [found.sensitivity[key][side.name] for key in ("gpu_hour", "utilisation")]
-        spans = " | ".join(f"{low:.3g} to {high:.3g}" for low, high in ends)
-        row = f"| {side.name} | {costs(found)[side.name]:.3g} | {spans} |"
-        assert (row in text) == (side.name != "fixed"), row
-        if side.name in ("DSpark-5", "dspark"):
-            assert side.times_first == pytest.approx(1, abs=0.03)
-    if name == "pro":
-        fast = costs(
-            price.answer(
-                frontier.read(RESULTS / "frontier-pro.json"), price.load(preset, None), sla=60
-            )
-        )
-        assert (
-            f"costs ${fast['DSpark-5']:.3f} with DSpark-5 and ${fast['MTP-1']:.2f} with MTP-1"
-            in text
-        )
+    ours = next(side for side in found.sides if side.name in ("DSpark-5", "dspark"))
+    assert ours.times_first == pytest.approx(1, abs=0.03)
 
 
 # --- a frontier ----------------------------------------------------------------------------------

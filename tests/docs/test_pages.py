@@ -173,6 +173,16 @@ def test_every_source_file_named_exists(document: Path) -> None:
         assert any((root / name).exists() for root in roots), name
 
 
+def test_a_worked_example_touches_at_most_five_source_files() -> None:
+    text = (ROOT / "docs" / "explanation" / "changing.md").read_text()
+    examples = re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", text, flags=re.M | re.S)
+    assert len(examples) == 3
+    for name, body in examples:
+        files = re.findall(r"^\| `([\w/]+\.py)` \|", body, flags=re.M)
+        assert 0 < len(files) <= 5, name
+        assert all((ROOT / "dspark_sglang" / file).is_file() for file in files), name
+
+
 def test_every_command_is_in_the_documents() -> None:
     text = "\n".join(page.read_text() for page in DOCUMENTS if page.name not in PAGES)
     for command in (one for one in app.registered_commands if not one.hidden):

@@ -32,7 +32,6 @@ from dspark_sglang.layouts.dense.config import check_fits, check_served, parse_d
 from dspark_sglang.layouts.dense.tensors import check_tensors
 from dspark_sglang.layouts.v4.check import check_bundle
 from dspark_sglang.serving import compat, entry
-from dspark_sglang.serving.arguments import check_port
 
 Level = Literal["ok", "warning", "problem"]
 _GROUPS = {"plugin": "sglang.srt.plugins", "CPU platform": "sglang.srt.platforms"}
@@ -371,6 +370,8 @@ def ports(port: int, handed_out: Path) -> list[Finding]:
     Args:
         handed_out: the kernel's file with the first and last port it gives to sockets that ask for any.
     """
+    from dspark_sglang.serving.arguments import check_port
+
     try:
         check_port("127.0.0.1", port)
         found = [Finding("ok", f"port {port} is free")]

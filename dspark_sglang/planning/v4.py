@@ -13,8 +13,7 @@ import msgspec
 
 from dspark_sglang.errors import CheckpointError
 from dspark_sglang.layouts.v4.names import plain_next_token, plain_target, published
-from dspark_sglang.layouts.v4.quantised import FP8_BLOCK
-from dspark_sglang.layouts.v4.shape import V4Shape
+from dspark_sglang.layouts.v4.shape import FP8_BLOCK, V4Shape
 from dspark_sglang.layouts.v4.target import TargetShape
 from dspark_sglang.layouts.v4.tensors import v4_tensors
 from dspark_sglang.planning.kv import CompressedKv

@@ -22,7 +22,9 @@ from dspark_sglang.errors import ConfigError, NumericsError
 from dspark_sglang.layouts.dense.config import parse_drafter_config
 from dspark_sglang.layouts.dense.reference import DenseDrafter
 from dspark_sglang.layouts.dense.tensors import dense_tensors
-from dspark_sglang.layouts.v4 import V4Drafter, V4Shape, random_tensors
+from dspark_sglang.layouts.v4.drafter import V4Drafter
+from dspark_sglang.layouts.v4.shape import V4Shape
+from dspark_sglang.layouts.v4.tensors import random_tensors
 from dspark_sglang.training.target import HFTarget, Target
 
 GAMMA = 3

@@ -317,3 +317,9 @@ def test_the_environment_check(tmp_path: Path, module: str, line: str, allowed: 
     path.parent.mkdir(parents=True)
     path.write_text("import os\n" + line + "\n")
     assert (environment_reads(tmp_path) == []) == allowed
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    code = "import sys, dspark_sglang.cli.app; print([m for m in ('torch', 'sglang') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

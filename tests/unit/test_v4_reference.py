@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from dspark_sglang.layouts.v4 import V4Drafter, V4Shape, tiny
+from dspark_sglang.layouts.v4 import tiny
+from dspark_sglang.layouts.v4.drafter import V4Drafter
 from dspark_sglang.layouts.v4.reference import Forward, Reference
+from dspark_sglang.layouts.v4.shape import V4Shape
 from dspark_sglang.layouts.v4.stored import EXACT, STORED
 from dspark_sglang.layouts.v4.target import TargetShape
 from tests.v4.planted import BEYOND_TOP_K, MISTAKES, gaps

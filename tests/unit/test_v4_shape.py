@@ -10,7 +10,9 @@ import torch
 from v4_samples import FLASH, TINY, make
 
 from dspark_sglang.errors import CheckpointError
-from dspark_sglang.layouts.v4 import V4Drafter, V4Shape, random_tensors, v4_tensors
+from dspark_sglang.layouts.v4.drafter import V4Drafter
+from dspark_sglang.layouts.v4.shape import V4Shape
+from dspark_sglang.layouts.v4.tensors import random_tensors, v4_tensors
 
 PRO = FLASH | {
     "hidden_size": 7168,

@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 
-from dspark_sglang.layouts.v4 import V4Drafter, V4Shape, random_tensors
+from dspark_sglang.layouts.v4.drafter import V4Drafter
+from dspark_sglang.layouts.v4.shape import V4Shape
+from dspark_sglang.layouts.v4.tensors import random_tensors
 
 FLASH: dict[str, Any] = {
     "hidden_size": 4096,

@@ -18,8 +18,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from dspark_sglang.errors import CheckpointError
-from dspark_sglang.layouts.v4.quantised import FP4_RUN, FP8_BLOCK
-from dspark_sglang.layouts.v4.shape import V4Shape
+from dspark_sglang.layouts.v4.shape import FP4_RUN, FP8_BLOCK, V4Shape
 from dspark_sglang.layouts.v4.target import TargetShape
 from dspark_sglang.layouts.v4.tensors import ALIASES, v4_tensors
 

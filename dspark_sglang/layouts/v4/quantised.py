@@ -17,7 +17,8 @@ from collections.abc import Mapping
 
 import torch
 
-FP8_BLOCK, FP4_RUN = 128, 32
+from dspark_sglang.layouts.v4.shape import FP4_RUN, FP8_BLOCK
+
 FP8_LARGEST, FP4_LARGEST = 448.0, 6.0
 #: The eight magnitudes of e2m1; bit 3 is the sign.
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)

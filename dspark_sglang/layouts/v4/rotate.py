@@ -11,34 +11,10 @@ Source: the published configurations, and SGLang 0.5.23, ``models/deepseek_v4.py
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-
-@dataclass(frozen=True, slots=True)
-class Yarn:
-    """``rope_scaling`` of a configuration."""
-
-    factor: float
-    beta_fast: float
-    beta_slow: float
-    #: Positions of the context before it was stretched.
-    original: int
-
-    @classmethod
-    def from_config(cls, scaling: Mapping[str, Any] | None) -> Yarn | None:
-        """None without scaling, or for a factor of one."""
-        if not scaling or float(scaling.get("factor", 1)) == 1.0:
-            return None
-        return cls(
-            factor=float(scaling["factor"]),
-            beta_fast=float(scaling.get("beta_fast", 32)),
-            beta_slow=float(scaling.get("beta_slow", 1)),
-            original=int(scaling["original_max_position_embeddings"]),
-        )
+from dspark_sglang.layouts.v4.target import Yarn
 
 
 def frequencies(dims: int, theta: float, yarn: Yarn | None = None) -> torch.Tensor:

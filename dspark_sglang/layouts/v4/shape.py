@@ -12,6 +12,9 @@ from typing import Any
 
 from dspark_sglang.errors import CheckpointError
 
+#: Weights that share a scale in the published files: a side of a block of fp8, and a run of fp4.
+FP8_BLOCK, FP4_RUN = 128, 32
+
 Config = Mapping[str, Any]
 
 #: Required integers: field, configuration key, smallest value.

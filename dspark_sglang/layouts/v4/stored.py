@@ -15,10 +15,10 @@ from typing import Literal
 import torch
 
 from dspark_sglang.layouts.v4.quantised import FP4_LARGEST, round_fp4
+from dspark_sglang.layouts.v4.shape import FP4_RUN
 
 TILE = 64
 FP8_LARGEST = 448.0
-FP4_RUN = 32
 #: No scale is made from less.
 _SMALLEST = 1e-4
 

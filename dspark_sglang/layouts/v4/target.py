@@ -11,10 +11,33 @@ from dataclasses import dataclass
 from typing import Any
 
 from dspark_sglang.errors import CheckpointError
-from dspark_sglang.layouts.v4.rotate import Yarn
 from dspark_sglang.layouts.v4.shape import V4Shape
 
 Config = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Yarn:
+    """``rope_scaling`` of a configuration."""
+
+    factor: float
+    beta_fast: float
+    beta_slow: float
+    #: Positions of the context before it was stretched.
+    original: int
+
+    @classmethod
+    def from_config(cls, scaling: Mapping[str, Any] | None) -> Yarn | None:
+        """None without scaling, or for a factor of one."""
+        if not scaling or float(scaling.get("factor", 1)) == 1.0:
+            return None
+        return cls(
+            factor=float(scaling["factor"]),
+            beta_fast=float(scaling.get("beta_fast", 32)),
+            beta_slow=float(scaling.get("beta_slow", 1)),
+            original=int(scaling["original_max_position_embeddings"]),
+        )
+
 
 #: Keys are compressed by these; 0: a layer that sees its window only.
 RATIOS = (0, 4, 128)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-
-import torch
+from typing import TYPE_CHECKING
 
 from dspark_sglang.errors import CheckpointError
 from dspark_sglang.layouts.v4.shape import V4Shape
 
-Tensors = Mapping[str, torch.Tensor]
+if TYPE_CHECKING:  # names and shapes are asked for where torch would take seconds to import
+    import torch
+
+Tensors = Mapping[str, "torch.Tensor"]
 
 #: How the Markov head's matrices may also be called.
 ALIASES = {
@@ -119,6 +121,7 @@ def check_tensors(tensors: Tensors, shape: V4Shape) -> dict[str, torch.Tensor]:
 
 
 def _check_plain(name: str, value: torch.Tensor) -> None:
+
     if name.endswith(_SCALES) or not value.is_floating_point() or value.element_size() < 2:
         raise CheckpointError(
             f"{name} ({value.dtype}) belongs to quantised storage (fp8 or mxfp4).",
@@ -129,6 +132,8 @@ def _check_plain(name: str, value: torch.Tensor) -> None:
 
 def random_tensors(shape: V4Shape, seed: int) -> dict[str, torch.Tensor]:
     """Random float32 weights under which every part of the drafter matters; for tiny shapes."""
+    import torch
+
     generator = torch.Generator().manual_seed(seed)
     made: dict[str, torch.Tensor] = {}
     for name, size in v4_tensors(shape).items():

@@ -7,7 +7,7 @@ STAMP := $(VENV)/.dspark-installed
 SEED ?= 1
 SOURCES := dspark_sglang kernels packaging loadtests tests requirements
 
-.PHONY: help install demo test test-unit test-server lint format typecheck bench bench-kernels bench-load bench-load-full bench-faults bench-placement bench-selfcheck exactness simulate-fit simulate-check simulate-published net never-ends golden structure reference results v4 v4-cuda package-check deploy-check drill plan layouts deploy-arguments deploy-rendered gpu lock wheel clean
+.PHONY: help install demo test test-unit test-kernels test-server lint format typecheck bench bench-kernels bench-load bench-load-full bench-faults bench-placement bench-selfcheck exactness simulate-fit simulate-check simulate-published net never-ends golden structure reference results v4 v4-cuda package-check deploy-check drill plan layouts deploy-arguments deploy-rendered gpu lock wheel clean
 
 help:  ## Show what can be made
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -28,6 +28,9 @@ test: install lint typecheck test-unit test-server  ## Run every test
 
 test-unit: install
 	$(BIN)/python -m pytest -q -n logical --maxprocesses 4 --dist loadfile -m "not server and not slow"
+
+test-kernels: install  ## Every case of the kernels, interpreted where there is no GPU, the slow ones too
+	$(BIN)/python -m pytest -q -n logical --maxprocesses 4 tests/kernels
 
 test-server: install
 	$(BIN)/python -m pytest -q -m "server and not slow"

@@ -10,7 +10,7 @@ import abc
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +25,9 @@ from dspark_sglang.serving.options import read_options
 from dspark_sglang.serving.prompt_lookup import Copies
 from dspark_sglang.serving.sglang_types import Req, ScheduleBatch
 from dspark_sglang.serving.telemetry import Telemetry
-from dspark_sglang.serving.tensor_parallel import Ranks
+
+if TYPE_CHECKING:
+    from dspark_sglang.serving.tensor_parallel import Ranks
 
 Float64 = npt.NDArray[np.float64]
 Int64 = npt.NDArray[np.int64]

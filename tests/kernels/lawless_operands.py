@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from accept_operands import _moved
 
@@ -239,6 +240,18 @@ class Batch(NamedTuple):
     def operands(self, device: torch.device) -> dict[str, Any]:
         """Fresh operands."""
         return made(self.examples, self.method, self.draft, self.dtype, device)
+
+
+def one_dtype_each(given: list[Batch]) -> list[Any]:
+    """As parameters of a test: of two that differ by their dtype alone, every other time the first, one is slow."""
+    found, kinds = [], list(dict.fromkeys((batch.method, batch.draft) for batch in given))
+    for number, kind in enumerate(kinds):
+        own = [batch for batch in given if (batch.method, batch.draft) == kind]
+        for place, batch in enumerate(own):
+            fast = len(own) == 1 or place == number % 2
+            marks = () if fast else pytest.mark.slow
+            found.append(pytest.param(batch, id=batch.name, marks=marks))
+    return found
 
 
 def batches(*, block: bool = True) -> list[Batch]:

@@ -8,7 +8,17 @@ import numpy as np
 import pytest
 import torch
 from accept_operands import Case, _moved, agree, operands, poisoned, run
-from lawless_operands import WIDTH, Batch, Example, batches, greedy, lawless, made, unlike
+from lawless_operands import (
+    WIDTH,
+    Batch,
+    Example,
+    batches,
+    greedy,
+    lawless,
+    made,
+    one_dtype_each,
+    unlike,
+)
 from test_accept import _one, named
 from triton.runtime import interpreter
 
@@ -31,7 +41,7 @@ def maxima(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setattr(interpreter.ReduceOps, "min_max", keeping)
 
 
-@pytest.mark.parametrize("batch", batches(), ids=lambda batch: batch.name)
+@pytest.mark.parametrize("batch", one_dtype_each(batches()))
 def test_a_decision_is_the_one_worked_out(batch: Batch, device: torch.device) -> None:
     given = batch.operands(device)
     assert unlike(accept(**given, backend="torch"), batch.examples) == {}

@@ -129,11 +129,13 @@ def test_the_references_tokens_follow_the_law_that_is_stored(
     assert_follows(by_reference(one_position(columns, 2), count, temperature, span), span)
 
 
-def test_the_kernels_tokens_follow_the_law_that_is_stored() -> None:
+@pytest.mark.parametrize("count", [100, pytest.param(1000, marks=pytest.mark.slow)])
+def test_the_kernels_tokens_are_the_references_which_follow_the_law(count: int) -> None:
     given = one_position(96, 2)
-    found = by_kernel(given, 1000, 2.0, 32)
-    assert_follows(found, 32)
-    known = by_reference(given, 1000, 2.0, 32)
+    found = by_kernel(given, count, 2.0, 32)
+    if count >= 1000:
+        assert_follows(found, 32)
+    known = by_reference(given, count, 2.0, 32)
     assert torch.equal(found.tokens, known.tokens)
     assert torch.equal(found.support, known.support)
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from accept_operands import FAIR, Case, agree, operands, poisoned
-from lawless_operands import WIDTH, Batch, Example, batches, made, unlike
+from lawless_operands import WIDTH, Batch, Example, batches, made, one_dtype_each, unlike
 from test_accept import _one, named
 from test_accept_lawless import MIXED, spoil
 
@@ -126,7 +126,7 @@ def test_bytes_exchanged_at_eight_ranks() -> None:
     assert exchanged_bytes(64, 5, 8, filtered=True) < 250_000
 
 
-@pytest.mark.parametrize("batch", batches(block=False), ids=lambda batch: batch.name)
+@pytest.mark.parametrize("batch", one_dtype_each(batches(block=False)))
 def test_shards_decide_as_worked_out(batch: Batch, device: torch.device) -> None:
     given = batch.operands(device)
     if batch.method == "filtered":  # min-p only; the mixed batches search

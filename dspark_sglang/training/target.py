@@ -122,7 +122,17 @@ class Target:
         return States(layers, out.last_hidden_state)
 
     def encode(self, messages: list[dict[str, str]]) -> list[int]:
-        """Tokens of a conversation in the target's chat template, up to where its answer begins."""
+        """Tokens of a conversation in the target's chat template, up to where its answer begins.
+
+        Raises:
+            DataError: the target has none.
+        """
+        if self.tokenizer.chat_template is None:
+            raise DataError(
+                "The target's tokenizer has no chat template.",
+                expected="a chat model, whose template the drafter was trained with",
+                fix="Pass the instruct model, or put its chat_template.jinja beside the tokenizer.",
+            )
         text = self.tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=True
         )

@@ -18,7 +18,7 @@ from dspark_sglang.core.accept import Accepted, Round, accept_sampled
 from dspark_sglang.core.draft import draft_block
 from dspark_sglang.core.engine import Drafter, Engine, Request
 from dspark_sglang.core.penalties import Penalties
-from dspark_sglang.errors import ConfigError, NumericsError
+from dspark_sglang.errors import ConfigError, DataError, NumericsError
 from dspark_sglang.layouts.dense.config import parse_drafter_config
 from dspark_sglang.layouts.dense.reference import DenseDrafter
 from dspark_sglang.layouts.dense.tensors import dense_tensors
@@ -184,6 +184,16 @@ def bigrams(llama: Target) -> torch.Tensor:
     """Logits of every one-token sequence: what a good Markov head would know."""
     with torch.no_grad():
         return llama.model(torch.arange(len(llama.head))[:, None]).logits[:, 0]
+
+
+def test_a_target_without_a_chat_template_is_named(llama: Target) -> None:
+    template, llama.tokenizer.chat_template = llama.tokenizer.chat_template, None
+    try:
+        with pytest.raises(DataError, match="no chat template"):
+            llama.encode([{"role": "user", "content": "Hello"}])
+    finally:
+        llama.tokenizer.chat_template = template
+    assert llama.encode([{"role": "user", "content": "Hello"}])
 
 
 @torch.no_grad()

@@ -69,12 +69,13 @@ class Planner(DSparkVerifyPlanner):
 
 def buckets(model_runner: ModelRunner, gamma: int) -> Callable[[int], npt.NDArray[np.int64] | None]:
     """Gives the ascending numbers of rows that verify forwards of so many requests run with; None: any."""
+    packed = is_packed(model_runner.model)
 
     def of(requests: int) -> npt.NDArray[np.int64] | None:
         captured = ragged_capture_num_tokens(model_runner=model_runner)
         if captured is not None:
             return np.asarray(captured, dtype=np.int64)
-        return row_counts(requests * (gamma + 1)) if is_packed(model_runner.model) else None
+        return row_counts(requests * (gamma + 1)) if packed else None
 
     return of
 

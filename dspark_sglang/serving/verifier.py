@@ -393,7 +393,7 @@ class Verifier(TargetVerifyExecutor):
             self._write(states, accepted)
             return
         # Nothing reads it before the next draft; many steps at once cost little more than one.
-        if running.alone:  # a plain step keeps every row
+        if running.alone:  # a decode step keeps every row
             states = States(*(part[accepted] for part in states))
         self.deferred.keep(states)
 

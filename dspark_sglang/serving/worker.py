@@ -24,7 +24,13 @@ from dspark_sglang import __version__
 from dspark_sglang.checkpoint import weights_digest
 from dspark_sglang.config import Settings, Verification, read_settings
 from dspark_sglang.core.heads import ConfidenceHead, MarkovHead
-from dspark_sglang.core.schedule.scheduler import STRATEGIES, Overlapped, Scheduler, VerifyAll
+from dspark_sglang.core.schedule.scheduler import (
+    STRATEGIES,
+    Overlapped,
+    Scheduler,
+    Synchronous,
+    VerifyAll,
+)
 from dspark_sglang.serving import calibration, placement, requests
 from dspark_sglang.serving.admin import Commands
 from dspark_sglang.serving.calibration import Calibration, KnownCost
@@ -50,6 +56,12 @@ logger = logging.getLogger(__name__)
 
 #: Drafting and acceptance draw from different streams than SGLang's sampler.
 _SEED_DOMAIN = 0x6A09E667F3BCC908
+#: How SGLang's calls meet each strategy.
+_ROUNDS: dict[type[Scheduler], type[Rounds]] = {
+    VerifyAll: VerifyAllRounds,
+    Synchronous: SynchronousRounds,
+    Overlapped: OverlappedRounds,
+}
 
 
 class DSparkWorker(DSparkWorkerV2):
@@ -199,10 +211,7 @@ class DSparkWorker(DSparkWorkerV2):
 
     def _install_steps(self, seed: int) -> None:
         """Put our parts of a step in the place of SGLang's."""
-        overlaps = isinstance(self.scheduler, Overlapped)
-        kinds: dict[bool, type[Rounds]] = {True: OverlappedRounds, False: SynchronousRounds}
-        kind = kinds[overlaps] if self.scheduler.adaptive else VerifyAllRounds
-        self._rounds = rounds = kind(
+        self._rounds = rounds = _ROUNDS[type(self.scheduler)](
             self.scheduler,
             faults=self.faults,
             telemetry=self.telemetry,
@@ -212,7 +221,7 @@ class DSparkWorker(DSparkWorkerV2):
             buckets=buckets(self.model_runner, self.gamma),
         )
         # Under overlap a step begins before the host knows the last tokens.
-        knows = not overlaps and get_schedule().disable_overlap_schedule
+        knows = get_schedule().disable_overlap_schedule and type(self.scheduler) is not Overlapped
         self._lookup = Lookup() if knows and self._settings.lookup == "auto" else None
         self._proposer = Proposer(
             ops=self._ops,

@@ -84,15 +84,12 @@ def server(setting: Setting, name: str, *, seed: int, environment: dict[str, str
     )
 
 
-def generate(
-    client: httpx.Client, running: Server, params: Sequence[dict[str, Any]]
-) -> list[Output]:
-    """One output for each request's sampling parameters, behind the fixed prompt.
+def post(client: httpx.Client, running: Server, body: dict[str, Any]) -> Any:
+    """What ``/generate`` answers.
 
     Raises:
-        ServerError: the server refused, stopped, or answered something else.
+        ServerError: the server refused or stopped.
     """
-    body = {"input_ids": [list(PROMPT)] * len(params), "sampling_params": list(params)}
     try:
         answer = client.post(f"{running.url}/generate", json=body)
     except httpx.HTTPError as error:
@@ -103,7 +100,19 @@ def generate(
             expected="200",
             fix=f"See the server's log in {running.log}.",
         )
-    found = answer.json()
+    return answer.json()
+
+
+def generate(
+    client: httpx.Client, running: Server, params: Sequence[dict[str, Any]]
+) -> list[Output]:
+    """One output for each request's sampling parameters, behind the fixed prompt.
+
+    Raises:
+        ServerError: the server refused, stopped, or answered something else.
+    """
+    body = {"input_ids": [list(PROMPT)] * len(params), "sampling_params": list(params)}
+    found = post(client, running, body)
     for entry in found:
         if entry["meta_info"]["finish_reason"]["type"] == "abort":
             raise ServerError(

@@ -12,10 +12,10 @@ import httpx
 import torch
 
 from dspark_sglang.demo.measure import NEAR_TIE
-from dspark_sglang.errors import ServerError
 from dspark_sglang.server import Server, free_port, serve_command
 from tests.exactness import store
 from tests.exactness.prompts import Ask
+from tests.exactness.sampled import post
 from tests.exactness.store import Answers, Clock
 
 #: Prompts are prefilled in pieces of this many tokens by the servers under test.
@@ -101,20 +101,6 @@ def complete(phase: Phase, found: Answers) -> bool:
     return len(found.answers) == len(phase.asks) and sum(found.drawn.values()) >= phase.draws
 
 
-def _post(client: httpx.Client, running: Server, body: dict[str, Any]) -> Any:
-    try:
-        answer = client.post(f"{running.url}/generate", json=body)
-    except httpx.HTTPError as error:
-        raise running.gone(error) from error
-    if answer.status_code != 200:
-        raise ServerError(
-            f"/generate answered {answer.status_code}: {answer.text[:200]}",
-            expected="200",
-            fix=f"See the server's log in {running.log}.",
-        )
-    return answer.json()
-
-
 def _answer(
     phase: Phase,
     found: Answers,
@@ -127,7 +113,7 @@ def _answer(
         if clock.over:
             return None
         body = {"input_ids": ask.tokens, "sampling_params": ask.params}
-        return ask.id, _post(client, running, body)["output_ids"]
+        return ask.id, post(client, running, body)["output_ids"]
 
     for at_once in sorted({ask.at_once for ask in phase.asks}):
         group = [a for a in phase.asks if a.at_once == at_once and a.id not in found.answers]
@@ -165,7 +151,7 @@ def _draw(
     while not clock.over and (left := phase.draws - sum(found.drawn.values())) > 0:
         count = min(_DRAW_CALL, left)
         body = {"input_ids": [list(phase.prompt)] * count, "sampling_params": params}
-        for entry in _post(client, running, body):
+        for entry in post(client, running, body):
             name = " ".join(map(str, entry["output_ids"]))
             found.drawn[name] = found.drawn.get(name, 0) + 1
         progress()

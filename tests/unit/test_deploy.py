@@ -17,6 +17,7 @@ from typing import Any
 import kubernetes_validate
 import pytest
 import sglang_source
+import typer
 import yaml
 from manifest_lint import (
     DRAIN_ANNOTATION,
@@ -28,6 +29,8 @@ from manifest_lint import (
     arguments,
     lint,
 )
+
+from dspark_sglang.cli.app import app
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy"
@@ -124,6 +127,38 @@ def test_container_commands(rendered: list[Doc]) -> None:
         ["dspark", "demo"],
         [("--fetch-only", []), ("--target", [target])],
     )
+
+
+def _commands() -> list[tuple[str, list[str], list[str]]]:
+    """File, command and arguments of every container in ``deploy/`` that runs ``dspark``."""
+    found: list[tuple[str, list[str], list[str]]] = []
+
+    def walk(node: Any, name: str) -> None:
+        if isinstance(node, dict):
+            command = node.get("command")
+            if isinstance(command, list) and command[:1] == ["dspark"]:
+                found.append((name, command[1:], [str(word) for word in node.get("args") or []]))
+        for child in (
+            node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
+        ):
+            walk(child, name)
+
+    for path in sorted(DEPLOY.rglob("*.yaml")):
+        for doc in yaml.safe_load_all(path.read_text(encoding="utf-8")):
+            walk(doc, str(path.relative_to(DEPLOY)))
+    return found
+
+
+def test_every_command_of_a_container_exists() -> None:
+    known = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    found = _commands()
+    assert {command for _, (command, *_), _ in found} >= {"serve", "verify", "calibrate", "canary"}
+    for name, (command, *rest), words in found:
+        assert command in known and not known[command].hidden, f"{name}: dspark {command}"
+        flags = {flag for option in known[command].params for flag in option.opts}
+        given = {word.partition("=")[0] for word in [*rest, *words] if word.startswith("--")}
+        if command != "serve":  # whose other flags are SGLang's
+            assert given <= flags, f"{name}: dspark {command} {sorted(given - flags)}"
 
 
 def test_every_selector_names_the_instance(rendered: list[Doc]) -> None:

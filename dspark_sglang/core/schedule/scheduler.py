@@ -36,6 +36,7 @@ from dspark_sglang.core.schedule.survival import survival
 
 Float64 = npt.NDArray[np.float64]
 Int64 = npt.NDArray[np.int64]
+Bool = npt.NDArray[np.bool_]
 #: Gives what came of a step; waits for its end where it has not ended.
 Arriving = Callable[[], StepResult]
 
@@ -172,8 +173,7 @@ class VerifyAll(Scheduler):
         if drafted is None:
             return Admission.nothing(requests, self.gamma)
         allowed = np.arange(self.gamma) < plan.limits[:, None]
-        values = np.where(allowed, survival(drafted.confidence), 0.0)
-        values = np.where(allowed, np.maximum(values, ADMISSIBLE), 0.0)
+        values = _admissible(survival(drafted.confidence), allowed)
         order, most = admission_order(values), int(allowed.sum())
         return Admission(
             survival=values,
@@ -270,8 +270,7 @@ class Synchronous(Scheduler):
         confidence = drafted.confidence
         corrected = self.reliability.corrected(confidence, plan.load.sampled)
         values = survival(np.where(copied[:, None], confidence, corrected))
-        # One that may not be verified ranks behind all that may.
-        return np.where(allowed, np.maximum(values, ADMISSIBLE), 0.0)
+        return _admissible(values, allowed)
 
     def _curve(self, load: Load) -> StepCost:
         """What a step would last with any number of tokens."""
@@ -426,17 +425,17 @@ class Overlapped(Synchronous):
         if drafted is None:
             return Admission.nothing(plan.load.requests, self.gamma)
         values = self._valued(plan, drafted)
-        valued = values.copy()
         first = values[plan.first]
         values[plan.first] = np.where(first > 0.0, before_all(self.gamma), 0.0)
         order = admission_order(values)
+        # What it is worth is found when the step is over.
         return Admission(
             survival=values,
             order=order,
             budget=plan.budget,
-            expected=_expected(valued, order[: plan.budget]),
-            valued=valued,
-            paying=admission_order(valued)[: plan.paying],
+            expected=float(len(values)),
+            valued=values,
+            paying=order[:0],
         )
 
     def observe(self, arriving: Arriving) -> None:
@@ -470,6 +469,11 @@ class Overlapped(Synchronous):
         super()._learn(dataclasses.replace(result, admission=known))
         if not plan.profile:  # its limits are no property of the requests
             self.history.note(plan.load.slots, plan.load.generations, values)
+
+
+def _admissible(values: Float64, allowed: Bool) -> Float64:
+    """Survivals ``[R, gamma]``, 0 where a token may not be verified: it ranks behind all that may."""
+    return np.where(allowed, np.maximum(values, ADMISSIBLE), 0.0)
 
 
 def _expected(values: Float64, admitted: Int64) -> float:

@@ -115,9 +115,14 @@ def require_writable(path: Path, *, folder: bool = False) -> None:
         )
 
 
+def as_json(value: object) -> str:
+    """``value`` as indented JSON."""
+    return msgspec.json.format(msgspec.json.encode(value), indent=2).decode()
+
+
 def write_json(path: Path, value: msgspec.Struct | dict[str, object]) -> None:
     """Write ``value`` as indented JSON, all or nothing."""
-    data = msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n"
+    data = as_json(value).encode() + b"\n"
     write_bytes(path, data)
 
 

@@ -14,20 +14,18 @@ import warnings
 from pathlib import Path
 from typing import Any, Literal
 
-import httpx
 import msgspec
 
-from dspark_sglang import __version__
+from dspark_sglang import __version__, remote
 from dspark_sglang.checkpoint import read_config
 from dspark_sglang.config import (
     COST_AUTO,
     COST_ONLINE,
     Settings,
-    authorization,
     read_api_key,
     read_settings,
 )
-from dspark_sglang.errors import DSparkError
+from dspark_sglang.errors import DSparkError, ServerError
 from dspark_sglang.layouts.dense.config import check_fits, check_served, parse_drafter_config
 from dspark_sglang.layouts.dense.tensors import check_tensors
 from dspark_sglang.layouts.v4.check import check_bundle
@@ -182,20 +180,11 @@ def models(target: Path | None, drafter: Path) -> list[Finding]:
 def server(url: str) -> list[Finding]:
     """Whether our algorithm is what a running server uses; its key is read from ``API_KEY``."""
     try:
-        headers = authorization(read_api_key())
-        answer = httpx.get(f"{url.rstrip('/')}/server_info", headers=headers, timeout=30.0)
-        answer.raise_for_status()
-        info: dict[str, Any] = answer.json()
-        state: dict[str, Any] = info["internal_states"][0]
-    except (httpx.HTTPError, httpx.InvalidURL, ValueError, LookupError) as error:
-        return [
-            Finding(
-                "problem",
-                f"{url}/server_info gave no usable answer: {error!r}",
-                "Start the server, or check the address; its key is read from API_KEY.",
-            )
-        ]
-    return _judge(url, info, state)
+        with remote.client(url.rstrip("/"), read_api_key()) as http:
+            info = remote.info(http)
+    except ServerError as error:
+        return [_failed(error)]
+    return _judge(url, info, (info.get("internal_states") or [{}])[0])
 
 
 def _judge(url: str, info: dict[str, Any], state: dict[str, Any]) -> list[Finding]:

@@ -14,10 +14,10 @@ import httpx
 import msgspec
 import numpy as np
 
+from dspark_sglang import remote
 from dspark_sglang.artifacts import SCHEMA_VERSION, Provenance, read_artifact, write_json
 from dspark_sglang.canary import statistics
 from dspark_sglang.canary.checks import TOLERANCES, Answer, Fault, Tolerance, compare, parse
-from dspark_sglang.canary.connect import client, info, same_model
 from dspark_sglang.canary.prompts import Question, questions
 from dspark_sglang.errors import ArtifactError, ConfigError, ServerError
 
@@ -113,9 +113,10 @@ class Canary:
 
     def __init__(self, options: Options) -> None:
         self.options = options
-        self._client = client(options.url, options.key, options.concurrency)
+        connections = 2 * options.concurrency
+        self._client = remote.client(options.url, options.key, connections=connections)
         self._plain = self._client
-        self.info = info(self._client)
+        self.info = remote.info(self._client)
         if str(self.info.get("speculative_algorithm")).upper() != "DSPARK":
             raise ConfigError(
                 f"{options.url} runs without DSPARK.",
@@ -123,8 +124,10 @@ class Canary:
                 fix="Start it with `dspark serve ... --speculative-algorithm DSPARK`.",
             )
         if options.baseline_url:
-            self._plain = client(options.baseline_url, options.baseline_key, options.concurrency)
-            same_model(self.info, info(self._plain), options.baseline_url)
+            self._plain = remote.client(
+                options.baseline_url, options.baseline_key, connections=connections
+            )
+            _same_model(self.info, remote.info(self._plain), options.baseline_url)
 
     def _post(self, path: str, body: dict[str, Any], http: httpx.Client | None = None) -> Any:
         http = http or self._client
@@ -235,6 +238,23 @@ class Canary:
         answer = self._post("/set_internal_state", {"server_args": {key: value}})
         answers = answer if isinstance(answer, list) else [answer]
         return None if all(found is True for found in answers) else str(answer)
+
+
+def _same_model(ours: dict[str, Any], plain: dict[str, Any], url: str) -> None:
+    """Raise ConfigError where two servers cannot be compared."""
+    if plain.get("speculative_algorithm"):
+        raise ConfigError(
+            f"{url} speculates too ({plain['speculative_algorithm']}).",
+            expected="a server without --speculative-algorithm",
+            fix="Start one of the same model without it.",
+        )
+    for name in ("served_model_name", "weight_version", "dtype", "quantization"):
+        if ours.get(name) != plain.get(name):
+            raise ConfigError(
+                f"{url} has {name} {plain.get(name)}.",
+                expected=f"{ours.get(name)}, as on the watched server",
+                fix="Start both alike: same model, --served-model-name, --weight-version, --dtype.",
+            )
 
 
 def run(

@@ -102,11 +102,3 @@ class Drift:
         if self.found is None and self._level > self._height:
             self.found = self._seen
         self._seen += 1
-
-
-def alarm(residuals: Sequence[float], height: float) -> int | None:
-    """The first request at which the CUSUM exceeds ``height``; None: never."""
-    drift = Drift(height)
-    for residual_ in residuals:
-        drift.add(residual_)
-    return drift.found

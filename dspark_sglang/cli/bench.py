@@ -16,34 +16,20 @@ from rich.table import Table
 from dspark_loadtests import bench as stage
 from dspark_loadtests import gate
 from dspark_loadtests.bench import Stage
-from dspark_loadtests.client import Endpoint, RequestSettings, connect, read_api_key
+from dspark_loadtests.client import Endpoint
 from dspark_loadtests.frontier import frontier_of
 from dspark_loadtests.generator import Load
-from dspark_loadtests.prompts import Source, read_prompts
+from dspark_loadtests.prompts import Source
 from dspark_loadtests.report import print_summaries, verdict
 from dspark_loadtests.schema import BenchResult, Slo
 from dspark_sglang.artifacts import read_artifact, write_bytes, write_json
+from dspark_sglang.cli.options import from_fields
 from dspark_sglang.errors import ConfigError, DSparkError
 from dspark_sglang.provenance import machine, provenance
 from dspark_sglang.values import read_numbers
 
 app = typer.Typer(invoke_without_command=True, no_args_is_help=True)
 _GONE = ("ramp", "step", "trace")
-
-Prompts = Annotated[
-    Path | None,
-    typer.Option(
-        help="A file: ours, ShareGPT, messages or text lines. Default: the packaged ones."
-    ),
-]
-Out = Annotated[Path, typer.Option(help="Where results go.")]
-Temperature = Annotated[float, typer.Option(min=0.0, help="Acceptance depends on it.")]
-MaxTokens = Annotated[int, typer.Option(min=1, help="Longest answer.")]
-Seed = Annotated[int, typer.Option(help="Of the order of prompts and of arrivals.")]
-SlaTtft = Annotated[float, typer.Option(help="Goodput: largest TTFT, from the schedule.")]
-SlaTpot = Annotated[float, typer.Option(help="Goodput: largest TPOT.")]
-ApiKey = Annotated[Path | None, typer.Option(help="A file that holds the server's API key.")]
-Model = Annotated[str | None, typer.Option(help="Model name. Default: the server's first.")]
 
 
 def command() -> list[str]:
@@ -52,8 +38,10 @@ def command() -> list[str]:
 
 
 @app.callback()
+@from_fields
 def bench(
     context: typer.Context,
+    *,
     url: Annotated[str | None, typer.Option(help="The server, as http://127.0.0.1:30000.")] = None,
     name: Annotated[
         str, typer.Option(help="What the result calls this way of serving.")
@@ -76,15 +64,7 @@ def bench(
     drain: Annotated[
         float, typer.Option(min=0.0, help="Longest wait for answers after it.")
     ] = 60.0,
-    temperature: Temperature = 1.0,
-    max_tokens: MaxTokens = 128,
-    seed: Seed = 0,
-    sla_ttft_ms: SlaTtft = 1000.0,
-    sla_tpot_ms: SlaTpot = 50.0,
-    prompts: Prompts = None,
-    gpus: Annotated[int, typer.Option(min=1, help="GPUs of the server (1: a CPU).")] = 1,
-    model: Model = None,
-    api_key_file: ApiKey = None,
+    options: stage.Options,
     baseline: Annotated[
         Path | None,
         typer.Option(help="A result.json that was good: exit code 1 where this one is worse."),
@@ -95,7 +75,7 @@ def bench(
     result: Annotated[
         Path | None, typer.Option(help="Judge this result.json by --baseline; nothing is loaded.")
     ] = None,
-    out: Out = Path("runs/bench"),
+    out: Annotated[Path, typer.Option(help="Where results go.")] = Path("runs/bench"),
 ) -> None:
     """Load a running server: latencies, throughput, goodput at an SLA, accepted length.
 
@@ -132,15 +112,12 @@ def bench(
             if pattern in _GONE
             else "Use one of these.",
         )
-    source = read_prompts(prompts)
-    slo = Slo(ttft_ms=sla_ttft_ms, tpot_ms=sla_tpot_ms)
-    common = Load(
-        settings=RequestSettings(model="", temperature=temperature, max_tokens=max_tokens),
+    source, slo = options.source(), options.slo
+    common = options.load(
         warm_s=warmup,
         window_s=duration if requests is None else math.inf,
         requests=requests,
         drain_s=drain,
-        seed=seed,
     )
     users = read_numbers(concurrency, "--concurrency", int)
     rates = read_numbers(rate, "--rate", float)
@@ -150,11 +127,11 @@ def bench(
         else {f"r{each:g}": msgspec.structs.replace(common, rate=each) for each in rates}
     )
     stage.check(loads, source, slo)
-    endpoint = connect(url, model=model, api_key=read_api_key(api_key_file))
+    endpoint = options.connect(url)
     empty = BenchResult(
         name=name,
         pattern=pattern,
-        gpus=gpus,
+        gpus=options.gpus,
         machine=machine(),
         stages=[],
         complete=False,

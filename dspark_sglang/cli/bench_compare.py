@@ -11,37 +11,23 @@ from rich.markup import escape
 from rich.table import Table
 
 from dspark_loadtests import bench, compare, frontier
-from dspark_loadtests.client import RequestSettings, connect, read_api_key
 from dspark_loadtests.compare import SWITCHES, Cell, Versus, Way
-from dspark_loadtests.generator import Load
-from dspark_loadtests.prompts import read_prompts
-from dspark_loadtests.schema import Slo
 from dspark_sglang import artifacts
-from dspark_sglang.cli.bench import (
-    ApiKey,
-    MaxTokens,
-    Model,
-    Out,
-    Prompts,
-    Seed,
-    SlaTpot,
-    SlaTtft,
-    Temperature,
-    command,
-)
+from dspark_sglang.cli.bench import command
+from dspark_sglang.cli.options import from_fields
 from dspark_sglang.errors import ConfigError, DSparkError
 from dspark_sglang.provenance import machine, provenance
 from dspark_sglang.values import read_numbers
 
 
-def _ways(given: list[str], modes: str, model: str | None, key: str | None, gpus: int) -> list[Way]:
+def _ways(given: list[str], modes: str, options: bench.Options) -> list[Way]:
     """From ``NAME=URL ...``, or one URL and the ways to switch it to."""
     pairs = [
         (text.partition("=")[0], text.partition("=")[2]) if "=" in text.split("://")[0] else (f"server{place}", text)
         for place, text in enumerate(given, start=1)
     ]  # fmt: skip
     if len(pairs) > 1:
-        return [Way(name, connect(url, model=model, api_key=key), gpus=gpus) for name, url in pairs]
+        return [Way(name, options.connect(url), gpus=options.gpus) for name, url in pairs]
     chosen = modes.split(",")
     wrong = [each for each in chosen if each not in SWITCHES]
     if wrong:
@@ -50,11 +36,13 @@ def _ways(given: list[str], modes: str, model: str | None, key: str | None, gpus
             expected=", ".join(SWITCHES),
             fix="Or name a server for each way: NAME=URL NAME=URL.",
         )
-    endpoint = connect(pairs[0][1], model=model, api_key=key)
-    return [Way(each, endpoint, SWITCHES[each], gpus) for each in chosen]
+    endpoint = options.connect(pairs[0][1])
+    return [Way(each, endpoint, SWITCHES[each], options.gpus) for each in chosen]
 
 
+@from_fields
 def compare_servers(
+    *,
     ways: Annotated[
         list[str],
         typer.Argument(
@@ -69,15 +57,7 @@ def compare_servers(
     blocks: Annotated[int, typer.Option(min=2, help="Turns of each way in a cell.")] = 4,
     warmup: Annotated[float, typer.Option(min=0.0, help="Seconds before each window.")] = 3.0,
     duration: Annotated[float, typer.Option(help="Seconds of each window.")] = 15.0,
-    temperature: Temperature = 1.0,
-    max_tokens: MaxTokens = 128,
-    seed: Seed = 0,
-    sla_ttft_ms: SlaTtft = 1000.0,
-    sla_tpot_ms: SlaTpot = 50.0,
-    prompts: Prompts = None,
-    gpus: Annotated[int, typer.Option(min=1, help="GPUs of each server.")] = 1,
-    model: Model = None,
-    api_key_file: ApiKey = None,
+    options: bench.Options,
     ours: Annotated[
         str | None,
         typer.Option(help="Of files: the series the others are held against. Default: the first."),
@@ -85,7 +65,7 @@ def compare_servers(
     user_speed: Annotated[
         str | None, typer.Option(help="Of files: tokens/s and user to compare at, as 20,40.")
     ] = None,
-    out: Out = Path("runs/bench-compare"),
+    out: Annotated[Path, typer.Option(help="Where results go.")] = Path("runs/bench-compare"),
 ) -> None:
     """Ways of serving in paired, interleaved windows; ratios with 95% intervals over blocks.
 
@@ -95,21 +75,13 @@ def compare_servers(
         _draw([Path(way) for way in ways], ours, user_speed, out)
         return
     console = Console()
-    source = read_prompts(prompts)
-    slo = Slo(ttft_ms=sla_ttft_ms, tpot_ms=sla_tpot_ms)
+    source, slo = options.source(), options.slo
     loads = {
-        f"c{users}": Load(
-            settings=RequestSettings(model="", temperature=temperature, max_tokens=max_tokens),
-            users=users,
-            warm_s=warmup,
-            window_s=duration,
-            drain_s=60.0,
-            seed=seed,
-        )
+        f"c{users}": options.load(users=users, warm_s=warmup, window_s=duration, drain_s=60.0)
         for users in read_numbers(concurrency, "--concurrency", int)
     }
     bench.check(loads, source, slo)
-    chosen = _ways(ways, modes, model, read_api_key(api_key_file), gpus)
+    chosen = _ways(ways, modes, options)
     cells: list[Cell] = []
     stopped = ""
 

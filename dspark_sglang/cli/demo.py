@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from dspark_loadtests.prompts import KINDS, Prompt, load_prompts
 from dspark_sglang import targets
-from dspark_sglang.artifacts import require_writable, write_bytes
+from dspark_sglang.artifacts import require_writable, write_json
 from dspark_sglang.demo import report
 from dspark_sglang.demo.measure import (
     NEAR_TIE,
@@ -187,7 +187,7 @@ def demo(
     status_now["sglang"] = importlib.metadata.version("sglang")
     summary = report.summarise(speed, equal, ties=ties, status=status_now)
     report.print_summary(console, summary)
-    write_bytes(out / "summary.json", report.dumps(summary))
+    write_json(out / "summary.json", summary)
     report.draw(summary, out / "demo.png")
     console.print(f"Written: {out / 'summary.json'}, {out / 'demo.png'}; logs in {logs}")
     wrong = report.failures(summary)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import msgspec
 import typer
 from rich.console import Console
 
 from dspark_sglang import diagnosis
+from dspark_sglang.artifacts import as_json
 from dspark_sglang.checkpoint import bundle_at
 from dspark_sglang.errors import DSparkError
 
@@ -49,7 +49,7 @@ def doctor(
         if url is not None:
             findings += diagnosis.server(url)
     if json:
-        print(msgspec.json.format(msgspec.json.encode(findings), indent=2).decode())
+        print(as_json(findings))
     else:
         for finding in findings:
             console.print(f"{_MARKS[finding.level]} {finding.what}")

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from dspark_packaging.verify import Verified
 
 Method = Literal["auto", "reflink", "link", "copy"]
-Layout = Literal["mtp", "folder"]
 
 
 def summary(done: str, path: Path, result: Verified) -> str:
@@ -48,10 +47,6 @@ def package(
     bundle: Annotated[
         Path | None,
         typer.Option(help="Put the packaged drafter SOURCE and this target into one folder OUT."),
-    ] = None,
-    layout: Annotated[
-        Layout | None,
-        typer.Option(help="Of a bundle. Default: mtp for DeepSeek-V4, folder (dspark/) otherwise."),
     ] = None,
     split: Annotated[
         bool, typer.Option("--split", help="Split the bundle SOURCE into OUT/target, OUT/drafter.")
@@ -116,7 +111,7 @@ def package(
     if split:
         _split(source, out, method)
     elif bundle is not None:
-        _bundle(source, out, bundle, layout, method, replace_mtp)
+        _bundle(source, out, bundle, method, replace_mtp)
     else:
         _drafter(source, out, target, throughput, method, sign)
     if sign is not None:
@@ -147,14 +142,13 @@ def _bundle(
     source: Path,
     out: Path,
     target: Path,
-    layout: Layout | None,
     method: Method | None,
     replace_mtp: bool,
 ) -> None:
     from dspark_packaging import bundle
     from dspark_packaging.transfer import shown
 
-    options = bundle.Options(layout=layout, method=method or "auto", replace_mtp=replace_mtp)
+    options = bundle.Options(method=method or "auto", replace_mtp=replace_mtp)
     try:
         done = bundle.build(target, source, out, options, progress=shown)
     except KeyboardInterrupt:

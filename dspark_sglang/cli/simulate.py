@@ -5,11 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-import msgspec
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+
+from dspark_sglang.artifacts import as_json as dumps
+from dspark_sglang.cli.options import from_fields
+from dspark_sglang.simulate.options import Options
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 _COLUMNS = (TextColumn("{task.description}"), BarColumn(bar_width=24), TimeElapsedColumn(), TimeRemainingColumn())  # fmt: skip
@@ -20,71 +23,11 @@ def progress(console: Console) -> Progress:
     return Progress(*_COLUMNS, console=console, transient=True)
 
 
-def dumps(found: Any) -> str:
-    """A result as indented JSON."""
-    return msgspec.json.format(msgspec.json.encode(found), indent=2).decode()
-
-
 @app.callback(invoke_without_command=True)
+@from_fields
 def simulate(
     context: typer.Context,
-    profile: Annotated[
-        Path | None,
-        typer.Option(help="Step cost: what `dspark calibrate --cost` wrote (file or directory)."),
-    ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(help="Or a published model on H800s, from shapes: deepseek-v4-flash-dspark."),
-    ] = None,
-    evaluation: Annotated[
-        Path | None, typer.Option(help="Acceptance: a result of `dspark eval --json`.")
-    ] = None,
-    temperature: Annotated[
-        float, typer.Option(min=0.0, help="Of the evaluation, and of requests.")
-    ] = 1.0,
-    modes: Annotated[str, typer.Option(help="none, fixed, adaptive, lagged.")] = "none,adaptive",
-    concurrency: Annotated[
-        str | None, typer.Option(help="Closed loop: users of each replica, with commas.")
-    ] = None,
-    rate: Annotated[
-        str | None, typer.Option(help="Poisson: requests a second over all replicas, with commas.")
-    ] = None,
-    trace: Annotated[
-        Path | None, typer.Option(help="Arrivals of a Mooncake trace, JSON lines.")
-    ] = None,
-    speed: Annotated[float, typer.Option(help="Replay a trace so many times as fast.")] = 1.0,
-    requests: Annotated[int, typer.Option(min=1, help="Requests of each load.")] = 10_000,
-    seconds: Annotated[
-        float | None, typer.Option(help="Closed loop: stop after so many simulated seconds.")
-    ] = None,
-    warm: Annotated[float, typer.Option(min=0.0, help="Simulated seconds left out.")] = 0.0,
-    prompt: Annotated[float, typer.Option(help="Tokens of a prompt.")] = 128.0,
-    answer: Annotated[float, typer.Option(help="Tokens of an answer.")] = 96.0,
-    variation: Annotated[float, typer.Option(help="Coefficient of variation of both.")] = 0.0,
-    cached: Annotated[float, typer.Option(help="Share of prompts that caches hold.")] = 0.0,
-    prefill_ms: Annotated[
-        str, typer.Option(help="Milliseconds of a prefill step, a request in it, 1000 tokens.")
-    ] = "0,0,0",
-    slots: Annotated[int, typer.Option(min=1, help="Most requests of a replica at once.")] = 64,
-    pool: Annotated[int | None, typer.Option(help="Most tokens of context of a replica.")] = None,
-    speculation: Annotated[str, typer.Option(help="auto, on or off.")] = "auto",
-    noise: Annotated[float, typer.Option(help="Spread of step times (logarithm).")] = 0.0,
-    replicas: Annotated[int, typer.Option(min=1, help="Servers behind the router.")] = 1,
-    router: Annotated[str, typer.Option(help="random, round-robin, least-work.")] = "random",
-    workers: Annotated[
-        int | None,
-        typer.Option(min=1, help="Processes. Default: the cores, at most one a replica."),
-    ] = None,
-    sla_ttft_ms: Annotated[
-        float | None, typer.Option(help="Milliseconds to the first token.")
-    ] = None,
-    sla_tpot_ms: Annotated[
-        float | None, typer.Option(help="Milliseconds a token after it.")
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Same seed, same result.")] = 0,
-    out: Annotated[
-        Path, typer.Option(help="Where frontier.json, simulation.json and frontier.png go.")
-    ] = Path("runs/simulate"),
+    options: Options,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the result as JSON, nothing else.")
     ] = False,
@@ -96,24 +39,23 @@ def simulate(
     """
     if context.invoked_subcommand is not None:
         return
-    given = {key: value for key, value in locals().items() if key not in ("context", "as_json")}
     from dspark_sglang.simulate import study
 
     console, errors = Console(), Console(stderr=True)
-    plan = study.plan(given)
+    plan = study.plan(options)
     with progress(errors) as bar:
         task = bar.add_task("", total=plan.total)
         found = study.run(
             plan, lambda what, done: bar.update(task, completed=done, description=what)
         )
-    study.write(found, out)
+    study.write(found, options.out)
     if as_json:
         print(dumps(found))
     else:
         console.print(table(found))
         for name in ("simulation.json", "frontier.json", "frontier.png"):
-            if (out / name).exists():
-                console.print(f"Written: {out / name}")
+            if (options.out / name).exists():
+                console.print(f"Written: {options.out / name}")
     if found.interrupted:
         errors.print("[yellow]Interrupted: the result is partial and says so.[/]")
         raise typer.Exit(130)

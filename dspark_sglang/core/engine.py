@@ -58,7 +58,7 @@ class Drafter(Protocol):
     def gamma(self) -> int: ...
 
     def context(self, target_hidden: torch.Tensor) -> torch.Tensor:
-        """``[S, L * d]`` target states to ``[S, d]`` context rows."""
+        """``[S, L * d]`` target states to ``[S, d]`` context rows, each of its own state alone."""
         ...
 
     def hidden(
@@ -84,7 +84,7 @@ class Request:
         penalties: as in SGLang's sampling parameters.
         stop_tokens: end the output, and are part of it.
         output: generated tokens.
-        states: ``[n, L * d]`` target states of all tokens but the last; None before the first round.
+        context: ``[n, d]`` context rows of all tokens but the last; None before the first round.
         follower: where its end occurred before, for prompt lookup.
     """
 
@@ -97,7 +97,7 @@ class Request:
     penalties: Penalties = field(default_factory=Penalties)
     stop_tokens: tuple[int, ...] = ()
     output: list[int] = field(default_factory=list)
-    states: torch.Tensor | None = None
+    context: torch.Tensor | None = None
     follower: Follower | None = None
 
     @property
@@ -212,7 +212,7 @@ class Engine:
     @torch.no_grad()
     def start(self, requests: Sequence[Request]) -> None:
         """The target's own first token, as plain decoding finds it, of those that have none."""
-        new = [request for request in requests if request.states is None and not request.finished]
+        new = [request for request in requests if request.context is None and not request.finished]
         if not all(request.prompt for request in new):
             raise ConfigError(
                 "A request has an empty prompt.",
@@ -223,7 +223,7 @@ class Engine:
             return
         made = self.target.forward([torch.tensor(r.tokens) for r in new], [1] * len(new))
         for request, (row, states) in zip(new, made, strict=True):
-            request.states = states
+            request.context = self.drafter.context(states)
             request.penalties.apply(row, request.output, [])
             token = best(row)
             if request.temperature > 0:
@@ -237,12 +237,12 @@ class Engine:
         hidden = torch.cat(
             [
                 drafter.hidden(
-                    drafter.context(request.states),
-                    torch.tensor([request.states.shape[0]]),
+                    request.context,
+                    torch.tensor([len(request.context)]),
                     self.target.embedding[anchor][None],
                 )
                 for request, anchor in zip(running, anchors, strict=True)
-                if request.states is not None
+                if request.context is not None
             ]
         )
         sampled = _sampled(running)
@@ -311,7 +311,10 @@ class Engine:
         for i, request in enumerate(running):
             kept = int(result.count[i])
             # Its last token's state is computed by the next round: the anchor's row.
-            request.states = made[i][1][: len(request.tokens) + kept]
+            known = request.context
+            assert known is not None
+            states = made[i][1][len(known) : len(request.tokens) + kept]
+            request.context = torch.cat([known, self.drafter.context(states)])
             _extend(request, [*block.tokens[i, :kept].tolist(), int(result.token[i])])
         return result.count
 

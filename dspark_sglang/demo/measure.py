@@ -80,17 +80,14 @@ def stream_text(
         "stream_options": STREAM_OPTIONS,
     }
     recorder = StreamRecorder(prompt_id=prompt.id, prompt_kind=prompt.kind)
-    pieces: list[str] = []
-    pending = b""
+    shown = 0
     try:
         with client.stream("POST", f"{server.url}/v1/chat/completions", json=body) as response:
             for data in response.iter_raw():
                 recorder.feed(data)
-                *lines, pending = (pending + data).split(b"\n")
-                for piece in filter(None, map(_content, lines)):
-                    pieces.append(piece)
-                    if show is not None:
-                        show(piece)
+                if show is not None and len(recorder.text) > shown:
+                    show(recorder.text[shown:])
+                    shown = len(recorder.text)
             status = response.status_code
     except httpx.HTTPError as error:
         raise server.gone(error) from error
@@ -101,14 +98,21 @@ def stream_text(
             expected="a complete stream",
             fix=f"See the server's log in {server.log}.",
         )
-    return record, "".join(pieces)
+    return record, recorder.text
 
 
-def _content(line: bytes) -> str:
-    if not line.startswith(b"data: {"):
-        return ""
-    choices = msgspec.json.decode(line[len(b"data: ") :]).get("choices") or [{}]
-    return str((choices[0].get("delta") or {}).get("content") or "")
+def _sample(prompt: Prompt, record: RequestRecord, text: str, *, steps: int) -> Sample:
+    return Sample(
+        prompt=prompt.id,
+        kind=prompt.kind,
+        text=text,
+        tokens=record.completion_tokens or 0,
+        prompt_tokens=record.prompt_tokens or 0,
+        cached_tokens=record.cached_tokens or 0,
+        seconds=(record.last_content_at or record.ended_at) - record.sent_at,
+        decode_seconds=(record.last_content_at or 0.0) - (record.first_content_at or 0.0),
+        steps=steps,
+    )
 
 
 def ask(
@@ -125,21 +129,11 @@ def ask(
     record, text = stream_text(
         client, server, prompt, max_tokens=max_tokens, temperature=temperature, show=show
     )
-    tokens = record.completion_tokens or 0
-    decode = (record.last_content_at or 0.0) - (record.first_content_at or 0.0)
     # Without speculation every token after the first is a step of its own.
-    steps = tokens - 1 if before is None else (server.dspark() or {})["rounds"] - before
-    return Sample(
-        prompt=prompt.id,
-        kind=prompt.kind,
-        text=text,
-        tokens=tokens,
-        prompt_tokens=record.prompt_tokens or 0,
-        cached_tokens=record.cached_tokens or 0,
-        seconds=(record.last_content_at or record.ended_at) - record.sent_at,
-        decode_seconds=decode,
-        steps=steps,
-    )
+    steps = (record.completion_tokens or 0) - 1
+    if before is not None:
+        steps = (server.dspark() or {})["rounds"] - before
+    return _sample(prompt, record, text, steps=steps)
 
 
 def compare(
@@ -202,17 +196,7 @@ def answer_all(
         with httpx.Client(timeout=600.0) as client:
             record, text = stream_text(client, server, prompt, max_tokens=max_tokens)
         each(prompt)
-        return Sample(
-            prompt=prompt.id,
-            kind=prompt.kind,
-            text=text,
-            tokens=record.completion_tokens or 0,
-            prompt_tokens=record.prompt_tokens or 0,
-            cached_tokens=record.cached_tokens or 0,
-            seconds=record.e2e_s,
-            decode_seconds=0.0,
-            steps=0,
-        )
+        return _sample(prompt, record, text, steps=0)
 
     with running(server), ThreadPoolExecutor(at_once) as pool:
         return list(pool.map(answer, prompts))

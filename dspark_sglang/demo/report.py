@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import msgspec
 from rich.console import Console
 from rich.table import Table
 
@@ -216,37 +215,3 @@ def failures(summary: dict[str, Any]) -> list[str]:
     if not summary["cached_tokens"]:
         found.append("no prompt token came from the radix cache.")
     return found
-
-
-def dumps(summary: dict[str, Any]) -> bytes:
-    """The summary as indented JSON."""
-    return msgspec.json.format(msgspec.json.encode(summary), indent=2) + b"\n"
-
-
-def markdown(summary: dict[str, Any]) -> str:
-    """The summary as the table and sentence that the README shows."""
-    lines = [
-        "| prompts | no speculation | DSPARK | speedup | accepted length |",
-        "|---|---:|---:|---:|---:|",
-    ]
-    rows = [
-        (kind, row, summary["accept_length_by_kind"][kind])
-        for kind, row in summary["by_kind"].items()
-    ]
-    rows.append(("**all**", summary, summary["accept_length"]))
-    for kind, row, accepted in rows:
-        plain, ours = row["baseline_tok_s"], row["dspark_tok_s"]
-        lines.append(
-            f"| {kind} | {plain:.1f} tok/s | {ours:.1f} tok/s | {ours / plain:.2f}× | {accepted:.2f} |"
-        )
-    low, high = summary["speedup_ci95"]
-    round_low, round_high = summary["round_cost_ci95"]
-    lines += [
-        "",
-        f"Speedup {summary['speedup']:.2f}× (95% over prompts: {low:.2f} to {high:.2f}); a round costs "
-        f"{summary['round_cost']:.2f} decode steps ({round_low:.2f} to {round_high:.2f}).",
-        f"Greedy text in float32: {summary['identical']} of {summary['compared']} identical. "
-        f"Prompt tokens from the radix cache: {summary['cached_share']:.0%}, "
-        f"{summary['cached_share_prefix_seen']:.0%} once a prefix had been seen.",
-    ]
-    return "\n".join(lines)

@@ -10,12 +10,11 @@ from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from dspark_loadtests.prompts import BALANCED, load_prompts
+from dspark_loadtests.prompts import BALANCED, read_prompts
 from dspark_sglang.artifacts import DRAFT_VOCAB_FILE, read_draft_vocab
 from dspark_sglang.checkpoint import is_bundle, read_config
 from dspark_sglang.core.accept import Accepted, Round, accept_sampled
@@ -25,7 +24,6 @@ from dspark_sglang.errors import CheckpointError, ConfigError
 from dspark_sglang.layouts.dense.config import check_fits
 from dspark_sglang.layouts.dense.read import read_drafter
 from dspark_sglang.layouts.dense.reference import DenseDrafter
-from dspark_sglang.training.prompts import load_prompt_files
 from dspark_sglang.training.replay import Walk, nothing
 from dspark_sglang.training.target import HFTarget, Target
 
@@ -50,16 +48,8 @@ def load_questions(path: Path | None) -> list[Question]:
     Raises:
         DSparkError: the file cannot be used.
     """
-    if path is None or _is_packaged_format(path):
-        prompts = load_prompts(path)[: BALANCED if path is None else None]
-        return [Question(prompt.kind, prompt.messages()) for prompt in prompts]
-    questions = []
-    for draft in load_prompt_files([path]).drafts:
-        messages = [{"role": "user", "content": draft.turns[0]}]
-        if draft.system:
-            messages.insert(0, {"role": "system", "content": draft.system})
-        questions.append(Question(draft.domain, messages))
-    return questions
+    prompts = read_prompts(path).prompts[: BALANCED if path is None else None]
+    return [Question(prompt.kind, prompt.messages()) for prompt in prompts]
 
 
 def calibration_questions() -> list[Question]:
@@ -67,16 +57,6 @@ def calibration_questions() -> list[Question]:
     data = resources.files("dspark_sglang.evaluation").joinpath("data/calibration.jsonl")
     with resources.as_file(data) as path:
         return load_questions(path)
-
-
-def _is_packaged_format(path: Path) -> bool:
-    if path.suffix != ".json":
-        return False
-    try:
-        content = msgspec.json.decode(path.read_bytes())
-    except (OSError, ValueError):
-        return False  # the other reader says what is wrong
-    return isinstance(content, dict) and "schema_version" in content
 
 
 def refuse_bundle(drafter: Path, *, instead: str) -> None:

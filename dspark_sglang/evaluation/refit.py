@@ -6,43 +6,26 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from dspark_sglang.artifacts import SCHEMA_VERSION, STSArtifact, require_writable, write_json
-from dspark_sglang.config import authorization, read_api_key
+from dspark_packaging.card import reliability_plot
+from dspark_packaging.records import Reliability
+from dspark_sglang import remote
+from dspark_sglang.artifacts import (
+    SCHEMA_VERSION,
+    STSArtifact,
+    require_writable,
+    write_bytes,
+    write_json,
+)
+from dspark_sglang.config import read_api_key
 from dspark_sglang.errors import ServerError
 from dspark_sglang.provenance import provenance
 
-_KINDS = ("greedy", "sampled")
-
-
-def _record(http: httpx.Client) -> dict[str, Any]:
-    try:
-        answer = http.get("/server_info")
-        answer.raise_for_status()
-        record: dict[str, Any] = answer.json()["internal_states"][0]["dspark_info_record"]
-        if not record["active"]:
-            raise KeyError("active")
-    except (httpx.HTTPError, ValueError, KeyError, IndexError, TypeError) as error:
-        raise ServerError(
-            f"{str(http.base_url).rstrip('/')}/server_info tells nothing of DSPARK: {error!r}.",
-            expected="a server that runs this plugin",
-            fix="Check the address, and API_KEY where the server has a key; `dspark doctor --url` says what it runs.",
-        ) from error
-    return record
-
-
-def _client(url: str) -> httpx.Client:
-    try:
-        headers = authorization(read_api_key())
-        return httpx.Client(base_url=url, headers=headers, timeout=60.0)
-    except httpx.InvalidURL as error:
-        raise ServerError(
-            f"{url} is no address: {error}.", expected="http://HOST:PORT", fix="Correct it."
-        ) from error
+#: Blocks that a bin has to hold to be drawn.
+_ENOUGH = 5
 
 
 def refit(url: str, out: Path | None) -> None:
@@ -55,10 +38,10 @@ def refit(url: str, out: Path | None) -> None:
     if out is not None:
         require_writable(out)
     console = Console()
-    with _client(url) as http:
-        before = _record(http)
+    with remote.client(url, read_api_key()) as http:
+        before = remote.record(http)
         answer = http.post("/set_internal_state", json={"server_args": {"dspark_sts": 2}})
-        after = _record(http)
+        after = remote.record(http)
     if answer.status_code != 200 or not all(answer.json()):
         raise ServerError(
             "The server made no new fit.",
@@ -87,42 +70,28 @@ def refit(url: str, out: Path | None) -> None:
         ),
     )
     plot = out.with_suffix(".png")
-    draw(before["reliability"], plot)
+    write_bytes(plot, reliability_plot(_curves(before["reliability"])))
     console.print(f"Written: {out}, {plot} (reliability before the fit)")
 
 
-def draw(table: Mapping[str, Any], path: Path) -> None:
-    """Observed against predicted acceptance of each position, as a server counted them.
+def _curves(table: Mapping[str, Any]) -> dict[str, list[Reliability]]:
+    """Survival of each position, as a server counted it, of greedy and of sampled requests.
 
     Args:
         table: :meth:`dspark_sglang.core.schedule.correction.Reliability.table`.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     seen, predicted, kept = (np.array(table[name]) for name in ("seen", "predicted", "kept"))
-    gamma = seen.shape[1]
-    figure, axes = plt.subplots(
-        1, gamma, figsize=(2.5 * gamma, 2.9), sharey=True, layout="constrained", squeeze=False
-    )
-    for place, axis in enumerate(axes[0]):
-        axis.plot([0, 1], [0, 1], ":", color="black", linewidth=0.8)
-        for kind, colour in zip(range(2), ("#c44e52", "#1f6fb4"), strict=True):
-            enough = seen[kind, place] >= 5.0
-            if enough.any():
-                axis.scatter(
-                    predicted[kind, place][enough] / seen[kind, place][enough],
-                    kept[kind, place][enough] / seen[kind, place][enough],
-                    s=4.0 + 60.0 * seen[kind, place][enough] / seen[kind, place].max(),
-                    color=colour,
-                    alpha=0.7,
-                    label=_KINDS[kind],
+    curves: dict[str, list[Reliability]] = {}
+    for kind, name in enumerate(("greedy", "sampled")):
+        curves[name] = []
+        for place in range(seen.shape[1]):
+            used = seen[kind, place] >= _ENOUGH
+            count = seen[kind, place][used]
+            curves[name].append(
+                Reliability(
+                    predicted=(predicted[kind, place][used] / count).tolist(),
+                    observed=(kept[kind, place][used] / count).tolist(),
+                    blocks=count.round().astype(int).tolist(),
                 )
-        axis.set_title(f"position {place + 1}", fontsize=9)
-        axis.set_xlabel("confidence")
-    axes[0][0].set_ylabel("accepted")
-    axes[0][0].legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=140)
-    plt.close(figure)
+            )
+    return curves

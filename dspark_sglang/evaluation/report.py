@@ -1,16 +1,23 @@
-"""One evaluation as numbers, a table and a reliability plot."""
+"""One evaluation as numbers and a table."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
+from rich.console import Console
 from rich.table import Table
 
+from dspark_packaging.records import (
+    SURVIVAL,
+    AcceptedLength,
+    Calibration,
+    EvalArtifact,
+    Reliability,
+)
 from dspark_sglang.artifacts import Provenance
 from dspark_sglang.core.sts import BINS, area_under_curve, sigmoid, survival_errors
 from dspark_sglang.evaluation.answer import Answer
@@ -39,30 +46,6 @@ class Lengths(msgspec.Struct, frozen=True, kw_only=True):
     per_position: list[float]
     #: Share of rounds that accepted each position.
     survival: list[float]
-
-
-class Reliability(msgspec.Struct, frozen=True, kw_only=True):
-    """Predicted against observed survival of one position, in the bins that hold enough blocks."""
-
-    predicted: list[float]
-    observed: list[float]
-    blocks: list[int]
-
-
-class Calibration(msgspec.Struct, frozen=True, kw_only=True):
-    """How well survival is predicted at temperature 1."""
-
-    blocks: int
-    #: Mean over positions; after: with the artifact's temperatures, None without any.
-    ece_before: float
-    ece_after: float | None
-    per_position_before: list[float]
-    per_position_after: list[float] | None
-    #: Area under the ROC curve of survival, by position; STS hardly moves it.
-    per_position_auc: list[float] | None = None
-    #: One entry a position; after: with the artifact's temperatures.
-    reliability_before: list[Reliability] = []
-    reliability_after: list[Reliability] | None = None
 
 
 class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
@@ -198,8 +181,8 @@ def calibration(
     )
 
 
-def card_artifact(evaluation: Evaluation, hardware: str) -> dict[str, object]:
-    """The fields of ``eval.json`` (:class:`dspark_packaging.records.EvalArtifact`)."""
+def card_artifact(evaluation: Evaluation, hardware: str) -> EvalArtifact:
+    """What ``eval.json`` says, of the first engine."""
     rows = [row for row in evaluation.lengths if row.engine == evaluation.lengths[0].engine]
     how = (
         "rounds of the reference engine (`dspark eval`)"
@@ -209,33 +192,31 @@ def card_artifact(evaluation: Evaluation, hardware: str) -> dict[str, object]:
     if any(row.engine == ALONE for row in evaluation.lengths):
         how += "; greedy requests copy from their own text as in serving (DSPARK_LOOKUP), "
         how += f"without that {evaluation.accept_length_greedy_drafted:.2f}"
-    return {
-        "kind": "eval",
-        "schema_version": evaluation.schema_version,
-        "gamma": evaluation.gamma,
-        "drafter_sha256": evaluation.drafter_sha256,
-        "target": evaluation.target,
-        "definition": "Tokens produced a verification round, the target's own (bonus) token "
+    return EvalArtifact(
+        schema_version=evaluation.schema_version,
+        gamma=evaluation.gamma,
+        drafter_sha256=evaluation.drafter_sha256,
+        target=evaluation.target,
+        definition="Tokens produced a verification round, the target's own (bonus) token "
         f"included, with the whole block verified; {how}.",
-        "position_definition": "Share of rounds in which the drafted token at this position was "
-        "accepted.",
-        "prompts": f"{evaluation.prompts}, answers of at most {evaluation.max_tokens} tokens, "
+        position_definition=SURVIVAL,
+        prompts=f"{evaluation.prompts}, answers of at most {evaluation.max_tokens} tokens, "
         f"{evaluation.dtype}",
-        "hardware": hardware,
-        "provenance": evaluation.provenance,
-        "accepted_length": [
-            {
-                "temperature": row.temperature,
-                "rounds": row.rounds,
-                "overall": row.accept_length,
-                "by_kind": row.by_domain,
-                "by_position": row.survival,
-                "ci95": row.ci95,
-            }
+        hardware=hardware,
+        provenance=evaluation.provenance,
+        accepted_length=[
+            AcceptedLength(
+                temperature=row.temperature,
+                rounds=row.rounds,
+                overall=row.accept_length,
+                by_kind=row.by_domain,  # type: ignore[arg-type]  # checked before anything is measured
+                by_position=row.survival,
+                ci95=row.ci95,
+            )
             for row in rows
         ],
-        "calibration": msgspec.to_builtins(evaluation.calibration),
-    }
+        calibration=evaluation.calibration,
+    )
 
 
 def table(evaluation: Evaluation) -> Table:
@@ -258,38 +239,19 @@ def table(evaluation: Evaluation) -> Table:
     return view
 
 
-def positions(entry: Lengths) -> str:
-    """Acceptance by position in words."""
-    values = " ".join(f"{value:.2f}" for value in entry.per_position)
-    return f"Acceptance by position ({entry.engine}, T={entry.temperature:g}): {values}"
-
-
-def reliability_plot(
-    path: Path, logits: Float64, acceptance: Float64, temperatures: Sequence[float] | None
-) -> None:
-    """Predicted against observed survival at every position, before and after STS."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    gamma = logits.shape[1]
-    figure, axes = pyplot.subplots(
-        1, gamma, figsize=(2.6 * gamma, 3.1), sharey=True, layout="constrained", squeeze=False
+def show(found: Evaluation, console: Console) -> None:
+    """Print the result for a person."""
+    console.print(table(found))
+    for row in found.lengths:
+        values = " ".join(f"{value:.2f}" for value in row.per_position)
+        console.print(f"Acceptance by position ({row.engine}, T={row.temperature:g}): {values}")
+    if found.calibration is None:
+        return
+    after = found.ece_after
+    console.print(
+        f"Expected calibration error of survival, {found.calibration.blocks} blocks: "
+        f"{found.calibration.ece_before:.1%} before STS"
+        + (f", {after:.1%} after" if after is not None else "; no sts.json beside the weights")
     )
-    curves = [("before", reliability(logits, acceptance, [1.0] * gamma), "tab:gray")]
-    if temperatures is not None:
-        curves.append(("after STS", reliability(logits, acceptance, temperatures), "tab:blue"))
-    for k, panel in enumerate(axes[0]):
-        panel.plot([0, 1], [0, 1], color="black", linewidth=0.7, linestyle=":")
-        for label, points, colour in curves:
-            line = {"marker": "o", "markersize": 3, "linewidth": 1.2, "color": colour}
-            panel.plot(points[k].predicted, points[k].observed, label=label, **line)
-        panel.set(title=f"position {k + 1}", xlim=(0, 1), ylim=(0, 1), xlabel="predicted survival")
-        panel.grid(alpha=0.3)
-        panel.spines[["top", "right"]].set_visible(False)
-    axes[0][0].set_ylabel("observed survival")
-    axes[0][0].legend(frameon=False, fontsize=8, loc="upper left")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
+    ranked = " ".join(f"{value:.2f}" for value in found.calibration.per_position_auc or ())
+    console.print(f"Area under the ROC curve of survival, by position: {ranked}")

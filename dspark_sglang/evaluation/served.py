@@ -9,32 +9,11 @@ from typing import Any
 import httpx
 import numpy as np
 
+from dspark_sglang import remote
+from dspark_sglang.config import read_api_key
 from dspark_sglang.errors import ServerError
 from dspark_sglang.evaluation.answer import Question
 from dspark_sglang.training.replay import Walk
-
-
-def counters(url: str) -> dict[str, Any]:
-    """What the plugin counts in a server.
-
-    Raises:
-        ServerError: no answer, or our DSPARK is not running there.
-    """
-    fix = "Start it with --speculative-algorithm DSPARK and this plugin installed."
-    try:
-        info = httpx.get(f"{url}/server_info", timeout=60.0).json()
-        record = info["internal_states"][0].get("dspark_info_record")
-    except (httpx.HTTPError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ServerError(
-            f"{url}/server_info did not answer usefully: {error!r}.",
-            expected="an SGLang server",
-            fix=fix,
-        ) from error
-    if not isinstance(record, dict) or not record.get("active"):
-        raise ServerError(
-            f"{url} does not run this plugin's DSPARK.", expected="its counters", fix=fix
-        )
-    return record
 
 
 def serve(
@@ -48,7 +27,7 @@ def serve(
 ) -> dict[str, Walk]:
     """Rounds of each domain as the server counted them.
 
-    Nothing else may use the server meanwhile.
+    Nothing else may use the server meanwhile; its key is read from ``API_KEY``.
 
     Raises:
         ServerError: a request failed.
@@ -57,23 +36,21 @@ def serve(
     for question in questions:
         domains.setdefault(question.domain, []).append(question)
     walks, done = {}, 0
-    with httpx.Client(timeout=900.0) as client, ThreadPoolExecutor(at_once) as pool:
+    with remote.client(url, read_api_key()) as http, ThreadPoolExecutor(at_once) as pool:
         for domain, asked in domains.items():
-            before = counters(url)
+            before = remote.record(http)
 
             def ask(question: Question) -> int:
-                return _answer(client, url, question, temperature, max_tokens)
+                return _answer(http, question, temperature, max_tokens)
 
             tokens = sum(count - 1 for count in pool.map(ask, asked))
-            walks[domain] = _difference(before, counters(url), tokens)
+            walks[domain] = _difference(before, remote.record(http), tokens)
             done += len(asked)
             progress(done)
     return walks
 
 
-def _answer(
-    client: httpx.Client, url: str, question: Question, temperature: float, max_tokens: int
-) -> int:
+def _answer(http: httpx.Client, question: Question, temperature: float, max_tokens: int) -> int:
     body = {
         "model": "default",
         "messages": question.messages,
@@ -85,12 +62,12 @@ def _answer(
         "max_tokens": max_tokens,
     }
     try:
-        answer = client.post(f"{url}/v1/chat/completions", json=body)
+        answer = http.post("/v1/chat/completions", json=body, timeout=900.0)
         answer.raise_for_status()
         return int(answer.json()["usage"]["completion_tokens"])
     except (httpx.HTTPError, ValueError, LookupError) as error:
         raise ServerError(
-            f"A request to {url} failed: {error!r}.",
+            f"A request to {http.base_url} failed: {error!r}.",
             expected="an answer",
             fix="See the server's log.",
         ) from error

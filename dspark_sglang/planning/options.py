@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
+import typer
 
 from dspark_sglang.errors import ConfigError
 from dspark_sglang.planning.hardware import Hardware
@@ -25,29 +26,48 @@ _SIZES = {"auto": None, "fp8_e4m3": 1, "fp8_e5m2": 1, "bfloat16": 2, "bf16": 2}
 class Options(msgspec.Struct, frozen=True, kw_only=True):
     """Arguments of a server, as far as a plan reads them; None: SGLang's or this plan's choice."""
 
-    tp: int | None = None
-    attention_dp: int = 1
-    ep: int = 1
-    pd: Role = "null"
-    page_size: int | None = None
-    max_running: int | None = None
-    chunked_prefill: int | None = None
-    mem_fraction: float | None = None
-    max_total_tokens: int | None = None
-    dtype: str | None = None
-    kv_cache_dtype: str = "auto"
-    attention_backend: str | None = None
-    moe_runner: str | None = None
-    moe_a2a: str = "none"
-    lora: bool = False
-    hicache: bool = False
-    radix_cache: bool = True
-    eplb: bool = False
-    #: The least that has to fit: so many requests of so many tokens each.
-    requests: int = 1
-    context: int | None = None
-    #: DSPARK_PLUGIN=off: SGLang's own DSPARK.
-    builtin: bool = False
+    tp: Annotated[int | None, typer.Option(help="Ranks. Default: as many as can be used.")] = None
+    ep: Annotated[int, typer.Option(help="Expert parallel size.")] = 1
+    attention_dp: Annotated[int, typer.Option(help="Attention data parallel size.")] = 1
+    pd: Annotated[Role, typer.Option(help="Side of PD disaggregation.")] = "null"
+    context: Annotated[
+        int | None, typer.Option(help="Tokens a request must have room for. Default: 32,768.")
+    ] = None
+    requests: Annotated[int, typer.Option(help="So many of them at once, at least.")] = 1
+    max_running: Annotated[
+        int | None,
+        typer.Option("--max-running-requests", help="Default: 48, fewer where it would not fit."),
+    ] = None
+    chunked_prefill: Annotated[
+        int | None,
+        typer.Option(
+            "--chunked-prefill-size", help="Default: SGLang's, less where it would not fit."
+        ),
+    ] = None
+    mem_fraction: Annotated[
+        float | None,
+        typer.Option("--mem-fraction-static", help="Default: what SGLang's heuristic gives."),
+    ] = None
+    max_total_tokens: Annotated[int | None, typer.Option(help="Cap of the pool.")] = None
+    page_size: Annotated[int | None, typer.Option(help="Tokens a page.")] = None
+    dtype: Annotated[
+        Literal["bfloat16", "float16", "float32"] | None, typer.Option(help="Type of weights.")
+    ] = None
+    kv_cache_dtype: Annotated[str, typer.Option(help="auto, bf16 or fp8_e4m3.")] = "auto"
+    attention_backend: Annotated[str | None, typer.Option(help="Of the target.")] = None
+    moe_runner: Annotated[
+        str | None, typer.Option("--moe-runner-backend", help="Kernels of the experts.")
+    ] = None
+    moe_a2a: Annotated[
+        str, typer.Option("--moe-a2a-backend", help="All-to-all of the experts.")
+    ] = "none"
+    lora: Annotated[bool, typer.Option("--lora", help="Serve LoRA adapters.")] = False
+    hicache: Annotated[bool, typer.Option("--hicache", help="Hierarchical KV cache.")] = False
+    radix_cache: Annotated[bool, typer.Option(" /--no-radix-cache", help="No prefix reuse.")] = True
+    eplb: Annotated[bool, typer.Option("--eplb", help="Balance experts while serving.")] = False
+    builtin: Annotated[
+        bool, typer.Option("--builtin", help="Draft with SGLang's builtin (DSPARK_PLUGIN=off).")
+    ] = False
 
     @property
     def running(self) -> int:

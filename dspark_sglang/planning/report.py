@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import msgspec
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -21,11 +20,6 @@ _MARKS = {"refused": ("✗", "red"), "added": ("+", "yellow"), "note": ("·", "d
 def gigabytes(size: float) -> str:
     """Bytes in GB (10^9) with two digits."""
     return f"{size / _GB:,.2f}"
-
-
-def as_json(plan: Plan) -> str:
-    """The plan as a JSON object."""
-    return msgspec.json.format(msgspec.json.encode(plan), indent=2).decode()
 
 
 def verdict(plan: Plan) -> str:

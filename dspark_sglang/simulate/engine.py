@@ -80,8 +80,7 @@ class Counts(msgspec.Struct, kw_only=True):
     committed: int = 0
     tokens: int = 0
     prefills: int = 0
-    #: Seconds of steps, of prefill, and in all.
-    step_s: float = 0.0
+    #: Seconds of prefill, and in all.
     prefill_s: float = 0.0
     seconds: float = 0.0
 
@@ -277,7 +276,6 @@ class Replica:
         if self.now >= self.setting.warm:
             own = self.counts
             own.steps += 1
-            own.step_s += seconds
             own.tokens += int(made.sum())
             if drafted:
                 own.rounds += count

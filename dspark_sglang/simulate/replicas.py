@@ -8,24 +8,19 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from dspark_sglang.core.schedule.cost_model import CostModel
-from dspark_sglang.errors import ConfigError
 from dspark_sglang.simulate.acceptance import Mixture
 from dspark_sglang.simulate.arrivals import Requests
 from dspark_sglang.simulate.costs import StepTimes
 from dspark_sglang.simulate.engine import Replica, Result, Setting
+from dspark_sglang.simulate.options import Router
 
-#: ``random`` splits a Poisson process into Poisson processes; ``round-robin`` deals in turn;
-#: ``least-work`` sends each to the replica with fewest answer tokens still to come, as if each made them
-#: at one speed.
-Router = Literal["random", "round-robin", "least-work"]
-ROUTERS: tuple[Router, ...] = ("random", "round-robin", "least-work")
 #: Told the requests answered so far.
 Progress = Callable[[int], None]
 
@@ -53,17 +48,9 @@ def spread(
     """Requests of each of ``count`` replicas.
 
     Args:
+        count: at least 1.
         speed: answer tokens a second of one replica, for ``least-work``.
-
-    Raises:
-        ConfigError: an unknown router, or no replicas.
     """
-    if router not in ROUTERS or count < 1:
-        raise ConfigError(
-            f"{count} replicas behind the router {router!r}.",
-            expected=f"at least one, and a router among {', '.join(ROUTERS)}",
-            fix="Use one of these.",
-        )
     size = len(requests.at)
     place: npt.NDArray[np.int64] = np.arange(size) % count
     if router == "random":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,13 +21,13 @@ from dspark_sglang.simulate.acceptance import Mixture
 from dspark_sglang.simulate.arrivals import Lengths, Requests
 from dspark_sglang.simulate.costs import Measured, Overheads, StepTimes, learned, read_cost
 from dspark_sglang.simulate.engine import MODES, Mode, Setting
-from dspark_sglang.simulate.replicas import ROUTERS, Job, Router, spread
+from dspark_sglang.simulate.options import Options, Router
+from dspark_sglang.simulate.replicas import Job, spread
 from dspark_sglang.simulate.replicas import run as run_jobs
 from dspark_sglang.simulate.roofline import Assumptions, Roofline, sizes
 from dspark_sglang.simulate.summary import Sla, Summary, point, summarise
 from dspark_sglang.values import read_numbers
 
-Given = Mapping[str, Any]
 #: Told what runs, and the requests answered over all loads.
 Tell = Callable[[str, int], None]
 
@@ -46,7 +46,7 @@ class Machine(NamedTuple):
 class Plan(NamedTuple):
     """A study, checked."""
 
-    given: Given
+    given: Options
     machine: Machine
     modes: tuple[Mode, ...]
     #: Closed loop: users of a replica; Poisson: requests a second over all; trace: its own rate.
@@ -56,7 +56,7 @@ class Plan(NamedTuple):
     @property
     def total(self) -> int:
         """Requests of all loads and ways, as far as known."""
-        return len(self.modes) * len(self.loads) * int(self.given["requests"])
+        return len(self.modes) * len(self.loads) * self.given.requests
 
 
 class Study(msgspec.Struct, frozen=True, kw_only=True, tag="simulated_loads", tag_field="kind"):
@@ -75,7 +75,7 @@ class Study(msgspec.Struct, frozen=True, kw_only=True, tag="simulated_loads", ta
     provenance: Provenance
 
 
-def plan(given: Given) -> Plan:
+def plan(given: Options) -> Plan:
     """Read and check everything before anything runs.
 
     Raises:
@@ -85,49 +85,43 @@ def plan(given: Given) -> Plan:
         (("concurrency", "rate", "trace"), "arrivals"),
         (("profile", "model"), "step times"),
     ):
-        named = [name for name in names if given[name] is not None]
+        named = [name for name in names if getattr(given, name) is not None]
         if len(named) != 1:
             raise ConfigError(
                 f"{' and '.join('--' + name for name in named) or 'Nothing'} given for {what}.",
                 expected=f"one of {', '.join(f'--{name}' for name in names)}",
                 fix="See `dspark simulate --help`.",
             )
-    modes = tuple(str(given["modes"]).split(","))
-    for name, values, known in (
-        ("router", (given["router"],), ROUTERS),
-        ("speculation", (given["speculation"],), ("auto", "on", "off")),
-        ("modes", modes, MODES),
-    ):
-        if wrong := [value for value in values if value not in known]:
-            raise ConfigError(
-                f"--{name} names {', '.join(wrong)}.",
-                expected=", ".join(known),
-                fix="Use some of these.",
-            )
+    modes = tuple(given.modes.split(","))
+    if wrong := [mode for mode in modes if mode not in MODES]:
+        raise ConfigError(
+            f"--modes names {', '.join(wrong)}.",
+            expected=", ".join(MODES),
+            fix="Use some of these.",
+        )
     drafts = any(mode != "none" for mode in modes)
     made = _machine(given, drafts=drafts)
-    sla = Sla(ttft_ms=given["sla_ttft_ms"], tpot_ms=given["sla_tpot_ms"])
-    sla.check(
-        made.times, context=round(given["prompt"]), drafts=drafts, sampled=given["temperature"] > 0
-    )
+    sla = Sla(ttft_ms=given.sla_ttft_ms, tpot_ms=given.sla_tpot_ms)
+    sla.check(made.times, context=round(given.prompt), drafts=drafts, sampled=given.temperature > 0)
     loads: tuple[float, ...] = (0.0,)
     for name, kind in (("concurrency", int), ("rate", float)):
-        if given[name] is not None:
-            loads = tuple(read_numbers(given[name], f"--{name}", kind))
+        if getattr(given, name) is not None:
+            loads = tuple(read_numbers(getattr(given, name), f"--{name}", kind))
     return Plan(given, made, modes, loads, sla)  # type: ignore[arg-type]
 
 
-def _machine(given: Given, *, drafts: bool) -> Machine:
+def _machine(given: Options, *, drafts: bool) -> Machine:
     blocks = None
-    if given["evaluation"] is not None:
-        blocks = acceptance.from_evaluation(given["evaluation"], temperature=given["temperature"])
-    if given["model"] is not None:
+    if given.evaluation is not None:
+        blocks = acceptance.from_evaluation(given.evaluation, temperature=given.temperature)
+    if given.model is not None:
         assumed = Assumptions()
-        times = Roofline(sizes(given["model"]), assumed)
-        cost = learned(times, requests=int(given["slots"]), context=round(given["prompt"]))
+        times = Roofline(sizes(given.model), assumed)
+        cost = learned(times, requests=given.slots, context=round(given.prompt))
         blocks = blocks or assumed.dspark(times.gamma)
-        return Machine(times.name, given["model"], times.count, times, cost, blocks)
-    known, found = read_cost(given["profile"])
+        return Machine(times.name, given.model, times.count, times, cost, blocks)
+    assert given.profile is not None, "one of --profile and --model was given"
+    known, found = read_cost(given.profile)
     truth = CostModel(gamma=known.gamma)
     truth.restore(known.state())
     if drafts and blocks is None:
@@ -140,8 +134,8 @@ def _machine(given: Given, *, drafts: bool) -> Machine:
     return Machine(device, target, 1, Measured(truth, _prefill(given)), known, blocks)
 
 
-def _prefill(given: Given) -> Overheads:
-    text = given["prefill_ms"]
+def _prefill(given: Options) -> Overheads:
+    text = given.prefill_ms
     try:
         step, request, thousand = (float(part) for part in text.split(","))
     except ValueError:
@@ -162,7 +156,7 @@ def run(plan: Plan, tell: Tell) -> Study:
     found: dict[str, list[Summary]] = {mode: [] for mode in plan.modes}
     rates: dict[str, float] = {}
     done, interrupted, began = 0, False, time.perf_counter()
-    workers = plan.given["workers"] or len(os.sched_getaffinity(0))
+    workers = plan.given.workers or len(os.sched_getaffinity(0))
     for mode in plan.modes:
         started, events = time.perf_counter(), 0
         for load in plan.loads:
@@ -175,9 +169,9 @@ def run(plan: Plan, tell: Tell) -> Study:
                 ),  # type: ignore[misc]
             )
             events += sum(result.events for result in results)
-            done += int(plan.given["requests"])
+            done += plan.given.requests
             if any(len(result.number) for result in results):
-                one = summarise(results, load=load, warm=plan.given["warm"], sla=plan.sla)
+                one = summarise(results, load=load, warm=plan.given.warm, sla=plan.sla)
                 found[mode].append(one)
             interrupted = not results or any(result.interrupted for result in results)
             if interrupted:
@@ -190,51 +184,51 @@ def run(plan: Plan, tell: Tell) -> Study:
 
 def _jobs(plan: Plan, mode: Mode, load: float) -> list[Job]:
     given, made = plan.given, plan.machine
-    rng = np.random.default_rng(given["seed"])
+    rng = np.random.default_rng(given.seed)
     weights = made.blocks.weights if made.blocks is not None else np.ones(1)
-    closed, count = given["concurrency"] is not None, int(given["replicas"])
+    closed, count = given.concurrency is not None, given.replicas
     parts = _requests(given, load, weights, rng)
-    router: Router = "round-robin" if closed else given["router"]
+    router: Router = "round-robin" if closed else given.router
     # What one replica makes when it is full, for the router that weighs work.
-    full = given["slots"]
-    speed = full / made.times.plain(full, round(full * given["prompt"]), full)
+    full = given.slots
+    speed = full / made.times.plain(full, round(full * given.prompt), full)
     jobs = []
     for number, share in enumerate(spread(parts, count, router, speed=speed, rng=rng)):
         setting = Setting(
             mode=mode,
-            speculation=given["speculation"],
-            slots=given["slots"],
-            pool=given["pool"],
-            prefill=given["model"] is None,
-            sampled=given["temperature"] > 0,
-            noise=given["noise"],
+            speculation=given.speculation,
+            slots=given.slots,
+            pool=given.pool,
+            prefill=given.model is None,
+            sampled=given.temperature > 0,
+            noise=given.noise,
             users=int(load) if closed else None,
-            until=given["seconds"] if closed else None,
-            warm=given["warm"],
-            seed=given["seed"] + number,
+            until=given.seconds if closed else None,
+            warm=given.warm,
+            seed=given.seed + number,
         )
         if len(share.at):
             jobs.append(Job(setting, share, made.times, made.blocks, made.cost))
     return jobs
 
 
-def _requests(given: Given, load: float, weights: Any, rng: np.random.Generator) -> Requests:
-    if given["trace"] is not None:
+def _requests(given: Options, load: float, weights: Any, rng: np.random.Generator) -> Requests:
+    if given.trace is not None:
         found = arrivals.trace(
-            given["trace"], weights=weights, rng=rng, cached=given["cached"], speed=given["speed"]
+            given.trace, weights=weights, rng=rng, cached=given.cached, speed=given.speed
         )
-        return found.take(np.arange(len(found.at)) < int(given["requests"]))
+        return found.take(np.arange(len(found.at)) < given.requests)
     lengths = Lengths(
-        prompt=given["prompt"],
-        output=given["answer"],
-        variation=given["variation"],
-        cached=given["cached"],
+        prompt=given.prompt,
+        output=given.answer,
+        variation=given.variation,
+        cached=given.cached,
     )
-    count = int(given["requests"])
-    if given["rate"] is not None:
+    count = given.requests
+    if given.rate is not None:
         return arrivals.poisson(load, count, lengths, weights=weights, rng=rng)
     found = arrivals.waiting(count, lengths, weights=weights, rng=rng)
-    users = min(count, int(load) * int(given["replicas"]))
+    users = min(count, int(load) * given.replicas)
     # Users are not in step: the first answers end at any time.
     found.output[:users] = rng.integers(1, found.output[:users] + 1)
     return found
@@ -247,7 +241,7 @@ def _study(
     seconds: float,
     interrupted: bool,
 ) -> Study:
-    gpus = plan.machine.gpus * int(plan.given["replicas"])
+    gpus = plan.machine.gpus * plan.given.replicas
     series = [
         Series(
             name=mode, gpus=gpus, points=[p for one in summaries if (p := point(one, gpus=gpus))]
@@ -255,7 +249,8 @@ def _study(
         for mode, summaries in found.items()
     ]
     setting = {
-        name: str(value) if isinstance(value, Path) else value for name, value in plan.given.items()
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in msgspec.structs.asdict(plan.given).items()
     }
     return Study(
         machine=plan.machine.name,
@@ -276,9 +271,9 @@ def _study(
     )
 
 
-def _flags(given: Given) -> list[str]:
+def _flags(given: Options) -> list[str]:
     shown = []
-    for name, value in given.items():
+    for name, value in msgspec.structs.asdict(given).items():
         if value is not None and name not in ("out", "workers"):
             shown += [f"--{name.replace('_', '-')}", str(value)]
     return shown

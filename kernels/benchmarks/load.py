@@ -33,11 +33,10 @@ from dspark_loadtests.closed_loop import MODES, ModeName, make_server, mode
 from dspark_loadtests.generator import Load
 from dspark_loadtests.prompts import BALANCED, Prompt, load_prompts
 from dspark_sglang import targets
-from dspark_sglang.artifacts import write_bytes, write_json
+from dspark_sglang.artifacts import write_json
 from dspark_sglang.checkpoint import weights_digest
 from dspark_sglang.cli.demo import DRAFTER
 from dspark_sglang.cli.main import run as run_command
-from dspark_sglang.demo import report
 from dspark_sglang.demo.measure import running, stream_text
 from dspark_sglang.errors import ConfigError, ServerError
 from dspark_sglang.provenance import machine, versions
@@ -218,7 +217,7 @@ class _Run:
             **self.setting(),
             "command": self.command,
         }
-        write_bytes(self.out / "summary.json", report.dumps(summary))
+        write_json(self.out / "summary.json", summary)
         for heat, dtype in itertools.product(self.temperatures, _DTYPES):
             found = frontier_of(
                 self.cells,

@@ -19,11 +19,10 @@ import msgspec
 
 from benchmarks import collectives
 from dspark_sglang import targets
-from dspark_sglang.artifacts import write_bytes
+from dspark_sglang.artifacts import write_json
 from dspark_sglang.cli.demo import DRAFTER
 from dspark_sglang.cli.main import run
 from dspark_sglang.core import placement as costs
-from dspark_sglang.demo import report
 from dspark_sglang.errors import ServerError
 from dspark_sglang.provenance import machine
 from dspark_sglang.server import Server, free_port, serve_command
@@ -348,7 +347,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "machine": machine(),
         "command": f"python -m benchmarks.placement{' --no-large' if given.no_large else ''}",
     }
-    write_bytes(given.out / "summary.json", report.dumps(summary))
+    write_json(given.out / "summary.json", summary)
     print(f"Written: {given.out / 'summary.json'}")
     return int(any(not _row(case, found)["identical"] for case in known))
 

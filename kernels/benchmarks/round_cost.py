@@ -12,10 +12,9 @@ from rich.console import Console
 
 from dspark_loadtests.prompts import KINDS
 from dspark_sglang import targets
-from dspark_sglang.artifacts import write_bytes
+from dspark_sglang.artifacts import write_json
 from dspark_sglang.cli.demo import DRAFTER, choose_prompts, run_comparison, start_pair
 from dspark_sglang.cli.main import run
-from dspark_sglang.demo import report
 from dspark_sglang.demo.measure import (
     Comparison,
     accept_length,
@@ -99,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"cost {round_ms / plain_ms:.3f} (95% {cost[0]:.3f} to {cost[1]:.3f}), {summary['baseline_tok_s']:.1f} → "
           f"{summary['dspark_tok_s']:.1f} tok/s, accepted length {summary['accept_length']:.2f}")  # fmt: skip
     name = f"summary-{given.dtype}{f'-t{given.temperature:g}' if given.temperature else ''}.json"
-    write_bytes(given.out / name, report.dumps(summary))
+    write_json(given.out / name, summary)
     print(f"Written: {given.out / name}")
 
 

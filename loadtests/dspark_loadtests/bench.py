@@ -5,18 +5,65 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import NamedTuple
+from pathlib import Path
+from typing import Annotated, NamedTuple
 
 import msgspec
+import typer
 import uvloop
 
 from dspark_loadtests.acceptance import accepted_length
-from dspark_loadtests.client import ChatClient, Endpoint
+from dspark_loadtests.client import ChatClient, Endpoint, RequestSettings, connect, read_api_key
 from dspark_loadtests.generator import Generator, Load, Ran
-from dspark_loadtests.prompts import Source
+from dspark_loadtests.prompts import Source, read_prompts
 from dspark_loadtests.report import Window, distribution, summarize
 from dspark_loadtests.schema import GeneratorHealth, RunSettings, Slo, Summary
 from dspark_sglang.errors import ConfigError
+
+
+class Options(msgspec.Struct, frozen=True, kw_only=True):
+    """What every load of a command has in common."""
+
+    temperature: Annotated[float, typer.Option(min=0.0, help="Acceptance depends on it.")] = 1.0
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 128
+    seed: Annotated[int, typer.Option(help="Of the order of prompts and of arrivals.")] = 0
+    sla_ttft_ms: Annotated[
+        float, typer.Option(help="Goodput: largest TTFT, from the schedule.")
+    ] = 1000.0
+    sla_tpot_ms: Annotated[float, typer.Option(help="Goodput: largest TPOT.")] = 50.0
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            help="A file: ours, ShareGPT, messages or text lines. Default: the packaged ones."
+        ),
+    ] = None
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs of a server (1: a CPU).")] = 1
+    model: Annotated[str | None, typer.Option(help="Model name. Default: the server's first.")] = (
+        None
+    )
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="A file that holds the server's API key.")
+    ] = None
+
+    @property
+    def slo(self) -> Slo:
+        """Limits of a good request."""
+        return Slo(ttft_ms=self.sla_ttft_ms, tpot_ms=self.sla_tpot_ms)
+
+    def source(self) -> Source:
+        """The prompts."""
+        return read_prompts(self.prompts)
+
+    def load(self, **given: float | None) -> Load:
+        """A load with these requests; ``given`` are fields of :class:`.generator.Load`."""
+        settings = RequestSettings(
+            model="", temperature=self.temperature, max_tokens=self.max_tokens
+        )
+        return Load(settings=settings, seed=self.seed, **given)  # type: ignore[arg-type]
+
+    def connect(self, url: str) -> Endpoint:
+        """Reach a server."""
+        return connect(url, model=self.model, api_key=read_api_key(self.api_key_file))
 
 
 class Stage(NamedTuple):

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from dspark_packaging import layout
-from dspark_packaging.card import card_of, reliability_plot
+from dspark_packaging.card import calibration_plot, card_of
 from dspark_packaging.drafter import check_weight_names, read_drafter, read_shards, require_alone
 from dspark_packaging.errors import PackageError
 from dspark_packaging.hub_rules import write_results
@@ -171,7 +171,8 @@ def _write_generated(package: Package) -> None:
     folder = package.directory
     if not (folder / layout.LICENSE_FILE).exists():
         write_bytes(folder / layout.LICENSE_FILE, _license(package.records.provenance.license))
-    picture = reliability_plot(package.records.eval)
+    measured = package.records.eval
+    picture = calibration_plot(measured.calibration) if measured else None
     if picture is not None:
         write_bytes(folder / layout.PLOT_FILE, picture)
     write_bytes(folder / layout.CARD_FILE, card_of(package).encode())

@@ -69,15 +69,13 @@ _AGAIN = "Download the bundle again."
 TARGET, DRAFTER = "target", "drafter"
 
 
-def choose_layout(target: dict[str, Any], drafter: Drafter, wanted: Layout | None) -> Layout:
-    """The layout that SGLang can read for this target.
+def choose_layout(target: dict[str, Any], drafter: Drafter) -> Layout:
+    """The layout that SGLang can read for this target: ``mtp.*`` for DeepSeek-V4 only.
 
     Raises:
-        PackageError: ``mtp`` for anything but DeepSeek-V4, or ``folder`` for a drafter that only
-            exists under ``mtp.*``.
+        PackageError: a drafter that only exists under ``mtp.*``, for another target.
     """
-    v4 = _V4 in (target.get("architectures") or ()) and drafter.config.bundled
-    fits: Layout = "mtp" if v4 else "folder"
+    v4 = _V4 in (target.get("architectures") or ())
     if drafter.config.bundled and not v4:
         raise PackageError(
             f"The drafter's tensors lie under {V4_PREFIX}*; the target is a "
@@ -85,13 +83,7 @@ def choose_layout(target: dict[str, Any], drafter: Drafter, wanted: Layout | Non
             expected=f"a {_V4}, whose drafters have that layout",
             fix="Choose the target that the drafter was made for.",
         )
-    if wanted not in (None, fits):
-        raise PackageError(
-            f"--layout {wanted} was asked for.",
-            expected=f"{fits}: SGLang reads mtp.* for {_V4} only, and {layout.DRAFT_FOLDER}/ otherwise",
-            fix=f"Leave --layout out, or use {fits}.",
-        )
-    return fits
+    return "mtp" if drafter.config.bundled else "folder"
 
 
 def plan_target(target: Path, replaced: list[str], shards: Shards) -> tuple[Plan, BundleRecord]:
@@ -275,7 +267,6 @@ def _json(value: dict[str, Any]) -> bytes:
 class Options(NamedTuple):
     """How to bring two folders together."""
 
-    layout: Layout | None = None
     method: Method = "auto"
     replace_mtp: bool = False
 
@@ -307,7 +298,7 @@ def build(
         target: a Hugging Face checkpoint in safetensors.
         drafter: a packaged drafter (:func:`dspark_packaging.artifact.build`).
         out: an absent or empty folder.
-        options: layout, how files are brought, whether ``mtp.*`` may be replaced.
+        options: how files are brought, whether ``mtp.*`` may be replaced.
         progress: shows how far it is.
 
     Raises:
@@ -323,7 +314,7 @@ def build(
     own = package.drafter
     verify_pair(package, target, shards)
     check_tokenizer(target, drafter)
-    chosen = choose_layout(read_config(target, role="target"), own, options.layout)
+    chosen = choose_layout(read_config(target, role="target"), own)
     plan, record = (
         plan_folder(target, drafter, own, shards)
         if chosen == "folder"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,9 +23,9 @@ from dspark_packaging.errors import PackageError
 from dspark_packaging.records import (
     Calibration,
     DrafterProvenance,
-    EvalArtifact,
     Kind,
     Package,
+    Reliability,
     RepoId,
     Strict,
     Text,
@@ -256,26 +257,31 @@ def check_card(directory: Path) -> None:
         )
 
 
-def reliability_plot(measured: EvalArtifact | None) -> bytes | None:
+def calibration_plot(measured: Calibration | None) -> bytes | None:
     """``calibration.png``: predicted against observed survival; None where that was not measured."""
-    if measured is None or measured.calibration is None:
+    if measured is None or not measured.reliability_before:
         return None
-    return _draw(measured.calibration) if measured.calibration.reliability_before else None
+    curves = {"before": measured.reliability_before}
+    if measured.reliability_after is not None:
+        curves["after STS"] = measured.reliability_after
+    return reliability_plot(curves)
 
 
-def _draw(measured: Calibration) -> bytes:
+def reliability_plot(curves: Mapping[str, Sequence[Reliability]]) -> bytes:
+    """A panel a position; the same numbers give the same bytes.
+
+    Args:
+        curves: at most two, by name; of each a reliability a position.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    gamma = len(measured.reliability_before)
+    gamma = len(next(iter(curves.values())))
     figure = Figure(figsize=(2.3 * gamma, 2.9), layout="constrained")
     axes = figure.subplots(1, gamma, sharey=True, squeeze=False)[0]
-    curves = [("before", measured.reliability_before, "tab:gray")]
-    if measured.reliability_after is not None:
-        curves.append(("after STS", measured.reliability_after, "tab:blue"))
     for k, panel in enumerate(axes):
         panel.plot([0, 1], [0, 1], color="black", linewidth=0.7, linestyle=":")
-        for label, points, colour in curves:
+        for (label, points), colour in zip(curves.items(), ("tab:gray", "tab:blue"), strict=False):
             panel.plot(
                 points[k].predicted,
                 points[k].observed,

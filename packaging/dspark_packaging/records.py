@@ -124,12 +124,14 @@ class Calibration(Strict, frozen=True, kw_only=True):
     """How well the confidence head predicts survival at temperature 1, before and after STS."""
 
     blocks: Annotated[int, msgspec.Meta(ge=1)]
-    #: Expected calibration error, mean over positions and by position.
+    #: Expected calibration error, mean over positions and by position; after: None without ``sts.json``.
     ece_before: Share
     ece_after: Share | None
     per_position_before: list[Share]
     per_position_after: list[Share] | None
+    #: Area under the ROC curve of survival, by position; STS hardly moves it.
     per_position_auc: list[Share] | None = None
+    #: One entry a position, of the bins that hold enough blocks.
     reliability_before: list[Reliability] = []
     reliability_after: list[Reliability] | None = None
 

@@ -1,14 +1,13 @@
 """Files of any size, brought from folder to folder: linked where that is possible, continued when interrupted.
 
 A reflink (copy on write) shares the blocks and stays apart; a hard link is the same file under two
-names, so whatever edits it in place edits both; a copy is streamed in pieces, keeps holes, and goes
-on where it was interrupted. The source is only read. A long build works in ``.NAME.partial`` beside
-its output, which the same command continues.
+names, so whatever edits it in place edits both; a copy is streamed in pieces and keeps holes. The
+source is only read. A long build works in ``.NAME.partial`` beside its output, which the same command
+continues with the next file.
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import fcntl
 import os
@@ -69,8 +68,6 @@ Method = Literal["auto", "reflink", "link", "copy"]
 _FICLONE = 0x40049409
 _PIECE = 8 << 20
 _STATE = "state.json"
-#: A copy is made durable, and noted, this often: what an interruption can cost.
-_CHECKPOINT = 256 << 20
 #: What these calls answer where the file system cannot do it.
 _UNABLE = {
     errno.EOPNOTSUPP, errno.ENOTTY, errno.EXDEV, errno.EINVAL, errno.EPERM, errno.ENOSYS,
@@ -110,22 +107,13 @@ def _link(source: Path, out: Path) -> bool:
 def _copy(source: Path, out: Path, meter: Meter) -> None:
     """Stream ``source``; ``out`` appears when it is complete."""
     part = out.with_name(f".{out.name}.part")
-    size = source.stat().st_size
-    with source.open("rb", buffering=0) as reader, part.open("ab", buffering=0) as writer:
-        # Only what was made durable counts: see `_durable`.
-        done = min(_read_offset(part), size)
-        writer.truncate(done)
-        meter(done)
-        mark = done
+    size, done = source.stat().st_size, 0
+    with source.open("rb", buffering=0) as reader, part.open("wb", buffering=0) as writer:
         while done < size:
             done = _next_piece(reader.fileno(), writer.fileno(), done, size, meter)
-            if done - mark >= _CHECKPOINT:
-                _durable(writer.fileno(), part, done)
-                mark = done
         writer.truncate(size)
         os.fsync(writer.fileno())
     part.rename(out)
-    _offset_file(part).unlink(missing_ok=True)
 
 
 def _next_piece(reader: int, writer: int, done: int, size: int, meter: Meter) -> int:
@@ -151,27 +139,12 @@ def _next_piece(reader: int, writer: int, done: int, size: int, meter: Meter) ->
     return done + len(piece)
 
 
-def _offset_file(part: Path) -> Path:
-    return part.with_name(part.name + ".offset")
-
-
-def _durable(descriptor: int, part: Path, done: int) -> None:
-    os.fsync(descriptor)
-    _offset_file(part).write_text(str(done))
-
-
-def _read_offset(part: Path) -> int:
-    with contextlib.suppress(OSError, ValueError):
-        return min(int(_offset_file(part).read_text()), part.stat().st_size)
-    return 0
-
-
 def place(job: Job, folder: Path, method: Method, meter: Meter) -> str:
     """Bring one file into ``folder``; returns how ("reflink", "link", "copy" or "there").
 
     Raises:
         PackageError: the method asked for is not possible here.
-        OSError: no space, or unreadable; a copy goes on from there the next time.
+        OSError: no space, or unreadable.
     """
     out = folder / job.name
     size = job.source.stat().st_size

@@ -96,7 +96,7 @@ class Handler(BaseHTTPRequestHandler):
         record = {
             "active": True, "gamma": 1, "temperatures": [1.0 + self.server.fitted], "sts": "fitted",
             "drafter_sha256": "0" * 64, "ece": [0.1],
-            "reliability": {"seen": [[9.0], [0.0]], "predicted": [[5.0], [0.0]], "kept": [[5.0], [0.0]]},
+            "reliability": {"seen": [[[9.0]], [[0.0]]], "predicted": [[[5.0]], [[0.0]]], "kept": [[[5.0]], [[0.0]]]},
         }  # fmt: skip
         self._answer({"internal_states": [{"dspark_info_record": record}]})
 

@@ -476,7 +476,7 @@ def test_randomness_and_acceptance_come_from_outside() -> None:
 
 @pytest.mark.parametrize("kind", ["rnn", "v4"])
 def test_what_is_committed_is_what_the_next_round_drafts_from(kind: str) -> None:
-    """States of every token before the anchor, and a block drafted right after it."""
+    """Context rows of every token before the anchor, and a block drafted right after it."""
     engine = toy_engine(kind)
     requests = [Request([0], 12), Request([1, 2, 0], 12, temperature=1.0)]
     engine.step(requests)
@@ -485,8 +485,8 @@ def test_what_is_committed_is_what_the_next_round_drafts_from(kind: str) -> None
         before = [request.tokens for request in requests]
         for request, tokens in zip(requests, before, strict=True):
             _, states = engine.target.law(torch.tensor(tokens))
-            assert request.states is not None
-            torch.testing.assert_close(request.states, states[:-1])
+            assert request.context is not None
+            torch.testing.assert_close(request.context, engine.drafter.context(states[:-1]))
         report = engine.step(requests)
         drafter, tokens = engine.drafter, torch.tensor(before[0])
         _, states = engine.target.law(tokens)

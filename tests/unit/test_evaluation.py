@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from tiny_training import write_config, write_conversations, write_target
 from typer.testing import CliRunner
 
+from dspark_sglang import remote
 from dspark_sglang.artifacts import (
     DRAFT_VOCAB_FILE,
     SCHEMA_VERSION,
@@ -340,8 +341,8 @@ def test_prompts_of_every_format(tmp_path: Path) -> None:
 
 
 def test_a_server_that_is_not_ours_is_refused() -> None:
-    with pytest.raises(ServerError, match="did not answer usefully"):
-        served.counters("http://127.0.0.1:9")
+    with pytest.raises(ServerError, match="no usable answer"):
+        remote.record(remote.client("http://127.0.0.1:9", None))
 
 
 def test_counters_of_a_domain_are_differences() -> None:

@@ -286,7 +286,6 @@ def test_an_interrupted_study_keeps_its_loads_and_says_so(
         (["--rate", "-3"], "numbers above 0"),
         (["--rate", "nan"], "numbers above 0"),
         (["--concurrency", "1", "--modes", "eagle"], "--modes names eagle"),
-        (["--concurrency", "1", "--router", "x"], "--router"),
         (["--concurrency", "1", "--sla-tpot-ms", "0.5"], "No load meets"),
         (["--concurrency", "1", "--answer", "-4"], "answer's length"),
         (["--concurrency", "1", "--cached", "2"], "cached share"),
@@ -298,6 +297,11 @@ def test_bad_input_is_one_error(known: list[str], more: list[str], says: str) ->
     done = call(*known, *more)
     assert isinstance(done.exception, DSparkError), done.output
     assert says in str(done.exception)
+
+
+def test_a_router_is_one_of_three(known: list[str]) -> None:
+    done = call(*known, "--concurrency", "1", "--router", "x")
+    assert done.exit_code == 2 and "--router" in done.output
 
 
 def test_drafting_needs_acceptance(tmp_path: Path, cost: CostModel) -> None:

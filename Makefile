@@ -5,9 +5,12 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.dspark-installed
 SEED ?= 1
+PARALLEL := $(BIN)/python -m pytest -q -n logical --maxprocesses 4 --dist loadfile
+# Sources are compiled once, not by every process that a test starts.
+unexport PYTHONDONTWRITEBYTECODE
 SOURCES := dspark_sglang kernels packaging loadtests tests requirements
 
-.PHONY: help install demo test test-unit test-kernels test-server lint format typecheck bench bench-kernels bench-load bench-load-full bench-faults bench-placement bench-selfcheck exactness simulate-fit simulate-check simulate-published net never-ends golden structure reference results v4 v4-cuda package-check deploy-check drill plan layouts deploy-arguments deploy-rendered gpu lock wheel clean
+.PHONY: help install demo test test-fast test-unit test-kernels test-all test-server lint format typecheck bench bench-kernels bench-load bench-load-full bench-faults bench-placement bench-selfcheck exactness simulate-fit simulate-check simulate-published net never-ends golden structure reference results v4 v4-cuda package-check deploy-check drill plan layouts deploy-arguments deploy-rendered gpu lock wheel clean
 
 help:  ## Show what can be made
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -26,11 +29,18 @@ demo: install  ## Serve a real model without and with DSPARK, and compare
 
 test: install lint typecheck test-unit test-server  ## Run every test
 
+test-fast: install  ## Tests without a server, interpreted kernels and processes: minutes, after every change
+	$(PARALLEL) -m "not server and not slow and not costly"
+
 test-unit: install
-	$(BIN)/python -m pytest -q -n logical --maxprocesses 4 --dist loadfile -m "not server and not slow"
+	$(PARALLEL) -m "not server and not slow"
 
 test-kernels: install  ## Every case of the kernels, interpreted where there is no GPU, the slow ones too
-	$(BIN)/python -m pytest -q -n logical --maxprocesses 4 tests/kernels
+	$(PARALLEL) tests/kernels
+
+test-all: install lint typecheck  ## Every test, the slow ones too (hours)
+	$(PARALLEL) -m "not server"
+	$(BIN)/python -m pytest -q -m server
 
 test-server: install
 	$(BIN)/python -m pytest -q -m "server and not slow"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,10 @@ settings.register_profile("repeatable", derandomize=True, deadline=None, databas
 settings.load_profile("repeatable")
 
 
+#: Kernels' tests set nothing up together, but for this file.
+TOGETHER = "tests/kernels/test_aot.py"
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip tests marked ``gpu`` where torch sees no CUDA device."""
     if torch.cuda.is_available():
@@ -23,6 +28,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") is not None:
             item.add_marker(skip)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Files go to processes whole (``--dist loadfile``); long kernel tests one by one and last, to fill gaps."""
+    if config.getoption("dist") != "loadfile":
+        return None
+    from xdist.scheduler.loadscope import LoadScopeScheduling
+
+    class Filling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            alone = file.startswith("tests/kernels/") and file != TOGETHER
+            return nodeid if alone else file
+
+    return Filling(config, log)
 
 
 @pytest.fixture(autouse=True)

@@ -150,8 +150,14 @@ def _uneven(tensor: Tensor, ranks: int) -> ConfigError:
 def by_part(tensors: Iterable[Tensor], layout: Layout) -> dict[str, int]:
     """Bytes on one rank, summed by part."""
     parts: dict[str, int] = {}
+    # Tens of thousands of tensors are of a few kinds.
+    known: dict[tuple[object, ...], int] = {}
     for tensor in tensors:
-        parts[tensor.part] = parts.get(tensor.part, 0) + rank_bytes(tensor, layout)
+        kind = (tensor.shape, tensor.kept, tensor.split, tensor.extent, tensor.grain)
+        size = known.get(kind)
+        if size is None:
+            size = known[kind] = rank_bytes(tensor, layout)
+        parts[tensor.part] = parts.get(tensor.part, 0) + size
     return parts
 
 

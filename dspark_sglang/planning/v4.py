@@ -6,6 +6,7 @@ Source: SGLang 0.5.23, ``models/deepseek_v4{,_nextn,_dspark}.py``, ``layers/atte
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -137,6 +138,7 @@ def _kept(sizes: Sizes, config: Config, shape: V4Shape, kernels: Kernels) -> lis
     return made
 
 
+@functools.cache
 def _part(local: str) -> str:
     return next(part for held, part in _PARTS.items() if held in local)
 

@@ -13,6 +13,7 @@ import torch
 
 from benchmarks.children import results
 
+pytestmark = pytest.mark.costly
 BATCH, COLUMNS, GAMMA, RANK, KEPT = 2, 5000, 3, 16, 1
 #: Blocks that SGLang's kernels work in.
 CHAIN, STATS, RESAMPLE, MARKOV = 4096, 8192, 1024, 1024

@@ -200,6 +200,7 @@ def runnable() -> list[Any]:
     ]
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("block", runnable())
 def test_a_marked_block_runs(tmp_path: Path, block: str) -> None:
     """From the root of the checkout, where ``$OUT`` is an empty folder."""

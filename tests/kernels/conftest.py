@@ -23,6 +23,13 @@ ROOT = Path(__file__).resolve().parents[2]
 INTERPRETED = not torch.cuda.is_available()
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 _VARIABLE = "TRITON_INTERPRET"
+COSTLY = frozenset(
+    f"test_{name}"
+    for name in (
+        "accept_lawless", "accept_laws", "aot", "markov_step", "selfcheck", "served", "sharded_served",
+        "shortlist_tail", "shortlist_tail_law", "support", "vocab_parallel_accept",
+    )
+)  # fmt: skip
 
 
 @contextmanager
@@ -76,9 +83,11 @@ def _method(function: Callable[..., object]) -> Callable[..., object]:
 if INTERPRETED:
     with _interpreter():
         _interpret_what_is_imported()
+        from dspark_kernels.support.interpreter import patch_once
         from dspark_kernels.support.rounding import round_as_a_gpu
 
         round_as_a_gpu()
+        patch_once()
 
 
 @pytest.hookimpl(wrapper=True)
@@ -88,6 +97,13 @@ def pytest_make_collect_report(collector: pytest.Collector) -> Iterator[None]:
         return (yield)
     with _interpreter():
         return (yield)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Interpreted kernels of these files, and compiling all, take seconds a test."""
+    for item in items:
+        if INTERPRETED and item.path.parent == Path(__file__).parent and item.path.stem in COSTLY:
+            item.add_marker(pytest.mark.costly)
 
 
 @pytest.fixture(autouse=True)

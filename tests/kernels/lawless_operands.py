@@ -7,6 +7,7 @@ drafted token is kept and token 10 comes after.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import pytest
@@ -242,13 +243,17 @@ class Batch(NamedTuple):
         return made(self.examples, self.method, self.draft, self.dtype, device)
 
 
-def one_dtype_each(given: list[Batch]) -> list[Any]:
-    """As parameters of a test: of two that differ by their dtype alone, every other time the first, one is slow."""
+def one_dtype_each(given: list[Batch], slow: Collection[str] = ()) -> list[Any]:
+    """As parameters of a test: of two that differ by their dtype alone, every other time the first, one is slow.
+
+    Args:
+        slow: methods and drafted laws that are slow whatever their dtype.
+    """
     found, kinds = [], list(dict.fromkeys((batch.method, batch.draft) for batch in given))
     for number, kind in enumerate(kinds):
         own = [batch for batch in given if (batch.method, batch.draft) == kind]
         for place, batch in enumerate(own):
-            fast = len(own) == 1 or place == number % 2
+            fast = "-".join(kind) not in slow and (len(own) == 1 or place == number % 2)
             marks = () if fast else pytest.mark.slow
             found.append(pytest.param(batch, id=batch.name, marks=marks))
     return found

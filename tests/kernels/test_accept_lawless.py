@@ -26,7 +26,8 @@ from dspark_kernels.accept import Filters, Rows, accept
 from dspark_kernels.accept.reference import judge
 
 
-@pytest.fixture(params=["dropping", "keeping"])
+# As the interpreter does it, test_a_decision_is_the_one_worked_out covers the same rounds.
+@pytest.fixture(params=[pytest.param("dropping", marks=pytest.mark.slow), "keeping"])
 def maxima(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compilers may drop NaN from a maximum or keep it; the interpreter drops it."""
     if request.param == "keeping":
@@ -41,7 +42,11 @@ def maxima(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setattr(interpreter.ReduceOps, "min_max", keeping)
 
 
-@pytest.mark.parametrize("batch", one_dtype_each(batches()))
+#: With filters each drafted law is judged once, in one of the two ways.
+SLOW = ("filtered-listed", "filtered-block-dense", "filtered-block-certain")
+
+
+@pytest.mark.parametrize("batch", one_dtype_each(batches(), slow=SLOW))
 def test_a_decision_is_the_one_worked_out(batch: Batch, device: torch.device) -> None:
     given = batch.operands(device)
     assert unlike(accept(**given, backend="torch"), batch.examples) == {}

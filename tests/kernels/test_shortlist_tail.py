@@ -112,7 +112,9 @@ def test_rows_of_every_kind_are_among_these_and_some_draw_from_the_tail() -> Non
     assert not listed[[0, 3]].all()
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(
+    "seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2, 3))]
+)
 def test_the_tail_is_drawn_alike_over_many_keys(seed: int) -> None:
     given = operands(Shape(12, 2, 300, torch.bfloat16), seed)
     assert given.sampling is not None

@@ -84,8 +84,21 @@ def lockstep(ranks: list[dict[str, Any]], **more: Any) -> tuple[list[Accepted], 
         records = after
 
 
-@pytest.mark.parametrize("ranks", [1, 3])
-@pytest.mark.parametrize("case", CASES, ids=named)
+#: Whole rows on one rank: one case of every search.
+ALONE = (CASES[0], CASES[1], CASES[6])
+
+
+@pytest.mark.parametrize(
+    ("case", "ranks"),
+    [
+        pytest.param(
+            case, ranks, id=f"{named(case)}-{ranks}",
+            marks=[pytest.mark.slow] if ranks == 1 and case not in ALONE else [],
+        )
+        for case in CASES
+        for ranks in (1, 3)
+    ],
+)  # fmt: skip
 def test_shards_decide_as_whole_rows(case: Case, ranks: int, device: torch.device) -> None:
     given = operands(case, 17, device)
     own = {**given, "rows": given["rows"]._replace(logits=given["rows"].logits.clone())}
@@ -126,7 +139,9 @@ def test_bytes_exchanged_at_eight_ranks() -> None:
     assert exchanged_bytes(64, 5, 8, filtered=True) < 250_000
 
 
-@pytest.mark.parametrize("batch", one_dtype_each(batches(block=False)))
+@pytest.mark.parametrize(
+    "batch", one_dtype_each(batches(block=False), slow=("filtered-dense", "filtered-certain"))
+)
 def test_shards_decide_as_worked_out(batch: Batch, device: torch.device) -> None:
     given = batch.operands(device)
     if batch.method == "filtered":  # min-p only; the mixed batches search
@@ -137,7 +152,12 @@ def test_shards_decide_as_worked_out(batch: Batch, device: torch.device) -> None
 
 @pytest.mark.parametrize(
     "case",
-    [case for case in MIXED if not case.block and not (case.keys and case.filters)],
+    [
+        # Two differ from others by temperatures alone.
+        pytest.param(case, marks=[pytest.mark.slow] if case in (MIXED[3], MIXED[11]) else [])
+        for case in MIXED
+        if not case.block and not (case.keys and case.filters)
+    ],
     ids=named,
 )
 def test_shards_of_mixed_batches_decide_as_whole_rows(case: Case, device: torch.device) -> None:

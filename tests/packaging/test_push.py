@@ -13,6 +13,7 @@ from tests.packaging.clients import TOKEN, dspark, run
 from tests.packaging.hub import FakeHub, running_hub
 from tests.packaging.samples import tree, write_package
 
+pytestmark = pytest.mark.costly
 REPO = "someone/tiny-dspark"
 
 

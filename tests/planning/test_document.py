@@ -16,5 +16,6 @@ def test_published_values_have_one_source_each(name: str) -> None:
     assert all(source.origin for source in found.sources)
 
 
+@pytest.mark.costly
 def test_the_document_is_current() -> None:
     assert document.OUT.read_text() == document.document()

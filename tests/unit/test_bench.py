@@ -146,6 +146,7 @@ def test_acceptance_from_the_streams_themselves() -> None:
     assert (acceptance.source, acceptance.accepted_length) == ("requests", 2.75)
 
 
+@pytest.mark.costly
 def test_many_streams_against_a_server_on_another_core() -> None:
     """The check a user runs, small: its bounds are the command's, on a quiet machine."""
     found = self_check(40, 2.0)
@@ -323,6 +324,7 @@ def test_intervals_have_the_width_of_the_law(count: int) -> None:
     assert median.high - median.low == pytest.approx(wanted * math.sqrt(math.pi / 2), rel=0.35)
 
 
+@pytest.mark.costly
 def test_estimates_bracket_the_value() -> None:
     stage, _ = run(
         lambda n: Script(chunks=(Chunk(0.02 + 0.02 * (n % 3), 1), Chunk(0.03, 3))),
@@ -386,6 +388,7 @@ def test_a_dead_server_is_exit_code_1_with_results(tmp_path: Path) -> None:
     assert not result.complete and len(result.stages) == 1
 
 
+@pytest.mark.costly
 def test_an_interrupt_keeps_what_there_was(tmp_path: Path) -> None:
     with FakeServer(lambda _: SCRIPT) as server:
         child = subprocess.Popen(

@@ -41,6 +41,7 @@ def read(out: Path) -> Versus:
 # --- compare ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.costly
 def test_two_servers_of_known_speed(tmp_path: Path) -> None:
     with FakeServer(lambda _: script(0.04)) as ours, FakeServer(lambda _: script(0.08)) as other:
         code, text = bench("compare", f"a={ours.url}", f"b={other.url}", *QUICK, "--out", str(tmp_path))  # fmt: skip
@@ -65,6 +66,7 @@ def test_two_servers_of_known_speed(tmp_path: Path) -> None:
     assert (tmp_path / "budget.png").stat().st_size > 5000
 
 
+@pytest.mark.costly
 def test_one_server_switched_while_it_serves(tmp_path: Path) -> None:
     states: list[dict[str, float]] = []
 
@@ -87,6 +89,7 @@ def test_a_server_that_cannot_be_switched_is_not_compared_with_itself(tmp_path: 
     assert code == 2 and "answered [False]" in text and "compare two servers" in text
 
 
+@pytest.mark.costly
 def test_a_server_that_dies_keeps_finished_cells(tmp_path: Path) -> None:
     with (
         FakeServer(lambda _: script(0.03)) as ours,
@@ -202,6 +205,7 @@ def test_the_gate_command_and_its_exit_codes(saved: BenchResult, tmp_path: Path)
     assert code == 2 and "does not exist" in text
 
 
+@pytest.mark.costly
 def test_a_slower_server_is_caught_end_to_end(saved: BenchResult, tmp_path: Path) -> None:
     with FakeServer(lambda _: script(0.045)) as server:
         bench("--url", server.url, "--concurrency", "4", "--duration", "3", "--warmup", "0.3", "--out", str(tmp_path))  # fmt: skip

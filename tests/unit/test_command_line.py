@@ -26,6 +26,7 @@ def failed(*words: str | Path) -> str:
     return lines[0]
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
     "words",
     [

@@ -93,6 +93,7 @@ def test_the_command_says_what_it_did(
     assert len(endpoint.requests) == before
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("mode", ["prompts", "recipe"])
 def test_killed_and_started_again(
     endpoint: FakeEndpoint,

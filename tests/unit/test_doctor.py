@@ -133,6 +133,7 @@ def test_a_bad_drafter(tmp_path: Path, harm: Callable[[Path], None]) -> None:
     assert finding.level == "problem" and finding.fix
 
 
+@pytest.mark.costly
 def test_the_command_prints_json_and_fails_on_a_problem() -> None:
     done = subprocess.run(
         [

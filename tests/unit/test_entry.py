@@ -258,12 +258,14 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
     return {name: read(name) for name in SCENARIOS}
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", ["nothing", "other-algorithm"])
 def test_unasked_nothing_changes(outcomes: dict[str, Outcome], name: str) -> None:
     """Not a hook, not an import, and a wrong setting of ours is no concern."""
     assert outcomes[name][:2] == (0, ["hooks []", "installed None", "loaded []"])
 
 
+@pytest.mark.costly
 def test_switched_off_the_builtin_stays(outcomes: dict[str, Outcome]) -> None:
     assert outcomes["switched-off"][:2] == (0, ["hooks []", "installed []", "loaded []"])
 
@@ -276,6 +278,7 @@ def refused(code: int, out: list[str], err: list[str], *, said: str) -> None:
     assert not any("Traceback" in line for line in err)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
     ("name", "said"),
     [("bad-value", "DSPARK_PLUGIN is 'on'"), ("wrong-path", "target path /no/such/model")],
@@ -284,6 +287,7 @@ def test_a_broken_start_is_refused(outcomes: dict[str, Outcome], name: str, said
     refused(*outcomes[name], said=said)
 
 
+@pytest.mark.costly
 def test_a_broken_start_ends_a_real_process() -> None:
     """SGLang logs and swallows a plugin's exception, then serves with its builtin."""
     done = run(
@@ -295,6 +299,7 @@ def test_a_broken_start_ends_a_real_process() -> None:
     refused(done.returncode, done.stdout.splitlines(), done.stderr.splitlines(), said=said)
 
 
+@pytest.mark.costly
 def test_asked_every_hook_is_in_place() -> None:
     code = (
         "import pkgutil\n"

@@ -24,7 +24,10 @@ from dspark_sglang.server import free_port
 from tests.fake_server import Chunk, FakeServer, Script
 
 # Importing locust would patch ssl under the whole test process.
-pytestmark = pytest.mark.skipif(find_spec("locust") is None, reason="locust is not installed")
+pytestmark = [
+    pytest.mark.costly,
+    pytest.mark.skipif(find_spec("locust") is None, reason="locust is not installed"),
+]
 ROOT = Path(__file__).resolve().parents[2]
 
 # 1 token, then 3 rounds with 9 tokens: 10 tokens, accepted length exactly 3. One chunk is

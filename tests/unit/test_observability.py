@@ -97,6 +97,7 @@ def test_generated_files_are_fresh() -> None:
         assert text.split("\n", 1)[1] == generate.render(overlay), "make deploy-rendered"
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
     "overlay", [o.name for o in generate.overlays(DEPLOY) if (o / "plan.env").exists()]
 )

@@ -70,7 +70,7 @@ def test_a_lone_request_without_drafting_takes_a_step_a_token() -> None:
 
 @pytest.mark.parametrize("chance", [0.0, 0.35, 0.8, 1.0])
 def test_a_lone_request_takes_a_round_over_the_accepted_length_a_token(chance: float) -> None:
-    blocks, tokens = block_law(chance), 40_001
+    blocks, tokens = block_law(chance), 20_001
     result = served(asked([0.0], output=tokens), Fixed(gamma=GAMMA, step=0.1), blocks, mode="fixed")
     one = summarise([result], load=1)
     length = sum(chance**k for k in range(GAMMA + 1))
@@ -80,12 +80,14 @@ def test_a_lone_request_takes_a_round_over_the_accepted_length_a_token(chance: f
     assert one.budget == GAMMA
 
 
-@pytest.mark.parametrize("load", [0.3, 0.6, 0.85])
-def test_the_queue_of_one_server_is_pollaczek_and_khinchines(load: float) -> None:
+@pytest.mark.parametrize(
+    ("load", "count"), [(0.3, 15_000), (0.6, 15_000), pytest.param(0.85, 60_000, marks=pytest.mark.slow)]
+)  # fmt: skip
+def test_the_queue_of_one_server_is_pollaczek_and_khinchines(load: float, count: int) -> None:
     """M/D/1: one slot, service of one length D; mean wait D * load / (2 * (1 - load))."""
     tokens, step = 4, 0.25
     requests = poisson(
-        load / (tokens * step), 60_000, Lengths(prompt=8, output=tokens + 1), weights=ONE,
+        load / (tokens * step), count, Lengths(prompt=8, output=tokens + 1), weights=ONE,
         rng=np.random.default_rng(1),
     )  # fmt: skip
     result = served(requests, Fixed(gamma=1, step=step), mode="none", slots=1)
@@ -296,7 +298,7 @@ def test_a_random_router_splits_poisson_into_poisson() -> None:
 def test_replicas_behind_a_random_router_wait_as_one_server_at_its_share() -> None:
     rng, step, tokens, load = np.random.default_rng(2), 0.1, 5, 0.7
     rate = 3 * load / (tokens * step)
-    requests = poisson(rate, 90_000, Lengths(prompt=8, output=tokens + 1), weights=ONE, rng=rng)
+    requests = poisson(rate, 30_000, Lengths(prompt=8, output=tokens + 1), weights=ONE, rng=rng)
     jobs = [
         Job(Setting(mode="none", slots=1), part, Fixed(gamma=1, step=step), None, None)
         for part in spread(requests, 3, "random", speed=1.0, rng=rng)
@@ -309,7 +311,7 @@ def test_replicas_behind_a_random_router_wait_as_one_server_at_its_share() -> No
 def test_weighing_work_makes_requests_wait_less_than_dealing_blindly() -> None:
     rng = np.random.default_rng(3)
     lengths_ = Lengths(prompt=8, output=20, variation=1.5)
-    requests = poisson(2.2, 8000, lengths_, weights=ONE, rng=rng)
+    requests = poisson(2.2, 4000, lengths_, weights=ONE, rng=rng)
     waits = {}
     for router in ("random", "round-robin", "least-work"):
         parts = spread(requests, 5, router, speed=10.0, rng=rng)

@@ -16,9 +16,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_training import write_config, write_conversations, write_target
+from typer.testing import CliRunner
 
 from dspark_sglang.artifacts import DRAFT_VOCAB_FILE, read_draft_vocab
 from dspark_sglang.checkpoint import read_config
+from dspark_sglang.cli.app import app
+from dspark_sglang.cli.main import main
 from dspark_sglang.errors import CheckpointError, ConfigError, DataError, NumericsError
 from dspark_sglang.layouts.dense.config import parse_drafter_config
 from dspark_sglang.layouts.dense.tensors import check_tensors
@@ -52,16 +55,12 @@ def test_a_v4_is_not_trained_for(tmp_path: Path) -> None:
     assert "mtp" in error.value.expected
 
 
-def run(config: Path, *flags: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [*COMMAND, str(config), *flags],
-        capture_output=True,
-        text=True,
-        env=ENVIRONMENT,
-        check=False,
-    )
-    assert not check or done.returncode == 0, done.stdout + done.stderr
-    return done
+def run(config: Path) -> str:
+    """The command in this process; what it says."""
+    done = CliRunner().invoke(app, ["train", "--config", str(config)])
+    if done.exception is not None:
+        raise done.exception
+    return done.output
 
 
 def losses(folder: Path) -> list[tuple[int, float]]:
@@ -94,10 +93,11 @@ def test_every_markov_head_trains(tmp_path, workshop, head):
     assert all(0 <= value <= 1 for report in reports for value in report.acceptance)
 
 
+@pytest.mark.costly
 def test_the_command_writes_a_drafter_that_our_loader_takes(tmp_path, workshop):
-    done = run(write_config(tmp_path, *workshop))
+    said = run(write_config(tmp_path, *workshop))
     folder = tmp_path / "run"
-    assert "accepted length" in done.stdout
+    assert "accepted length" in said
     for name in ("drafter", "best"):
         parsed = parse_drafter_config(read_config(folder / name, role="drafter"))
         check_tensors(folder / name, parsed)
@@ -175,6 +175,7 @@ def test_the_markov_head_starts_from_the_text_where_it_is_new(tmp_path, workshop
     assert not begin()[1]
 
 
+@pytest.mark.costly
 def test_kill_9_and_resume_is_exact(tmp_path, workshop):
     whole = tmp_path / "whole"
     whole.mkdir()
@@ -188,14 +189,15 @@ def test_kill_9_and_resume_is_exact(tmp_path, workshop):
         while not (folder / "state.pt").exists() and process.poll() is None:
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
-    done = run(config)
+    said = run(config)
     assert process.returncode == -signal.SIGKILL
-    assert "resumed after step" in done.stdout
+    assert "resumed after step" in said
     assert losses(folder) == losses(whole / "run")
     ours, theirs = (load_file(f / "drafter/model.safetensors") for f in (folder, whole / "run"))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+@pytest.mark.costly
 def test_two_processes_are_one_with_twice_the_batch(tmp_path, workshop):
     (tmp_path / "one").mkdir()
     (tmp_path / "two").mkdir()
@@ -288,6 +290,7 @@ def test_a_full_disk_keeps_the_previous_state(tmp_path, workshop):
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["state.pt"]
 
 
+@pytest.mark.costly
 def test_patience_stops_early(tmp_path, workshop):
     # With a learning rate of nothing the first validation stays the best.
     config = write_config(
@@ -322,12 +325,20 @@ def test_layers_outside_the_target_are_refused(tmp_path, workshop):
         build(config, "drafter.target_layer_ids=[1, 9]")
 
 
-def test_errors_of_the_command_are_one_line(tmp_path, workshop):
+def test_errors_of_the_command_are_one_line(tmp_path, workshop, monkeypatch, capsys):
     target, _ = workshop
-    done = run(write_config(tmp_path, target, tmp_path / "missing.jsonl"), check=False)
-    assert done.returncode == 2
-    assert "missing.jsonl cannot be read" in done.stderr
-    assert "Traceback" not in done.stderr
+    config = write_config(tmp_path, target, tmp_path / "missing.jsonl")
+    monkeypatch.setattr(sys, "argv", ["dspark", "train", "--config", str(config)])
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            main()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert "missing.jsonl cannot be read" in said.strip().splitlines()[-1]
+    assert "Traceback" not in said
 
 
 @pytest.mark.parametrize("limit", [0, 10_000, 1 << 30], ids=["none", "some", "all"])

@@ -66,16 +66,21 @@ def imported(path: Path, known: dict[str, Path]) -> Iterator[str]:
         yield from (name for name in names if name in known)
 
 
-def closure(root: Path, start: str = WORKER) -> dict[str, int]:
-    """Files and lines that the imports of one module reach, itself among them."""
-    known = modules(root)
-    reached, waiting = {start}, [start]
+def reached(known: dict[str, Path], start: str = WORKER) -> set[str]:
+    """Modules that the imports of one reach, itself among them; imports in functions count."""
+    found, waiting = {start}, [start]
     while waiting:
         for name in imported(known[waiting.pop()], known):
-            if name not in reached:
-                reached.add(name)
+            if name not in found:
+                found.add(name)
                 waiting.append(name)
-    texts = [known[name].read_text(encoding="utf-8") for name in reached]
+    return found
+
+
+def closure(root: Path) -> dict[str, int]:
+    """Files and lines that the worker's imports reach."""
+    known = modules(root)
+    texts = [known[name].read_text(encoding="utf-8") for name in reached(known)]
     full = [text for text in texts if text.strip()]
     return {"files": len(full), "lines": sum(len(text.splitlines()) for text in full)}
 

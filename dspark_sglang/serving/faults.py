@@ -2,7 +2,7 @@
 
 A fault of one request ends that request. A fault of the drafter turns drafting off, and the server goes on as
 plain decoding until an operator sets ``dspark_speculation`` again or the drafter is replaced. What is left, every
-``raise`` and ``assert`` that a step can reach, stands in :data:`RAISES`.
+``raise`` and ``assert`` that a step can reach, stands in ``tests/raises.py``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -136,122 +136,6 @@ class Contained:
             "exception", f"{self._what} raised {type(error).__name__}: {error}", error
         )
         return True
-
-
-class Raise(NamedTuple):
-    """A function with statements that raise, reachable in a step."""
-
-    #: Module and function.
-    where: str
-    #: What it means, and whose fault it is.
-    means: str
-    whose: Literal["request", "drafter", "target", "plugin", "operator"]
-    #: What happens.
-    then: Literal["never", "contained", "refused", "reference", "ends"]
-    #: The test of that.
-    test: str
-
-
-_SERVING = "dspark_sglang.serving"
-_CORE = "dspark_sglang.core"
-#: Every ``raise`` and ``assert`` of a module that a step runs, by function; ``tests/unit/test_faults.py`` compares
-#: it with the source. Of our kernels the whole package is one entry.
-RAISES = (
-    # A request's or an operator's own: answered with HTTP 400, before anything runs.
-    Raise(f"{_SERVING}.options.read_options", "custom_params that mean nothing", "request", "refused",
-          "unit/test_requests.py::test_wrong_options_of_a_request_are_refused"),
-    Raise(f"{_SERVING}.options.made", "a request that a process could not go on with", "request", "refused",
-          "unit/test_http_checks.py"),
-    Raise(f"{_SERVING}.options._check_readable", "a value that the scheduler could not read", "request", "refused",
-          "unit/test_http_checks.py"),
-    Raise(f"{_SERVING}.options._check_labels", "labels that metrics could not take", "request", "refused",
-          "unit/test_http_checks.py"),
-    Raise(f"{_SERVING}.options._check_values", "a value that can be read and not be used", "request", "refused",
-          "unit/test_http_checks.py"),
-    Raise(f"{_SERVING}.options.check_samples", "more answers than a process can hold", "request", "refused",
-          "unit/test_http_checks.py"),
-    Raise(f"{_SERVING}.requests.refusal", "an option of the start-up measurement", "request", "refused",
-          "unit/test_requests.py::test_wrong_options_of_a_request_are_refused"),
-    Raise(f"{_SERVING}.admin.ask", "memory that cannot be released or taken back now", "operator", "refused",
-          "serving/test_start_cases.py"),
-    Raise(f"{_SERVING}.admin.Commands.prepare", "a setting that this server has no use for", "operator", "refused",
-          "unit/test_commands.py"),
-    Raise(f"{_SERVING}.admin.Commands._budget", "a budget that is no share", "operator", "refused",
-          "unit/test_commands.py"),
-    Raise(f"{_SERVING}.admin._choose", "a setting of no known value", "operator", "refused", "unit/test_commands.py"),
-    Raise(f"{_SERVING}.admin.handlers", "how SGLang is told of these", "operator", "refused", "unit/test_commands.py"),
-    Raise(f"{_SERVING}.calibration.fit", "too little to fit to", "operator", "refused", "unit/test_calibration.py"),
-    Raise(f"{_SERVING}.calibration.KnownCost.read", "a server without a cost file", "operator", "refused",
-          "unit/test_commands.py"),
-    Raise(f"{_SERVING}.calibration.KnownCost.keep", "a server without a cost file", "operator", "refused",
-          "unit/test_commands.py"),
-    Raise(f"{_SERVING}.calibration.load_cost", "a cost file that is damaged or of something else", "operator", "refused",
-          "unit/test_step_cost.py::test_a_file_of_no_use_is_refused_with_its_reason"),
-    Raise(f"{_SERVING}.calibration.require_both_kinds", "a cost that would not be read again", "operator", "refused",
-          "unit/test_step_cost.py::test_a_cost_of_one_kind_of_step_is_not_written"),
-    Raise(f"{_SERVING}.calibration.save_cost", "a disk that is full or may not be written", "operator", "refused",
-          "unit/test_step_cost.py::test_writing_is_all_or_nothing"),
-    Raise(f"{_CORE}.schedule.cost_model._Kind.restore", "a cost file edited into nonsense", "operator", "refused",
-          "unit/test_core_steps.py"),
-    Raise(f"{_CORE}.schedule.cost_model.CostModel.restore", "a cost file of another drafter, or garbled", "operator", "refused",
-          "unit/test_core_steps.py"),
-    # The drafter's: drafting goes off. With several ranks an exception ends the server, for others would wait.
-    Raise(f"{_CORE}.draft.draft_block", "no uniforms were given", "plugin", "contained",
-          "serving/test_never_ends.py::test_a_fault_of_the_drafter_is_contained"),
-    Raise(f"{_CORE}.heads.MarkovHead.latent", "an rnn head without its state", "plugin", "contained",
-          "serving/test_never_ends.py::test_a_fault_of_the_drafter_is_contained"),
-    Raise("dspark_kernels.markov_step", "operands that do not fit together", "plugin", "contained",
-          "kernels/test_markov_step_edges.py"),
-    Raise("dspark_kernels.confidence", "operands that do not fit together", "plugin", "contained",
-          "kernels/test_confidence.py"),
-    Raise("dspark_kernels.kv_inject", "a pool that our kernel does not write", "plugin", "contained",
-          "kernels/test_kv_inject.py"),
-    Raise(f"{_SERVING}.weights.contained", "an update that raises where ranks wait for each other", "operator", "ends",
-          "unit/test_faults.py::test_an_update_that_raises_fails_on_one_rank_and_ends_several"),
-    # What a step never gets to: checked before, or only at start.
-    Raise(f"{_CORE}.schedule.survival.check", "a confidence that is none: requests with one do not come so far", "drafter", "never",
-          "unit/test_overlap.py::test_confidences_that_are_none_are_explained"),
-    Raise(f"{_CORE}.schedule.cost_model.TableCost.__init__", "a cost table out of order: only the simulator has tables", "operator",
-          "never", "unit/test_core_cost.py"),
-    Raise(f"{_SERVING}.tensor_parallel.Vocabulary.of", "an LM head sharded in an unknown way: at start", "operator", "refused",
-          "unit/test_placement.py"),
-    Raise(f"{_SERVING}.draft_model.DraftModel.__init__", "heads that would be read wrongly: at start", "operator", "refused",
-          "unit/test_draft_model.py"),
-    Raise(f"{_SERVING}.tensor_parallel.shard_draft", "heads spread beside a draft vocabulary: at start", "operator", "refused",
-          "unit/test_placement.py"),
-    Raise(f"{_SERVING}.cpu.attention.CpuAttentionBackend.forward_extend",
-          "a target with attention that the CPU has not: its first forward is before the server listens", "target",
-          "refused", "serving/test_cpu_attention.py"),
-    # The plugin's own mistakes. They say that a step is not what it should be, so nothing of it may be served.
-    Raise(f"{_CORE}.tensor_parallel.accept._stats", "no drafted laws", "plugin", "ends", "unit/test_core_sharded.py"),
-    Raise(f"{_CORE}.tensor_parallel.accept._sampled", "no drafted laws or uniforms", "plugin", "ends", "unit/test_core_sharded.py"),
-    Raise(f"{_SERVING}.overlap.OverlappedRounds.outcome", "an outcome of nothing drafted", "plugin", "ends",
-          "unit/test_overlap.py"),
-    Raise(f"{_SERVING}.overlap.OverlappedRounds._over", "the other strategy's end of a step", "plugin", "ends",
-          "unit/test_overlap.py"),
-    Raise(f"{_CORE}.schedule.scheduler.Synchronous._learn", "a round that nobody admitted", "plugin", "ends",
-          "unit/test_scheduler.py"),
-    Raise(f"{_CORE}.schedule.scheduler.Synchronous._learn_acceptance", "confidences without logits", "plugin", "ends",
-          "unit/test_scheduler.py"),
-    Raise(f"{_SERVING}.verifier.Verifier.run_compact", "a target that gives no hidden states: seen in the first step, "
-          "before the server listens", "plugin", "ends", "contract/test_sglang_contract.py"),
-    Raise(f"{_SERVING}.verifier.Verifier.accept_and_finalize", "SGLang's acceptance in the graph", "plugin", "ends",
-          "contract/test_sglang_contract.py"),
-    Raise(f"{_SERVING}.ops.sharded_ops.ShardedOps._own_laws", "no drafted laws", "plugin", "ends", "serving/test_placement.py"),
-    Raise(f"{_SERVING}.ops.sharded_ops._kernels", "operations of another kind: at start", "plugin", "refused",
-          "kernels/test_sharded_served.py"),
-    Raise(f"{_SERVING}.ops.torch_ops.TorchOps._sampled", "no drafted laws", "plugin", "ends", "unit/test_ops.py"),
-    Raise(f"{_SERVING}.ops.torch_ops._seeded_choice", "no seeds", "plugin", "ends", "unit/test_ops.py"),
-    Raise(f"{_SERVING}.ops.triton_ops.TritonOps._check_flags", "rows outside the logits that acceptance was given",
-          "plugin", "ends", "kernels/test_served.py"),
-    Raise(f"{_SERVING}.ops.triton_ops._law", "listed laws without their tokens", "plugin", "ends", "kernels/test_served.py"),
-    Raise("dspark_kernels.accept", "operands that do not fit together", "plugin", "ends", "kernels/test_accept.py"),
-    Raise("dspark_kernels.vocab_parallel_accept", "operands that do not fit together", "plugin", "ends",
-          "kernels/test_vocab_parallel_accept.py"),
-    Raise("dspark_kernels.admit", "operands that do not fit together", "plugin", "ends", "kernels/test_admit.py"),
-    Raise("dspark_kernels.support", "an operand of the wrong kind, or a backend that is not there", "plugin", "ends",
-          "kernels/test_support.py"),
-)  # fmt: skip
 
 
 def died(handler: Any) -> list[tuple[str, int, int]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from sglang.kernels.ops.speculative.dspark.dspark_verify_window import (
@@ -21,7 +21,7 @@ from sglang.srt.speculative.dspark_components.dspark_verify import (
 from dspark_sglang.core.accept import stop_at
 from dspark_sglang.serving.cpu.packing import pad_index
 from dspark_sglang.serving.draft_kv import DeferredStates, States
-from dspark_sglang.serving.ops import Ops, Verified
+from dspark_sglang.serving.ops import Ops, Verified, WriteKv
 from dspark_sglang.serving.planner import Planner
 from dspark_sglang.serving.proposer import OurDraftBlock
 from dspark_sglang.serving.requests import batch_stops, request_penalties, told
@@ -36,9 +36,6 @@ from dspark_sglang.serving.sglang_types import (
     VerifyWindow,
 )
 from dspark_sglang.serving.tensor_parallel import DraftSharding
-
-if TYPE_CHECKING:
-    from dspark_sglang.serving.ops.kv_writer import KvWriter
 
 
 class Verifier(TargetVerifyExecutor):
@@ -421,7 +418,7 @@ class Verifier(TargetVerifyExecutor):
             if self._kv_writer is not None:
                 if chosen is not None:
                     slots = torch.where(chosen, slots, -1)
-                self._kv_writer.write(hidden, places, slots)
+                self._kv_writer(hidden, places, slots)
                 return
             on_cpu = hidden.device.type == "cpu"
             if chosen is not None or on_cpu:
@@ -431,17 +428,15 @@ class Verifier(TargetVerifyExecutor):
             self._sharding.draft.write(self.kv_injector, hidden, slots, places)
 
     @functools.cached_property
-    def _kv_writer(self) -> KvWriter | None:
+    def _kv_writer(self) -> WriteKv | None:
         """What writes the draft's KV where our kernels run; None leaves it to SGLang.
 
         Made at the first commit: the pool does not exist before the worker does.
         """
-        if self._ops.name != "triton" or not self._sharding.draft.kernel_writes:
+        if not self._sharding.draft.kernel_writes:
             return None
-        from dspark_sglang.serving.ops.kv_writer import KvWriter
-
         pool = self.kv_injector.draft_model_runner.token_to_kv_pool
-        return KvWriter.of(self.kv_injector.draft_model, pool)
+        return self._ops.kv_writer(self.kv_injector.draft_model, pool)
 
     def renew(self) -> None:
         """The drafter's weights have changed."""

@@ -39,7 +39,7 @@ from dspark_sglang.serving.decode import Decoder
 from dspark_sglang.serving.draft_kv import contain_prefills, keep_prefills, may_defer
 from dspark_sglang.serving.draft_model import draft_model
 from dspark_sglang.serving.faults import Faults
-from dspark_sglang.serving.ops import Ops, choose
+from dspark_sglang.serving.ops import Ops, make
 from dspark_sglang.serving.ops.sharded_ops import ShardedOps
 from dspark_sglang.serving.overlap import OverlappedRounds
 from dspark_sglang.serving.planner import Planner, buckets, whole_blocks
@@ -185,7 +185,7 @@ class DSparkWorker(DSparkWorkerV2):
             heads=settings.heads,
         )
         self._sharding.forget(self._kv_injector)
-        self._ops: Ops = choose.make(
+        self._ops: Ops = make(
             settings.kernels,
             device=torch.device(self.device),
             markov=MarkovHead.from_module(self.draft_model.markov_head),

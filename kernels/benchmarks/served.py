@@ -11,7 +11,7 @@ import torch
 from benchmarks import moved
 from dspark_sglang.core.heads import ConfidenceHead, MarkovHead
 from dspark_sglang.serving import telemetry
-from dspark_sglang.serving.ops import rows, triton_ops
+from dspark_sglang.serving.ops import SampledRows, Verified, triton_ops
 
 _GAMMA, _VOCABULARY, _RANK, _HIDDEN, _REQUESTS = 5, 600, 16, 32, 3
 
@@ -40,7 +40,7 @@ def count_step() -> Iterator[dict[str, Any]]:
     """
     random = torch.Generator().manual_seed(3)
     ops = _operations(random)
-    sampled = rows.SampledRows(torch.arange(_REQUESTS), torch.ones(_REQUESTS), None, None, None)
+    sampled = SampledRows(torch.arange(_REQUESTS), torch.ones(_REQUESTS), None, None, None)
     hidden = torch.randn(_REQUESTS, _GAMMA, _HIDDEN, generator=random).bfloat16()
     base = torch.randn(_REQUESTS, _GAMMA, _VOCABULARY, generator=random).bfloat16()
     logits = torch.randn(_REQUESTS * (_GAMMA + 1), _VOCABULARY, generator=random)
@@ -55,7 +55,7 @@ def count_step() -> Iterator[dict[str, Any]]:
         ops.confidence(hidden, block.previous)
         ops.admit(survival, order, survival.size, base.device)
         ops.accept(
-            rows.Verified(
+            Verified(
                 logits=logits,
                 drafted=block.tokens,
                 rows=sampled,

@@ -16,8 +16,7 @@ from dspark_sglang.core.accept import Accepted
 from dspark_sglang.core.draft import DraftBlock
 from dspark_sglang.core.heads import ConfidenceHead, MarkovHead
 from dspark_sglang.core.tensor_parallel import Shard
-from dspark_sglang.serving.ops import Ops, SampledRows, choose, selfcheck
-from dspark_sglang.serving.ops.rows import Verified
+from dspark_sglang.serving.ops import Ops, SampledRows, Verified, make, selfcheck
 from dspark_sglang.serving.ops.sharded_ops import ShardedOps
 from dspark_sglang.serving.ops.supply import Supply
 from dspark_sglang.serving.telemetry import Telemetry
@@ -80,7 +79,7 @@ def one_rank(kernels: Any, device: torch.device, verification: Any) -> Ops:
     made = torch.Generator().manual_seed(3)
     w1, w2 = (torch.randn((VOCAB, RANK), generator=made).to(device) for _ in range(2))
     draws = torch.Generator(device).manual_seed(4)
-    return choose.make(
+    return make(
         kernels,
         device=device,
         markov=MarkovHead(w1=w1, w2=w2),

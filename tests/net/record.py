@@ -16,7 +16,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from dspark_sglang.provenance import machine, versions
-from dspark_sglang.serving.faults import RAISES
+from tests.raises import RAISES
 
 ROOT = Path(__file__).resolve().parents[2]
 NEVER = "tests/serving/test_never_ends.py"

@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 pytest.importorskip("sglang")
 
 from dspark_sglang.serving import weights
-from dspark_sglang.serving.faults import KINDS, RAISES, Faults
+from dspark_sglang.serving.faults import KINDS, Faults
+from tests.raises import RAISES
 
 ROOT = Path(__file__).resolve().parents[2]
 #: Modules of the plugin that no step runs: checks, start-up, files, people.
@@ -25,7 +26,7 @@ NOT_IN_A_STEP = {
     "serving": {
         "arguments", "compat", "entry", "hooks", "placement", "warmup",
     },
-    "ops": {"choose", "selfcheck"},
+    "ops": {"__init__", "selfcheck"},
     "cpu": {"limits", "patches"},
 }  # fmt: skip
 NOT_IN_A_KERNEL = {"reference"}

@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import pytest
 
+from tests import structure
+
 ROOT = Path(__file__).resolve().parents[2]
 #: Folder that holds a package's source, and the package's name.
 PACKAGES = (
@@ -193,6 +195,20 @@ def test_every_package_is_seen() -> None:
 
 def test_dependencies_point_one_way() -> None:
     assert violations(ROOT) == []
+
+
+def test_the_worker_reaches_neither_kernels_nor_what_the_plugin_installs() -> None:
+    """Implementations of the operations are named in a table, and the CPU platform is the plugin's to install."""
+    far = (
+        "dspark_kernels",
+        *TOOLS,
+        *(f"dspark_sglang.serving.{name}" for name in ("hooks", "arguments")),
+    )
+    found = structure.reached(structure.modules(ROOT))
+    assert not [name for name in found if within(name, *far)]
+    assert {name for name in found if within(name, "dspark_sglang.serving.cpu")} <= {
+        "dspark_sglang.serving.cpu.packing"
+    }
 
 
 def test_the_environment_is_read_in_one_module() -> None:

@@ -12,7 +12,7 @@ from dspark_sglang.core.draft import SAMPLED_SHORTLIST, WHOLE_VOCABULARY
 from dspark_sglang.core.heads import ConfidenceHead, MarkovHead
 from dspark_sglang.core.sampling import target_weights
 from dspark_sglang.errors import CompatibilityError
-from dspark_sglang.serving.ops import SampledRows, Verified, choose
+from dspark_sglang.serving.ops import SampledRows, Verified, make, resolve
 from dspark_sglang.serving.ops.torch_ops import TorchOps
 from dspark_sglang.serving.telemetry import Telemetry
 
@@ -30,29 +30,40 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
     ],
 )
 def test_the_device_decides_unless_told(kernels: str, device: torch.device, wanted: str) -> None:
-    assert choose.resolve(kernels, device) == wanted  # type: ignore[arg-type]
+    assert resolve(kernels, device) == wanted  # type: ignore[arg-type]
 
 
 def test_kernels_on_a_cpu_need_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(CompatibilityError) as caught:
-        choose.resolve("triton", CPU)
+        make("triton", device=CPU)
     assert "TRITON_INTERPRET=1" in caught.value.fix
 
 
 def test_without_triton_the_kernels_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choose.importlib.util, "find_spec", lambda name: None)
-    assert choose.resolve("auto", CPU) == "torch"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert resolve("auto", CPU) == "torch"
     with pytest.raises(CompatibilityError, match="Triton is not installed"):
-        choose.resolve("auto", CUDA)
+        resolve("auto", CUDA)
 
 
 def test_torch_operations_import_no_triton() -> None:
     code = (
         "import sys; import torch; before = 'triton' in sys.modules; "
-        "from dspark_sglang.serving.ops import choose, torch_ops; "
+        "from dspark_sglang.serving.ops import torch_ops; "
         "assert 'dspark_kernels' not in sys.modules; "
         "assert before or 'triton' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_worker_on_a_cpu_imports_no_kernel() -> None:
+    pytest.importorskip("sglang")
+    code = (
+        "import pkgutil, sys; import dspark_sglang.serving.worker; "
+        "from dspark_sglang.serving.ops import IMPLEMENTATIONS, resolve; import torch; "
+        "pkgutil.resolve_name(IMPLEMENTATIONS[resolve('auto', torch.device('cpu'))]); "
+        "assert 'dspark_kernels' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -19,7 +19,7 @@ from dspark_sglang.core.schedule import admission_order, lengths
 from dspark_sglang.core.schedule.scheduler import Overlapped, Scheduler
 from dspark_sglang.core.schedule.survival import survival
 from dspark_sglang.serving.faults import Faults
-from dspark_sglang.serving.ops.rows import Admitted
+from dspark_sglang.serving.ops import Admitted
 from dspark_sglang.serving.ops.torch_ops import TorchOps
 from dspark_sglang.serving.overlap import OverlappedRounds
 from dspark_sglang.serving.rounds import Block, Rounds, SynchronousRounds, pack, unpack

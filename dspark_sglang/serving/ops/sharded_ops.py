@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +10,7 @@ import torch
 
 from dspark_sglang.config import Verification
 from dspark_sglang.core.accept import Accepted
-from dspark_sglang.core.draft import DraftBlock, undrafted
+from dspark_sglang.core.draft import DraftBlock
 from dspark_sglang.core.heads import ConfidenceHead, MarkovHead
 from dspark_sglang.core.sampling import Filters
 from dspark_sglang.core.tensor_parallel import (
@@ -22,22 +21,19 @@ from dspark_sglang.core.tensor_parallel import (
     confidence_logits,
     draft_block,
 )
-from dspark_sglang.serving.ops import Ops
-from dspark_sglang.serving.ops.rows import Admitted, SampledRows, Verified
+from dspark_sglang.serving.ops import Admitted, Ops, SampledRows, Verified, WriteKv
 from dspark_sglang.serving.ops.supply import Supply
+from dspark_sglang.serving.sglang_types import DenseDraft, KvPool
 from dspark_sglang.serving.telemetry import Telemetry
 from dspark_sglang.serving.tensor_parallel import Vocabulary
 
-if TYPE_CHECKING:
-    from dspark_sglang.serving.ops.triton_ops import TritonOps
 
-
-class ShardedOps:
-    """:class:`dspark_sglang.serving.ops.Ops` over shards: drafting and acceptance here, the rest inside.
+class ShardedOps(Ops):
+    """Over shards: drafting and acceptance here, the rest inside.
 
     Base and target logits are this rank's columns. Blocks of a draft vocabulary are drafted inside:
-    every rank has the whole of it. Acceptance is the kernels' where the inner operations are, except of
-    whole blocks (``verification="block"``).
+    every rank has the whole of it. Acceptance is that of the inner operations where they have one of shards, except of
+    blocks that are verified together (``verification="block"``).
 
     Args:
         inner: the operations of one rank.
@@ -55,31 +51,40 @@ class ShardedOps:
         telemetry: Telemetry,
         held: HeldHeads | None = None,
     ) -> None:
-        self.name = inner.name
-        self.markov = inner.markov
+        super().__init__(
+            markov=inner.markov,
+            confidence=inner.confidence_head,
+            generator=generator,
+            verification=verification,
+            telemetry=telemetry,
+        )
+        self.name, self.covers_greedy = inner.name, inner.covers_greedy
         self._inner = inner
         self._vocabulary = vocabulary
         self._supply = Supply(generator)
-        self._verification = verification
-        self._telemetry = telemetry
         self._held = held
         shard = vocabulary.shard
         own = shard.cut(inner.markov.w2)
         self._head: MarkovHead = dataclasses.replace(inner.markov, w2=own)
-        self._kernels = _kernels(inner) if verification != "block" else None
+        self._accepts = None if verification == "block" else inner.shards(own.device)
         widths = torch.tensor([shard.width], device=own.device)
         self._widths = tuple(vocabulary.ranks.gather(widths, "start").view(-1).tolist())
 
     def renew(self, markov: MarkovHead, confidence: ConfidenceHead) -> None:
-        """See :meth:`dspark_sglang.serving.ops.Ops.renew`."""
-        self.markov = markov
+        super().renew(markov, confidence)
         self._inner.renew(markov, confidence)
         self._head = dataclasses.replace(markov, w2=self._vocabulary.shard.cut(markov.w2))
 
+    def set_temperatures(self, temperatures: torch.Tensor) -> None:
+        super().set_temperatures(temperatures)
+        self._inner.set_temperatures(temperatures)
+
     @property
     def launches(self) -> dict[str, int]:
-        """See :attr:`dspark_sglang.serving.ops.Ops.launches`."""
         return self._inner.launches
+
+    def kv_writer(self, draft: DenseDraft, pool: KvPool) -> WriteKv | None:
+        return self._inner.kv_writer(draft, pool)
 
     def draft(
         self,
@@ -90,7 +95,6 @@ class ShardedOps:
         rows: SampledRows | None,
         vocabulary: torch.Tensor | None,
     ) -> DraftBlock:
-        """See :meth:`dspark_sglang.serving.ops.Ops.draft`."""
         if vocabulary is not None:
             return self._inner.draft(base, hidden, anchors, positions, rows, vocabulary)
         keys = None
@@ -107,22 +111,14 @@ class ShardedOps:
             temperatures=None if rows is None else rows.temperatures,
             sampled=None if rows is None else rows.index,
             keys=keys,
-            logits_of_all=self._kernels is not None,
+            logits_of_all=self._accepts is not None,
             held=self._held,
         )
         return self._vocabulary.ranks.run(drafting, "draft")
 
-    def nothing(self, rows: SampledRows | None, requests: int, depth: int = 1) -> DraftBlock:
-        """See :meth:`dspark_sglang.serving.ops.Ops.nothing`."""
-        if self.name == "triton":
-            return self._inner.nothing(rows, requests, depth)
-        sampled = None if rows is None or rows.seeds is not None else len(rows.index)
-        return undrafted(requests, laws=sampled, device=self.markov.w1.device, depth=depth)
-
     def confidence(
         self, features: torch.Tensor, previous: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See :meth:`dspark_sglang.serving.ops.Ops.confidence`."""
         if self._held is None:
             return self._inner.confidence(features, previous)
         head = self.confidence_head
@@ -131,20 +127,6 @@ class ShardedOps:
         raw = self._vocabulary.ranks.run(scoring, "confidence")
         return head.calibrate(raw), raw
 
-    @property
-    def confidence_head(self) -> ConfidenceHead:
-        """See :attr:`dspark_sglang.serving.ops.Ops.confidence_head`."""
-        return self._inner.confidence_head
-
-    @property
-    def temperatures(self) -> list[float]:
-        """See :attr:`dspark_sglang.serving.ops.Ops.temperatures`."""
-        return self._inner.temperatures
-
-    def set_temperatures(self, temperatures: torch.Tensor) -> None:
-        """See :meth:`dspark_sglang.serving.ops.Ops.set_temperatures`."""
-        self._inner.set_temperatures(temperatures)
-
     def admit(
         self,
         survival: npt.NDArray[np.float64],
@@ -152,37 +134,28 @@ class ShardedOps:
         budget: int,
         device: torch.device,
     ) -> Admitted:
-        """See :meth:`dspark_sglang.serving.ops.Ops.admit`."""
         return self._inner.admit(survival, order, budget, device)
 
     def admit_there(self, survival: torch.Tensor, budget: int) -> Admitted:
-        """See :meth:`dspark_sglang.serving.ops.Ops.admit_there`."""
         return self._inner.admit_there(survival, budget)
 
     def accept(self, given: Verified) -> Accepted:
-        """See :meth:`dspark_sglang.serving.ops.Ops.accept`."""
         rows = given.rows
         if rows is not None and rows.seeds is not None and rows.filters:
             return self._inner.accept(given)  # the verifier has gathered whole rows for these
-        if self._kernels is not None:
-            return self._accept_by_kernels(self._kernels, given)
-        shard = self._vocabulary.shard
+        shard, ranks = self._vocabulary.shard, self._vocabulary.ranks
+        logits = self._vocabulary.own(given.logits)
+        if self._accepts is not None:
+            own = given._replace(logits=logits)
+            return self._accepts(own, ranks.rank, self._widths, lambda it: ranks.run(it, "accept"))
         how = "greedy"
         sampling = None
         if rows is not None:
             sampling = self._sampling(given, rows)
             how = "seeded" if rows.seeds is not None else self._verification
         self._telemetry.ran[f"accept:sharded-{how}"] += 1
-        logits = self._vocabulary.own(given.logits)
         deciding = accept(logits, given.drafted, given.lens, given.first, shard, sampling)
-        return self._vocabulary.ranks.run(deciding, "accept")
-
-    def _accept_by_kernels(self, kernels: TritonOps, given: Verified) -> Accepted:
-        given = given._replace(logits=self._vocabulary.own(given.logits))
-        ranks = self._vocabulary.ranks
-        return kernels.accept_sharded(
-            given, ranks.rank, self._widths, lambda steps: ranks.run(steps, "accept")
-        )
+        return ranks.run(deciding, "accept")
 
     def _sampling(self, given: Verified, rows: SampledRows) -> Sampling:
         if rows.seeds is not None:
@@ -203,7 +176,7 @@ class ShardedOps:
         laws, support, shard = given.laws, given.support, self._vocabulary.shard
         assert laws is not None and given.rows is not None
         index = given.rows.index
-        if self.name == "triton" and support is not None:  # listed by the kernels for all requests
+        if self.covers_greedy and support is not None:
             laws, support = laws[index], support[index]
         if support is None:
             return laws
@@ -212,15 +185,3 @@ class ShardedOps:
         places = column.clamp(0, shard.width - 1).expand(laws.shape)
         whole = laws.new_zeros((*laws.shape[:2], shard.width))
         return whole.scatter_add_(-1, places, laws * own)
-
-
-def _kernels(inner: Ops) -> TritonOps | None:
-    """The inner operations where they are the kernels', which a CPU without Triton cannot import."""
-    if inner.name != "triton":
-        return None
-    from dspark_sglang.serving.ops.selfcheck import check_sharded
-    from dspark_sglang.serving.ops.triton_ops import TritonOps
-
-    assert isinstance(inner, TritonOps)
-    check_sharded(inner.markov.w1.device)
-    return inner

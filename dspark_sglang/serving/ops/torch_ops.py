@@ -6,7 +6,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dspark_sglang.config import Verification
 from dspark_sglang.core.accept import (
     Accepted,
     Round,
@@ -15,47 +14,26 @@ from dspark_sglang.core.accept import (
     accept_sampled,
     rows_of,
 )
-from dspark_sglang.core.draft import DraftBlock, cpu_shortlist, draft_block, undrafted
+from dspark_sglang.core.draft import DraftBlock, cpu_shortlist, draft_block
 from dspark_sglang.core.heads import ConfidenceHead, MarkovHead
 from dspark_sglang.core.sampling import UNDECIDED, best, probabilities, sample, target_weights
 from dspark_sglang.core.schedule import lengths
 from dspark_sglang.core.seeded import seeded_draw
-from dspark_sglang.serving.ops.calibrated import Calibrated
-from dspark_sglang.serving.ops.rows import Admitted, SampledRows, Verified
-from dspark_sglang.serving.telemetry import Telemetry
+from dspark_sglang.serving.ops import Admitted, Ops, SampledRows, Verified
 
 _METHODS = {"rejection": accept_sampled, "block": accept_block}
 
 
-class TorchOps(Calibrated):
-    """:class:`dspark_sglang.serving.ops.Ops` by :mod:`dspark_sglang.core`."""
+class TorchOps(Ops):
+    """By :mod:`dspark_sglang.core`."""
 
     name = "torch"
-
-    def __init__(
-        self,
-        *,
-        markov: MarkovHead,
-        confidence: ConfidenceHead,
-        generator: torch.Generator,
-        verification: Verification,
-        telemetry: Telemetry,
-    ) -> None:
-        self.markov = markov
-        self._confidence = confidence
-        self._generator = generator
-        self._verification = verification
-        self._telemetry = telemetry
-        self._gathered: tuple[torch.Tensor, torch.Tensor] | None = None
+    #: A draft vocabulary and its rows of W2.
+    _gathered: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def renew(self, markov: MarkovHead, confidence: ConfidenceHead) -> None:
-        """See :meth:`dspark_sglang.serving.ops.Ops.renew`."""
-        self.markov, self._confidence, self._gathered = markov, confidence, None
-
-    @property
-    def launches(self) -> dict[str, int]:
-        """None of ours."""
-        return {}
+        super().renew(markov, confidence)
+        self._gathered = None
 
     def draft(
         self,
@@ -66,7 +44,6 @@ class TorchOps(Calibrated):
         rows: SampledRows | None,
         vocabulary: torch.Tensor | None,
     ) -> DraftBlock:
-        """See :meth:`dspark_sglang.serving.ops.Ops.draft`."""
         noise = uniforms = None
         if rows is not None:
             noise = rows.noise(base[: len(rows.index), 0], positions[rows.index])
@@ -96,18 +73,12 @@ class TorchOps(Calibrated):
             self._gathered = vocabulary, self.markov.w2[vocabulary]
         return self._gathered[1]
 
-    def nothing(self, rows: SampledRows | None, requests: int, depth: int = 1) -> DraftBlock:
-        """See :meth:`dspark_sglang.serving.ops.Ops.nothing`."""
-        sampled = None if rows is None or rows.seeds is not None else len(rows.index)
-        return undrafted(requests, laws=sampled, device=self.markov.w1.device, depth=depth)
-
     def confidence(
         self, features: torch.Tensor, previous: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See :meth:`dspark_sglang.serving.ops.Ops.confidence`."""
         self._telemetry.ran["confidence:torch"] += 1
-        raw = self._confidence.logits(features, previous, self.markov)
-        return self._confidence.calibrate(raw), raw
+        raw = self.confidence_head.logits(features, previous, self.markov)
+        return self.confidence_head.calibrate(raw), raw
 
     def admit(
         self,
@@ -116,7 +87,6 @@ class TorchOps(Calibrated):
         budget: int,
         device: torch.device,
     ) -> Admitted:
-        """See :meth:`dspark_sglang.serving.ops.Ops.admit`."""
         requests, gamma = survival.shape
         lens = lengths(order, budget, requests=requests)
         self._telemetry.ran["admit:numpy"] += 1
@@ -125,7 +95,6 @@ class TorchOps(Calibrated):
         return Admitted(torch.from_numpy(lens).to(device, torch.int32), rows.to(device))
 
     def admit_there(self, survival: torch.Tensor, budget: int) -> Admitted:
-        """See :meth:`dspark_sglang.serving.ops.Ops.admit_there`."""
         requests, gamma = survival.shape
         # Positions first: ties go to the earlier one, then to the earlier request.
         order = torch.sort(survival.T.reshape(-1), descending=True, stable=True).indices
@@ -138,7 +107,6 @@ class TorchOps(Calibrated):
         return Admitted(lens.to(torch.int32), rows)
 
     def accept(self, given: Verified) -> Accepted:
-        """See :meth:`dspark_sglang.serving.ops.Ops.accept`."""
         rows = given.rows
         if rows is not None and rows.seeds is not None:
             choice = best(given.logits)

@@ -2,71 +2,141 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch.nn.functional import linear
 
 from dspark_kernels.accept import Accepted as Outcome
-from dspark_kernels.accept import DenseDraft, Keys, ListedDraft, Rows, accept
+from dspark_kernels.accept import DenseDraft, Filters, Keys, ListedDraft, Rows, accept
 from dspark_kernels.admit import admit
 from dspark_kernels.confidence import confidence
+from dspark_kernels.kv_inject import kv_inject, pools
 from dspark_kernels.markov_step import Head, Sampling, draft_shortlist, successor_table
-from dspark_kernels.support.backend import LAUNCHES
+from dspark_kernels.support.backend import LAUNCHES, interpreting
+from dspark_kernels.support.errors import OperandError
+from dspark_kernels.support.rounding import round_as_a_gpu
 from dspark_kernels.vocab_parallel_accept import Shard, begin
-from dspark_kernels.vocab_parallel_accept.steps import Steps
-from dspark_sglang.config import Verification
 from dspark_sglang.core.accept import Accepted
-from dspark_sglang.core.draft import FOLLOWING, SHORTLIST, DraftBlock, undrafted
+from dspark_sglang.core.draft import FOLLOWING, SHORTLIST, DraftBlock
 from dspark_sglang.core.heads import ConfidenceHead, MarkovHead
-from dspark_sglang.errors import NumericsError
-from dspark_sglang.serving.ops.batch import Batch
-from dspark_sglang.serving.ops.calibrated import Calibrated
-from dspark_sglang.serving.ops.rows import Admitted, SampledRows, Verified
+from dspark_sglang.core.tensor_parallel import Exchange
+from dspark_sglang.errors import CompatibilityError, NumericsError
+from dspark_sglang.serving.ops import (
+    Admitted,
+    Ops,
+    SampledRows,
+    ShardedAccept,
+    Verified,
+    WriteKv,
+    selfcheck,
+)
 from dspark_sglang.serving.ops.supply import Supply
-from dspark_sglang.serving.telemetry import Telemetry
+from dspark_sglang.serving.sglang_types import DenseDraft as DraftModel
+from dspark_sglang.serving.sglang_types import KvPool
+
+logger = logging.getLogger(__name__)
+
+#: As a top_k: more than any vocabulary, filters nothing.
+_ALL_TOKENS = 2**31 - 1
 
 
-class TritonOps(Calibrated):
-    """:class:`dspark_sglang.serving.ops.Ops` by :mod:`dspark_kernels`.
+class Batch(NamedTuple):
+    """Parameters spread over all requests of a batch, greedy ones included."""
 
-    Laws of a block cover every request of the batch, in its order; those of greedy requests hold
-    nothing. Nothing here waits for the device.
-    """
+    #: What they were spread from; None: all requests are greedy.
+    rows: SampledRows | None
+    #: ``[R]`` float32; 0: greedy.
+    temperatures: torch.Tensor
+    #: ``[R]`` uint8: whether the law a request drafts from is kept for acceptance.
+    recorded: torch.Tensor
+    #: None where no request has any.
+    filters: Filters | None
+    #: ``[R]`` int64 and int32: seeds, and whether a request draws by its own; None: none does.
+    seeds: torch.Tensor | None
+    coupled: torch.Tensor | None
+
+    @classmethod
+    def of(cls, rows: SampledRows | None, requests: int, device: torch.device) -> Batch:
+        """Spread the parameters of ``rows``."""
+        if rows is None:
+            greedy = torch.zeros(requests, device=device)
+            return cls(None, greedy, greedy.to(torch.uint8), None, None, None)
+        own = rows.seeds is not None
+        ones = torch.ones(len(rows.index), dtype=torch.int32, device=device)
+        return cls(
+            rows=rows,
+            temperatures=_spread(rows.temperatures, rows.index, requests, 0.0),
+            recorded=torch.full((requests,), not own, dtype=torch.uint8, device=device),
+            filters=_filters(rows, requests),
+            seeds=_spread(rows.seeds, rows.index, requests, 0) if rows.seeds is not None else None,
+            coupled=_spread(ones, rows.index, requests, 0) if own else None,
+        )
+
+
+def _spread(values: torch.Tensor, index: torch.Tensor, count: int, rest: float) -> torch.Tensor:
+    """``[count]`` with ``values`` at ``index`` and ``rest`` elsewhere."""
+    whole = torch.full((count,), rest, dtype=values.dtype, device=values.device)
+    return whole.index_copy_(0, index, values)
+
+
+def _filters(rows: SampledRows, requests: int) -> Filters | None:
+    if rows.top_k is None and rows.top_p is None and rows.min_p is None:
+        return None
+    device = rows.index.device
+
+    def whole(values: torch.Tensor | None, rest: float, dtype: torch.dtype) -> torch.Tensor:
+        if values is None:
+            return torch.full((requests,), rest, dtype=dtype, device=device)
+        return _spread(values.to(dtype), rows.index, requests, rest)
+
+    return Filters(
+        top_k=whole(rows.top_k, _ALL_TOKENS, torch.int32),
+        top_p=whole(rows.top_p, 1.0, torch.float32),
+        min_p=whole(rows.min_p, 0.0, torch.float32),
+    )
+
+
+class TritonOps(Ops):
+    """By :mod:`dspark_kernels`. Nothing here waits for the device."""
 
     name = "triton"
+    covers_greedy = True  # distributions of greedy requests hold nothing
 
-    def __init__(
-        self,
-        *,
-        markov: MarkovHead,
-        confidence: ConfidenceHead,
-        generator: torch.Generator,
-        verification: Verification,
-        telemetry: Telemetry,
-    ) -> None:
-        self.renew(markov, confidence)
-        self._supply = Supply(generator)
+    def __init__(self, **given: Any) -> None:
+        super().__init__(**given)
+        self._supply = Supply(self._generator)
         self._batch: Batch | None = None
-        self._verification = verification
-        self._telemetry = telemetry
         #: Flags of earlier rounds on their way to the host.
         self._flags: deque[tuple[Any, torch.Tensor]] = deque()
+        self.renew(self.markov, self.confidence_head)
+
+    @classmethod
+    def check(cls, device: torch.device) -> None:
+        if device.type != "cuda":
+            if not interpreting():
+                raise CompatibilityError(
+                    f"DSPARK_KERNELS is triton and the device is {device}.",
+                    expected="CUDA, or Triton's interpreter",
+                    fix="Unset DSPARK_KERNELS, or set TRITON_INTERPRET=1 (slow, for tests).",
+                )
+            round_as_a_gpu()
+        selfcheck.check_kernels(device)
 
     def renew(self, markov: MarkovHead, confidence: ConfidenceHead) -> None:
-        """See :meth:`dspark_sglang.serving.ops.Ops.renew`."""
+        super().renew(markov, confidence)
         joint = markov.gate or markov.joint or (None, None)
-        self.markov, self._confidence = markov, confidence
         self._head = Head(markov.w1.detach(), markov.w2.detach(), *joint)
         #: Made of them when it is first needed.
         self._following: torch.Tensor | None = None
 
     @property
     def launches(self) -> dict[str, int]:
-        """See :attr:`dspark_sglang.serving.ops.Ops.launches`."""
         return dict(LAUNCHES)
 
     def draft(
@@ -78,7 +148,6 @@ class TritonOps(Calibrated):
         rows: SampledRows | None,
         vocabulary: torch.Tensor | None,
     ) -> DraftBlock:
-        """See :meth:`dspark_sglang.serving.ops.Ops.draft`."""
         # Nobody reads the base logits after this: the drafted law over all tokens takes their place.
         # Over a draft vocabulary it is listed instead: acceptance knows tokens, not columns.
         dense = rows is not None and rows.seeds is None and vocabulary is None
@@ -116,11 +185,6 @@ class TritonOps(Calibrated):
             self._following = successor_table(self._head, size, vocabulary)
         return self._following
 
-    def nothing(self, rows: SampledRows | None, requests: int, depth: int = 1) -> DraftBlock:
-        """See :meth:`dspark_sglang.serving.ops.Ops.nothing`."""
-        sampled = None if rows is None or rows.seeds is not None else requests
-        return undrafted(requests, laws=sampled, device=self._head.w1.device, depth=depth)
-
     def _sampling(self, rows: SampledRows, positions: torch.Tensor) -> Sampling:
         batch = self._given(rows, len(positions))
         return Sampling(
@@ -141,8 +205,7 @@ class TritonOps(Calibrated):
     def confidence(
         self, features: torch.Tensor, previous: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See :meth:`dspark_sglang.serving.ops.Ops.confidence`."""
-        head = self._confidence
+        head = self.confidence_head
         found = confidence(
             features,
             previous.contiguous(),
@@ -162,12 +225,10 @@ class TritonOps(Calibrated):
         budget: int,
         device: torch.device,
     ) -> Admitted:
-        """See :meth:`dspark_sglang.serving.ops.Ops.admit`."""
         values = torch.from_numpy(np.ascontiguousarray(survival)).to(device)
         return self.admit_there(values, budget)
 
     def admit_there(self, survival: torch.Tensor, budget: int) -> Admitted:
-        """See :meth:`dspark_sglang.serving.ops.Ops.admit_there`."""
         most = max(0, min(budget, survival.numel()))
         given = self._supply.budget(most, survival.device)
         found = admit(survival.contiguous(), given, backend="triton")
@@ -175,7 +236,7 @@ class TritonOps(Calibrated):
         return Admitted(found.lens, found.rows[: len(survival) + most])
 
     def accept(self, given: Verified) -> Accepted:
-        """See :meth:`dspark_sglang.serving.ops.Ops.accept`.
+        """As :meth:`dspark_sglang.serving.ops.Ops.accept` says.
 
         Raises:
             NumericsError: rows or tokens outside the logits; on CUDA found a round or two later, since the host
@@ -195,23 +256,17 @@ class TritonOps(Calibrated):
         )
         return self._outcome(found, given.rows, "triton")
 
-    def accept_sharded(
+    def shards(self, device: torch.device) -> ShardedAccept:
+        selfcheck.check_sharded(device)
+        return self._accept_sharded
+
+    def _accept_sharded(
         self,
         given: Verified,
         rank: int,
         widths: tuple[int, ...],
-        run: Callable[[Steps], Outcome],
+        run: Callable[[Exchange[Any]], Any],
     ) -> Accepted:
-        """The same of this rank's columns; rejection sampling alone, and no seeds with filters.
-
-        Args:
-            given: logits and dense laws are this rank's columns, laws of every request of the batch.
-            widths: columns of every rank.
-            run: exchanges the records.
-
-        Raises:
-            NumericsError: as :meth:`accept`, on every rank.
-        """
         given_rows, batch, keys, out = self._operands(given)
         rows = given.rows
         searched = rows is not None and not (rows.top_k is None and rows.top_p is None)
@@ -227,6 +282,10 @@ class TritonOps(Calibrated):
             out=out,
         )
         return self._outcome(run(steps), rows, "sharded-triton")
+
+    def kv_writer(self, draft: DraftModel, pool: KvPool) -> WriteKv | None:
+        made = KvWriter.of(draft, pool)
+        return None if made is None else made.write
 
     def _operands(self, given: Verified) -> tuple[Rows, Batch, Keys | None, Outcome]:
         self._check_flags()
@@ -275,3 +334,69 @@ def _law(given: Verified) -> DenseDraft | ListedDraft | None:
         return DenseDraft(given.laws, given.lse)
     assert given.support is not None
     return ListedDraft(given.laws, given.support)
+
+
+class KvWriter:
+    """Projects rows through a dense SGLang draft model and writes those that have a slot."""
+
+    def __init__(self, model: DraftModel, pool: KvPool, stacked: dict[str, Any]) -> None:
+        """Args:
+        model: the draft model.
+        pool: its KV pool.
+        stacked: the key and value projections of all layers, as the model stacks them.
+
+        Raises:
+            OperandError: the pool is laid out in a way the kernel does not write.
+        """
+        layers = [layer.self_attn for layer in model.layers]
+        self._model = model
+        self._weight, self._bias = stacked["weight"], stacked["bias"]
+        self._gain, self._eps = stacked["k_norm_weight"].contiguous(), float(stacked["eps"])
+        self._shape = (len(layers), 2, layers[0].kv_size)
+        self._table = layers[0].rotary_emb.cos_sin_cache
+        self._pools = pools(
+            [pool.get_key_buffer(layer.attn.layer_id) for layer in layers],
+            [pool.get_value_buffer(layer.attn.layer_id) for layer in layers],
+        )
+
+    @classmethod
+    def of(cls, model: DraftModel, pool: KvPool) -> KvWriter | None:
+        """The writer of a draft model; None, said once in the log, where SGLang has to write."""
+        rotary = model.layers[0].self_attn.rotary_emb
+        stacked = model._stacked_ctx_kv_params()
+        why = ""
+        if stacked is None:
+            why = "its projections are quantised or differ between layers"
+        elif type(rotary).__name__ != "RotaryEmbedding" or not rotary.is_neox_style:
+            why = f"its rotary embedding is a {type(rotary).__name__}"
+        elif not (hasattr(pool, "get_key_buffer") and hasattr(pool, "get_value_buffer")):
+            why = f"its KV pool is a {type(pool).__name__}"
+        if stacked is not None and not why:
+            try:
+                return cls(model, pool, stacked)
+            except OperandError as error:
+                why = str(error)
+        logger.warning("SGLang writes the draft's KV, not our kernel: %s.", why.rstrip("."))
+        return None
+
+    def write(self, hidden: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor) -> None:
+        """Write the rows that have a slot.
+
+        Args:
+            hidden: ``[N, layers read * d]`` target hidden states.
+            positions: ``[N]`` integer absolute positions.
+            slots: ``[N]`` integer slots of the draft's pool; negative: not accepted.
+        """
+        context = self._model.project_target_hidden(hidden)
+        projected = linear(context, self._weight, self._bias).view(-1, *self._shape)
+        kv_inject(
+            projected[:, :, 0],
+            projected[:, :, 1],
+            positions.to(torch.int64),
+            slots.to(torch.int64),
+            self._gain,
+            self._table,
+            self._pools,
+            eps=self._eps,
+            backend="triton",
+        )

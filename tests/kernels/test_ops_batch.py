@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from dspark_sglang.serving.ops import SampledRows
-from dspark_sglang.serving.ops.batch import Batch
 from dspark_sglang.serving.ops.supply import Supply
+from dspark_sglang.serving.ops.triton_ops import Batch
 
 CPU = torch.device("cpu")
 

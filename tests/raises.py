@@ -77,7 +77,7 @@ RAISES = (
     Raise(f"{_SERVING}.weights.contained", "an update that raises where ranks wait for each other", "operator", "ends",
           "unit/test_faults.py::test_an_update_that_raises_fails_on_one_rank_and_ends_several"),
     # What a step never gets to: checked before, or only at start.
-    Raise(f"{_CORE}.schedule.survival.check", "a confidence that is none: requests with one do not come so far", "drafter", "never",
+    Raise(f"{_CORE}.schedule.admission.check", "a confidence that is none: requests with one do not come so far", "drafter", "never",
           "unit/test_overlap.py::test_confidences_that_are_none_are_explained"),
     Raise(f"{_CORE}.schedule.cost_model.TableCost.__init__", "a cost table out of order: only the simulator has tables", "operator",
           "never", "unit/test_core_cost.py"),

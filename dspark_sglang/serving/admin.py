@@ -225,7 +225,9 @@ def guard(
     return kind(rid=why)
 
 
-async def ask(manager: TokenizerManager, obj: object, *, release: bool) -> None:
+async def ask(
+    manager: TokenizerManager, obj: object, request: object = None, *, release: bool
+) -> None:
     """Ask the schedulers, in the HTTP process.
 
     Raises:

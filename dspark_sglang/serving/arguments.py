@@ -189,7 +189,7 @@ def resolve(original: Callable[[Any], None], server_args: ServerArgs) -> None:
         original(server_args)
 
 
-def resolve_builtin(server_args: ServerArgs) -> None:
+def resolve_builtin(original: Callable[[Any], None], server_args: ServerArgs) -> None:
     """Let SGLang's own DSPARK run on the CPU platform, to compare with: nothing of it is ours."""
     from sglang.srt.arg_groups.overrides import resolving_view
 

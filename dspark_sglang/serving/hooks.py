@@ -6,24 +6,33 @@ target is then looked up again: what is found must be ours.
 
 from __future__ import annotations
 
+import functools
+import pkgutil
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dspark_sglang.config import read_settings
 from dspark_sglang.errors import CompatibilityError
 from dspark_sglang.serving import arguments, compat
 
-if TYPE_CHECKING:
-    from dspark_sglang.serving.sglang_types import (
-        DraftInput,
-        MemoryRequest,
-        Req,
-        ScheduleBatch,
-        ServerArgs,
-        TokenizerManager,
-        UpdaterManager,
-    )
+#: Name, target, function and kind of SGLang's.
+Hook = tuple[str, str, Callable[..., Any], str]
+
+#: Functions of serving around SGLang's, by the name of the hook.
+AROUND = {
+    **dict.fromkeys(compat.WEIGHT_HOOKS, "weights:followed"),
+    "weights_tensor": "weights:contained",
+    "request": "options:made",
+    "commands": "admin:handlers",
+    "prepare": "draft_kv:prepare",
+    "finish": "requests:finish",
+    "grammar": "requests:advance_grammar",
+    "validation": "requests:validate",
+    "arguments": "arguments:resolve",
+    "rank_death": "faults:tell",
+    "placement": "placement:layout",
+}
 
 _installed: dict[str, str] = {}
 
@@ -46,26 +55,18 @@ def install(*, algorithm: bool, builtin: bool, cpu_platform: bool) -> None:
         DSparkError: SGLang differs from what we use, or a hook did not take.
     """
     symbols: tuple[compat.Symbol, ...] = ()
+    hooks: list[Hook] = []
     if builtin:
         symbols += (compat.Symbol(compat.HOOKS["arguments"], ("server_args",)),)
+        hooks.append(_hook("arguments", later("arguments:resolve_builtin")))
     if algorithm:
         if arguments.serves_http(sys.argv):
             arguments.check(sys.argv[1:])
         symbols += compat.ALGORITHM_SYMBOLS
+        hooks += _algorithm_hooks()
     if cpu_platform:
         symbols += compat.CPU_SYMBOLS
     compat.check(symbols, allow_other=read_settings().allow_other_sglang)
-    hooks: list[tuple[str, str, Callable[..., Any], str]] = []
-    if algorithm:
-        hooks += _algorithm_hooks()
-    if builtin:
-
-        def handle_builtin(original: Callable[[Any], None], server_args: ServerArgs) -> None:
-            from dspark_sglang.serving import arguments
-
-            arguments.resolve_builtin(server_args)
-
-        hooks.append(("arguments", compat.HOOKS["arguments"], handle_builtin, "AROUND"))
     if cpu_platform:
         from dspark_sglang.serving.cpu import patches
 
@@ -74,140 +75,40 @@ def install(*, algorithm: bool, builtin: bool, cpu_platform: bool) -> None:
     _apply(hooks)
 
 
-def _algorithm_hooks() -> list[tuple[str, str, Callable[..., Any], str]]:
-    def handle_arguments(original: Callable[[Any], None], server_args: ServerArgs) -> None:
-        from dspark_sglang.serving import arguments
+def later(path: str, **more: Any) -> Callable[..., Any]:
+    """Calls ``module:function`` of serving with ``more``; imported at the first call, in the processes that make one."""
+    resolved = functools.cache(lambda: pkgutil.resolve_name(f"dspark_sglang.serving.{path}"))
 
-        arguments.resolve(original, server_args)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return resolved()(*args, **kwargs, **more)
 
-    def create_worker(original: Callable[..., Any], self: Any, server_args: ServerArgs) -> Any:
-        if not self.is_dspark():
-            return original(self, server_args)
-        from dspark_sglang.serving.worker import DSparkWorker
+    return call
 
-        return DSparkWorker
 
-    def place(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        from dspark_sglang.serving import placement
+def _hook(name: str, function: Callable[..., Any], kind: str = "AROUND") -> Hook:
+    return name, compat.HOOKS[name], function, kind
 
-        return placement.layout(original, *args, **kwargs)
 
-    def tell(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        from dspark_sglang.serving import faults
+def _create_worker(original: Callable[..., Any], algorithm: Any, server_args: object) -> Any:
+    if not algorithm.is_dspark():
+        return original(algorithm, server_args)
+    return pkgutil.resolve_name("dspark_sglang.serving.worker:DSparkWorker")
 
-        return faults.tell(original, *args, **kwargs)
 
-    def refuse_inexact(original: Callable[..., Any], req: Req, enable_overlap: bool) -> Any:
-        from dspark_sglang.serving import requests
-
-        return original(req, enable_overlap) or requests.refusal(req, enable_overlap)
-
-    def finish(original: Callable[..., Any], req: Req, new_accepted_len: int = 1) -> None:
-        from dspark_sglang.serving import requests
-
-        requests.finish(original, req, new_accepted_len)
-
-    def advance(
-        original: Callable[..., Any], processor: object, req: Req, tokens: int | list[int]
-    ) -> Any:
-        from dspark_sglang.serving import requests
-
-        return requests.advance_grammar(original, processor, req, tokens)
-
-    def prepare(
-        original: Callable[..., None], draft_input: DraftInput, batch: ScheduleBatch
-    ) -> None:
-        if not batch.spec_algorithm.is_dspark():
-            original(draft_input, batch)
-            return
-        from dspark_sglang.serving import draft_kv
-
-        draft_kv.prepare(original, draft_input, batch)
-
-    def update_handlers(original: Callable[[Any], Any], controller: object) -> Any:
-        from dspark_sglang.serving import admin
-
-        return admin.handlers(original, controller)
-
+def _algorithm_hooks() -> list[Hook]:
     return [
-        *_weight_hooks(),
-        *_http_hooks(),
-        ("commands", compat.HOOKS["commands"], update_handlers, "AROUND"),
-        ("prepare", compat.HOOKS["prepare"], prepare, "AROUND"),
-        ("finish", compat.HOOKS["finish"], finish, "AROUND"),
-        ("grammar", compat.HOOKS["grammar"], advance, "AROUND"),
-        ("arguments", compat.HOOKS["arguments"], handle_arguments, "AROUND"),
-        ("worker", compat.HOOKS["worker"], create_worker, "AROUND"),
-        ("rank_death", compat.HOOKS["rank_death"], tell, "AROUND"),
-        ("placement", compat.HOOKS["placement"], place, "AROUND"),
-        ("validation", compat.HOOKS["validation"], refuse_inexact, "AROUND"),
+        *(_hook(name, later(path)) for name, path in AROUND.items()),
+        _hook("worker", _create_worker),
+        _hook("samples", later("options:check_samples"), "AFTER"),
+        *(_hook(n, later("admin:guard", release=n == "release")) for n in ("release", "resume")),
+        *(
+            _hook(f"ask_{n}", later("admin:ask", release=n == "release"), "REPLACE")
+            for n in ("release", "resume")
+        ),
     ]
 
 
-def _weight_hooks() -> list[tuple[str, str, Callable[..., Any], str]]:
-    def changed(original: Callable[..., Any], manager: UpdaterManager, recv_req: object) -> Any:
-        from dspark_sglang.serving import weights
-
-        return weights.followed(original, manager, recv_req)
-
-    def loaded(original: Callable[..., Any], manager: UpdaterManager, recv_req: object) -> Any:
-        from dspark_sglang.serving import weights
-
-        return weights.contained(original, manager, recv_req)
-
-    return [
-        *((name, target, changed, "AROUND") for name, target in compat.WEIGHT_HOOKS.items()),
-        ("weights_tensor", compat.HOOKS["weights_tensor"], loaded, "AROUND"),
-    ]
-
-
-def _http_hooks() -> list[tuple[str, str, Callable[..., Any], str]]:
-    def make(
-        original: Callable[..., Any],
-        manager: TokenizerManager,
-        obj: object,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        from dspark_sglang.serving import options
-
-        return options.made(original, manager, obj, *args, **kwargs)
-
-    def count(result: None, obj: Any) -> None:
-        from dspark_sglang.serving import options
-
-        options.check_samples(obj)
-
-    found: list[tuple[str, str, Callable[..., Any], str]] = [
-        ("request", compat.HOOKS["request"], make, "AROUND"),
-        ("samples", compat.HOOKS["samples"], count, "AFTER"),
-    ]
-    for name in ("release", "resume"):
-
-        def guard(
-            original: Callable[..., Any],
-            updater: UpdaterManager,
-            recv_req: MemoryRequest,
-            *,
-            name: str = name,
-        ) -> Any:
-            from dspark_sglang.serving import admin
-
-            return admin.guard(original, updater, recv_req, release=name == "release")
-
-        async def ask(
-            manager: TokenizerManager, obj: object, request: object = None, *, name: str = name
-        ) -> None:
-            from dspark_sglang.serving import admin
-
-            await admin.ask(manager, obj, release=name == "release")
-
-        found.append((name, compat.HOOKS[name], guard, "AROUND"))
-        found.append((f"ask_{name}", compat.HOOKS[f"ask_{name}"], ask, "REPLACE"))
-    return found
-
-
-def _apply(hooks: list[tuple[str, str, Callable[..., Any], str]]) -> None:
+def _apply(hooks: list[Hook]) -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     before = {target: compat.resolve(target) for _, target, _, _ in hooks}

@@ -73,7 +73,7 @@ _OWN = ("input_ids", "input_embeds", "mm_inputs", "positional_embed_overrides", 
 _MOST_ANSWERS = 4096
 
 
-def check_samples(obj: Any) -> None:
+def check_samples(result: None, obj: Any) -> None:
     """Refuse more answers than this process can hold; after ``GenerateReqInput._handle_parallel_sampling``.
 
     Raises:

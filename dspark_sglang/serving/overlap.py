@@ -67,7 +67,7 @@ class DeviceSurvival:
         self._before_all = torch.from_numpy(before_all(scheduler.gamma)).to(device)
 
     def of(self, confidence: torch.Tensor, plan: StepPlan) -> torch.Tensor:
-        """As :func:`dspark_sglang.core.schedule.survival.survival` of corrected confidences; whole blocks rank before all.
+        """As :func:`dspark_sglang.core.schedule.admission.survival` of corrected confidences; whole blocks rank before all.
 
         Args:
             confidence: ``[R, gamma]`` float32, calibrated.

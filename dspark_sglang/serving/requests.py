@@ -127,6 +127,15 @@ def _impossible(req: Req) -> str | None:
     return None
 
 
+def validate(original: Callable[..., str | None], req: Req, enable_overlap: bool) -> str | None:
+    """Why a request is refused, by SGLang or by us; None where it is not.
+
+    Args:
+        original: ``validate_dflash_request``.
+    """
+    return original(req, enable_overlap) or refusal(req, enable_overlap)
+
+
 def refusal(req: Req, enable_overlap: bool) -> str | None:
     """Why a request cannot be served exactly, or None when it can.
 

@@ -134,7 +134,6 @@ class ScheduleBatch(Protocol):
 
     reqs: list[Req]
     forward_mode: ForwardMode
-    spec_algorithm: Any
     sampling_info: SamplingBatchInfo | None
     has_grammar: bool
     return_logprob: bool

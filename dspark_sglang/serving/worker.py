@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import logging
 import time
 from collections.abc import Callable
@@ -34,7 +35,6 @@ from dspark_sglang.core.schedule.scheduler import (
 from dspark_sglang.serving import calibration, placement, requests
 from dspark_sglang.serving.admin import Commands
 from dspark_sglang.serving.calibration import Calibration, KnownCost
-from dspark_sglang.serving.compat import installed_version
 from dspark_sglang.serving.decode import Decoder
 from dspark_sglang.serving.draft_kv import contain_prefills, keep_prefills, may_defer
 from dspark_sglang.serving.draft_model import draft_model
@@ -334,7 +334,7 @@ class DSparkWorker(DSparkWorkerV2):
             heads=self._sharding.heads,
             gamma=self.gamma,
             timed="by the device, ahead" if overlaps else "by the host",
-            sglang=installed_version(),
+            sglang=importlib.metadata.version("sglang"),
             plugin=__version__,
         )
 

@@ -49,6 +49,11 @@ def test_every_hook_is_a_listed_symbol_with_known_parameters_or_an_init() -> Non
         assert listed[target].parameters is not None or target.endswith(".__init__")
 
 
+def test_every_function_that_a_hook_names_is_there() -> None:
+    for path in hooks.AROUND.values():
+        assert callable(pkgutil.resolve_name(f"dspark_sglang.serving.{path}"))
+
+
 def test_version_is_the_pinned_one() -> None:
     assert compat.installed_version() == compat.SGLANG_VERSION
     check(SYMBOLS, allow_other=False)

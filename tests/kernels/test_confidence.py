@@ -20,7 +20,7 @@ from dspark_kernels.confidence.reference import reference
 from dspark_kernels.support.backend import LAUNCHES
 from dspark_kernels.support.errors import OperandError
 from dspark_sglang.core.heads import ConfidenceHead, MarkovHead
-from dspark_sglang.core.schedule.survival import survival
+from dspark_sglang.core.schedule.admission import survival
 
 TOLERANCE = 1e-5
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

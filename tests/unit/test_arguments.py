@@ -292,19 +292,19 @@ HEADS = {"num_attention_heads": 9, "num_key_value_heads": 3, "intermediate_size"
 
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_ranks_that_divide_the_target(tmp_path: Path, ranks: int) -> None:
-    from dspark_sglang.serving.cpu import limits
+    from dspark_sglang.serving.cpu import platform
 
-    limits.check(cpu_start(tmp_path, tp_size=ranks, target=HEADS))
-    limits.check(cpu_start(tmp_path, tp_size=ranks, target={"text_config": HEADS}))
+    platform.check(cpu_start(tmp_path, tp_size=ranks, target=HEADS))
+    platform.check(cpu_start(tmp_path, tp_size=ranks, target={"text_config": HEADS}))
 
 
 @pytest.mark.parametrize("target", [HEADS, {"text_config": HEADS}], ids=["flat", "nested"])
 @pytest.mark.parametrize("ranks", [2, 4, 9])
 def test_ranks_that_do_not(tmp_path: Path, ranks: int, target: dict[str, Any]) -> None:
-    from dspark_sglang.serving.cpu import limits
+    from dspark_sglang.serving.cpu import platform
 
     with pytest.raises(ConfigError) as caught:
-        limits.check(cpu_start(tmp_path, tp_size=ranks, target=target))
+        platform.check(cpu_start(tmp_path, tp_size=ranks, target=target))
     actionable(caught.value, found=f"--tp is {ranks}", expected="--tp 1 or 3")
     assert "9 query heads, 3 key heads" in caught.value.found
 
@@ -320,21 +320,21 @@ def test_ranks_that_do_not(tmp_path: Path, ranks: int, target: dict[str, Any]) -
     ids=["data-parallel", "its-flag", "latent", "hub"],
 )
 def test_what_divides_otherwise_is_left_to_sglang(tmp_path: Path, flags: dict[str, Any]) -> None:
-    from dspark_sglang.serving.cpu import limits
+    from dspark_sglang.serving.cpu import platform
 
     name = flags.pop("model_path", None)
     given = cpu_start(tmp_path, tp_size=2, **flags)
     given.model_path = name or given.model_path
-    limits.check(given)
+    platform.check(given)
 
 
 @pytest.mark.parametrize("flag", ["enable_hierarchical_cache", "enable_memory_saver"])
 def test_options_of_accelerators(tmp_path: Path, flag: str) -> None:
-    from dspark_sglang.serving.cpu import limits
+    from dspark_sglang.serving.cpu import platform
 
     option = "--" + flag.replace("_", "-")
     with pytest.raises(ConfigError) as caught:
-        limits.check(cpu_start(tmp_path, **{flag: True}))
+        platform.check(cpu_start(tmp_path, **{flag: True}))
     actionable(caught.value, found=f"{option} is set", expected="without it")
 
 

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dspark_sglang.core.schedule import admission_order, early_stop_budget
+from dspark_sglang.core.schedule.admission import survival
 from dspark_sglang.core.schedule.cost_model import FlatCost, TableCost
-from dspark_sglang.core.schedule.survival import survival
 from dspark_sglang.errors import ConfigError
 
 

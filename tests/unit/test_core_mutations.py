@@ -156,7 +156,7 @@ MUTATIONS = {
         tied_order,
     ),
     "survival multiplied in another order at every other position": Mutation(
-        "dspark_sglang.core.schedule.survival",
+        "dspark_sglang.core.schedule.admission",
         "    return products.T\n",
         "    for position in range(3, len(values), 2):\n"
         "        products[position] = np.multiply.reduce(values[position::-1], axis=0)\n"

@@ -19,8 +19,8 @@ from dspark_sglang.core.schedule import (
     global_budget,
     lengths,
 )
+from dspark_sglang.core.schedule.admission import survival
 from dspark_sglang.core.schedule.cost_model import CostModel, FlatCost, StepCost
-from dspark_sglang.core.schedule.survival import survival
 from dspark_sglang.errors import NumericsError
 
 

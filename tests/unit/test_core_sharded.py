@@ -23,7 +23,7 @@ from dspark_sglang.core.tensor_parallel import (
     draft_block,
     held_heads,
 )
-from dspark_sglang.core.tensor_parallel.filters import keep
+from dspark_sglang.core.tensor_parallel.accept import keep
 
 VOCABULARY, GAMMA = 203, 5
 #: Columns of each rank: one, even, uneven, and a rank whose columns hardly exist.

@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dspark_sglang.core.schedule import admission_order, early_stop_budget, global_budget
+from dspark_sglang.core.schedule.admission import survival
 from dspark_sglang.core.schedule.cost_model import CostModel, Step
-from dspark_sglang.core.schedule.survival import survival
 from dspark_sglang.errors import ConfigError
 
 GAMMA = 5

@@ -28,7 +28,7 @@ from dspark_sglang.core.accept import (
 from dspark_sglang.core.penalties import Penalties
 from dspark_sglang.core.sampling import Filters, filter_weights
 from dspark_sglang.core.schedule import admission_order, early_stop_budget, global_budget, lengths
-from dspark_sglang.core.schedule.survival import survival
+from dspark_sglang.core.schedule.admission import survival
 
 Float64 = npt.NDArray[np.float64]
 Accept = Callable[[Round, torch.Tensor], Accepted]

@@ -27,7 +27,7 @@ NOT_IN_A_STEP = {
         "arguments", "compat", "entry", "hooks", "placement", "warmup",
     },
     "ops": {"__init__", "selfcheck"},
-    "cpu": {"limits", "patches"},
+    "cpu": {"patches", "platform"},
 }  # fmt: skip
 NOT_IN_A_KERNEL = {"reference"}
 

@@ -135,9 +135,9 @@ def test_more_tokens_than_there_are_are_all(given: int, kept: int) -> None:
 
 
 def test_answers_to_one_prompt() -> None:
-    options.check_samples(SimpleNamespace(parallel_sample_num=128))
+    options.check_samples(None, SimpleNamespace(parallel_sample_num=128))
     with pytest.raises(ValueError, match=r"n is 2147483648\. Expected at most"):
-        options.check_samples(SimpleNamespace(parallel_sample_num=2**31))
+        options.check_samples(None, SimpleNamespace(parallel_sample_num=2**31))
 
 
 class Updater:

@@ -16,8 +16,8 @@ from test_scheduler import ALLOWED, LIMITS, measured, prepared
 
 from dspark_sglang.core.round import StepPlan
 from dspark_sglang.core.schedule import admission_order, lengths
+from dspark_sglang.core.schedule.admission import survival
 from dspark_sglang.core.schedule.scheduler import Overlapped, Scheduler
-from dspark_sglang.core.schedule.survival import survival
 from dspark_sglang.serving.faults import Faults
 from dspark_sglang.serving.ops import Admitted
 from dspark_sglang.serving.ops.torch_ops import TorchOps

@@ -15,11 +15,10 @@ pytest.importorskip("sglang")
 from dspark_sglang.serving.cpu.v4 import (
     attention,
     compressor,
-    experts,
     indexer,
+    layers,
     pages,
     rotary,
-    streams,
 )
 
 PAGE = 8
@@ -441,7 +440,7 @@ def test_the_compressed_caches_metadata(chance: torch.Generator) -> None:
 def test_streams(chance: torch.Generator) -> None:
     m, d, eps = 4, 5, 1e-3
     mixes, scale, base = normal(chance, 2, 24), normal(chance, 3), normal(chance, 24)
-    pre, post, comb = streams.hc_split_sinkhorn(mixes, scale, base, m, 3, eps)
+    pre, post, comb = layers.hc_split_sinkhorn(mixes, scale, base, m, 3, eps)
     sigmoid = lambda x: 1 / (1 + math.exp(-x))  # noqa: E731
     for n in range(2):
         at = lambda k, s, n=n: float(mixes[n, k] * scale[s] + base[k])  # noqa: E731
@@ -458,13 +457,13 @@ def test_streams(chance: torch.Generator) -> None:
                 rows = [[v / sums[j] for j, v in enumerate(row)] for row in rows]
         torch.testing.assert_close(comb[n], torch.tensor(rows))
     x, weights = normal(chance, 2, m * d), normal(chance, 2, m)
-    found = streams.mhc_combine(x, weights, m, torch.float32)
+    found = layers.mhc_combine(x, weights, m, torch.float32)
     for n in range(2):
         for k in range(d):
             wanted = sum(float(weights[n, i] * x[n, i * d + k]) for i in range(m))
             assert float(found[n, k]) == pytest.approx(wanted, rel=1e-4, abs=1e-5)
     fn, one, own = normal(chance, m, m * d), normal(chance, 1), normal(chance, m)
-    head = streams.fused_hc_head(x.view(2, m, d), fn, one, own, 1e-6, eps)
+    head = layers.fused_hc_head(x.view(2, m, d), fn, one, own, 1e-6, eps)
     for n in range(2):
         flat = torch.tensor(normed(x[n].tolist(), 1e-6))
         share = [sigmoid(float(fn[i] @ flat * one + own[i])) + eps for i in range(m)]
@@ -483,7 +482,7 @@ def test_experts(chance: torch.Generator, limit: float | None) -> None:
     x, weights = normal(chance, 6, d), torch.rand(6, 2, generator=chance)
     chosen = torch.randint(-1, number, (6, 2), generator=chance)
     given = SimpleNamespace(hidden_states=x, topk_output=(weights, chosen, None))
-    found = experts.routed_experts(layer, given)
+    found = layers.routed_experts(layer, given)
     for n in range(6):
         wanted = torch.zeros(d)
         for k in range(2):
@@ -503,11 +502,11 @@ def test_experts(chance: torch.Generator, limit: float | None) -> None:
 
 def test_projections(chance: torch.Generator) -> None:
     o, wo_a = normal(chance, 3, 2, 4), normal(chance, 2, 5, 4)
-    found = experts.wo_a_matmul(o, wo_a)
+    found = layers.wo_a_matmul(o, wo_a)
     for n in range(3):
         for g in range(2):
             torch.testing.assert_close(found[n, g], wo_a[g] @ o[n, g])
     x, weight = normal(chance, 3, 4).bfloat16(), normal(chance, 5, 4).bfloat16()
-    made = experts.linear_bf16_fp32(x, weight)
+    made = layers.linear_bf16_fp32(x, weight)
     assert made.dtype == torch.float32
     torch.testing.assert_close(made, x.float() @ weight.float().T)

@@ -1,11 +1,56 @@
-"""Best-first admission of drafted tokens by survival."""
+"""Survival, the chance that the first ``j`` drafted tokens are all accepted, and best-first admission by it."""
 
 from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
 
+from dspark_sglang.errors import NumericsError
+
 Float64 = npt.NDArray[np.float64]
+
+
+def check(confidence: npt.NDArray[np.floating]) -> None:
+    """Say what is wrong with numbers that are no confidences.
+
+    Raises:
+        NumericsError: one that is NaN or outside [0, 1].
+    """
+    # NaN is neither.
+    if not confidence.size or (
+        np.minimum.reduce(confidence, axis=None) >= 0.0
+        and np.maximum.reduce(confidence, axis=None) <= 1.0
+    ):
+        return
+    bad = confidence[~((confidence >= 0.0) & (confidence <= 1.0))][0]
+    raise NumericsError(
+        f"A drafter's confidence is {bad}.",
+        expected="values in [0, 1]",
+        fix="Check the drafter's confidence_head weights and the STS file with `dspark verify`.",
+    )
+
+
+def survival(confidence: npt.NDArray[np.floating]) -> Float64:
+    """``a_{r,j} = prod_{i <= j} c_{r,i}``, non-increasing in ``j`` bit for bit.
+
+    The product is taken left to right: for ``0 <= c <= 1`` the exact ``a * c`` is at most ``a``,
+    and rounding to nearest cannot carry it above ``a``, which is representable. A tree-shaped
+    (parallel) product has no such guarantee, and admission relies on it.
+
+    Args:
+        confidence: ``[R, gamma]`` in [0, 1].
+
+    Raises:
+        NumericsError: a confidence that is NaN or outside [0, 1].
+    """
+    # Positions first: that is the order in which admission scans candidates.
+    values = np.array(np.asarray(confidence).T, dtype=np.float64, order="C")
+    check(values.T)
+    # An accumulation is sequential by definition: one product after the other, along each request.
+    products: Float64 = np.multiply.accumulate(values, axis=0)
+    return products.T
+
+
 Int64 = npt.NDArray[np.int64]
 
 #: From so many values on the vectorised sort gains more than looking for ties costs.

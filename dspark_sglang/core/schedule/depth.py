@@ -58,13 +58,3 @@ class DepthCaps:
     def caps(self) -> dict[str, int]:
         """The cap of every workload seen lately."""
         return {name: self.cap(name) for name in self._known}
-
-
-def far_apart(gamma: int) -> list[int]:
-    """Depths 0 to gamma, far ones next to each other."""
-    order: list[int] = []
-    low, high = 0, gamma
-    while low <= high:
-        order += [high, low] if low < high else [low]
-        low, high = low + 1, high - 1
-    return order

@@ -8,7 +8,6 @@ import numpy as np
 
 from dspark_sglang.core.round import Load, StepPlan
 from dspark_sglang.core.schedule.cost_model import CostModel, Step
-from dspark_sglang.core.schedule.depth import far_apart
 
 logger = logging.getLogger(__name__)
 
@@ -20,7 +19,7 @@ class Measurement:
     """Plans the steps of the measurement and keeps what they last."""
 
     def __init__(self, *, gamma: int) -> None:
-        self._depths = far_apart(gamma)
+        self._depths = _far_apart(gamma)
         self._gamma = gamma
         self._turn = 0
         self._began: float | None = None
@@ -69,3 +68,13 @@ class Measurement:
         else:
             cost.refit(steps)
         return self.seconds
+
+
+def _far_apart(gamma: int) -> list[int]:
+    """Depths 0 to gamma, far ones next to each other."""
+    order: list[int] = []
+    low, high = 0, gamma
+    while low <= high:
+        order += [high, low] if low < high else [low]
+        low, high = low + 1, high - 1
+    return order

@@ -23,16 +23,14 @@ import numpy as np
 import numpy.typing as npt
 
 from dspark_sglang.core.round import Admission, Drafted, Load, StepPlan, StepResult
-from dspark_sglang.core.schedule.admission import admission_order, lengths
-from dspark_sglang.core.schedule.budget import early_stop_budget, global_budget
+from dspark_sglang.core.schedule.admission import admission_order, lengths, survival
+from dspark_sglang.core.schedule.budget import History, early_stop_budget, global_budget
 from dspark_sglang.core.schedule.correction import Reliability
 from dspark_sglang.core.schedule.cost_model import CostModel, Step, StepCost
 from dspark_sglang.core.schedule.depth import DepthCaps
-from dspark_sglang.core.schedule.history import History
 from dspark_sglang.core.schedule.measurement import Measurement
 from dspark_sglang.core.schedule.policy import Choice, DraftPolicy
 from dspark_sglang.core.schedule.prompt_lookup import Copying
-from dspark_sglang.core.schedule.survival import survival
 
 Float64 = npt.NDArray[np.float64]
 Int64 = npt.NDArray[np.int64]

@@ -10,8 +10,13 @@ inverts the cumulative sum in token order over all shards.
 """
 
 from dspark_sglang.core.tensor_parallel.accept import Sampling, accept
-from dspark_sglang.core.tensor_parallel.draft import Keys, draft_block
-from dspark_sglang.core.tensor_parallel.heads import HeldHeads, confidence_logits, held_heads
+from dspark_sglang.core.tensor_parallel.draft import (
+    HeldHeads,
+    Keys,
+    confidence_logits,
+    draft_block,
+    held_heads,
+)
 from dspark_sglang.core.tensor_parallel.shard import Exchange, Shard, Sum
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""The out-of-tree SGLang platform that runs on ordinary CPU cores."""
+"""The out-of-tree SGLang platform that runs on ordinary CPU cores, and the starts that cannot succeed on it."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ import functools
 import logging
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
 from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.interface import PlatformCapabilities, PlatformEnum, SRTPlatform
 
+from dspark_sglang.checkpoint import read_config
 from dspark_sglang.config import read_settings
-from dspark_sglang.errors import DSparkError
+from dspark_sglang.errors import ConfigError, DSparkError
 from dspark_sglang.memory import keep_freed_memory
-from dspark_sglang.serving.cpu import limits
 from dspark_sglang.serving.sglang_types import ServerArgs
 
 logger = logging.getLogger(__name__)
@@ -114,7 +115,7 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
     def apply_server_args_defaults(self, server_args: ServerArgs) -> None:
         """Choose what runs here where the user did not choose; refuse what cannot."""
         try:
-            limits.check(server_args)
+            check(server_args)
         except DSparkError as error:
             from dspark_sglang.serving.arguments import stop
 
@@ -164,3 +165,66 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
 
     def get_speculative_cache_locs_fn(self) -> Any:
         return cache_slots
+
+
+def check(server_args: ServerArgs) -> None:
+    """Look at SGLang's arguments.
+
+    Raises:
+        ConfigError: an option that needs an accelerator, or ranks over which the target does not divide.
+        CheckpointError: a local target that cannot be read.
+    """
+    for flag, used, why in (
+        (
+            "--enable-hierarchical-cache",
+            server_args.enable_hierarchical_cache,
+            "it moves KV between an accelerator's memory and the host's, which are one here",
+        ),
+        (
+            "--enable-memory-saver",
+            server_args.enable_memory_saver,
+            "it maps and unmaps an accelerator's memory",
+        ),
+    ):
+        if used:
+            raise ConfigError(
+                f"{flag} is set.",
+                expected=f"the CPU platform without it: {why}",
+                fix=f"Remove {flag}, or serve on a GPU.",
+            )
+    divided = (
+        server_args.enable_dp_attention or server_args.attn_dp_size > 1
+    )  # attention's ranks are fewer then
+    target = Path(str(server_args.model_path)).expanduser()
+    if server_args.tp_size > 1 and not divided and target.is_dir():
+        check_divides(read_config(target, role="target"), int(server_args.tp_size))
+
+
+def check_divides(target: dict[str, Any], ranks: int) -> None:
+    """Refuse a number of ranks over which a target's heads or its MLPs do not divide.
+
+    SGLang pads such a target on a CPU, and then finds no weights for what it has added. It serves fewer key heads
+    than ranks on accelerators only.
+
+    Args:
+        target: its ``config.json``.
+        ranks: of tensor parallelism.
+
+    Raises:
+        ConfigError: they do not divide.
+    """
+    shape = target.get("text_config", target)
+    heads = shape.get("num_attention_heads")
+    if not heads or "kv_lora_rank" in shape:
+        return
+    keys = shape.get("num_key_value_heads") or heads
+    width = shape.get("intermediate_size") or 0
+    sizes = (heads, keys, width)
+    if any(size % ranks for size in sizes):
+        fitting = [str(n) for n in range(1, keys + 1) if not any(size % n for size in sizes)]
+        raise ConfigError(
+            f"--tp is {ranks}, and the target's {heads} query heads, {keys} key heads and MLPs of width {width} "
+            "do not divide over as many ranks.",
+            expected=f"--tp {' or '.join(fitting)} for this target on a CPU",
+            fix="Pass that.",
+        )

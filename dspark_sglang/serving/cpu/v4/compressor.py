@@ -14,10 +14,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dspark_sglang.serving.cpu.v4 import pages
+from dspark_sglang.serving.cpu.v4 import pages, require
 from dspark_sglang.serving.cpu.v4.indexer import hadamard
 from dspark_sglang.serving.cpu.v4.rotary import norm, rotate_tail
-from dspark_sglang.serving.cpu.v4.unsupported import require
 
 #: Place of a row of a plan that is not used.
 UNUSED = -1

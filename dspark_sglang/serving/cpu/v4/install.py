@@ -5,22 +5,15 @@ from __future__ import annotations
 import copy
 import importlib
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from sglang.srt.environ import envs
 
-from dspark_sglang.serving.cpu.v4 import (
-    attention,
-    compressor,
-    experts,
-    indexer,
-    rotary,
-    streams,
-    unsupported,
-)
-from dspark_sglang.serving.cpu.v4.weights import dequantised
+from dspark_sglang.errors import CheckpointError
+from dspark_sglang.layouts.v4.quantised import dequantise_fp4, dequantise_fp8
+from dspark_sglang.serving.cpu.v4 import attention, compressor, indexer, layers, refusal, rotary
 from dspark_sglang.serving.sglang_types import ModelConfig
 
 _DSV4 = "sglang.kernels.ops.attention.dsv4"
@@ -65,16 +58,16 @@ LEAVES: tuple[tuple[str, str, Callable[..., Any]], ...] = (
         "init_compression_metadata",
         compressor.init_compression_metadata,
     ),
-    ("sglang.kernels.ops.layernorm.mhc", "hc_split_sinkhorn", streams.hc_split_sinkhorn),
-    ("sglang.kernels.ops.layernorm.mhc", "mhc_combine", streams.mhc_combine),
-    ("sglang.kernels.ops.layernorm.mhc_head", "fused_hc_head", streams.fused_hc_head),
-    ("sglang.kernels.ops.gemm.bf16_fp32", "linear_bf16_fp32", experts.linear_bf16_fp32),
+    ("sglang.kernels.ops.layernorm.mhc", "hc_split_sinkhorn", layers.hc_split_sinkhorn),
+    ("sglang.kernels.ops.layernorm.mhc", "mhc_combine", layers.mhc_combine),
+    ("sglang.kernels.ops.layernorm.mhc_head", "fused_hc_head", layers.fused_hc_head),
+    ("sglang.kernels.ops.gemm.bf16_fp32", "linear_bf16_fp32", layers.linear_bf16_fp32),
     (
         "sglang.kernels.ops.activation.silu_and_mul_clamp",
         "silu_and_mul_clamp",
-        experts.silu_and_mul_clamp,
+        layers.silu_and_mul_clamp,
     ),
-    ("sglang.srt.models.deepseek_v4", "_apply_wo_a_bf16_matmul", experts.wo_a_matmul),
+    ("sglang.srt.models.deepseek_v4", "_apply_wo_a_bf16_matmul", layers.wo_a_matmul),
 )
 
 _installed = False
@@ -208,7 +201,7 @@ def _routed_experts() -> None:
     from dspark_sglang.serving.cpu.platform import BACKEND
 
     def forward(self: object, layer: object, dispatch_output: object) -> Any:
-        return StandardCombineInput(hidden_states=experts.routed_experts(layer, dispatch_output))
+        return StandardCombineInput(hidden_states=layers.routed_experts(layer, dispatch_output))
 
     UnquantizedFusedMoEMethod.register_oot_forward(UnquantizedFusedMoEMethod, forward, BACKEND)
 
@@ -222,11 +215,11 @@ def _refuse_kernels() -> None:
 
     def load_jit(*args: Any, **kwargs: Any) -> Any:
         if kwargs.get("cuda_files"):
-            raise unsupported.refusal(f"the CUDA kernel {args[0]} ({kwargs['cuda_files'][0]})")
+            raise refusal(f"the CUDA kernel {args[0]} ({kwargs['cuda_files'][0]})")
         return load(*args, **kwargs)
 
     def run(self: JITFunction, *args: Any, **kwargs: Any) -> Any:
-        raise unsupported.refusal(f"the Triton kernel {self.fn.__module__}.{self.fn.__name__}")
+        raise refusal(f"the Triton kernel {self.fn.__module__}.{self.fn.__name__}")
 
     replace("sglang.kernels.jit.utils", "load_jit", load_jit)
     JITFunction.run = run
@@ -242,3 +235,38 @@ def widen(model: torch.nn.Module) -> None:
         for parameter in parameters.values():
             if parameter.dtype == torch.bfloat16:
                 parameter.data = parameter.data.float()
+
+
+_SCALE, _WEIGHT = ".scale", ".weight"
+
+
+def dequantised(
+    weights: Iterable[tuple[str, torch.Tensor]],
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and tensors of a checkpoint, bfloat16 where they were fp8 or fp4 (exact), without scales.
+
+    Raises:
+        CheckpointError: a quantised weight without its scale, or a scale without its weight.
+    """
+    waiting: dict[str, torch.Tensor] = {}
+    for name, value in weights:
+        stem, kind = name.rpartition(".")[0], name[name.rfind(".") :]
+        if kind not in (_SCALE, _WEIGHT) or (kind == _WEIGHT and value.element_size() > 1):
+            yield name, value
+            continue
+        other = stem + (_SCALE if kind == _WEIGHT else _WEIGHT)
+        if other not in waiting:
+            waiting[name] = value
+            continue
+        found = waiting.pop(other)
+        weight, scale = (value, found) if kind == _WEIGHT else (found, value)
+        form = dequantise_fp8 if weight.dtype == torch.float8_e4m3fn else dequantise_fp4
+        yield stem + _WEIGHT, form(weight, scale, torch.bfloat16)
+    if waiting:
+        name = min(waiting)
+        lacks = "weight" if name.endswith(_SCALE) else "scale"
+        raise CheckpointError(
+            f"{name} has no {lacks}.",
+            expected="a weight and a scale of everything that is quantised",
+            fix="Download the checkpoint again; it is incomplete.",
+        )

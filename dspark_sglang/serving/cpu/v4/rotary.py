@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from dspark_sglang.serving.cpu.v4 import pages
-from dspark_sglang.serving.cpu.v4.unsupported import require
+from dspark_sglang.serving.cpu.v4 import pages, require
 
 
 def rotate(x: torch.Tensor, freqs: torch.Tensor, *, inverse: bool = False) -> torch.Tensor:

@@ -62,7 +62,7 @@ class DraftVocabArtifact(
 ):
     """The tokens a drafter drafts: the most frequent ones of the text it was trained on.
 
-    The drafted law is ours to choose, so restricting it leaves the output's law as it is; the LM
+    The drafted distribution is ours to choose, so restricting it leaves the output's distribution as it is; the LM
     head and the Markov stage then read these rows instead of the whole vocabulary.
     """
 

@@ -63,7 +63,7 @@ def residual(length: float, expected: float, deviation: float) -> float:
 def threshold(residuals: Sequence[float], rng: np.random.Generator) -> float:
     """The CUSUM height that an unchanged server hardly ever reaches.
 
-    Resamples the baseline's own residuals, so that no law is assumed, lowered by twice the standard error of
+    Resamples the baseline's own residuals, so that no distribution is assumed, lowered by twice the standard error of
     their mean, since a baseline may have been lucky: ``HORIZON`` requests, ``1 - FALSE_ALARMS`` quantile of their highest point.
     """
     values = np.asarray(residuals, dtype=np.float64)

@@ -2,7 +2,7 @@
 
 Rows are ragged: request ``r`` sent its anchor and ``lens[r]`` drafted tokens through the target,
 so it owns the logits rows ``first[r] .. first[r] + lens[r]``; row ``first[r] + j`` is the target's
-law after the first ``j`` drafted tokens.
+distribution after the first ``j`` drafted tokens.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Accepted:
     #: ``[R]`` int64 drafted tokens kept, at most ``lens``.
     count: torch.Tensor
     #: ``[R]`` int64 the target's own token after them (correction or bonus), or
-    #: :data:`~.sampling.UNDECIDED` where the target's row there has no law.
+    #: :data:`~.sampling.UNDECIDED` where the target's row there has no distribution.
     token: torch.Tensor
 
 
@@ -71,13 +71,13 @@ class Round(NamedTuple):
     weights: torch.Tensor
     #: ``[R, gamma]`` int64 drafted tokens.
     drafted: torch.Tensor
-    #: ``[R, gamma, V]`` the law each drafted token was drawn from.
-    laws: torch.Tensor
+    #: ``[R, gamma, V]`` the distribution each drafted token was drawn from.
+    probs: torch.Tensor
     #: ``[R]`` int64 drafted tokens sent to verification.
     lens: torch.Tensor
     #: ``[R]`` int64 row of each request's anchor.
     first: torch.Tensor
-    #: ``[R, gamma, M]`` int64 tokens that ``laws`` (then ``[R, gamma, M]``) are over, or ``[M]``
+    #: ``[R, gamma, M]`` int64 tokens that ``probs`` (then ``[R, gamma, M]``) are over, or ``[M]``
     #: ascending where all share them; None: the whole vocabulary.
     support: torch.Tensor | None = None
 
@@ -92,51 +92,51 @@ class Round(NamedTuple):
         rows, total = self.target()
         p = self.weights[rows, self.drafted] / total[rows]
         if self.support is None:
-            q = self.laws.gather(-1, self.drafted[..., None]).squeeze(-1)
+            q = self.probs.gather(-1, self.drafted[..., None]).squeeze(-1)
         elif self.support.dim() == 1:
             at = torch.searchsorted(self.support, self.drafted).clamp(max=len(self.support) - 1)
-            q = self.laws.gather(-1, at[..., None]).squeeze(-1)
+            q = self.probs.gather(-1, at[..., None]).squeeze(-1)
             q = torch.where(self.support[at] == self.drafted, q, 0.0)
         else:
-            q = (self.laws * (self.support == self.drafted[..., None])).sum(-1)
+            q = (self.probs * (self.support == self.drafted[..., None])).sum(-1)
         return p, q
 
     def excess(
         self, target: torch.Tensor, request: torch.Tensor, position: torch.Tensor
     ) -> torch.Tensor:
-        """``max(0, target - q)``: what the drafter of ``(request, position)`` leaves of a law.
+        """``max(0, target - q)``: what the drafter of ``(request, position)`` leaves of a distribution.
 
         Args:
             target: ``[n, V]``; overwritten.
             request, position: ``[n]`` int64.
         """
-        laws = self.laws[request, position]
+        probs = self.probs[request, position]
         if self.support is None:
-            target -= laws
+            target -= probs
         else:
             shared = self.support.dim() == 1
-            at = self.support.expand(laws.shape) if shared else self.support[request, position]
-            target.scatter_add_(-1, at, -laws)
+            at = self.support.expand(probs.shape) if shared else self.support[request, position]
+            target.scatter_add_(-1, at, -probs)
         return target.clamp_(min=0.0)
 
 
 def judged(p: torch.Tensor, q: torch.Tensor, lens: torch.Tensor) -> torch.Tensor:
     """``[R]`` int64 drafted tokens that can be judged: a block ends before the first that cannot.
 
-    Neither what the drafter drew from no law nor what stands behind a target row without one is kept. That
-    looks at nothing drafted later, so what is kept follows the target's law.
+    Neither what the drafter drew from no distribution nor what stands behind a target row without one is kept. That
+    looks at nothing drafted later, so what is kept follows the target's distribution.
 
     Args:
-        p, q: ``[R, gamma]`` chances of the drafted tokens, NaN where there is no law.
+        p, q: ``[R, gamma]`` chances of the drafted tokens, NaN where there is no distribution.
         lens: ``[R]`` int64 drafted tokens that were sent.
     """
     position = torch.arange(p.shape[1], device=lens.device)
-    lawless = (p.isnan() | q.isnan()) & (position < lens[:, None])
-    return torch.where(lawless, position, lens[:, None]).amin(dim=1)
+    unjudged = (p.isnan() | q.isnan()) & (position < lens[:, None])
+    return torch.where(unjudged, position, lens[:, None]).amin(dim=1)
 
 
 def accept_sampled(round_: Round, uniforms: torch.Tensor) -> Accepted:
-    """Rejection sampling: the committed tokens follow the target's law exactly.
+    """Rejection sampling: the committed tokens follow the target's distribution exactly.
 
     ``x_k`` is kept with probability ``min(1, p(x_k) / q(x_k))``; at the first rejection the token
     comes from ``max(0, p - q)`` normalised; if all are kept, from the row after the last
@@ -181,8 +181,8 @@ def accept_block(round_: Round, uniforms: torch.Tensor) -> Accepted:
     request, prefix = (torch.arange(gamma, device=lens.device) < lens[:, None]).nonzero().unbind(1)
     row = rows[request, prefix]
     weight = survives[request, prefix]
-    law = round_.weights[row] * (weight / total[row])[:, None]
-    left = round_.excess(law, request, prefix).sum(-1)
+    dist = round_.weights[row] * (weight / total[row])[:, None]
+    left = round_.excess(dist, request, prefix).sum(-1)
     leaves = torch.zeros_like(survives[:, :gamma])
     leaves[request, prefix] = left.to(leaves.dtype)
     count = block_chances(survives, leaves, lens, uniforms[:, :gamma])
@@ -196,7 +196,7 @@ def block_chances(
 
     Args:
         survives: ``[R, gamma + 1]`` chance ``w_k`` that prefix ``k`` is kept.
-        left: ``[R, gamma]`` mass ``r_k`` that prefix ``k`` leaves of the next token's law; not read from
+        left: ``[R, gamma]`` mass ``r_k`` that prefix ``k`` leaves of the next token's distribution; not read from
             ``lens`` on.
         uniforms: ``[R, gamma]``.
     """
@@ -242,7 +242,7 @@ def _finish(
         scaled = own * scale[stopped, None].to(own.dtype)
         residual = round_.excess(scaled, stopped, count[stopped])
         # p = q up to rounding leaves no residual mass; a rejection then had probability zero, and
-        # the target's own law is the continuous answer.
+        # the target's own distribution is the continuous answer.
         empty = residual.sum(-1) <= 0
         residual[empty] = own[empty]
         final = final.index_copy(0, stopped, residual)

@@ -19,7 +19,7 @@ SHORTLIST = 128
 FOLLOWING = 128
 #: A vocabulary up to here is drafted from whole: on a CPU, finding candidates takes longer.
 WHOLE_VOCABULARY = 16384
-#: Candidates on a CPU where some request samples. A small target's law at temperature 1 has a long
+#: Candidates on a CPU where some request samples. A small target's distribution at temperature 1 has a long
 #: tail, and what it puts outside the list can never be drafted: 128 candidates cost 7.5% of the
 #: accepted length of the drafter for SmolLM2 there, and 0.7% of greedy requests.
 SAMPLED_SHORTLIST = 1024
@@ -38,16 +38,16 @@ def cpu_shortlist(columns: int, *, sampled: bool) -> int | None:
 
 
 class DraftBlock(NamedTuple):
-    """A drafted block and the law each token was drawn from."""
+    """A drafted block and the distribution each token was drawn from."""
 
     #: ``[B, gamma]`` int64.
     tokens: torch.Tensor
     #: ``[B, gamma]`` int64: the token before each drafted one, the anchor first.
     previous: torch.Tensor
-    #: ``[S, gamma, V]`` float32 drafted laws of the sampled rows in order; None if all greedy.
+    #: ``[S, gamma, V]`` float32 drafted distributions of the sampled rows in order; None if all greedy.
     #: With a shortlist or a draft vocabulary ``[S, gamma, M]``, over the tokens of ``support``.
     probs: torch.Tensor | None
-    #: ``[S, gamma, M]`` int64 tokens the laws are over, or ``[M]`` ascending where all laws share
+    #: ``[S, gamma, M]`` int64 tokens the distributions are over, or ``[M]`` ascending where all distributions share
     #: them; None: the whole vocabulary.
     support: torch.Tensor | None = None
     #: ``[B, gamma]`` float32 where ``probs`` are logits of all rows instead: the log-sum-exp of them over the
@@ -56,21 +56,21 @@ class DraftBlock(NamedTuple):
 
 
 def undrafted(
-    requests: int, *, laws: int | None, device: torch.device, depth: int = 1
+    requests: int, *, sampled: int | None, device: torch.device, depth: int = 1
 ) -> DraftBlock:
     """A block of ``depth`` tokens, all of them token 0 for certain, for steps without drafting.
 
     Args:
-        laws: requests that have a drafted law, 0 in a batch whose sampling ones have just left;
-            None: no laws are wanted.
+        sampled: requests that have a drafted distribution, 0 in a batch whose sampling ones have just left;
+            None: no distributions are wanted.
     """
     tokens = torch.zeros((requests, depth), dtype=torch.int64, device=device)
-    shape = (laws or 0, depth, 1)
+    shape = (sampled or 0, depth, 1)
     return DraftBlock(
         tokens=tokens,
         previous=tokens,
-        probs=None if laws is None else torch.ones(shape, device=device),
-        support=None if laws is None else torch.zeros(shape, dtype=torch.int64, device=device),
+        probs=None if sampled is None else torch.ones(shape, device=device),
+        support=None if sampled is None else torch.zeros(shape, dtype=torch.int64, device=device),
     )
 
 
@@ -91,11 +91,11 @@ def draft_block(
     """Draft ``gamma`` tokens a request, left to right.
 
     ``p_k(v) ∝ exp((U_k(v) + B_k(v)) / T)`` with ``B_k`` from the Markov head; greedy rows take
-    the argmax. The drafted law is recorded for sampled rows only: acceptance needs nothing of it
+    the argmax. The drafted distribution is recorded for sampled rows only: acceptance needs nothing of it
     for greedy ones.
 
     With a ``shortlist`` of ``M``, only the ``M`` tokens of largest base logit can be drafted at a
-    position; with a ``vocabulary``, only its tokens. The drafted law is ours to choose, so
+    position; with a ``vocabulary``, only its tokens. The drafted distribution is ours to choose, so
     acceptance stays exact; the Markov stage then reads ``M`` rows of ``W2`` a step instead of
     ``V``, the LM head only the rows of the vocabulary.
 
@@ -107,8 +107,8 @@ def draft_block(
         temperatures: ``[S]`` above 0, of the sampled rows; None when all rows are greedy.
         sampled: ``[S]`` int64 indices of the sampled rows.
         uniforms: ``[S, gamma]`` in [0, 1); not read with ``noise``.
-        noise: keys of the sampled rows where they are seeded: each token is then the drafted law's
-            draw with the target's own noise, and no law is recorded.
+        noise: keys of the sampled rows where they are seeded: each token is then the drafted distribution's
+            draw with the target's own noise, and no distribution is recorded.
         shortlist: candidates a position; None for all of them.
         vocabulary: int64 token of each base logit, ascending; None: every token in order.
         vocabulary_rows: ``[M, r]`` rows of ``W2`` of the vocabulary, so that they need not be
@@ -127,7 +127,7 @@ def draft_block(
     elif vocabulary is not None and vocabulary_rows is None:
         vocabulary_rows = head.w2[vocabulary]
     previous = anchors
-    tokens, before, laws = [], [], []
+    tokens, before, dists = [], [], []
     for step in range(gamma):
         before.append(previous)
         latent, state = head.step(previous, hidden[:, step], state)
@@ -139,16 +139,16 @@ def draft_block(
         # max() beats argmax() threefold on CPU and breaks ties the same way.
         chosen = logits.max(dim=-1).indices
         if sampled is not None and temperatures is not None:
-            law = torch.softmax(logits[sampled] / temperatures[:, None], dim=-1)
+            dist = torch.softmax(logits[sampled] / temperatures[:, None], dim=-1)
             if noise is not None:
-                known = _known(support, vocabulary, sampled, step, law)
+                known = _known(support, vocabulary, sampled, step, dist)
                 keys = noise._replace(positions=noise.positions + step)
-                drawn = seeded_draw(law, keys, known)
+                drawn = seeded_draw(dist, keys, known)
             else:
                 assert uniforms is not None
-                # A law that is NaN is the drafter's fault, and acceptance sees it: any token stands for it.
-                drawn = sample(law, uniforms[:, step]).clamp_(min=0)
-                laws.append(law)
+                # A distribution that is NaN is the drafter's fault, and acceptance sees it: any token stands for it.
+                drawn = sample(dist, uniforms[:, step]).clamp_(min=0)
+                dists.append(dist)
             chosen = chosen.index_copy(0, sampled, drawn)
         if support is not None:
             chosen = support[:, step].gather(-1, chosen[:, None]).squeeze(-1)
@@ -160,8 +160,8 @@ def draft_block(
     return DraftBlock(
         tokens=torch.stack(tokens, dim=1),
         previous=torch.stack(before, dim=1),
-        probs=torch.stack(laws, dim=1) if laws else None,
-        support=shared if laws else None,
+        probs=torch.stack(dists, dim=1) if dists else None,
+        support=shared if dists else None,
     )
 
 
@@ -170,9 +170,9 @@ def _known(
     vocabulary: torch.Tensor | None,
     sampled: torch.Tensor,
     step: int,
-    law: torch.Tensor,
+    dist: torch.Tensor,
 ) -> torch.Tensor | None:
-    """Tokens of a law's entries; None: every token in order."""
+    """Tokens of a distribution's entries; None: every token in order."""
     if support is not None:
         return support[sampled, step]
-    return None if vocabulary is None else vocabulary.expand(law.shape)
+    return None if vocabulary is None else vocabulary.expand(dist.shape)

@@ -33,7 +33,7 @@ Accept = Callable[[Round, torch.Tensor], Accepted]
 
 
 class Target(Protocol):
-    """The model whose law the engine samples from."""
+    """The model whose distribution the engine samples from."""
 
     #: ``[V, d]`` input embedding.
     embedding: torch.Tensor
@@ -128,7 +128,7 @@ class RoundReport(NamedTuple):
 
 
 class Engine:
-    """Generates text with the target's law.
+    """Generates text with the target's distribution.
 
     Args:
         target: the model.
@@ -340,7 +340,7 @@ class Engine:
             Round(
                 weights=weights,
                 drafted=block.tokens[index],
-                laws=block.probs,
+                probs=block.probs,
                 lens=sent[index],
                 first=widths[index].cumsum(0) - widths[index],
                 support=block.support,

@@ -1,4 +1,4 @@
-"""Token laws: what plain decoding would sample from, and sampling with given uniforms."""
+"""Token distributions: what plain decoding would sample from, and sampling with given uniforms."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-#: In place of a token: nothing could be drawn, for want of a law (NaN or infinite logits, every token excluded).
+#: In place of a token: nothing could be drawn, for want of a distribution (NaN or infinite logits, every token excluded).
 UNDECIDED = -1
 
 
@@ -29,8 +29,8 @@ def sample(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     tokens = torch.searchsorted(cumulative, wanted, right=True)
     # u * total can round up to total; the last positive weight is then the right answer.
     last = torch.searchsorted(cumulative, total, right=False)
-    lawful = (total > 0) & (total < torch.inf)
-    return torch.where(lawful, torch.minimum(tokens, last), UNDECIDED).squeeze(1)
+    sound = (total > 0) & (total < torch.inf)
+    return torch.where(sound, torch.minimum(tokens, last), UNDECIDED).squeeze(1)
 
 
 def best(logits: torch.Tensor) -> torch.Tensor:
@@ -52,7 +52,7 @@ def probabilities(scaled: torch.Tensor) -> torch.Tensor:
     """Softmax of ``[N, V]`` logits over their temperatures; overwrites them.
 
     Infinity counts as the largest number: what an infinite ``logit_bias`` prefers has all of the probability.
-    A row without a law (NaN, or minus infinity throughout) is NaN throughout.
+    A row without a distribution (NaN, or minus infinity throughout) is NaN throughout.
     """
     return torch.softmax(scaled.clamp_(max=torch.finfo(scaled.dtype).max), dim=-1)
 
@@ -97,7 +97,7 @@ class Filters(NamedTuple):
 def sorted_weights(probs: torch.Tensor, filters: Filters) -> tuple[torch.Tensor, torch.Tensor]:
     """Apply the filters to each row's probabilities in descending order.
 
-    All three thresholds refer to the unfiltered law: a token stays when its rank is below
+    All three thresholds refer to the unfiltered distribution: a token stays when its rank is below
     ``top_k``, the mass of the tokens ranked before it is at most ``top_p``, and its probability
     is at least ``min_p`` times the largest. So does SGLang's ``pytorch`` sampling backend.
 
@@ -132,7 +132,7 @@ def target_weights(
     top_p: torch.Tensor | None = None,
     min_p: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The law that plain decoding samples from, unnormalised where filters apply.
+    """The distribution that plain decoding samples from, unnormalised where filters apply.
 
     Args:
         logits: ``[N, V]`` float32, adjustments (penalties, bias, masks) already applied.

@@ -7,7 +7,7 @@ drafted token exactly when it is that draw, and the drafter uses the same noise 
 
 The hash and the noise are SGLang's (``layers/sampler.py``, ``multinomial_with_seed``): MurmurHash3 over
 the seed's two halves, the position and the column. The column is the token; where a filter
-applies, its rank in the sorted law.
+applies, its rank in the sorted distribution.
 """
 
 from __future__ import annotations

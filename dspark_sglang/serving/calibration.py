@@ -327,7 +327,7 @@ def require_both_kinds(model: CostModel) -> None:
     """Refuse to keep a cost that :func:`load_cost` would refuse.
 
     Raises:
-        ConfigError: rounds or plain steps have not been seen.
+        ConfigError: rounds or decode steps have not been seen.
     """
     if not model.comparable:
         raise ConfigError(

@@ -31,8 +31,8 @@ class OurDraftBlock(DraftBlockResult, frozen=True):  # type: ignore[call-arg]
     """SGLang's draft result plus what our acceptance reads."""
 
     rows: SampledRows | None = None
-    #: Drafted laws, see :class:`dspark_sglang.core.draft.DraftBlock`.
-    laws: torch.Tensor | None = None
+    #: Drafted distributions, see :class:`dspark_sglang.core.draft.DraftBlock`.
+    probs: torch.Tensor | None = None
     support: torch.Tensor | None = None
     lse: torch.Tensor | None = None
 
@@ -235,7 +235,7 @@ class Proposer(DraftBlockProposer):
         Args:
             ids: ``[R, >= gamma]`` int64 rows of the draft forward, the anchors first.
             tokens: ``[R, gamma]`` int64 drafted.
-            block: the laws they were drawn from.
+            block: the distributions they were drawn from.
             logits: ``[R, gamma]`` float32 of the confidences.
         """
         greedy = torch.ones(len(tokens), dtype=torch.bool, device=ids.device)
@@ -250,7 +250,7 @@ class Proposer(DraftBlockProposer):
                 temperatures=None,
                 greedy_draft=rows is None,
                 rows=rows,
-                laws=block.probs,
+                probs=block.probs,
                 support=block.support,
                 lse=block.lse,
             ),

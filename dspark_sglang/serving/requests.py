@@ -82,9 +82,9 @@ def told_sampled(result: GenerationBatchResult, batch: ScheduleBatch) -> torch.T
     info, token = batch.sampling_info, result.next_token_ids
     if info is None or info.is_all_greedy:
         return torch.as_tensor(token)
-    # Without a law a row is NaN throughout; the sampler's token of it means nothing.
-    lawless = result.logits_output.next_token_logits[:, 0].isnan() & (info.top_ks.view(-1) > 1)
-    return told(torch.where(lawless, UNDECIDED, token), batch.reqs)
+    # Without a distribution a row is NaN throughout; the sampler's token of it means nothing.
+    undrawn = result.logits_output.next_token_logits[:, 0].isnan() & (info.top_ks.view(-1) > 1)
+    return told(torch.where(undrawn, UNDECIDED, token), batch.reqs)
 
 
 class _Process(NamedTuple):
@@ -250,7 +250,7 @@ def finish(original: Callable[..., None], req: Req, new_accepted_len: int = 1) -
 
 
 def _undecided(req: Req) -> Any:
-    """Why a request ends at a token that has no law: the client's fault where its own options can exclude all tokens."""
+    """Why a request ends at a token that has no distribution: the client's fault where its own options can exclude all tokens."""
     from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
     given = req.sampling_params

@@ -57,7 +57,7 @@ class Telemetry:
         Args:
             lens: ``[R]`` drafted tokens verified of each request.
             counts: ``[R]`` drafted tokens kept.
-            depth: tokens drafted for each request; 0 in a plain step.
+            depth: tokens drafted for each request; 0 in a decode step.
         """
         self.steps += 1
         if not depth:

@@ -275,7 +275,7 @@ class Verifier(TargetVerifyExecutor):
             apply_custom_logit_processor(
                 logits, info, num_tokens_in_batch=self.verify_num_draft_tokens
             )
-        # An infinite bias stands for the largest number, of which there is a law.
+        # An infinite bias stands for the largest number, of which there is a distribution.
         logits.clamp_(max=torch.finfo(logits.dtype).max)
 
     def accept_and_finalize(
@@ -298,7 +298,7 @@ class Verifier(TargetVerifyExecutor):
         first = self._first_rows(lens)
         if self._adjusting:
             self._bias(target_logits, lens, sampling_info)
-        # Beyond the depth drafted there are no laws, and nothing was verified.
+        # Beyond the depth drafted there are no distributions, and nothing was verified.
         whole = not self._rounds.scheduler.adaptive
         width = self.gamma if whole else max(1, self._rounds.running.width)
         drafted = draft_block.draft_tokens[:, :width]
@@ -308,7 +308,7 @@ class Verifier(TargetVerifyExecutor):
                     logits=target_logits,
                     drafted=drafted,
                     rows=draft_block.rows,
-                    laws=draft_block.laws,
+                    probs=draft_block.probs,
                     support=draft_block.support,
                     lse=draft_block.lse,
                     lens=lens,

@@ -311,7 +311,7 @@ class DSparkWorker(DSparkWorkerV2):
         return result
 
     def _draft_up_to_date(self) -> None:
-        """Commit what prefills and plain steps left for the draft, under the draft's own placement."""
+        """Commit what prefills and decode steps left for the draft, under the draft's own placement."""
         if self._verify_executor.deferred:
             with self._draft_context():
                 self._verify_executor.deferred.flush()

@@ -59,7 +59,7 @@ def count_step() -> Iterator[dict[str, Any]]:
                 logits=logits,
                 drafted=block.tokens,
                 rows=sampled,
-                laws=block.probs,
+                probs=block.probs,
                 support=block.support,
                 lse=block.lse,
                 lens=lens,

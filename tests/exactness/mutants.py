@@ -55,11 +55,11 @@ def _residual_against_masked_draft(module: ModuleType, original: Callable[..., A
         weights = round_.weights[rows]
         if round_.support is not None:
             weights = weights.gather(-1, round_.support)
-        masked = round_.laws * (weights > 0)
+        masked = round_.probs * (weights > 0)
         masked = masked / masked.sum(-1, keepdim=True).clamp(min=1e-30)
         count = original(round_, uniforms).count
         scale = uniforms.new_ones(len(count))
-        return module._finish(round_._replace(laws=masked), count, scale, uniforms[:, -1])
+        return module._finish(round_._replace(probs=masked), count, scale, uniforms[:, -1])
 
     return mutated
 

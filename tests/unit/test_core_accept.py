@@ -267,7 +267,7 @@ def test_a_shared_draft_vocabulary_leaves_the_target_law_alone(accept: Accept) -
 def test_a_shared_vocabulary_decides_like_one_for_each_law(accept: Accept) -> None:
     case = Case(5_000, seed=41, draft=WITHOUT_2)
     round_, drawn = case.arguments(shared=SHARED)
-    each = round_._replace(support=SHARED.expand(round_.laws.shape).contiguous())
+    each = round_._replace(support=SHARED.expand(round_.probs.shape).contiguous())
     outcomes = [accept(given, drawn) for given in (round_, each, case.arguments()[0])]
     for other in outcomes[1:]:
         assert torch.equal(outcomes[0].count, other.count)

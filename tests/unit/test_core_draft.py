@@ -270,7 +270,7 @@ def test_candidates_on_a_cpu(columns: int, sampled: bool, wanted: int | None) ->
 @pytest.mark.parametrize("laws", [None, 0, 2])
 def test_a_block_that_nobody_drafted_is_verified_like_plain_decoding(laws: int | None) -> None:
     """Without drafted tokens to send, acceptance gives one token of the target's own law."""
-    block = undrafted(3, laws=laws, device=torch.device("cpu"))
+    block = undrafted(3, sampled=laws, device=torch.device("cpu"))
     assert block.tokens.shape == block.previous.shape == (3, 1)
     none, rows = torch.zeros(3, dtype=torch.int64), torch.arange(3)
     if laws is None:

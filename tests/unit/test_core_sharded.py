@@ -121,7 +121,7 @@ def on_shards(
         sampling = Sampling(
             given.index,
             given.temperatures,
-            laws=given.laws[..., part],
+            probs=given.laws[..., part],
             uniforms=given.uniforms,
             **more,
         )

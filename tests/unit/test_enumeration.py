@@ -257,9 +257,9 @@ def greedy(round_: Round, uniforms: torch.Tensor) -> Accepted:
 
 def shortlisted(round_: Round, uniforms: torch.Tensor) -> Accepted:
     """The laws given over their tokens in another order, as a shortlist gives them."""
-    support = torch.arange(round_.laws.shape[-1]).flip(0).expand(round_.laws.shape)
+    support = torch.arange(round_.probs.shape[-1]).flip(0).expand(round_.probs.shape)
     return accept_sampled(
-        round_._replace(laws=round_.laws.flip(-1), support=support.contiguous()), uniforms
+        round_._replace(probs=round_.probs.flip(-1), support=support.contiguous()), uniforms
     )
 
 

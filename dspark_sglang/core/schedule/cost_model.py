@@ -1,9 +1,9 @@
 """What a step costs, learned from the steps a server runs.
 
-A *round* drafts and verifies; a *plain* step does neither. Each kind has its own model: an affine
-law of the requests, those of them that sample, the drafted tokens verified, the cached context and the
+A *round* drafts and verifies; a *decode* step does neither. Each kind has its own model: an affine
+function of the requests, those of them that sample, the drafted tokens verified, the cached context and the
 rows beyond some numbers of them (a few rows cost what one does, many cost each their share), over it
-a small grid of what that law misses (kernels whose time rises in stairs), and a level for each
+a small grid of what that misses (kernels whose time rises in stairs), and a level for each
 number of requests, soon learned: in service, clients and other processes take their part of the
 machine. A factor common to both kinds follows the machine: a neighbour that slows it down slows both
 alike, and what decides is their ratio.
@@ -103,7 +103,7 @@ _DOUBLINGS = 12
 _KTOKENS = 1024.0
 #: Rows of the target's forward from which each costs more than before.
 _KNEES = (8.0, 64.0)
-#: Coefficients of the law, and of the one before it knew of knees.
+#: Coefficients of the affine part, and of the one before it knew of knees.
 _TERMS, _TERMS_BEFORE = 7, 5
 #: Largest believed ratio of a measured to a predicted step, either way.
 _OUTLIER = 3.0
@@ -112,7 +112,7 @@ _AFTER_SWITCH = 3
 #: How much of a later step is believed to be the kind's own cost, and the mean error below which
 #: the machine's speed counts as followed.
 _TRUST, _SETTLED = 0.3, 0.06
-#: Steps at a point of the grid that the affine law is worth there, and the least weight of a new one.
+#: Steps at a point of the grid that the affine part is worth there, and the least weight of a new one.
 _DOUBT, _PACE = 6.0, 0.04
 #: Steps of a number of requests that what was known before them is worth to its level, and the least weight of a new one.
 _LEVEL_DOUBT, _LEVEL_PACE = 1.5, 0.02
@@ -144,7 +144,7 @@ class Step(NamedTuple):
     """One step of a server."""
 
     requests: int
-    #: Drafted tokens in the verify forward, over all requests; 0 in a plain step.
+    #: Drafted tokens in the verify forward, over all requests; 0 in a decode step.
     drafted: int
     #: Cached tokens that all requests attend to.
     context: int
@@ -203,9 +203,9 @@ class _Kind:
         # Points nobody has seen take the value of those beside them.
         log = float(known @ self.grid[rows, columns] / total) if total > 1e-9 else 0.0
         log += float(weights @ self.level[rows])
-        return self._law(step) * math.exp(log)
+        return self._affine(step) * math.exp(log)
 
-    def _law(self, step: Step) -> float:
+    def _affine(self, step: Step) -> float:
         return max(1e-9, float(self._features(step) @ self.theta))
 
     @property
@@ -238,7 +238,7 @@ class _Kind:
         self._correct(step, seconds, 1.0, own=False)
 
     def _weigh(self, step: Step, scale: float, value: float, trust: float) -> None:
-        """Add a step of ``scale * value`` seconds to what the law is fitted to, its error relative to ``scale``."""
+        """Add a step of ``scale * value`` seconds to what the affine part is fitted to, its error relative to ``scale``."""
         features = self._features(step) / scale
         forget = 1.0 - 0.002 * trust
         self.moments = forget * self.moments + trust * np.outer(features, features)
@@ -246,7 +246,7 @@ class _Kind:
         self.observations += 1
 
     def _correct(self, step: Step, seconds: float, trust: float, *, own: bool) -> None:
-        """Note in the grid, and where an error is the kind's own in the levels, what the law misses."""
+        """Note in the grid, and where an error is the kind's own in the levels, what the affine part misses."""
         rows, columns, weights = self._nodes(step)
         error = math.log(seconds / self.predict(step))
         error = min(max(error, -_FASTER), _SURPRISE)
@@ -257,7 +257,7 @@ class _Kind:
             moved = pace * share / float(share @ share) * error
             self.level[near] = np.clip(self.level[near] + moved, -_FARTHEST_LEVEL, _FARTHEST_LEVEL)
             error -= float(share @ moved)
-        # A step says little about what the law misses: most of it is chance, and what decides how much to verify
+        # A step says little about what the affine part misses: most of it is chance, and what decides how much to verify
         # are differences between neighbours.
         pace = trust * np.maximum(_PACE, 1.0 / (_DOUBT + self.seen[rows, columns]))
         self.seen[rows, columns] += weights
@@ -283,7 +283,7 @@ class _Kind:
             for (step, seconds), weight in zip(steps, weights, strict=True):
                 self._weigh(step, seconds, 1.0, weight)
             self._fit(*steps[-1])
-            late = np.array([math.log(seconds / self._law(step)) for step, seconds in steps])
+            late = np.array([math.log(seconds / self._affine(step)) for step, seconds in steps])
             weights = np.minimum(1.0, _LATE / np.maximum(late, _LATE))
         self.observations = len(steps)
         for part in (self.grid, self.seen, self.level, self.served):
@@ -330,7 +330,7 @@ class _Kind:
 
 
 class CostModel:
-    """Seconds of rounds and plain steps. Memory and the time of an update are constant."""
+    """Seconds of rounds and decode steps. Memory and the time of an update are constant."""
 
     def __init__(self, *, gamma: int) -> None:
         """Args:

@@ -3,7 +3,7 @@
 Drafting pays where ``τ / T_round > R / T_plain``. Both sides depend on the load, and greedy requests
 accept far more than sampled ones, so the decision is kept for each power of two of running requests,
 apart where most of them sample. Who drafts learns the gain at every step and, now and
-then, what plain steps cost; who does not tries a few rounds at intervals that keep their cost
+then, what decode steps cost; who does not tries a few rounds at intervals that keep their cost
 within a bound.
 """
 
@@ -18,7 +18,7 @@ Choice = Literal["auto", "on", "off"]
 HYSTERESIS = 0.02
 #: Rounds of a probe at most, and the share of time that probing may cost.
 PROBE_ROUNDS, OVERHEAD = 3, 0.005
-#: Fewest and most plain steps between probes: a changed workload must be noticed.
+#: Fewest and most decode steps between probes: a changed workload must be noticed.
 _NEAREST, _FARTHEST, _EXTREME = 24, 160, 960
 #: Steps before the first look at the other way and, each time twice as many, between later ones at most (rounds: no
 #: more than the second); rounds between blocks that are verified whole.
@@ -38,7 +38,7 @@ class Decision(NamedTuple):
     draft: bool
     #: Verify everything drafted, whatever it pays: acceptance is learned from it.
     whole: bool = False
-    #: A plain step that is there to be timed.
+    #: A decode step that is there to be timed.
     look: bool = False
 
 
@@ -47,7 +47,7 @@ class Learned(NamedTuple):
 
     #: Throughput with it over without.
     gain: float
-    #: A round's seconds over a plain step's.
+    #: A round's seconds over a decode step's.
     length: float
 
 
@@ -63,9 +63,9 @@ class _State:
         #: Steps since drafting was last looked at the other way, and of that look still to come.
         self.since = 0
         self.probing = 0
-        #: How long a round lasts in plain steps.
+        #: How long a round lasts in decode steps.
         self.length = 1.5
-        #: Plain steps that a round of a probe loses.
+        #: Decode steps that a round of a probe loses.
         self.lost = 0.2
         #: Steps until the next look at the other way, at most.
         self.wait = _FIRST_LOOK
@@ -132,12 +132,12 @@ class DraftPolicy:
 
     @staticmethod
     def _patience(state: _State) -> float:
-        """Rounds until the next look at plain steps, at most."""
+        """Rounds until the next look at decode steps, at most."""
         return max(_NEAREST, _PLAIN_EVERY * min(1.0, abs(math.log(state.gain)) / _CLEAR))
 
     @staticmethod
     def _pause(state: _State, requests: int) -> float:
-        """Plain steps until the next probe."""
+        """Decode steps until the next probe."""
         bill = _probe(requests) * max(HYSTERESIS, state.lost)
         # Far apart at most where that keeps to a bill of a few times what is meant.
         return max(
@@ -156,8 +156,8 @@ class DraftPolicy:
 
         Args:
             gain: positive and finite; anything else is ignored.
-            length: seconds of the round over those of a plain step.
-            lost: plain steps that it lasted beyond those that would have brought as many tokens,
+            length: seconds of the round over those of a decode step.
+            lost: decode steps that it lasted beyond those that would have brought as many tokens,
                 with all that it verified to learn; None: as many as follow from the others.
             sampled: most of the requests sample.
         """

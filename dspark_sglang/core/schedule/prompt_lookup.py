@@ -62,15 +62,15 @@ class CopyBudget(NamedTuple):
 def copy_budget(
     gains: Float64, requests: int, plain_s: float, round_: StepCost, factor: float = 1.0
 ) -> CopyBudget:
-    """The budget of most tokens a second: a plain step, and what verifying more adds to a round.
+    """The budget of most tokens a second: a decode step, and what verifying more adds to a round.
 
     Requests are greedy: nothing has to be decided token by token.
 
     Args:
         gains: ``[n]`` survival of the copied tokens, descending.
-        plain_s: seconds of a plain step.
+        plain_s: seconds of a decode step.
         round_: seconds of a round, of which only the differences count.
-        factor: seconds of a step that verifies copies over that sum; one of none is a plain step.
+        factor: seconds of a step that verifies copies over that sum; one of none is a decode step.
     """
     tokens = np.arange(requests, requests + len(gains) + 1)
     seconds = round_.seconds(tokens)
@@ -170,7 +170,7 @@ class Copying:
     def __init__(self, cost: CostModel, policy: DraftPolicy) -> None:
         self._cost = cost
         self._policy = policy
-        #: Seconds of a step with copies alone over those of a plain step and of what verifying more
+        #: Seconds of a step with copies alone over those of a decode step and of what verifying more
         #: adds to a round: a verification costs more than decoding.
         self._dearer = 1.1
 

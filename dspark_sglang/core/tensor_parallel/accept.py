@@ -19,8 +19,8 @@ class Sampling(NamedTuple):
     requests: torch.Tensor
     #: ``[S]`` temperatures above 0.
     temperatures: torch.Tensor
-    #: ``[S, gamma, width]`` this rank's columns of the drafted laws; None where draws are coupled.
-    laws: torch.Tensor | None = None
+    #: ``[S, gamma, width]`` this rank's columns of the drafted distributions; None where draws are coupled.
+    probs: torch.Tensor | None = None
     #: ``[S, gamma + 1]`` in [0, 1), equal on every rank; None where draws are coupled.
     uniforms: torch.Tensor | None = None
     #: ``[S]``; None where no request filters. Not where draws are coupled.
@@ -41,7 +41,7 @@ class _Rows(NamedTuple):
     total: torch.Tensor
     #: ``[n]`` float64 weight of the drafted token that the row judges, and its drafted probability.
     drafted: torch.Tensor
-    law: torch.Tensor
+    prob: torch.Tensor
 
 
 def accept(
@@ -110,13 +110,15 @@ def _stats(
     places: tuple[torch.Tensor, torch.Tensor],
     shard: Shard,
 ) -> torch.Tensor:
-    """``[n, 4]``: largest logit, mass relative to it, the drafted token's logit and its drafted law."""
+    """``[n, 4]``: largest logit, mass relative to it, the drafted token's logit and its drafted distribution."""
     position, tokens = _judged(drafted, places)
-    assert sampling.laws is not None
+    assert sampling.probs is not None
     top = scaled.amax(dim=-1)
     mass = (scaled - top[:, None]).exp().sum(-1)
-    law = shard.pick(sampling.laws[places[0], position], tokens, 0.0)
-    return torch.stack([top, mass, shard.pick(scaled, tokens, -float("inf")), law.double()], dim=-1)
+    prob = shard.pick(sampling.probs[places[0], position], tokens, 0.0)
+    return torch.stack(
+        [top, mass, shard.pick(scaled, tokens, -float("inf")), prob.double()], dim=-1
+    )
 
 
 def _weigh(scaled: torch.Tensor, stats: torch.Tensor) -> _Rows:
@@ -159,18 +161,18 @@ def _sampled(
 ) -> Exchange[Accepted]:
     """Verification of the sampled requests; see ``accept_sampled`` and ``accept_block``."""
     uniforms, gamma = sampling.uniforms, drafted.shape[1]
-    assert uniforms is not None and sampling.laws is not None
+    assert uniforms is not None and sampling.probs is not None
     position = torch.arange(gamma, device=lens.device)
     place = torch.minimum(start[:, None] + position, start[:, None] + lens[:, None])
-    p, q = rows.drafted[place] / rows.total[place], rows.law[place]
+    p, q = rows.drafted[place] / rows.total[place], rows.prob[place]
     lens = judged(p, q, lens)
     if sampling.block:
         survives = p.new_ones((len(lens), gamma + 1))
         for k in range(gamma):
             ratio = torch.where(q[:, k] > 0, p[:, k] / q[:, k], 1.0)
             survives[:, k + 1] = (survives[:, k] * ratio).clamp(max=1.0)
-        law = rows.weights[place] * (survives[:, :gamma] / rows.total[place])[..., None]
-        left = (law - sampling.laws).clamp_(min=0.0).sum(-1)
+        dist = rows.weights[place] * (survives[:, :gamma] / rows.total[place])[..., None]
+        left = (dist - sampling.probs).clamp_(min=0.0).sum(-1)
         count = block_chances(survives, (yield left).sum(dim=0), lens, uniforms[:, :gamma])
         scale = survives.gather(1, count[:, None])
     else:
@@ -180,10 +182,10 @@ def _sampled(
     row = start + count
     own = rows.weights[row] / rows.total[row, None]
     at = count.clamp(max=gamma - 1)
-    law = sampling.laws[torch.arange(len(lens), device=lens.device), at]
-    residual = (own * scale - law).clamp_(min=0.0)
+    dist = sampling.probs[torch.arange(len(lens), device=lens.device), at]
+    residual = (own * scale - dist).clamp_(min=0.0)
     every = yield torch.stack([residual.sum(-1), own.sum(-1)], dim=-1)
-    # As in ``core.accept``: p = q up to rounding leaves no residual, and then the target's own law is it.
+    # As in ``core.accept``: p = q up to rounding leaves no residual, and then the target's own distribution is it.
     rejected = (count < lens) & (every[..., 0].sum(dim=0) > 0)
     final = torch.where(rejected[:, None], residual, own)
     masses = torch.where(rejected, every[..., 0], every[..., 1])
@@ -208,8 +210,8 @@ def _draw(
     column = column.clamp(max=shard.width - 1)
     token = torch.where(rank == shard.rank, column + shard.start, -1)
     every = yield token
-    lawful = (cumulative[-1] > 0) & (cumulative[-1] < torch.inf)
-    return torch.where(lawful, every.amax(dim=0), UNDECIDED)
+    sound = (cumulative[-1] > 0) & (cumulative[-1] < torch.inf)
+    return torch.where(sound, every.amax(dim=0), UNDECIDED)
 
 
 #: Weights relative to the largest lie in [0, 1]; as bits of float32 that is a range of 2^30, and each
@@ -226,7 +228,7 @@ def keep(weights: torch.Tensor, filters: Filters, shard: Shard) -> Exchange[torc
 
     Args:
         weights: ``[F, width]`` float64 weights of this rank's columns, relative to the row's largest.
-        filters: of the rows; all thresholds refer to the unfiltered law.
+        filters: of the rows; all thresholds refer to the unfiltered distribution.
     """
     values = weights.float()
     kept = values >= filters.min_p[:, None].to(values.dtype)

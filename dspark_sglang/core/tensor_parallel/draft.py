@@ -89,7 +89,7 @@ class Keys(NamedTuple):
     #: ``[S]`` int64 position of each row's anchor.
     positions: torch.Tensor
     #: Whether these are the requests' own. The target then draws with the same noise, and acceptance
-    #: needs no drafted law.
+    #: needs no drafted distribution.
     coupled: bool
 
 
@@ -119,18 +119,18 @@ def draft_block(
         temperatures: ``[S]`` above 0, of the sampled rows; None when all are greedy.
         sampled: ``[S]`` int64 indices of the sampled rows.
         keys: of the sampled rows' noise.
-        logits_of_all: give laws as the kernels read them: logits of all rows, greedy ones included, and the
+        logits_of_all: give distributions as the kernels read them: logits of all rows, greedy ones included, and the
             log-sum-exp of them over their temperature.
         held: the rows of W1 that ``head.w1`` ``[held.rows.width, r]`` has; None: it has all.
 
     Returns:
-        The block. Its laws ``[S, gamma, width]`` are this rank's columns of the drafted ones; with
+        The block. Its distributions ``[S, gamma, width]`` are this rank's columns of the drafted ones; with
         ``logits_of_all`` the logits ``[B, gamma, width]`` beside ``lse`` ``[B, gamma]`` float32.
     """
     columns = shard.columns(base_logits.device)
     state = head.start(anchors.shape[0])
     previous = anchors
-    tokens, before, laws, sums = [], [], [], []
+    tokens, before, dists, sums = [], [], [], []
     for step in range(base_logits.shape[1]):
         before.append(previous)
         if held is None:
@@ -152,13 +152,13 @@ def draft_block(
         if sampled is not None and keys is not None and not keys.coupled:
             total = every[:, sampled, 2].logsumexp(dim=0)
             if logits_of_all:
-                laws.append(logits)
+                dists.append(logits)
                 sums.append(logits.new_zeros(len(logits)).index_copy_(0, sampled, total.float()))
             else:
-                laws.append((scaled - total[:, None]).exp().float())
+                dists.append((scaled - total[:, None]).exp().float())
     return DraftBlock(
         tokens=torch.stack(tokens, dim=1),
         previous=torch.stack(before, dim=1),
-        probs=torch.stack(laws, dim=1) if laws else None,
+        probs=torch.stack(dists, dim=1) if dists else None,
         lse=torch.stack(sums, dim=1) if sums else None,
     )

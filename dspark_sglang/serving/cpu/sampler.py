@@ -2,7 +2,7 @@
 
 The builtin sorts every row of a batch as soon as one row filters, and a greedy row in a mixed
 batch counts as a filter (top-k 1). On a processor that sort is most of a step of 128 requests.
-The laws are the builtin's: greedy rows take the most probable token, unfiltered ones are drawn by
+The distributions are the builtin's: greedy rows take the most probable token, unfiltered ones are drawn by
 inverting the cumulative sum, the rest go through the same joint filter.
 """
 
@@ -92,7 +92,7 @@ def unfiltered(
 
 
 def _sample(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
-    """One token a row; 0 where there is no law, as the builtin's largest of nothing but NaN."""
+    """One token a row; 0 where there is no distribution, as the builtin's largest of nothing but NaN."""
     return sample(weights, uniforms).clamp_(min=0)
 
 

@@ -74,7 +74,7 @@ class SampledRows(msgspec.Struct, frozen=True):
 
     @property
     def filters(self) -> bool:
-        """Whether some row filters its law."""
+        """Whether some row filters its distribution."""
         return not (self.top_k is None and self.top_p is None and self.min_p is None)
 
     def noise(
@@ -117,9 +117,9 @@ class Verified(NamedTuple):
     drafted: torch.Tensor
     #: The requests that sample; None: all are greedy.
     rows: SampledRows | None
-    #: Drafted laws and the tokens they are over (None: every token in order), as the same operations
-    #: gave them in the :class:`~dspark_sglang.core.draft.DraftBlock`; None where no law was drawn from.
-    laws: torch.Tensor | None
+    #: Drafted distributions and the tokens they are over (None: every token in order), as the same operations
+    #: gave them in the :class:`~dspark_sglang.core.draft.DraftBlock`; None where no distribution was drawn from.
+    probs: torch.Tensor | None
     support: torch.Tensor | None
     lse: torch.Tensor | None
     #: ``[R]`` int64 drafted tokens that were sent, and logits row of each request's anchor.
@@ -201,7 +201,7 @@ class Ops(abc.ABC):
         count = None
         if rows is not None and rows.seeds is None:
             count = requests if self.covers_greedy else len(rows.index)
-        return undrafted(requests, laws=count, device=self.markov.w1.device, depth=depth)
+        return undrafted(requests, sampled=count, device=self.markov.w1.device, depth=depth)
 
     @abc.abstractmethod
     def confidence(

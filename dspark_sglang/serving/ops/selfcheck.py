@@ -81,10 +81,10 @@ def _admit(device: torch.device, backend: Backend) -> Sequence[torch.Tensor]:
 
 
 def _rows(device: torch.device) -> tuple[Rows, ListedDraft, torch.Tensor]:
-    """Target rows, drafted laws and uniforms of one round."""
+    """Target rows, drafted distributions and uniforms of one round."""
     lens = torch.tensor([3, 0, 2, 3, 1, 3], dtype=torch.int32, device=device)
     first = (lens + 1).cumsum(0, dtype=torch.int32) - lens - 1
-    law = _random(device, _REQUESTS, _GAMMA, _LISTED, seed=13).softmax(-1)
+    dist = _random(device, _REQUESTS, _GAMMA, _LISTED, seed=13).softmax(-1)
     tokens = _integers(device, 1 << 30, _REQUESTS, _GAMMA, _VOCAB, seed=14).argsort(-1)[
         ..., :_LISTED
     ]
@@ -93,7 +93,7 @@ def _rows(device: torch.device) -> tuple[Rows, ListedDraft, torch.Tensor]:
     uniforms = torch.rand((_REQUESTS, _GAMMA + 1), generator=generator, dtype=torch.float64)
     logits = _random(device, int((lens + 1).sum()), _VOCAB, seed=16, scale=2.0).bfloat16()
     rows = Rows(logits, first, lens, tokens[..., 0].contiguous())
-    return rows, ListedDraft(law, tokens), uniforms.to(device)
+    return rows, ListedDraft(dist, tokens), uniforms.to(device)
 
 
 def _filters(device: torch.device) -> Filters:

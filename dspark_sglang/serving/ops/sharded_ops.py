@@ -165,23 +165,23 @@ class ShardedOps(Ops):
         return Sampling(
             rows.index,
             rows.temperatures,
-            laws=self._own_laws(given),
+            probs=self._own_probs(given),
             uniforms=self._supply.uniforms(len(rows.index), given.drafted.shape[1] + 1),
             filters=Filters.of(like, rows.top_k, rows.top_p, rows.min_p),
             block=self._verification == "block",
         )
 
-    def _own_laws(self, given: Verified) -> torch.Tensor:
-        """This rank's columns ``[S, gamma, width]`` of the drafted laws."""
-        laws, support, shard = given.laws, given.support, self._vocabulary.shard
-        assert laws is not None and given.rows is not None
+    def _own_probs(self, given: Verified) -> torch.Tensor:
+        """This rank's columns ``[S, gamma, width]`` of the drafted distributions."""
+        dists, support, shard = given.probs, given.support, self._vocabulary.shard
+        assert dists is not None and given.rows is not None
         index = given.rows.index
         if self.covers_greedy and support is not None:
-            laws, support = laws[index], support[index]
+            dists, support = dists[index], support[index]
         if support is None:
-            return laws
+            return dists
         column = support - shard.start
         own = (column >= 0) & (column < shard.width)
-        places = column.clamp(0, shard.width - 1).expand(laws.shape)
-        whole = laws.new_zeros((*laws.shape[:2], shard.width))
-        return whole.scatter_add_(-1, places, laws * own)
+        places = column.clamp(0, shard.width - 1).expand(dists.shape)
+        whole = dists.new_zeros((*dists.shape[:2], shard.width))
+        return whole.scatter_add_(-1, places, dists * own)

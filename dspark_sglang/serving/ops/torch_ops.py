@@ -132,9 +132,9 @@ class TorchOps(Ops):
         """Verification of the sampled requests, over their own logits rows."""
         if len(given.logits) == len(given.lens):
             return self._plain(given, rows)
-        assert given.laws is not None
+        assert given.probs is not None
         # Greedy requests may have copied more tokens than were drafted.
-        lens, gamma = given.lens[rows.index], given.laws.shape[1]
+        lens, gamma = given.lens[rows.index], given.probs.shape[1]
         row, owner, start = rows_of(lens, given.first[rows.index])
 
         def spread(values: torch.Tensor | None) -> torch.Tensor | None:
@@ -149,7 +149,7 @@ class TorchOps(Ops):
         )
         uniforms = self._uniforms(len(lens), gamma + 1)
         drafted = given.drafted[rows.index, :gamma]
-        round_ = Round(weights, drafted, given.laws, lens, start, given.support)
+        round_ = Round(weights, drafted, given.probs, lens, start, given.support)
         return _METHODS[self._verification](round_, uniforms)
 
     def _plain(self, given: Verified, rows: SampledRows) -> Accepted:
@@ -178,5 +178,5 @@ def _seeded_choice(given: Verified, rows: SampledRows) -> tuple[torch.Tensor, to
     within = torch.arange(len(owner), device=row.device) - start[owner]
     noise = rows.noise(probs, given.anchors[rows.index][owner] + within, owner)
     assert noise is not None
-    # What has no law is NaN throughout.
+    # What has no distribution is NaN throughout.
     return row, seeded_draw(probs, noise).masked_fill(probs[:, 0].isnan(), UNDECIDED)

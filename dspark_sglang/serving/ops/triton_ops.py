@@ -53,7 +53,7 @@ class Batch(NamedTuple):
     rows: SampledRows | None
     #: ``[R]`` float32; 0: greedy.
     temperatures: torch.Tensor
-    #: ``[R]`` uint8: whether the law a request drafts from is kept for acceptance.
+    #: ``[R]`` uint8: whether the distribution a request drafts from is kept for acceptance.
     recorded: torch.Tensor
     #: None where no request has any.
     filters: Filters | None
@@ -148,7 +148,7 @@ class TritonOps(Ops):
         rows: SampledRows | None,
         vocabulary: torch.Tensor | None,
     ) -> DraftBlock:
-        # Nobody reads the base logits after this: the drafted law over all tokens takes their place.
+        # Nobody reads the base logits after this: the drafted distribution over all tokens takes their place.
         # Over a draft vocabulary it is listed instead: acceptance knows tokens, not columns.
         dense = rows is not None and rows.seeds is None and vocabulary is None
         base = base.contiguous()
@@ -247,7 +247,7 @@ class TritonOps(Ops):
             given_rows,
             batch.temperatures,
             self._supply.uniforms(len(given.lens), given.drafted.shape[1] + 1),
-            draft=_law(given),
+            draft=_drafted(given),
             filters=batch.filters,
             keys=keys,
             block=self._verification == "block",
@@ -275,7 +275,7 @@ class TritonOps(Ops):
             Shard(rank, widths),
             batch.temperatures,
             self._supply.uniforms(len(given.lens), given.drafted.shape[1] + 1),
-            draft=_law(given),
+            draft=_drafted(given),
             filters=batch.filters,
             keys=keys,
             searched=searched,
@@ -327,13 +327,13 @@ class TritonOps(Ops):
                 )
 
 
-def _law(given: Verified) -> DenseDraft | ListedDraft | None:
-    if given.laws is None:
+def _drafted(given: Verified) -> DenseDraft | ListedDraft | None:
+    if given.probs is None:
         return None
     if given.lse is not None:
-        return DenseDraft(given.laws, given.lse)
+        return DenseDraft(given.probs, given.lse)
     assert given.support is not None
-    return ListedDraft(given.laws, given.support)
+    return ListedDraft(given.probs, given.support)
 
 
 class KvWriter:

@@ -23,7 +23,7 @@ from dspark_sglang.core.sampling import UNDECIDED, best, sample, target_weights
 from dspark_sglang.core.schedule import admission_order, early_stop_budget, lengths
 from dspark_sglang.core.schedule.admission import Float64, survival
 from dspark_sglang.core.schedule.cost_model import FlatCost, StepCost
-from dspark_sglang.core.schedule.prompt_lookup import CopyRates, Follower
+from dspark_sglang.core.schedule.prompt_lookup import LookupRates, Follower
 from dspark_sglang.errors import ConfigError, NumericsError
 
 #: Numbers in [0, 1), float64, of a given shape.
@@ -168,7 +168,7 @@ class Engine:
         self.vocabulary = vocabulary
         self.shortlist = shortlist
         self._head = target.head if vocabulary is None else target.head[vocabulary]
-        self._copy_rates = CopyRates() if lookup else None
+        self._lookup_rates = LookupRates() if lookup else None
         self._uniforms = _drawing(uniforms) if isinstance(uniforms, torch.Generator) else uniforms
         self._confidence = drafter.confidence
         if temperatures is not None:
@@ -267,7 +267,7 @@ class Engine:
         A greedy request keeps what the target would have written whatever is proposed, so its text may be
         looked up in place of the draft wherever more of it is expected to be right.
         """
-        rates = self._copy_rates
+        rates = self._lookup_rates
         if rates is None:
             return block, confidence
         tokens, confidence = block.tokens.clone(), confidence.clone()

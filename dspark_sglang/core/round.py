@@ -75,7 +75,7 @@ class StepPlan:
     #: Whether requests may repeat their own text although nothing is drafted.
     prompt_lookup: bool = False
     #: The overlapped strategy decides here already how many drafted tokens are verified, of which so many pay, and
-    #: ``[n]`` which requests come first, with whole blocks.
+    #: ``[n]`` of which requests all is verified, and first.
     budget: int = 0
     paying: int = 0
     first: Int64 = dataclasses.field(default_factory=_nobody)
@@ -92,19 +92,19 @@ class Drafted:
 
     #: ``[R, gamma]`` calibrated, 0 beyond the depth; of copied tokens their chance.
     confidence: Float64
-    #: Tokens drafted a request; of copies alone, those they are counted as.
+    #: Tokens drafted a request; of prompt lookup alone, those it is counted as.
     depth: int
     #: ``[R]`` requests whose block repeats their own text, and how many tokens of it.
     copied: Bool
     copied_depth: int = 0
-    #: Whether there are only copies: no draft forward ran.
+    #: Whether there is only prompt lookup: no draft forward ran.
     alone: bool = False
     #: ``[R]`` requests whose confidences cannot be used.
     unsound: Bool
 
     @classmethod
     def of(cls, confidence: Float64, depth: int) -> Drafted:
-        """A draft without copies, all of it sound."""
+        """A draft without prompt lookup, all of it sound."""
         none = np.zeros(len(confidence), dtype=bool)
         return cls(confidence=confidence, depth=depth, copied=none, unsound=none)
 

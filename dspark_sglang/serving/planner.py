@@ -80,7 +80,7 @@ def buckets(model_runner: ModelRunner, gamma: int) -> Callable[[int], npt.NDArra
     return of
 
 
-def whole_blocks(device: str) -> str | None:
+def must_verify_all(device: str) -> str | None:
     """Why every drafted token has to be verified here; None where a step may verify some.
 
     Args:

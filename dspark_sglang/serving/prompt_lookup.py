@@ -1,4 +1,4 @@
-"""Copied drafts in service: which greedy requests of a step repeat their own text, and whether that is the better draft."""
+"""Prompt lookup in service: which greedy requests of a step repeat their own text, and whether that is the better draft."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dspark_sglang.core.schedule.prompt_lookup import CopyRates, Follower
+from dspark_sglang.core.schedule.prompt_lookup import LookupRates, Follower
 
 if TYPE_CHECKING:
     from dspark_sglang.serving.sglang_types import Req
 
 Float64 = npt.NDArray[np.float64]
 _FOLLOWER = "_dspark_follower"
-#: Share of the tokens of a block that copies of all requests must be expected to get right for the draft
+#: Share of the tokens of a block that prompt lookup of all requests must be expected to get right for the draft
 #: forward to be skipped: hardly any draft is expected to be as good.
 _SURE = 0.7
 
@@ -67,7 +67,7 @@ class Lookup:
     """Follows the greedy requests of one scheduler process."""
 
     def __init__(self) -> None:
-        self.rates = CopyRates()
+        self.rates = LookupRates()
 
     def find(self, requests: Sequence[Req], sampled: npt.NDArray[np.bool_], depth: int) -> Copies:
         """Copies of ``depth`` tokens for the requests whose text repeats.

@@ -182,7 +182,7 @@ class Proposer(DraftBlockProposer):
 
     def _suffice(self, copies: Copies, requests: int) -> bool:
         """Whether the draft forward can be skipped beside these."""
-        plan, copying = self._rounds.running.plan, self._rounds.scheduler.copying
+        plan, copying = self._rounds.running.plan, self._rounds.scheduler.lookup
         known = copying.skip_draft(plan, copies.rows, copies.chances)
         return copies.suffice(requests) if known is None else known
 
@@ -196,7 +196,7 @@ class Proposer(DraftBlockProposer):
     def _without_draft(
         self, draft_input: DraftInput, bs: int, rows: SampledRows | None
     ) -> DraftProposal:
-        """A step whose plan does not draft: copies where there are any."""
+        """A step whose plan does not draft: prompt lookup where it finds anything."""
         if self._found is None:
             return self._nothing(draft_input, bs, rows)
         return self._copied(draft_input, bs, self._found, rows, self.gamma)
@@ -204,7 +204,7 @@ class Proposer(DraftBlockProposer):
     def _copied(
         self, draft_input: DraftInput, bs: int, copies: Copies, rows: SampledRows | None, depth: int
     ) -> DraftProposal:
-        """A proposal of copies alone, counted as ``depth`` tokens a request: the draft forward is skipped."""
+        """A proposal of prompt lookup alone, counted as ``depth`` tokens a request: the draft forward is skipped."""
         given = self._nothing(draft_input, bs, rows)
         nothing = given.confidence_raw
         tokens, confidence = self._replaced(copies, given.draft_block.draft_tokens, nothing)

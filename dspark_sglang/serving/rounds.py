@@ -72,7 +72,7 @@ class Round:
     #: Tokens drafted a request, and those of one that may be verified; 0: a decode step, whatever was planned.
     depth: int = 0
     width: int = 0
-    #: Whether there are only copies: no draft forward ran.
+    #: Whether there is only prompt lookup: no draft forward ran.
     alone: bool = False
     drafted: Drafted | None = None
     admission: Admission | None = None
@@ -83,7 +83,7 @@ class Round:
     counts: Int64 = dataclasses.field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
     def decodes(self) -> None:
-        """Nothing is drafted or copied after all: only anchors are verified."""
+        """Nothing is drafted or looked up after all: only anchors are verified."""
         self.depth = self.width = 0
         self.alone, self.drafted, self.admission = False, None, None
 
@@ -238,7 +238,7 @@ class Rounds(abc.ABC):
 
 
 class VerifyAllRounds(Rounds):
-    """Whole blocks are verified, and nothing is learned: SGLang's own layout serves them."""
+    """Every block is verified to its end, and nothing is learned: SGLang's own layout serves them."""
 
     @property
     def budget(self) -> int | None:

@@ -42,7 +42,7 @@ from dspark_sglang.serving.faults import Faults
 from dspark_sglang.serving.ops import Ops, make
 from dspark_sglang.serving.ops.sharded_ops import ShardedOps
 from dspark_sglang.serving.overlap import OverlappedRounds
-from dspark_sglang.serving.planner import Planner, buckets, whole_blocks
+from dspark_sglang.serving.planner import Planner, buckets, must_verify_all
 from dspark_sglang.serving.prompt_lookup import Lookup
 from dspark_sglang.serving.proposer import Proposer
 from dspark_sglang.serving.rounds import Rounds, SynchronousRounds, VerifyAllRounds
@@ -111,7 +111,7 @@ class DSparkWorker(DSparkWorkerV2):
 
     def _strategy(self) -> type[Scheduler]:
         """How this server schedules: as it is set, as far as SGLang can run it."""
-        reason = whole_blocks(str(self.device))
+        reason = must_verify_all(str(self.device))
         if reason is not None:
             logger.warning("dspark: every drafted token is verified: %s.", reason)
         if reason is not None or self._settings.schedule == VerifyAll.name:

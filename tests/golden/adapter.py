@@ -118,7 +118,7 @@ def _learned(control: Any, rates: Any, faults: int = 0) -> dict[str, Any]:
         ("history", _history(history)),
     ]
     found = {f"{part}.{name}": value for part, values in parts for name, value in values}
-    found["prompt_lookup.factor"] = float(control.copying._dearer)
+    found["prompt_lookup.factor"] = float(control.lookup._dearer)
     if rates is not None:
         for m in range(2, LONGEST + 1):
             found[f"prompt_lookup.rate.{m}"] = rates.rate(m)

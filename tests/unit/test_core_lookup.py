@@ -15,9 +15,9 @@ from dspark_sglang.core.schedule.cost_model import FlatCost, TableCost
 from dspark_sglang.core.schedule.prompt_lookup import (
     LEAST,
     LONGEST,
-    CopyRates,
+    LookupRates,
     Follower,
-    copy_budget,
+    lookup_budget,
 )
 
 WORDS = st.lists(st.integers(0, 2), max_size=60)
@@ -35,7 +35,7 @@ def agreeing(text: list[int], at: int) -> int:
 def test_what_is_copied_followed_the_same_tokens_before(
     prompt: list[int], answer: list[int], count: int
 ) -> None:
-    follower, text = Follower(prompt, CopyRates()), list(prompt)
+    follower, text = Follower(prompt, LookupRates()), list(prompt)
     for token in answer:
         text.append(token)
         follower.read(text[len(prompt) :])
@@ -58,7 +58,7 @@ def test_what_is_copied_followed_the_same_tokens_before(
 
 @given(WORDS, WORDS)
 def test_reading_in_pieces_or_at_once_is_the_same(prompt: list[int], answer: list[int]) -> None:
-    slow, fast = Follower(prompt, CopyRates()), Follower(prompt, CopyRates())
+    slow, fast = Follower(prompt, LookupRates()), Follower(prompt, LookupRates())
     for size in range(len(answer) + 1):
         slow.read(answer[:size])
     fast.read(answer)
@@ -66,32 +66,32 @@ def test_reading_in_pieces_or_at_once_is_the_same(prompt: list[int], answer: lis
 
 
 def test_the_latest_place_is_followed() -> None:
-    follower = Follower([1, 2, 3, 9, 1, 2, 4, 9, 1, 2], CopyRates())
+    follower = Follower([1, 2, 3, 9, 1, 2, 4, 9, 1, 2], LookupRates())
     assert follower.continuation(3) == [4, 9, 1]
     assert follower.matched == 3  # 9, 1, 2
 
 
 def test_a_loop_goes_on() -> None:
-    follower = Follower([5, 7, 8, 7, 8, 7], CopyRates())
+    follower = Follower([5, 7, 8, 7, 8, 7], LookupRates())
     assert follower.continuation(6) == [8, 7, 8, 7, 8, 7]
 
 
 @pytest.mark.parametrize("text", [[], [1], [1, 1], [1, 2], [1, 2, 3, 4]])
 def test_text_that_repeats_nothing_is_not_copied(text: list[int]) -> None:
-    assert Follower(text, CopyRates()).continuation(4) == []
+    assert Follower(text, LookupRates()).continuation(4) == []
 
 
 def test_one_token_may_repeat_itself() -> None:
-    assert Follower([1, 1, 1], CopyRates()).continuation(3) == [1, 1, 1]
+    assert Follower([1, 1, 1], LookupRates()).continuation(3) == [1, 1, 1]
 
 
 def test_large_token_ids_do_not_collide() -> None:
     big = (1 << 31) - 1
-    assert Follower([big, 1, 6, 1, big, 7, big, 1], CopyRates()).continuation(1) == [6]
+    assert Follower([big, 1, 6, 1, big, 7, big, 1], LookupRates()).continuation(1) == [6]
 
 
 def test_rates_are_learned_from_the_answer_alone() -> None:
-    rates = CopyRates()
+    rates = LookupRates()
     before = [rates.rate(m) for m in range(1, LONGEST + 1)]
     Follower([1, 2] * 500, rates)
     assert [rates.rate(m) for m in range(1, LONGEST + 1)] == before
@@ -102,16 +102,16 @@ def test_rates_are_learned_from_the_answer_alone() -> None:
 
 @pytest.mark.parametrize("truth", [0.1, 0.5, 0.95])
 def test_a_rate_becomes_the_truth_and_follows_it(truth: float) -> None:
-    rates, rng = CopyRates(), np.random.default_rng(0)
+    rates, rng = LookupRates(), np.random.default_rng(0)
     for chance in (1.0 - truth, truth):
         for _ in range(3000):
             rates.observe(4, bool(rng.random() < chance))
     assert rates.rate(4) == pytest.approx(truth, abs=0.06)
-    assert rates.rate(5) == CopyRates().rate(5)
+    assert rates.rate(5) == LookupRates().rate(5)
 
 
 def test_later_copies_have_more_agreeing_tokens_before_them() -> None:
-    rates = CopyRates()
+    rates = LookupRates()
     rates.observe(4, True)
     assert rates.chances(3, 4).tolist() == [rates.rate(m) for m in (3, 4, 5, 6)]
     assert rates.chances(LONGEST, 2).tolist() == [rates.rate(LONGEST)] * 2
@@ -121,7 +121,7 @@ def test_later_copies_have_more_agreeing_tokens_before_them() -> None:
 def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lookup, "WINDOW", 64)
     rng = np.random.default_rng(0)
-    follower = Follower(rng.integers(0, 9, 1000).tolist(), CopyRates())
+    follower = Follower(rng.integers(0, 9, 1000).tolist(), LookupRates())
     answer: list[int] = []
     for _ in range(40):
         answer += rng.integers(0, 50_000, 25).tolist()
@@ -136,7 +136,7 @@ def test_following_costs_little() -> None:
     rng = np.random.default_rng(0)
     prompt, answer = rng.integers(0, 9000, (2, 8192)).tolist()
     began = time.perf_counter()
-    follower = Follower(prompt, CopyRates())
+    follower = Follower(prompt, LookupRates())
     for size in range(1, 2001):
         follower.read(answer[:size])
         follower.continuation(5)
@@ -156,7 +156,7 @@ def test_the_budget_is_the_best_one(
     gains: list[float], requests: int, each: float, factor: float
 ) -> None:
     cost = TableCost([1, 100], [0.05, 0.05 + 99 * each])
-    found = copy_budget(np.array(gains), requests, 0.03, cost, factor)
+    found = lookup_budget(np.array(gains), requests, 0.03, cost, factor)
     sums = [0.0, *itertools.accumulate(gains)]
     # One that verifies nothing is a plain step, which is no verification.
     lasts = [(0.03 + n * each) * (factor if n else 1.0) for n in range(len(sums))]
@@ -166,9 +166,9 @@ def test_the_budget_is_the_best_one(
 
 
 def test_where_more_tokens_cost_nothing_all_are_verified() -> None:
-    assert copy_budget(np.full(7, 0.01), 3, 1.0, FlatCost()).tokens == 7
+    assert lookup_budget(np.full(7, 0.01), 3, 1.0, FlatCost()).tokens == 7
 
 
 def test_without_copies_a_step_is_plain() -> None:
-    found = copy_budget(np.empty(0), 4, 0.02, TableCost([1, 2], [0.1, 0.2]))
+    found = lookup_budget(np.empty(0), 4, 0.02, TableCost([1, 2], [0.1, 0.2]))
     assert found == (0, pytest.approx(200.0))

@@ -36,7 +36,7 @@ def serve(
     for gain in gains:
         decision = policy.decide(requests)
         drafted.append(decision.draft)
-        whole += decision.whole
+        whole += decision.verify_all
         spent = round_seconds if decision.draft else 1.0
         if decision.draft:
             policy.learn(requests, gain, round_seconds)

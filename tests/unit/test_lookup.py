@@ -235,7 +235,7 @@ def test_the_draft_is_skipped_where_copies_alone_bring_more(
     chances = np.full((len(rows), GAMMA), chance)
 
     def skip(plan: StepPlan) -> bool | None:
-        return scheduler.copying.skip_draft(plan, np.array(rows), chances)
+        return scheduler.lookup.skip_draft(plan, np.array(rows), chances)
 
     plan = scheduler.plan(load(GREEDY * 4))
     assert skip(plan) is None, "no round was seen"

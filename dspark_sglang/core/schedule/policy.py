@@ -21,7 +21,7 @@ PROBE_ROUNDS, OVERHEAD = 3, 0.005
 #: Fewest and most decode steps between probes: a changed workload must be noticed.
 _NEAREST, _FARTHEST, _EXTREME = 24, 160, 960
 #: Steps before the first look at the other way and, each time twice as many, between later ones at most (rounds: no
-#: more than the second); rounds between blocks that are verified whole.
+#: more than the second); rounds between steps that verify all.
 _FIRST_LOOK, _PLAIN_EVERY, _WHOLE_EVERY = 12, 256, 96
 #: Logarithm of the gain from which looks are no more frequent than that: near break-even they cost
 #: little and decide much.
@@ -37,7 +37,7 @@ class Decision(NamedTuple):
 
     draft: bool
     #: Verify everything drafted, whatever it pays: acceptance is learned from it.
-    whole: bool = False
+    verify_all: bool = False
     #: A decode step that is there to be timed.
     look: bool = False
 
@@ -122,12 +122,12 @@ class DraftPolicy:
                 state.since, state.probing = 0, PROBE_ROUNDS - 1
                 state.wait = min(2 * state.wait, _PLAIN_EVERY)
                 return Decision(False, look=True)
-            return Decision(True, whole=state.since % _WHOLE_EVERY == _WHOLE_EVERY // 2)
+            return Decision(True, verify_all=state.since % _WHOLE_EVERY == _WHOLE_EVERY // 2)
         if state.since >= min(state.wait, self._pause(state, requests)):
             state.since, state.probing = 0, _probe(requests) - 1
             state.wait = min(2 * state.wait, _EXTREME)
             # In full: what the last workload taught about depth and confidence may be over.
-            return Decision(True, whole=True)
+            return Decision(True, verify_all=True)
         return Decision(False)
 
     @staticmethod

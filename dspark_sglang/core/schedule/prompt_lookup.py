@@ -1,4 +1,4 @@
-"""Prompt lookup: drafts copied from a request's own text, what verifying them alone is worth, and when they replace the draft."""
+"""Prompt lookup: drafts from a request's own text, what verifying them alone is worth, and when they replace the draft."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _PRIOR = 6.0
 _WIDTH = 32
 
 
-class CopyRates:
+class LookupRates:
     """How often the token was right that followed ``m`` agreeing tokens before; constant memory."""
 
     def __init__(self) -> None:
@@ -51,7 +51,7 @@ class CopyRates:
         return np.array([self.rate(matched + k) for k in range(count)])
 
 
-class CopyBudget(NamedTuple):
+class LookupBudget(NamedTuple):
     """How many copied tokens to verify in a step that drafts nothing."""
 
     tokens: int
@@ -59,9 +59,9 @@ class CopyBudget(NamedTuple):
     rate: float
 
 
-def copy_budget(
+def lookup_budget(
     gains: Float64, requests: int, plain_s: float, round_: StepCost, factor: float = 1.0
-) -> CopyBudget:
+) -> LookupBudget:
     """The budget of most tokens a second: a decode step, and what verifying more adds to a round.
 
     Requests are greedy: nothing has to be decided token by token.
@@ -70,7 +70,7 @@ def copy_budget(
         gains: ``[n]`` survival of the copied tokens, descending.
         plain_s: seconds of a decode step.
         round_: seconds of a round, of which only the differences count.
-        factor: seconds of a step that verifies copies over that sum; one of none is a decode step.
+        factor: seconds of a step that verifies them over that sum; one of none is a decode step.
     """
     tokens = np.arange(requests, requests + len(gains) + 1)
     seconds = round_.seconds(tokens)
@@ -79,7 +79,7 @@ def copy_budget(
     lasts[0] = plain_s
     rates = expected / lasts
     best = int(rates.argmax())
-    return CopyBudget(best, float(rates[best]))
+    return LookupBudget(best, float(rates[best]))
 
 
 class Follower:
@@ -90,7 +90,7 @@ class Follower:
         rates: learn from every token of :meth:`read`.
     """
 
-    def __init__(self, prompt: Sequence[int], rates: CopyRates) -> None:
+    def __init__(self, prompt: Sequence[int], rates: LookupRates) -> None:
         self._rates = rates
         #: Tokens of the answer that were read.
         self._read = 0
@@ -160,21 +160,21 @@ class Follower:
 
 Int64 = npt.NDArray[np.int64]
 
-#: Weight of the newest step with copies alone, and the most it may last over those before.
+#: Weight of the newest step of prompt lookup alone, and the most it may last over those before.
 _RATE, _STALLED = 0.05, 1.3
 
 
-class Copying:
-    """Weighs steps with copies alone against decode steps and rounds."""
+class PromptLookup:
+    """Weighs steps of prompt lookup alone against decode steps and rounds."""
 
     def __init__(self, cost: CostModel, policy: DraftPolicy) -> None:
         self._cost = cost
         self._policy = policy
-        #: Seconds of a step with copies alone over those of a decode step and of what verifying more
+        #: Seconds of a step of prompt lookup alone over those of a decode step and of what verifying more
         #: adds to a round: a verification costs more than decoding.
         self._dearer = 1.1
 
-    def alone(self, load: Load, gains: Float64) -> CopyBudget:
+    def alone(self, load: Load, gains: Float64) -> LookupBudget:
         """How many copied tokens of a step that drafts nothing to verify.
 
         Args:
@@ -182,12 +182,12 @@ class Copying:
         """
         requests, at = load.requests, (load.context, load.sampling)
         if not self._cost.comparable:
-            return CopyBudget(0, 0.0)
+            return LookupBudget(0, 0.0)
         decode = self._cost.plain_seconds(requests, *at)
-        return copy_budget(gains, requests, decode, self._cost.curve(requests, *at), self._dearer)
+        return lookup_budget(gains, requests, decode, self._cost.curve(requests, *at), self._dearer)
 
     def skip_draft(self, plan: StepPlan, rows: Int64, chances: Float64) -> bool | None:
-        """Whether copies alone are expected to bring more tokens a second than a draft beside them.
+        """Whether prompt lookup alone is expected to bring more tokens a second than a draft beside them.
 
         Args:
             rows: ``[n]`` requests of the step that can copy.
@@ -207,14 +207,14 @@ class Copying:
         within = np.arange(chances.shape[1]) < load.limits[rows][:, None]
         survives = np.where(within, chances.cumprod(axis=1), 0.0)
         alone = self.alone(load, -np.sort(-survives[within])).rate
-        # A request that copies keeps the better of both; the others what drafts usually bring.
+        # A request whose text repeats keeps the better of both; the others what drafts usually bring.
         drafted = max(0.0, known.gain * known.length - 1.0)
         best = np.maximum(survives.sum(axis=1), drafted).sum() + (requests - len(rows)) * drafted
         decode = self._cost.plain_seconds(requests, load.context, load.sampling)
         return alone >= (requests + float(best)) / (known.length * decode)
 
     def learn(self, load: Load, budget: int, seconds: float) -> None:
-        """Take in what a step with copies alone has cost, of which ``budget`` tokens were verified."""
+        """Take in what a step of prompt lookup alone has cost, of which ``budget`` tokens were verified."""
         requests, at = load.requests, (load.context, load.sampling)
         none, some = self._cost.curve(requests, *at).seconds(
             np.array([requests, requests + budget])

@@ -30,7 +30,7 @@ from dspark_sglang.core.schedule.cost_model import CostModel, Step, StepCost
 from dspark_sglang.core.schedule.depth import DepthCaps
 from dspark_sglang.core.schedule.measurement import Measurement
 from dspark_sglang.core.schedule.policy import Choice, DraftPolicy
-from dspark_sglang.core.schedule.prompt_lookup import Copying
+from dspark_sglang.core.schedule.prompt_lookup import PromptLookup
 
 Float64 = npt.NDArray[np.float64]
 Int64 = npt.NDArray[np.int64]
@@ -40,16 +40,16 @@ Arriving = Callable[[], StepResult]
 
 #: Survival of a token that may be admitted is at least this: one that may not has 0.
 ADMISSIBLE = 1e-300
-#: Requests of a step whose blocks are verified whole to learn: more would cost more than they teach.
+#: Requests of a step of whose blocks all is verified, to learn: more would cost more than they teach.
 _FIRST_REQUESTS = 4
-#: While nothing is drafted, steps with copies before one without: it is timed.
+#: While nothing is drafted, steps of prompt lookup before one without: it is timed.
 _DECODE_EVERY = 24
 #: Steps that may run while another is decided.
 _RUNNING = 1
 
 
 def before_all(gamma: int) -> Float64:
-    """``[gamma]`` survivals of blocks that are verified whole, above every real one."""
+    """``[gamma]`` survivals of blocks of which all is verified, above every real one."""
     return 2.0 - np.arange(gamma) / gamma
 
 
@@ -68,7 +68,7 @@ class Scheduler(abc.ABC):
         self.policy = DraftPolicy()
         self.reliability = Reliability(gamma=gamma)
         self.depths = DepthCaps(gamma=gamma)
-        self.copying = Copying(self.cost, self.policy)
+        self.lookup = PromptLookup(self.cost, self.policy)
         self.measurement = Measurement(gamma=gamma)
         #: Share of the drafted tokens to verify whatever pays; None: what pays.
         self.fixed_budget: float | None = None
@@ -76,7 +76,7 @@ class Scheduler(abc.ABC):
         self.expected_tokens = 0.0
         self.committed_tokens = 0
         self.plain_steps = 0
-        #: Requests times rounds that copied, and copied tokens that were right.
+        #: Requests times rounds of prompt lookup, and tokens of it that were right.
         self.copied_rounds = self.copied_tokens = 0
         #: Requests of the last planned step, and whether most of them sampled.
         self._last = (1, False)
@@ -195,7 +195,7 @@ class Synchronous(Scheduler):
         super().__init__(gamma=gamma)
         #: Steps since one was a decode step.
         self._since_decode = 0
-        #: The first of the requests whose blocks are verified whole next.
+        #: The first of the requests of whose blocks all is verified next.
         self._turn = 0
 
     # -- before drafting ---------------------------------------------------------------------
@@ -219,7 +219,7 @@ class Synchronous(Scheduler):
             free = self.policy.choice != "off" and self.fixed_budget is None and not decision.look
             lookup = free and self._since_decode < _DECODE_EVERY
             return StepPlan(load=load, limits=limits, depth=0, prompt_lookup=lookup)
-        if decision.whole or self.fixed_budget is not None:
+        if decision.verify_all or self.fixed_budget is not None:
             # An operator's budget holds in steps that would verify everything to learn, too.
             everything = self.fixed_budget is None
             return StepPlan(load=load, limits=limits, depth=most, verify_all=everything)
@@ -237,13 +237,13 @@ class Synchronous(Scheduler):
         values = self._valued(plan, drafted)
         order, most = admission_order(values), int((values > 0.0).sum())
         if drafted.alone:
-            return self._copies(load, values, order)
+            return self._looked_up(load, values, order)
         paying = min(early_stop_budget(values, order, self._curve(load), load.buckets), most)
         budget, valued, paid = paying, values, order[:paying]
         if plan.profile:
             budget = most
         elif plan.verify_all:
-            values = self._some_whole(values, paid)
+            values = self._verify_some(values, paid)
             order, budget = admission_order(values), int((values > 0.0).sum())
         elif self.fixed_budget is not None:
             budget = min(int(self.fixed_budget * values.size), most)
@@ -275,13 +275,13 @@ class Synchronous(Scheduler):
         return self.cost.curve(load.requests, load.context, load.sampling)
 
     def _next(self, requests: int) -> Int64:
-        """The requests whose blocks are verified whole this time."""
+        """The requests of whose blocks all is verified this time."""
         turn = self._turn + np.arange(min(_FIRST_REQUESTS, requests))
         self._turn += _FIRST_REQUESTS
         return turn % requests
 
-    def _some_whole(self, values: Float64, paying: Int64) -> Float64:
-        """Survival ``[R, gamma]`` of what pays and of the whole blocks of a few requests in turn, 0 elsewhere."""
+    def _verify_some(self, values: Float64, paying: Int64) -> Float64:
+        """Survival ``[R, gamma]`` of what pays and of all of a few requests' blocks in turn, 0 elsewhere."""
         requests = len(values)
         chosen = np.zeros(values.shape, dtype=bool)
         chosen[self._next(requests)] = True
@@ -289,10 +289,10 @@ class Synchronous(Scheduler):
         chosen[row, position] = True
         return np.where(chosen, values, 0.0)
 
-    def _copies(self, load: Load, values: Float64, order: Int64) -> Admission:
-        """Of a step with copies alone; where none pays it becomes a decode step."""
+    def _looked_up(self, load: Load, values: Float64, order: Int64) -> Admission:
+        """Of a step of prompt lookup alone; where none pays it becomes a decode step."""
         gains = values.T.reshape(-1)[order]
-        budget = self.copying.alone(load, gains[gains > ADMISSIBLE]).tokens
+        budget = self.lookup.alone(load, gains[gains > ADMISSIBLE]).tokens
         return Admission(
             survival=values,
             order=order,
@@ -336,7 +336,7 @@ class Synchronous(Scheduler):
     def _learn_gain(self, plan: StepPlan, drafted: Drafted, admission: Admission) -> None:
         """What drafting brings at the budget that pays, against not drafting.
 
-        Copies are no merit of drafting: the requests that draft stand for all.
+        Prompt lookup is no merit of drafting: the requests that draft stand for all.
         """
         own, load = ~drafted.copied, plan.load
         if not self.cost.comparable or not own.any():
@@ -357,7 +357,7 @@ class Synchronous(Scheduler):
     def _learn_acceptance(self, result: StepResult, drafted: Drafted, admission: Admission) -> None:
         assert result.logits is not None
         copied, counts, logits = drafted.copied, result.counts, result.logits
-        # What was copied says nothing of the drafter's confidences.
+        # Prompt lookup says nothing of the drafter's confidences.
         lens = np.where(copied, 0, result.lens)
         if drafted.unsound.any():
             logits = np.where(drafted.unsound[:, None], 0.0, logits)
@@ -376,7 +376,7 @@ class Synchronous(Scheduler):
         if drafted is not None and drafted.alone:
             # Without its draft forward a round is faster than the rounds whose cost is learned.
             if self.cost.comparable:
-                self.copying.learn(load, budget, result.seconds)
+                self.lookup.learn(load, budget, result.seconds)
             return
         if not load.requests:
             return

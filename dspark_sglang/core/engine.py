@@ -23,7 +23,7 @@ from dspark_sglang.core.sampling import UNDECIDED, best, sample, target_weights
 from dspark_sglang.core.schedule import admission_order, early_stop_budget, lengths
 from dspark_sglang.core.schedule.admission import Float64, survival
 from dspark_sglang.core.schedule.cost_model import FlatCost, StepCost
-from dspark_sglang.core.schedule.prompt_lookup import LookupRates, Follower
+from dspark_sglang.core.schedule.prompt_lookup import Follower, LookupRates
 from dspark_sglang.errors import ConfigError, NumericsError
 
 #: Numbers in [0, 1), float64, of a given shape.

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dspark_sglang.core.schedule.prompt_lookup import LookupRates, Follower
+from dspark_sglang.core.schedule.prompt_lookup import Follower, LookupRates
 
 if TYPE_CHECKING:
     from dspark_sglang.serving.sglang_types import Req

@@ -182,8 +182,8 @@ class Proposer(DraftBlockProposer):
 
     def _suffice(self, copies: Copies, requests: int) -> bool:
         """Whether the draft forward can be skipped beside these."""
-        plan, copying = self._rounds.running.plan, self._rounds.scheduler.lookup
-        known = copying.skip_draft(plan, copies.rows, copies.chances)
+        plan, lookup = self._rounds.running.plan, self._rounds.scheduler.lookup
+        known = lookup.skip_draft(plan, copies.rows, copies.chances)
         return copies.suffice(requests) if known is None else known
 
     def _replaced(

@@ -1,4 +1,4 @@
-"""Copying from a request's own text: what is found, how sure of it, and how much of it to verify."""
+"""Prompt lookup: what is found, how sure of it, and how much of it to verify."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from dspark_sglang.core.schedule.cost_model import FlatCost, TableCost
 from dspark_sglang.core.schedule.prompt_lookup import (
     LEAST,
     LONGEST,
-    LookupRates,
     Follower,
+    LookupRates,
     lookup_budget,
 )
 

@@ -19,9 +19,10 @@ from dspark_sglang.core.accept import Accepted, Round, accept_greedy, accept_sam
 from dspark_sglang.core.draft import DraftBlock, draft_block
 from dspark_sglang.core.heads import ConfidenceHead, MarkovHead
 from dspark_sglang.core.penalties import Penalties
+from dspark_sglang.core.round import Float64
 from dspark_sglang.core.sampling import UNDECIDED, best, sample, target_weights
 from dspark_sglang.core.schedule import admission_order, early_stop_budget, lengths
-from dspark_sglang.core.schedule.admission import Float64, survival
+from dspark_sglang.core.schedule.admission import survival
 from dspark_sglang.core.schedule.cost_model import FlatCost, StepCost
 from dspark_sglang.core.schedule.prompt_lookup import Follower, LookupRates
 from dspark_sglang.errors import ConfigError, NumericsError

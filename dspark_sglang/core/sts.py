@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-Float64 = npt.NDArray[np.float64]
+from dspark_sglang.core.round import Float64
+
 Floats = npt.NDArray[np.floating[Any]]
 
 #: Candidate temperatures: from all but certain (1/20) to flat (20), 2% apart.

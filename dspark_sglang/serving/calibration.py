@@ -57,10 +57,12 @@ class Calibration:
             ArtifactError: the file named, or the one beside the weights, is damaged or belongs to
                 another drafter.
         """
-        given = get_spec().speculative_dspark_confidence_sts_path
-        settings = msgspec.structs.replace(self._settings, sts=str(given or self._settings.sts))
-        drafter = str(get_spec().speculative_draft_model_path)
-        return load_temperatures(settings, drafter, self._gamma, self._drafter_sha256)
+        given = str(get_spec().speculative_dspark_confidence_sts_path or self._settings.sts)
+        path = Path(given or Path(get_spec().speculative_draft_model_path) / STS_FILE)
+        if not given and not path.is_file():
+            return self.none()
+        artifact = read_sts(path, gamma=self._gamma, drafter_sha256=self._drafter_sha256)
+        return torch.tensor(artifact.temperatures), str(path)
 
     def none(self) -> tuple[torch.Tensor, str]:
         """What serves without calibration."""
@@ -74,30 +76,6 @@ class Calibration:
         """
         found = fit(blocks)
         return torch.tensor(found.temperatures), f"fitted in service to {found.blocks} blocks"
-
-
-def load_temperatures(
-    settings: Settings, drafter: str, gamma: int, drafter_sha256: str | None
-) -> tuple[torch.Tensor, str]:
-    """STS temperatures for the running drafter and where they came from.
-
-    Args:
-        drafter: its directory or name.
-        gamma: tokens it drafts.
-        drafter_sha256: digest of its weights; None where they are not in a local directory.
-
-    Returns:
-        ``[gamma]`` float32 and the file's path, or ones and ``"none"``.
-
-    Raises:
-        ArtifactError: the file named by ``DSPARK_STS``, or the one beside the weights, is damaged
-            or belongs to another drafter.
-    """
-    path = Path(settings.sts) if settings.sts else Path(drafter) / STS_FILE
-    if not settings.sts and not path.is_file():
-        return torch.ones(gamma), "none"
-    artifact = read_sts(path, gamma=gamma, drafter_sha256=drafter_sha256)
-    return torch.tensor(artifact.temperatures), str(path)
 
 
 class Refit(NamedTuple):

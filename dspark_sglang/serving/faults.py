@@ -15,8 +15,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 
+from dspark_sglang.core.round import Bool, Float64
 from dspark_sglang.serving.options import never_draft
 
 if TYPE_CHECKING:
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Float64 = npt.NDArray[np.float64]
-Bool = npt.NDArray[np.bool_]
 Kind = Literal["request", "confidence", "exception", "weights", "target"]
 #: What each kind counts; labels of the metric ``dspark_faults_total``.
 KINDS: dict[Kind, str] = {

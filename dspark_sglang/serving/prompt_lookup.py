@@ -9,12 +9,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from dspark_sglang.core.round import Float64
 from dspark_sglang.core.schedule.prompt_lookup import Follower, LookupRates
 
 if TYPE_CHECKING:
     from dspark_sglang.serving.sglang_types import Req
 
-Float64 = npt.NDArray[np.float64]
 _FOLLOWER = "_dspark_follower"
 #: Share of the tokens of a block that prompt lookup of all requests must be expected to get right for the draft
 #: forward to be skipped: hardly any draft is expected to be as good.

@@ -13,10 +13,17 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from dspark_sglang.core.round import Admission, Drafted, Load, StepPlan, StepResult
+from dspark_sglang.core.round import (
+    Admission,
+    Bool,
+    Drafted,
+    Int64,
+    Load,
+    StepPlan,
+    StepResult,
+)
 from dspark_sglang.core.schedule import admission_order
 from dspark_sglang.core.schedule.scheduler import Scheduler
 from dspark_sglang.serving.faults import Faults
@@ -28,10 +35,6 @@ from dspark_sglang.serving.telemetry import Telemetry
 
 if TYPE_CHECKING:
     from dspark_sglang.serving.tensor_parallel import Ranks
-
-Float64 = npt.NDArray[np.float64]
-Int64 = npt.NDArray[np.int64]
-Bool = npt.NDArray[np.bool_]
 
 
 class Block(NamedTuple):

@@ -14,14 +14,11 @@ from typing import NamedTuple
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 from scipy.special import betaincinv, expit, logit  # type: ignore[import-untyped]
 
+from dspark_sglang.core.round import Float64, Int64
 from dspark_sglang.core.sts import area_under_curve
 from dspark_sglang.errors import ArtifactError, ConfigError
-
-Float64 = npt.NDArray[np.float64]
-Int64 = npt.NDArray[np.int64]
 
 #: Rows of a fitted table, and of those that an area under a curve is computed from.
 _ROWS, _FIT_ROWS = 1 << 14, 1 << 11

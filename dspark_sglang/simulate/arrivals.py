@@ -9,10 +9,8 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from dspark_sglang.core.round import Float64, Int64
 from dspark_sglang.errors import ArtifactError, ConfigError
-
-Float64 = npt.NDArray[np.float64]
-Int64 = npt.NDArray[np.int64]
 
 _FIX = 'Write one JSON object a line: {"timestamp": 0, "input_length": 512, "output_length": 128}.'
 

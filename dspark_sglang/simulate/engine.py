@@ -14,9 +14,8 @@ from typing import Literal
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 
-from dspark_sglang.core.round import Drafted, Load, StepResult
+from dspark_sglang.core.round import Drafted, Float64, Int64, Load, StepResult
 from dspark_sglang.core.schedule import lengths
 from dspark_sglang.core.schedule.cost_model import CostModel
 from dspark_sglang.core.schedule.policy import Choice
@@ -25,9 +24,6 @@ from dspark_sglang.errors import ConfigError
 from dspark_sglang.simulate.acceptance import Mixture
 from dspark_sglang.simulate.arrivals import Requests
 from dspark_sglang.simulate.costs import StepTimes
-
-Float64 = npt.NDArray[np.float64]
-Int64 = npt.NDArray[np.int64]
 
 #: ``none``: no drafter; ``fixed``: every drafted token is verified; ``adaptive`` and ``lagged``: the
 #: scheduler decides from this step's confidences or from those two steps old.

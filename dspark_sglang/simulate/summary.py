@@ -9,11 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 from dspark_loadtests.frontier import Point
+from dspark_sglang.core.round import Float64
 from dspark_sglang.errors import ConfigError
 from dspark_sglang.simulate.costs import StepTimes
 from dspark_sglang.simulate.engine import Result
-
-Float64 = npt.NDArray[np.float64]
 
 
 class Sla(msgspec.Struct, frozen=True, kw_only=True):

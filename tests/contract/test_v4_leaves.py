@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 pytest.importorskip("sglang")
-from dspark_sglang.serving.cpu.v4 import install, sources
+from dspark_sglang.serving.cpu.v4 import install
+from tests.v4 import sources
 
 VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 

@@ -29,9 +29,7 @@ import torch
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = frozenset(
-    json.loads((ROOT / "dspark_sglang/serving/cpu/v4/sources.json").read_text(encoding="utf-8"))
-)
+SOURCES = frozenset(json.loads((ROOT / "tests/v4/sources.json").read_text(encoding="utf-8")))
 
 # What both published sizes share, and what they do not.
 HEAD, ROPE, HEADS, STREAMS = 512, 64, 64, 4

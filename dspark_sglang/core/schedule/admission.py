@@ -5,9 +5,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from dspark_sglang.core.round import Float64, Int64
 from dspark_sglang.errors import NumericsError
-
-Float64 = npt.NDArray[np.float64]
 
 
 def check(confidence: npt.NDArray[np.floating]) -> None:
@@ -50,8 +49,6 @@ def survival(confidence: npt.NDArray[np.floating]) -> Float64:
     products: Float64 = np.multiply.accumulate(values, axis=0)
     return products.T
 
-
-Int64 = npt.NDArray[np.int64]
 
 #: From so many values on the vectorised sort gains more than looking for ties costs.
 _VECTORISED = 1024

@@ -7,12 +7,9 @@ With ``R`` requests, admitting the ``K`` likeliest drafted tokens gives an expec
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
+from dspark_sglang.core.round import Float64, Int64
 from dspark_sglang.core.schedule.cost_model import StepCost
-
-Float64 = npt.NDArray[np.float64]
-Int64 = npt.NDArray[np.int64]
 
 
 def _throughput(gains: Float64, requests: int, cost: StepCost) -> Float64:

@@ -15,13 +15,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
+from dspark_sglang.core.round import Bool, Float64, Int64
 from dspark_sglang.core.sts import BINS
-
-Float64 = npt.NDArray[np.float64]
-Int64 = npt.NDArray[np.int64]
-Bool = npt.NDArray[np.bool_]
 
 #: Weight of an observation one verified token of its position older. Perfect confidences show an
 #: error of 1.1% under the first and 2.0% under the second; a confidence that is suddenly 0.4 too

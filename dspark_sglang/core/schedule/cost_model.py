@@ -20,9 +20,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy.optimize import isotonic_regression, nnls  # type: ignore[import-untyped]
 
+from dspark_sglang.core.round import Float64
 from dspark_sglang.errors import ConfigError
-
-Float64 = npt.NDArray[np.float64]
 
 
 class StepCost(Protocol):

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections import OrderedDict
 
 import numpy as np
-import numpy.typing as npt
 
-Int64 = npt.NDArray[np.int64]
+from dspark_sglang.core.round import Int64
 
 #: A position is drafted while more than this share of a workload's requests would verify it.
 _USED = 0.02

@@ -7,13 +7,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
-from dspark_sglang.core.round import Load, StepPlan
+from dspark_sglang.core.round import Float64, Int64, Load, StepPlan
 from dspark_sglang.core.schedule.cost_model import CostModel, StepCost
 from dspark_sglang.core.schedule.policy import DraftPolicy
-
-Float64 = npt.NDArray[np.float64]
 
 #: Tokens that have to agree, and up to where more of them count as more.
 LEAST, LONGEST = 2, 16
@@ -157,8 +154,6 @@ class Follower:
             found.append(tokens[place] if place < size else found[place - size])
         return found
 
-
-Int64 = npt.NDArray[np.int64]
 
 #: Weight of the newest step of prompt lookup alone, and the most it may last over those before.
 _RATE, _STALLED = 0.05, 1.3

@@ -20,9 +20,17 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from dspark_sglang.core.round import Admission, Drafted, Load, StepPlan, StepResult
+from dspark_sglang.core.round import (
+    Admission,
+    Bool,
+    Drafted,
+    Float64,
+    Int64,
+    Load,
+    StepPlan,
+    StepResult,
+)
 from dspark_sglang.core.schedule.admission import admission_order, lengths, survival
 from dspark_sglang.core.schedule.budget import History, early_stop_budget, global_budget
 from dspark_sglang.core.schedule.correction import Reliability
@@ -32,9 +40,6 @@ from dspark_sglang.core.schedule.measurement import Measurement
 from dspark_sglang.core.schedule.policy import Choice, DraftPolicy
 from dspark_sglang.core.schedule.prompt_lookup import PromptLookup
 
-Float64 = npt.NDArray[np.float64]
-Int64 = npt.NDArray[np.int64]
-Bool = npt.NDArray[np.bool_]
 #: Gives what came of a step; waits for its end where it has not ended.
 Arriving = Callable[[], StepResult]
 

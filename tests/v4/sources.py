@@ -1,6 +1,6 @@
 """What the leaves were written from: the sources of SGLang, by hash, so that a changed one is named at an upgrade.
 
-``python -m dspark_sglang.serving.cpu.v4.sources`` prints the table of the installed release, to be written to
+``python -m tests.v4.sources`` prints the table of the installed release, to be written to
 ``sources.json`` once the leaves fit it.
 """
 

@@ -76,6 +76,8 @@ RAISES = (
           "kernels/test_kv_inject.py"),
     Raise(f"{_SERVING}.weights.contained", "an update that raises where ranks wait for each other", "operator", "ends",
           "unit/test_faults.py::test_an_update_that_raises_fails_on_one_rank_and_ends_several"),
+    Raise(f"{_SERVING}.faults.Faults.contained", "an exception where ranks wait for each other", "plugin", "ends",
+          "unit/test_faults.py::test_with_several_ranks_an_exception_ends_the_server"),
     # What a step never gets to: checked before, or only at start.
     Raise(f"{_CORE}.schedule.admission.check", "a confidence that is none: requests with one do not come so far", "drafter", "never",
           "unit/test_overlap.py::test_confidences_that_are_none_are_explained"),

@@ -7,11 +7,11 @@ plain decoding until an operator sets ``dspark_speculation`` again or the drafte
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
-from types import TracebackType
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -104,36 +104,19 @@ class Faults:
             )
         return np.where(sound[:, None], confidence, 0.0), ~sound
 
-    def contained(self, what: str) -> Contained:
+    @contextlib.contextmanager
+    def contained(self, what: str) -> Iterator[None]:
         """A ``with`` block in which an exception of the drafter is a fault; with several ranks it ends the server.
 
         Args:
             what: is being done.
         """
-        return Contained(self, what)
-
-
-class Contained:
-    """See :meth:`Faults.contained`."""
-
-    def __init__(self, faults: Faults, what: str) -> None:
-        self._faults, self._what = faults, what
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> bool:
-        if not isinstance(error, Exception) or not self._faults.alone:
-            return False
-        self._faults.stop(
-            "exception", f"{self._what} raised {type(error).__name__}: {error}", error
-        )
-        return True
+        try:
+            yield
+        except Exception as error:
+            if not self.alone:
+                raise
+            self.stop("exception", f"{what} raised {type(error).__name__}: {error}", error)
 
 
 def died(handler: Any) -> list[tuple[str, int, int]]:

@@ -99,10 +99,13 @@ class Proposer(DraftBlockProposer):
     ) -> DraftProposal:
         rows = self._sampled_rows(batch, sampling_info)
         if self._rounds.running.plan.drafts:
+            drafted = None
             with self._rounds.faults.contained("drafting"):
-                return self._drafted(
+                drafted = self._drafted(
                     batch, draft_input, verify_window, target_model, sampling_info, anchor_prepared
                 )
+            if drafted is not None:
+                return drafted
             self._rounds.running.decodes()
             self._found = None
         return self._without_draft(draft_input, bs, rows)

@@ -210,14 +210,8 @@ class Verifier(TargetVerifyExecutor):
         return not self._needs_strided(batch, info) and not self._adjusts(batch, info)
 
     def _spread(self, output: LogitsOutput, layout: VerifyLayout) -> None:
-        for name in ("next_token_logits", "hidden_states"):
-            strided = ScatterCompactToStrided.execute(
-                compact=getattr(output, name),
-                layout=layout,
-                fill_value=0.0,
-                verify_num_draft_tokens=self.verify_num_draft_tokens,
-            )
-            setattr(output, name, strided)
+        output.next_token_logits = self._strided(output.next_token_logits, layout)
+        output.hidden_states = self._strided(output.hidden_states, layout)
         self._packed = None
         self._telemetry.ran["rows:strided"] += 1
 
@@ -363,7 +357,7 @@ class Verifier(TargetVerifyExecutor):
         injector = self.kv_injector
         if self._packed is None or not self._writes:
             if self._packed is not None:
-                hidden_strided = self._strided_hidden(hidden_strided, layout)
+                hidden_strided = self._strided(hidden_strided, layout)
             self.deferred.flush()  # of slots that may be these
             with self._rounds.faults.contained("writing the draft's KV"):
                 super().commit_hidden(
@@ -442,9 +436,9 @@ class Verifier(TargetVerifyExecutor):
         """The drafter's weights have changed."""
         self.__dict__.pop("_kv_writer", None)
 
-    def _strided_hidden(self, hidden: torch.Tensor | None, layout: VerifyLayout | None) -> Any:
+    def _strided(self, compact: torch.Tensor | None, layout: VerifyLayout | None) -> Any:
         return ScatterCompactToStrided.execute(
-            compact=hidden,
+            compact=compact,
             layout=layout,
             fill_value=0.0,
             verify_num_draft_tokens=self.verify_num_draft_tokens,

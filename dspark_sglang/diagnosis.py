@@ -26,9 +26,7 @@ from dspark_sglang.config import (
     read_settings,
 )
 from dspark_sglang.errors import DSparkError, ServerError
-from dspark_sglang.layouts.dense.config import check_fits, check_served, parse_drafter_config
-from dspark_sglang.layouts.dense.tensors import check_tensors
-from dspark_sglang.layouts.v4.check import check_bundle
+from dspark_sglang.layouts.base import check_drafter
 from dspark_sglang.serving import compat, entry
 
 Level = Literal["ok", "warning", "problem"]
@@ -158,23 +156,13 @@ def _contract() -> list[Finding]:
 def models(target: Path | None, drafter: Path) -> list[Finding]:
     """A drafter's files, and whether it fits a target."""
     try:
-        config = parse_drafter_config(read_config(drafter, role="drafter"))
-        findings = [
-            Finding("ok", f"{drafter}: gamma {config.gamma}, {config.markov_head} Markov head")
-        ]
         shape = None if target is None else read_config(target, role="target")
-        if config.bundled:
-            check_bundle(drafter)
-        else:
-            check_tensors(drafter, config)
-        if shape is not None:
-            check_fits(config, shape, name=str(target))
-            findings.append(Finding("ok", f"it fits {target}"))
-        if not config.bundled:
-            check_served(config, shape)
+        config = check_drafter(drafter, shape, name=str(target))
     except DSparkError as error:
         return [_failed(error)]
-    return findings
+    said = f"{drafter}: gamma {config.gamma}, {config.markov_head} Markov head"
+    fits = [] if target is None else [Finding("ok", f"it fits {target}")]
+    return [Finding("ok", said), *fits]
 
 
 def server(url: str) -> list[Finding]:

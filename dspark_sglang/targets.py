@@ -21,9 +21,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from dspark_sglang.checkpoint import bundle_at
 from dspark_sglang.config import read_settings
 from dspark_sglang.errors import CheckpointError
+from dspark_sglang.layouts.base import bundle_at
 
 NAME = "smollm2-135m-instruct"
 SOURCE = "HuggingFaceTB/SmolLM2-135M-Instruct"

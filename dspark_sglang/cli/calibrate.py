@@ -18,8 +18,8 @@ from dspark_sglang.artifacts import (
     require_writable,
     write_json,
 )
-from dspark_sglang.checkpoint import weights_digest
 from dspark_sglang.errors import ConfigError
+from dspark_sglang.layouts.base import weights_digest
 
 
 def calibrate(

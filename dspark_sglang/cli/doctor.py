@@ -10,8 +10,8 @@ from rich.console import Console
 
 from dspark_sglang import diagnosis
 from dspark_sglang.artifacts import as_json
-from dspark_sglang.checkpoint import bundle_at
 from dspark_sglang.errors import DSparkError
+from dspark_sglang.layouts.base import bundle_at
 
 _MARKS = {"ok": "[green]✓[/]", "warning": "[yellow]![/]", "problem": "[red]✗[/]"}
 

@@ -71,7 +71,7 @@ def _check(values: dict[str, str]) -> None:
         DSparkError: with the fix.
     """
     from dspark_sglang import diagnosis
-    from dspark_sglang.checkpoint import bundle_at
+    from dspark_sglang.layouts.base import bundle_at
 
     if values.get("--speculative-algorithm", "").upper() != "DSPARK":
         raise ConfigError(

@@ -16,14 +16,12 @@ import torch
 
 from dspark_loadtests.prompts import BALANCED, read_prompts
 from dspark_sglang.artifacts import DRAFT_VOCAB_FILE, read_draft_vocab
-from dspark_sglang.checkpoint import is_bundle, read_config
+from dspark_sglang.checkpoint import read_config
 from dspark_sglang.core.accept import Accepted, Round, accept_sampled
 from dspark_sglang.core.draft import cpu_shortlist
-from dspark_sglang.core.engine import Engine, Request
+from dspark_sglang.core.engine import Drafter, Engine, Request
 from dspark_sglang.errors import CheckpointError, ConfigError
-from dspark_sglang.layouts.dense.config import check_fits
-from dspark_sglang.layouts.dense.read import read_drafter
-from dspark_sglang.layouts.dense.reference import DenseDrafter
+from dspark_sglang.layouts.base import check_fits, layout_of, open_drafter, resolve
 from dspark_sglang.training.replay import Walk, nothing
 from dspark_sglang.training.target import HFTarget, Target
 
@@ -69,7 +67,7 @@ def refuse_bundle(drafter: Path, *, instead: str) -> None:
     Raises:
         CheckpointError: a bundle, or a configuration that is missing or damaged.
     """
-    if is_bundle(read_config(drafter, role="drafter")):
+    if layout_of(read_config(drafter, role="drafter")).bundled:
         raise CheckpointError(
             f"{drafter} is a bundle, a target with its drafter inside.",
             expected="a dense drafter: a bundle is run by a server only",
@@ -82,7 +80,7 @@ class Pair(NamedTuple):
 
     target_model: Target
     target: HFTarget
-    drafter: DenseDrafter
+    drafter: Drafter
     #: ``[M]`` int64 the tokens that are drafted, ascending; None: all.
     vocabulary: torch.Tensor | None
 
@@ -99,7 +97,7 @@ def load_pair(target: Path, drafter: Path, *, bf16: bool = True) -> Pair:
         CheckpointError: either is damaged, or they do not fit together.
         ArtifactError: the draft vocabulary beside the weights is damaged or another target's.
     """
-    config, tensors = read_drafter(drafter)
+    layout, _, config = open_drafter(drafter)
     check_fits(config, read_config(target, role="target"), name=str(target))
     loaded = Target(str(target), bf16=bf16)
     tokens = None
@@ -107,9 +105,8 @@ def load_pair(target: Path, drafter: Path, *, bf16: bool = True) -> Pair:
     if path.is_file():
         tokens = torch.tensor(read_draft_vocab(path, vocab_size=len(loaded.head)).tokens)
     engine_target = HFTarget(loaded, config.target_layer_ids)
-    kind = engine_target.head.dtype
-    stored = {name: value.to(kind) for name, value in tensors.items()}
-    reference = DenseDrafter(stored, config, engine_target.embedding)
+    dtype, embedding = engine_target.head.dtype, engine_target.embedding
+    reference: Drafter = resolve(layout.reference)(drafter, dtype, embedding)
     return Pair(loaded, engine_target, reference, tokens)
 
 

@@ -15,7 +15,7 @@ from dspark_packaging.card import calibration_plot
 from dspark_packaging.layout import EVAL_FILE
 from dspark_sglang import targets
 from dspark_sglang.artifacts import SCHEMA_VERSION, STS_FILE, read_sts, write_bytes, write_json
-from dspark_sglang.checkpoint import read_config, weights_digest
+from dspark_sglang.checkpoint import read_config
 from dspark_sglang.errors import ConfigError
 from dspark_sglang.evaluation import answer, served
 from dspark_sglang.evaluation.answer import Answer, Question
@@ -30,8 +30,7 @@ from dspark_sglang.evaluation.report import (
     card_artifact,
     lengths,
 )
-from dspark_sglang.layouts.dense.config import parse_drafter_config
-from dspark_sglang.layouts.dense.read import read_drafter
+from dspark_sglang.layouts.base import layout_of, weights_digest
 from dspark_sglang.memory import keep_freed_memory
 from dspark_sglang.provenance import machine, provenance
 from dspark_sglang.server import Server, free_port, serve_command
@@ -58,8 +57,8 @@ class Judged(NamedTuple):
 
 
 def _judged(drafter: Path) -> Judged:
-    config = parse_drafter_config(read_config(drafter, role="drafter"))
-    gamma = config.gamma if config.bundled else read_drafter(drafter)[0].gamma
+    raw = read_config(drafter, role="drafter")
+    gamma = layout_of(raw).read(raw).gamma
     digest, sts = weights_digest(drafter), drafter / STS_FILE
     if not sts.exists():
         return Judged(gamma, digest, None)

@@ -6,11 +6,11 @@ import shlex
 
 import msgspec
 
+from dspark_sglang.layouts.memory import Ranks
 from dspark_sglang.planning.hardware import Hardware
 from dspark_sglang.planning.model import Model
 from dspark_sglang.planning.options import Options, needs_marlin
 from dspark_sglang.planning.sizing import Reserve
-from dspark_sglang.planning.tensors import Layout
 
 #: Stands for the address of the first node where there are several.
 HEAD_NODE = "HEAD_NODE_ADDRESS"
@@ -18,7 +18,7 @@ _PORT = 20000
 
 
 def command(
-    model: Model, machine: Hardware, options: Options, layout: Layout, reserved: Reserve
+    model: Model, machine: Hardware, options: Options, layout: Ranks, reserved: Reserve
 ) -> list[str]:
     """Environment and arguments, one word an entry; on several nodes, those of the first."""
     words = _environment(model, options, layout)
@@ -37,7 +37,7 @@ def command(
     return [*words, "--mem-fraction-static", f"{reserved.mem_fraction:.3f}", *_features(options)]
 
 
-def _environment(model: Model, options: Options, layout: Layout) -> list[str]:
+def _environment(model: Model, options: Options, layout: Ranks) -> list[str]:
     words = []
     if model.drafter is not None and options.builtin:
         words.append("DSPARK_PLUGIN=off")
@@ -54,7 +54,7 @@ def _environment(model: Model, options: Options, layout: Layout) -> list[str]:
     return words
 
 
-def _ranks(machine: Hardware, options: Options, layout: Layout) -> list[str]:
+def _ranks(machine: Hardware, options: Options, layout: Ranks) -> list[str]:
     words = []
     if layout.tp > 1:
         words += ["--tp-size", str(layout.tp)]
@@ -71,7 +71,7 @@ def _ranks(machine: Hardware, options: Options, layout: Layout) -> list[str]:
     return words
 
 
-def _kernels(model: Model, machine: Hardware, options: Options, layout: Layout) -> list[str]:
+def _kernels(model: Model, machine: Hardware, options: Options, layout: Ranks) -> list[str]:
     runner = options.moe_runner
     if runner is None and needs_marlin(options, model, machine, layout):
         runner = "marlin"

@@ -9,7 +9,7 @@ import math
 
 import msgspec
 
-from dspark_sglang.planning.tensors import Layout
+from dspark_sglang.layouts.memory import CompressedKv, DraftKv, Kv, Ranks, SlidingKv
 
 #: A compressed page and its alignment: 448 fp8 values, 64 bfloat16, 8 bytes of scales a token.
 _LATENT_BYTES, _PAGE_ALIGN = 448 + 64 * 2 + 8, 576
@@ -48,58 +48,6 @@ class Pools(msgspec.Struct, frozen=True, kw_only=True):
     window_tokens: int = 0
 
 
-class FullKv(msgspec.Struct, frozen=True, kw_only=True):
-    """Keys and values of every token in every layer (multi-head, or one latent for MLA)."""
-
-    layers: int
-    #: Values of one token in one layer, on one rank, by number of ranks: heads × (key + value width).
-    heads: int
-    width: int
-    element: int
-
-    def token_bytes(self, layout: Layout) -> int:
-        """Bytes of one token on one rank."""
-        heads = max(1, self.heads // layout.attention_tp)
-        return self.layers * heads * self.width * self.element
-
-
-class SlidingKv(msgspec.Struct, frozen=True, kw_only=True):
-    """Some layers keep everything, the others a window, in a pool of its own."""
-
-    full: FullKv
-    sliding: FullKv
-    window: int
-
-
-class CompressedKv(msgspec.Struct, frozen=True, kw_only=True):
-    """DeepSeek-V4: every layer keeps a window; some also one latent for 4 or for 128 tokens."""
-
-    #: Compression ratio of each layer: 0 (window only), 4 or 128.
-    ratios: tuple[int, ...]
-    head_dim: int
-    index_dim: int
-    window: int
-
-    @property
-    def layers(self) -> int:
-        """Layers of the target."""
-        return len(self.ratios)
-
-    def count(self, ratio: int) -> int:
-        """Layers of a compression ratio."""
-        return self.ratios.count(ratio)
-
-
-Kv = FullKv | SlidingKv | CompressedKv
-
-
-class DraftKv(msgspec.Struct, frozen=True, kw_only=True):
-    """Of a drafter: full attention over its own pool, or V4 stages that keep the target's window."""
-
-    full: FullKv | None = None
-    compressed_stages: int = 0
-
-
 def _up(value: float, unit: int) -> int:
     return math.ceil(value / unit) * unit
 
@@ -128,7 +76,7 @@ def window_slots(window: int, serving: Serving, attention_dp: int) -> int:
     return slots + (2 if serving.overlap else 1) * serving.chunked_prefill + page
 
 
-def size(kv: Kv, draft: DraftKv, *, budget: float, serving: Serving, layout: Layout) -> Pools:
+def size(kv: Kv, draft: DraftKv, *, budget: float, serving: Serving, layout: Ranks) -> Pools:
     """Pools that SGLang makes of ``budget`` bytes (or of ``serving.max_tokens``)."""
     if isinstance(kv, CompressedKv):
         return _compressed(kv, draft, budget=budget, serving=serving, layout=layout)
@@ -145,7 +93,7 @@ def size(kv: Kv, draft: DraftKv, *, budget: float, serving: Serving, layout: Lay
     )
 
 
-def _draft_bytes(draft: DraftKv, layout: Layout) -> int:
+def _draft_bytes(draft: DraftKv, layout: Ranks) -> int:
     return draft.full.token_bytes(layout) if draft.full is not None else 0
 
 
@@ -155,7 +103,7 @@ def _tokens(most: float, serving: Serving) -> int:
 
 
 def _sliding(
-    kv: SlidingKv, draft: DraftKv, *, budget: float, serving: Serving, layout: Layout
+    kv: SlidingKv, draft: DraftKv, *, budget: float, serving: Serving, layout: Ranks
 ) -> Pools:
     full, window = kv.full.token_bytes(layout), kv.sliding.token_bytes(layout)
     drafted = _draft_bytes(draft, layout)
@@ -193,7 +141,7 @@ def compressed_request_bytes(kv: CompressedKv, requests: int) -> int:
 
 
 def _compressed(
-    kv: CompressedKv, draft: DraftKv, *, budget: float, serving: Serving, layout: Layout
+    kv: CompressedKv, draft: DraftKv, *, budget: float, serving: Serving, layout: Ranks
 ) -> Pools:
     page, running = serving.page_size, max(1, serving.max_running // layout.attention_dp)
     slots = window_slots(kv.window, serving, layout.attention_dp)

@@ -2,30 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from dspark_sglang.artifacts import DRAFT_VOCAB_FILE
-from dspark_sglang.checkpoint import read_config, read_json, text_config
-from dspark_sglang.errors import CheckpointError, ConfigError
-from dspark_sglang.layouts.dense.config import (
-    DrafterConfig,
-    check_fits,
-    check_served,
-    parse_drafter_config,
+from dspark_sglang.checkpoint import (
+    INDEX_FILE,
+    read_config,
+    read_index,
+    read_json,
+    read_shards,
+    revision_of,
+    weight_files,
 )
-from dspark_sglang.planning import dense, headers, published, reading, v4
-from dspark_sglang.planning.kv import COMPRESSED_PAGE, DEFAULT_PAGE, DraftKv, Kv
-from dspark_sglang.planning.tensors import SIZES, Split, Tensor
+from dspark_sglang.checkpoint import Tensor as Header
+from dspark_sglang.errors import CheckpointError, ConfigError
+from dspark_sglang.layouts import reading
+from dspark_sglang.layouts.base import (
+    MIXED,
+    Stored,
+    check_fits,
+    compare,
+    drafter_at,
+    is_bundle,
+    layout_of,
+    resolve,
+)
+from dspark_sglang.layouts.dense.tensors import COPIES
+from dspark_sglang.layouts.memory import (
+    CompressedKv,
+    DrafterMemory,
+    DraftKv,
+    Kv,
+    Loading,
+    Split,
+    TargetMemory,
+    Tensor,
+    disk_bytes,
+)
+from dspark_sglang.planning import published
+from dspark_sglang.planning.kv import COMPRESSED_PAGE, DEFAULT_PAGE
 
-Config = Mapping[str, Any]
-
-V4 = "DeepseekV4ForCausalLM"
-#: Targets whose memory is known here.
-ARCHITECTURES = ("LlamaForCausalLM", "Qwen3ForCausalLM", dense.GEMMA3, dense.GEMMA4, V4)
+#: Tensors that a checkpoint may have besides: SGLang skips them when it loads.
+_LEFT = (*COPIES, "rotary_emb.inv_freq")
 _PROVENANCE = "provenance.json"
 _W2 = "markov_head.markov_w2.weight"
 
@@ -44,8 +66,6 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
     """A target with its drafter (none for serving without speculation)."""
 
     architecture: str
-    target: Source
-    drafter: Source | None
     tensors: list[Tensor]
     draft_tensors: list[Tensor]
     #: What a DSpark drafter replaces in the checkpoint.
@@ -58,30 +78,16 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
     gamma: int
     #: Bytes of rotary tables on one rank.
     rope_bytes: int
-    #: Heads of the target's attention and of the drafter's.
+    #: Heads of the target's attention and of the drafter's, where it has some of its own.
     heads: tuple[int, ...]
+    target: Source
+    drafter: Source | None
     bundled: bool = False
 
     @property
     def page_size(self) -> int:
         """Tokens a page of the pool has unless told otherwise."""
-        return COMPRESSED_PAGE if self.architecture == V4 else DEFAULT_PAGE
-
-
-class Loading(msgspec.Struct, frozen=True, kw_only=True):
-    """What of the server's arguments decides about how weights are kept."""
-
-    #: ``--dtype``; None: as in the checkpoint.
-    dtype: str | None = None
-    blackwell: bool = False
-    marlin: bool = False
-    #: Bytes of one value in the pools; None: as the weights.
-    kv_element: int | None = None
-    config_only: bool = False
-    #: This plugin's CPU platform, which unpacks quantised weights of DeepSeek-V4.
-    on_cpu: bool = False
-    #: This plugin drafts: a rank keeps the rows of the Markov head's W2 that its LM head has.
-    cuts_heads: bool = True
+        return COMPRESSED_PAGE if isinstance(self.kv, CompressedKv) else DEFAULT_PAGE
 
 
 def find(value: str, *, role: str) -> Source:
@@ -116,23 +122,90 @@ def load(target: str, drafter: str | None, loading: Loading) -> Model:
             another target or revision.
     """
     source = find(target, role="target")
-    architecture = reading.architecture(source.config)
-    if architecture not in ARCHITECTURES:
-        raise CheckpointError(
-            f"The target is a {architecture}.",
-            expected=" or ".join(ARCHITECTURES),
-            fix="Its memory cannot be planned; nothing is assumed to fit.",
-        )
-    if architecture == V4:
-        model = _compressed(source, drafter, loading)
-    else:
-        model = _standalone(source, architecture, drafter, loading)
-    if source.directory is not None and not loading.config_only:
-        expected = [*model.tensors, *(model.draft_tensors if model.bundled else ())]
-        if model.architecture == V4 and not model.bundled:
-            expected += model.mtp_tensors
-        headers.check(headers.read(source.directory), expected, where=source.directory)
+    layout = layout_of(source.config)
+    own = find(drafter, role="drafter") if drafter is not None else _inside(source)
+    if own is not None and layout.bundled:
+        _same_bundle(source, own)
+    elif own is not None:
+        _check(own, source)
+    bundled = layout.bundled and is_bundle(source.config)
+    drafting = own if bundled or not layout.bundled else None
+    memory: TargetMemory = resolve(f"{layout.memory}:describe_target")(source.config, loading)
+    drafted, gamma = DrafterMemory(tensors=[], kv=DraftKv()), 0
+    if drafting is not None:
+        theirs = layout_of(drafting.config)
+        drafted = resolve(f"{theirs.memory}:describe_drafter")(drafting.config, loading)
+        gamma = theirs.read(drafting.config).gamma
+    model = Model(
+        architecture=reading.architecture(source.config),
+        tensors=memory.tensors,
+        draft_tensors=drafted.tensors,
+        mtp_tensors=memory.mtp_tensors,
+        kv=memory.kv,
+        draft_kv=drafted.kv,
+        context=memory.context,
+        gamma=gamma,
+        rope_bytes=memory.rope_bytes,
+        heads=(memory.heads, *([drafted.heads] if drafted.heads else [])),
+        target=source,
+        drafter=drafting,
+        bundled=bundled,
+    )
+    if not loading.config_only:
+        inside = model.draft_tensors if bundled else model.mtp_tensors
+        _check_stored(source, [*model.tensors, *inside])
+        if drafting is not None and not bundled:
+            _check_stored(drafting, model.draft_tensors, "model.")
     return _with_cut_head(model) if loading.cuts_heads else model
+
+
+def _inside(target: Source) -> Source | None:
+    """The drafter that SGLang finds in a target's directory, or one that its published configuration names."""
+    if is_bundle(target.config):
+        return target
+    nested = None if target.directory is None else drafter_at(target.directory)
+    return None if nested is None else find(str(nested), role="drafter")
+
+
+def _check_stored(source: Source, computed: Sequence[Tensor], prefix: str = "") -> None:
+    """Compare what a directory says of its tensors, without their shards too, with what its configuration implies."""
+    if source.directory is None:
+        return
+    stored, total = _stored(source.directory)
+    stored = {name.removeprefix(prefix): header for name, header in stored.items()}
+    wanted = {t.name: Stored(t.stored, t.shape) for t in computed if not t.derived}
+    leave = {name for name in stored if name.endswith(_LEFT) and name not in wanted}
+    compare(
+        stored,
+        wanted,
+        where=source.directory,
+        leave=leave,
+        fix=f"{MIXED} If SGLang serves them all the same, pass --config-only.",
+    )
+    size = disk_bytes(t for t in computed if not t.derived)
+    # Plain tensors may be stored wider than assumed; more than that is another checkpoint.
+    if total and not leave and None in stored.values() and abs(total - size) > 0.01 * size:
+        raise CheckpointError(
+            f"The index in {source.directory} says {total / 1e9:.2f} GB.",
+            expected=f"{size / 1e9:.2f} GB (from config.json)",
+            fix=MIXED,
+        )
+
+
+def _stored(directory: Path) -> tuple[dict[str, Header | None], int | None]:
+    """Headers by name where every shard is there, else names alone, and the index's sum of bytes."""
+    index = read_index(directory)
+    here = {path.name for path in weight_files(directory)}
+    if index is None and not here:
+        raise CheckpointError(
+            f"{directory} has no {INDEX_FILE} and no .safetensors file.",
+            expected="the index beside config.json (weights are not needed)",
+            fix=f"`hf download NAME config.json {INDEX_FILE}`, or pass --config-only to trust the "
+            "configuration alone.",
+        )
+    if index is None or index.files <= here:
+        return {**read_shards(directory).headers}, None
+    return dict.fromkeys(index.files_of), index.total
 
 
 def _with_cut_head(model: Model) -> Model:
@@ -153,42 +226,6 @@ def has_draft_vocabulary(drafter: Source | None) -> bool:
     return directory is not None and (directory / DRAFT_VOCAB_FILE).is_file()
 
 
-def _compressed(source: Source, drafter: str | None, loading: Loading) -> Model:
-    config = source.config
-    bundled = config.get("dspark_block_size") is not None
-    own = None
-    if drafter is not None:
-        own = find(drafter, role="drafter")
-        _same_bundle(source, own)
-    kernels = v4.Kernels(fp8_wo_a=loading.blackwell, expert_grain=64 if loading.marlin else 128)
-    quantised = v4.is_quantised(config)
-
-    def kept(tensors: list[Tensor]) -> list[Tensor]:
-        if quantised and not loading.on_cpu:
-            return tensors
-        stored = "BF16" if quantised else reading.weight_type(config)
-        named = reading.TYPES[loading.dtype] if loading.dtype else stored
-        return v4.on_cpu(tensors, named, quantised=quantised)
-
-    stages = v4.drafter_shape(config) if bundled else None
-    context = reading.integer(config, "max_position_embeddings")
-    return Model(
-        architecture=V4,
-        target=source,
-        drafter=(own or source) if bundled else None,
-        tensors=kept(v4.target(config, kernels)),
-        draft_tensors=kept(v4.drafter(config, kernels)) if bundled else [],
-        mtp_tensors=kept(v4.mtp_layer(config, kernels)),
-        kv=v4.kv(config),
-        draft_kv=DraftKv(compressed_stages=stages.layers if stages else 0),
-        context=context,
-        gamma=stages.gamma if stages else 0,
-        rope_bytes=v4.rope_bytes(config, context),
-        heads=(reading.integer(config, "num_attention_heads"),),
-        bundled=bundled,
-    )
-
-
 def _same_bundle(target: Source, drafter: Source) -> None:
     """Refuse a drafter bundled in another checkpoint, or in another revision of this one."""
     ours = {key: value for key, value in target.config.items() if not key.startswith("_")}
@@ -200,88 +237,24 @@ def _same_bundle(target: Source, drafter: Source) -> None:
             expected="the drafter bundled in the target's own checkpoint",
             fix="Leave --drafter out.",
         )
-    _same_revision(revision(target.directory), revision(drafter.directory), target, drafter)
+    made_for = None if drafter.directory is None else revision_of(drafter.directory)
+    _same_revision(made_for, target, drafter)
 
 
-def _standalone(source: Source, architecture: str, drafter: str | None, loading: Loading) -> Model:
-    config = text_config(source.config)
-    stored = reading.weight_type({**source.config, **config})
-    kept = reading.TYPES[loading.dtype] if loading.dtype else stored
-    _unquantised(source.config)
-    pool = dense.kv(config, architecture, loading.kv_element or SIZES[kept])
-    tensors = dense.target(config, architecture, stored, kept)
-    own = find(drafter, role="drafter") if drafter is not None else _nested(source)
-    parsed = _drafter(own, source) if own is not None else None
-    draft: list[Tensor] = []
-    if own is not None and parsed is not None:
-        stored = reading.weight_type(own.config)
-        kept = reading.TYPES[loading.dtype] if loading.dtype else stored
-        draft = dense.drafter(parsed, stored, kept)
-        if own.directory is not None and not loading.config_only:
-            headers.check(headers.read(own.directory, "model."), draft, where=own.directory)
-    heads = dense.heads(config, architecture, 0)
-    context = reading.integer(config, "max_position_embeddings")
-    return Model(
-        architecture=architecture,
-        target=source,
-        drafter=own,
-        tensors=tensors,
-        draft_tensors=draft,
-        mtp_tensors=[],
-        kv=pool,
-        draft_kv=DraftKv(full=dense.draft_kv(parsed, kept) if parsed else None),
-        context=context,
-        gamma=parsed.gamma if parsed else 0,
-        rope_bytes=context * heads.dim * 4,
-        heads=(heads.query, *((parsed.num_heads,) if parsed else ())),
-    )
-
-
-def _nested(target: Source) -> Source | None:
-    """The drafter that SGLang finds in the target's ``dspark`` folder."""
-    if target.directory is None or not (target.directory / "dspark" / "config.json").is_file():
-        return None
-    return find(str(target.directory / "dspark"), role="drafter")
-
-
-def _drafter(own: Source, target: Source) -> DrafterConfig:
-    config = parse_drafter_config(own.config)
-    check_served(config, target.config)
-    check_fits(config, target.config, name=target.name)
+def _check(own: Source, target: Source) -> None:
+    """Refuse a drafter of another target, and one that SGLang cannot run."""
+    layout = layout_of(own.config)
+    layout.check_served(own.config, target.config)
+    check_fits(layout.read(own.config), target.config, name=target.name)
     pinned = None
     if own.directory is not None and (own.directory / _PROVENANCE).is_file():
         said = read_json(own.directory / _PROVENANCE, what="a drafter's provenance").get("target")
         pinned = said.get("revision") if isinstance(said, dict) else None
-    _same_revision(revision(target.directory), pinned, target, own)
-    return config
+    _same_revision(pinned, target, own)
 
 
-def _unquantised(config: Config) -> None:
-    found = config.get("quantization_config") or text_config(config).get("quantization_config")
-    if found:
-        method = found.get("quant_method") if isinstance(found, Mapping) else found
-        raise CheckpointError(
-            f"The target is quantised ({method!r}).",
-            expected="bfloat16, float16 or float32 weights for this architecture",
-            fix="Its memory cannot be planned; nothing is assumed to fit.",
-        )
-
-
-def revision(directory: Path | None) -> str | None:
-    """The commit a directory was downloaded at, where the Hub's client left it; else None."""
-    if directory is None:
-        return None
-    resolved = directory.resolve()
-    if resolved.parent.name == "snapshots":
-        return resolved.name
-    marker = directory / ".cache" / "huggingface" / "download" / "config.json.metadata"
-    try:
-        return marker.read_text(encoding="utf-8").splitlines()[0].strip() or None
-    except (OSError, IndexError):
-        return None
-
-
-def _same_revision(ours: str | None, theirs: str | None, target: Source, drafter: Source) -> None:
+def _same_revision(theirs: str | None, target: Source, drafter: Source) -> None:
+    ours = None if target.directory is None else revision_of(target.directory)
     if ours and theirs and ours != theirs:
         raise ConfigError(
             f"{target.name} is at revision {ours[:12]}, the drafter {drafter.name} belongs to "

@@ -9,9 +9,9 @@ import msgspec
 import typer
 
 from dspark_sglang.errors import ConfigError
+from dspark_sglang.layouts.memory import Ranks, Split
 from dspark_sglang.planning.hardware import Hardware
-from dspark_sglang.planning.model import V4, Model
-from dspark_sglang.planning.tensors import Layout, Split
+from dspark_sglang.planning.model import Model
 
 Role = Literal["null", "prefill", "decode"]
 #: Requests at once where nothing is said: what SGLang resets DSPARK to.
@@ -120,16 +120,16 @@ def kv_element(options: Options) -> int | None:
     return _SIZES[options.kv_cache_dtype]
 
 
-def layout(options: Options, model: Model, tp: int) -> Layout:
+def layout(options: Options, model: Model, tp: int) -> Ranks:
     """How ``tp`` ranks share the weights of ``model``."""
     to_all = options.moe_a2a != "none"
     ep = tp if to_all else options.ep
-    shared = Layout(tp=tp, attention_dp=options.attention_dp, ep=ep)
+    shared = Ranks(tp=tp, attention_dp=options.attention_dp, ep=ep)
     whole = to_all or not _shared_experts_divide(model, shared)
     return msgspec.structs.replace(shared, shared_experts_whole=whole)
 
 
-def _shared_experts_divide(model: Model, shared: Layout) -> bool:
+def _shared_experts_divide(model: Model, shared: Ranks) -> bool:
     """Whether every rank gets whole blocks of the shared experts; one rank has all of them."""
     return shared.tp == 1 or all(
         tensor.extent % (shared.tp * tensor.grain) == 0
@@ -138,16 +138,16 @@ def _shared_experts_divide(model: Model, shared: Layout) -> bool:
     )
 
 
-def expert_width(model: Model, shared: Layout) -> int | None:
+def expert_width(model: Model, shared: Ranks) -> int | None:
     """Width of a routed expert on one rank; None without experts."""
     extents = {t.extent for t in model.tensors if t.split is Split.EXPERTS}
     return min(extents) // max(1, shared.tp // shared.ep) if extents else None
 
 
-def needs_marlin(options: Options, model: Model, machine: Hardware, shared: Layout) -> bool:
+def needs_marlin(options: Options, model: Model, machine: Hardware, shared: Ranks) -> bool:
     """Whether experts are too narrow for Hopper's default fp4 kernel, but not for Marlin."""
     width = expert_width(model, shared)
-    fp4 = model.architecture == V4 and model.target.config.get("expert_dtype") == "fp4"
+    fp4 = model.target.config.get("expert_dtype") == "fp4"
     hopper = machine.architecture == "sm90" and options.moe_runner is None
     return bool(fp4 and hopper and width and width % 128 and width % 64 == 0)
 

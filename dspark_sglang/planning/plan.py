@@ -8,14 +8,14 @@ from typing import Any
 import msgspec
 
 from dspark_sglang.errors import ConfigError
+from dspark_sglang.layouts.memory import Loading, Ranks, by_part
 from dspark_sglang.planning import options as given
 from dspark_sglang.planning.command import command
 from dspark_sglang.planning.hardware import MIB, Hardware
-from dspark_sglang.planning.model import Loading, Model, load
+from dspark_sglang.planning.model import Model, load
 from dspark_sglang.planning.options import DEFAULT_CONTEXT, Options
 from dspark_sglang.planning.rules import Case, Finding, apply
 from dspark_sglang.planning.sizing import DRAFTER, Sized, Sizer
-from dspark_sglang.planning.tensors import Layout, by_part
 
 #: What every figure here is.
 LABEL = "computed, not run"
@@ -213,12 +213,12 @@ class _Planner:
         if not self.model.draft_tensors:
             return None
         gross, replaced = (
-            sum(by_part(tensors, Layout()).values())
+            sum(by_part(tensors, Ranks()).values())
             for tensors in (self.model.draft_tensors, self.model.mtp_tensors)
         )
         return DrafterCost(gross=gross, mtp_layer=replaced, net=gross - replaced)
 
-    def _plan(self, layout: Layout, findings: list[Finding], **sized: Any) -> Plan:
+    def _plan(self, layout: Ranks, findings: list[Finding], **sized: Any) -> Plan:
         """A plan; without what was sized it says only why there is none."""
         return Plan(
             target=self.model.target.name,

@@ -11,12 +11,13 @@ from typing import Literal
 
 import msgspec
 
-from dspark_sglang.planning.dense import GEMMA3, GEMMA4
+from dspark_sglang.layouts.dense.memory import GEMMA3, GEMMA4
+from dspark_sglang.layouts.memory import Ranks
+from dspark_sglang.layouts.v4.config import ARCHITECTURE as V4
+from dspark_sglang.layouts.v4.memory import is_quantised
 from dspark_sglang.planning.hardware import Hardware
-from dspark_sglang.planning.model import V4, Model
+from dspark_sglang.planning.model import Model
 from dspark_sglang.planning.options import Options, expert_width, needs_marlin
-from dspark_sglang.planning.tensors import Layout
-from dspark_sglang.planning.v4 import is_quantised
 
 Verdict = Literal["refused", "added", "note"]
 
@@ -27,7 +28,7 @@ class Case(msgspec.Struct, frozen=True):
     options: Options
     model: Model
     machine: Hardware
-    layout: Layout
+    layout: Ranks
 
     @property
     def drafts(self) -> bool:
@@ -158,7 +159,7 @@ RULES = (
              and not case.machine.on_cpu),
          "DeepSeek-V4 in plain weights is planned for CPUs only. Use the published checkpoint, or --hardware with a "
          "CPU.",
-         "dspark_sglang/planning/v4.py", None, "def on_cpu("),
+         "dspark_sglang/layouts/v4/memory.py", None, "def on_cpu("),
     Rule("v4-plugin", "note", lambda case: case.ours and case.model.bundled and not case.machine.on_cpu,
          "This plugin drafts with the bundled drafter. That was never run on a GPU: it is tested on a CPU with a "
          "tiny bundle.",

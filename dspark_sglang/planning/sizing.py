@@ -12,12 +12,12 @@ import msgspec
 
 from dspark_sglang.artifacts import DRAFT_VOCAB_FILE
 from dspark_sglang.checkpoint import read_json
+from dspark_sglang.layouts.memory import SIZES, Ranks, Split, by_part
 from dspark_sglang.planning import kv
 from dspark_sglang.planning import options as given
 from dspark_sglang.planning.hardware import MIB, Hardware
 from dspark_sglang.planning.model import Model, has_draft_vocabulary
 from dspark_sglang.planning.options import Options
-from dspark_sglang.planning.tensors import SIZES, Layout, Split, by_part
 
 #: Parts of the drafter are shown under this prefix.
 DRAFTER = "drafter: "
@@ -58,7 +58,7 @@ def _prefill_graphs(tokens: int) -> int:
     return sum(size <= tokens for size in sizes)
 
 
-def reserve(machine: Hardware, model: Model, options: Options, layout: Layout) -> Reserve:
+def reserve(machine: Hardware, model: Model, options: Options, layout: Ranks) -> Reserve:
     """What SGLang would set aside on one rank."""
     tokens = _chunk(machine, options)
     # The decoding side of PD has no prompts, only verified blocks.
@@ -77,7 +77,7 @@ def reserve(machine: Hardware, model: Model, options: Options, layout: Layout) -
     )
 
 
-def _graphs(options: Options, layout: Layout, tokens: int) -> float:
+def _graphs(options: Options, layout: Ranks, tokens: int) -> float:
     requests = min(options.running, 256 if layout.tp < 4 else 512)
     total = 0.0
     if options.pd != "prefill":
@@ -94,7 +94,7 @@ class Sized(msgspec.Struct, frozen=True, kw_only=True):
     """One number of ranks, worked out."""
 
     options: Options
-    layout: Layout
+    layout: Ranks
     weights: dict[str, int]
     reserved: Reserve
     pools: kv.Pools
@@ -148,7 +148,7 @@ class Sizer:
             max_tokens=options.max_total_tokens,
         )
 
-    def _weights(self, layout: Layout) -> dict[str, int]:
+    def _weights(self, layout: Ranks) -> dict[str, int]:
         model = self.model
         weights = by_part(model.tensors, layout)
         drafted = by_part(model.draft_tensors, layout)
@@ -160,7 +160,7 @@ class Sizer:
             weights["packed copies"] = copies
         return weights
 
-    def _sized(self, options: Options, layout: Layout, weights: dict[str, int]) -> Sized:
+    def _sized(self, options: Options, layout: Ranks, weights: dict[str, int]) -> Sized:
         machine = self.machine
         reserved = reserve(machine, self.model, options, layout)
         budget = machine.usable * reserved.mem_fraction - sum(weights.values())
@@ -183,11 +183,11 @@ class Sizer:
             headroom=min(headroom, -1) if capped else headroom,
         )
 
-    def _pools(self, serving: kv.Serving, layout: Layout, budget: float) -> kv.Pools:
+    def _pools(self, serving: kv.Serving, layout: Ranks, budget: float) -> kv.Pools:
         model = self.model
         return kv.size(model.kv, model.draft_kv, budget=budget, serving=serving, layout=layout)
 
-    def _draft_vocabulary(self, layout: Layout) -> int:
+    def _draft_vocabulary(self, layout: Ranks) -> int:
         """Bytes of the LM head's rows that drafting copies, where the drafter names some."""
         drafter = self.model.drafter
         unused = self.options.builtin or layout.attention_dp > 1

@@ -15,19 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import psutil
-from safetensors import SafetensorError, safe_open
 
-from dspark_sglang.checkpoint import is_bundle, read_config, weight_files
+from dspark_sglang.checkpoint import read_config, read_headers
 from dspark_sglang.config import COST_AUTO, read_settings
 from dspark_sglang.errors import CheckpointError, ConfigError, DSparkError
-from dspark_sglang.layouts.dense.config import (
-    DrafterConfig,
-    check_fits,
-    check_served,
-    parse_drafter_config,
-)
-from dspark_sglang.layouts.dense.tensors import check_tensors
-from dspark_sglang.layouts.v4.check import check_bundle
+from dspark_sglang.layouts.base import DrafterConfig, check_drafter, drafter_at
 from dspark_sglang.serving import placement, warmup
 
 if TYPE_CHECKING:
@@ -70,18 +62,10 @@ def check_port(host: str | None, port: int) -> None:
 
 def weight_elements(directory: Path) -> int:
     """Number of stored parameters, from the files' headers; 0 where they cannot be read."""
-    total = 0
-    for path in weight_files(directory):
-        try:
-            with safe_open(path, framework="np") as handle:
-                for name in handle.keys():  # noqa: SIM118 - not a dict
-                    size = 1
-                    for extent in handle.get_slice(name).get_shape():
-                        size *= extent
-                    total += size
-        except (SafetensorError, OSError):
-            return 0
-    return total
+    try:
+        return sum(tensor.parameters for tensor in read_headers(directory).values())
+    except CheckpointError:
+        return 0
 
 
 def check_memory(view: ServerArgs) -> None:
@@ -277,13 +261,7 @@ def _require_compact_mode() -> None:
 def _drafter_directory(view: ServerArgs) -> Path | None:
     """The local drafter directory, the target's own where it bundles one; None while it is on the Hub."""
     if view.speculative_draft_model_path is None:
-        target = Path(view.model_path)
-        nested = target / "dspark"
-        if (nested / "config.json").is_file():
-            return nested
-        if not (target / "config.json").is_file():
-            return None
-        return target if is_bundle(read_config(target, role="target")) else None
+        return drafter_at(Path(view.model_path))
     given = str(view.speculative_draft_model_path)
     path = Path(given).expanduser()
     looks_local = path.is_absolute() or given.startswith(".") or path.exists()
@@ -304,16 +282,7 @@ def _check_drafter(view: ServerArgs) -> DrafterConfig | None:
             )
         config = None
     else:
-        config = parse_drafter_config(read_config(directory, role="drafter"))
-        if config.bundled:
-            check_bundle(directory)
-        else:
-            check_tensors(directory, config)
-        if target is not None:
-            check_fits(config, target, name=str(view.model_path))
-        if not config.bundled:
-            check_served(config, target)
-    if config is not None:
+        config = check_drafter(directory, target, name=str(view.model_path))
         _check_gamma(view, config)
     return config
 

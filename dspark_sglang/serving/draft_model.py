@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from sglang.srt.models.dspark import DSparkDraftMixin
 
 from dspark_sglang.errors import CompatibilityError
+from dspark_sglang.layouts.base import layouts, resolve
 from dspark_sglang.serving.sglang_types import DenseDraft, KvInjector, V4Draft
 
 
@@ -42,6 +41,11 @@ class DraftModel:
                 expected=f"an unsharded {' or '.join(self.HEADS)} and a confidence head",
                 fix="Serve it with SGLang's builtin: DSPARK_PLUGIN=off.",
             )
+
+    @classmethod
+    def runs(cls, model: object) -> bool:
+        """Whether this is the adapter of a draft model of SGLang's."""
+        return True
 
     @property
     def projection(self) -> torch.Tensor:
@@ -107,10 +111,6 @@ class DraftModel:
         """
         injector.inject_target_hidden(target_hidden=hidden, cache_loc=slots, positions=positions)
 
-    def own(self, names: Iterable[str]) -> set[str]:
-        """Those tensors of the drafter's checkpoint that are the drafter's."""
-        return set(names)
-
     def take_parts(self) -> None:
         """Let an update bring some tensors: SGLang's loader wants the confidence head's in every load."""
         load = self.module._load_confidence_weights
@@ -135,6 +135,10 @@ class V4DraftModel(DraftModel):
     embeds_by_module = False  # it repeats the embedding into its streams itself
     kernel_writes = False
     module: V4Draft  # type: ignore[assignment]  # SGLang's other class
+
+    @classmethod
+    def runs(cls, model: object) -> bool:
+        return hasattr(model, "collapse_hc_head")
 
     @property
     def projection(self) -> torch.Tensor:
@@ -179,9 +183,6 @@ class V4DraftModel(DraftModel):
                 pool=injector.draft_model_runner.token_to_kv_pool,
             )
 
-    def own(self, names: Iterable[str]) -> set[str]:
-        return {name for name in names if name.startswith("mtp.")}
-
     def take_parts(self) -> None:
         self.module._assert_confidence_head_loaded = lambda **_: None
 
@@ -195,4 +196,5 @@ def draft_model(model: DenseDraft) -> DraftModel:
     Raises:
         CompatibilityError: heads that would be read wrongly.
     """
-    return (V4DraftModel if hasattr(model, "collapse_hc_head") else DraftModel)(model)
+    adapters: list[type[DraftModel]] = [resolve(layout.adapter) for layout in layouts()]
+    return next(adapter for adapter in adapters if adapter.runs(model))(model)

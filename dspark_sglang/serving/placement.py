@@ -13,7 +13,8 @@ from dspark_sglang.config import Settings
 from dspark_sglang.core import placement as costs
 from dspark_sglang.core.placement import Backbone, Placement
 from dspark_sglang.errors import ConfigError
-from dspark_sglang.layouts.dense.config import DrafterConfig, parse_drafter_config
+from dspark_sglang.layouts.base import DrafterConfig, layout_of
+from dspark_sglang.layouts.dense.config import DenseConfig
 from dspark_sglang.layouts.dense.tensors import dense_tensors
 from dspark_sglang.serving.sglang_types import TargetWorker
 
@@ -34,7 +35,7 @@ class Placed(msgspec.Struct, frozen=True):
         return self.placement != "shard"
 
 
-def backbone(drafter: DrafterConfig, element: int = 2) -> Backbone:
+def backbone(drafter: DenseConfig, element: int = 2) -> Backbone:
     """Sizes of a drafter's backbone.
 
     Args:
@@ -80,6 +81,7 @@ def decide(
                 fix="Unset DSPARK_PLACEMENT.",
             )
         return Placed("replicate" if ranks == 1 else "shard", {})
+    assert isinstance(drafter, DenseConfig)
     sizes = backbone(drafter)
     if settings.placement == "shard" and not sizes.divides(ranks):
         raise ConfigError(
@@ -125,9 +127,10 @@ def settle(settings: Settings, target_worker: TargetWorker) -> Placed | None:
     config = target_worker.model_runner.spec_aux_config.draft_model_config
     _settled = None
     if parallel.tp_size > 1 and not parallel.attn_dp_enabled and config is not None:
+        raw = config.hf_config.to_dict()
         _settled = decide(
             settings,
-            parse_drafter_config(config.hf_config.to_dict()),
+            layout_of(raw).read(raw),
             ranks=int(parallel.tp_size),
             requests=int(get_context().resolved_server_args_dict()["max_running_requests"] or 48),
             device=device_name(str(target_worker.device)),

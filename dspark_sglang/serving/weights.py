@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from sglang.srt.runtime_context import get_parallel
 
-from dspark_sglang.checkpoint import bundle_at, read_shapes, weight_files
+from dspark_sglang.checkpoint import read_headers, weight_files
 from dspark_sglang.core.heads import ConfidenceHead, MarkovHead
+from dspark_sglang.layouts.base import layout_of
 from dspark_sglang.serving.sglang_types import UpdaterManager, WeightUpdater
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ class DraftUpdater:
             load_format: SGLang's, as all that follows.
         """
         folder = Path(model_path)
-        names = read_shapes(folder) if self._bundled and weight_files(folder) else ()
+        names = read_headers(folder) if self._bundled and weight_files(folder) else ()
         return self._load(
             names, lambda _: self._own.update_weights_from_disk(model_path, load_format, **more)
         )
@@ -170,11 +171,13 @@ class Weights:
         """
         self._worker = worker
         sharding, runner = worker._sharding, worker.draft_model_runner
-        names = sharding.draft.own(read_shapes(drafter) if drafter.is_dir() else ())
+        here = drafter.is_dir()
+        layout = layout_of(drafter) if here else None
+        names = layout.own(read_headers(drafter)) if layout else set()
         whole = sharding.drafts and (sharding.vocabulary is None or sharding.head is not None)
         sharding.draft.take_parts()
         self._updater = DraftUpdater(
-            runner.weight_updater, names, whole=whole, bundled=bundle_at(drafter) is not None
+            runner.weight_updater, names, whole=whole, bundled=layout is not None and layout.bundled
         )
         self._target = digest(self._model)
         self._check_drafter()

@@ -22,7 +22,6 @@ from sglang.srt.runtime_context import (
 from sglang.srt.speculative.dspark_components.dspark_worker_v2 import DSparkWorkerV2
 
 from dspark_sglang import __version__
-from dspark_sglang.checkpoint import weights_digest
 from dspark_sglang.config import Settings, Verification, read_settings
 from dspark_sglang.core.heads import ConfidenceHead, MarkovHead
 from dspark_sglang.core.schedule.scheduler import (
@@ -32,6 +31,7 @@ from dspark_sglang.core.schedule.scheduler import (
     Synchronous,
     VerifyAll,
 )
+from dspark_sglang.layouts.base import weights_digest
 from dspark_sglang.serving import calibration, placement, requests
 from dspark_sglang.serving.admin import Commands
 from dspark_sglang.serving.calibration import Calibration, KnownCost

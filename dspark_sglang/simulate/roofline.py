@@ -16,11 +16,11 @@ import numpy as np
 
 from dspark_sglang.core.placement import H800
 from dspark_sglang.errors import ConfigError
-from dspark_sglang.layouts.v4.target import TargetShape
-from dspark_sglang.planning.kv import CompressedKv, page_bytes
-from dspark_sglang.planning.model import Loading, load
-from dspark_sglang.planning.tensors import Layout, Tensor, by_part
-from dspark_sglang.planning.v4 import shape_of
+from dspark_sglang.layouts.memory import CompressedKv, Loading, Ranks, Tensor, by_part
+from dspark_sglang.layouts.v4.config import TargetShape
+from dspark_sglang.layouts.v4.memory import shape_of
+from dspark_sglang.planning.kv import page_bytes
+from dspark_sglang.planning.model import load
 from dspark_sglang.simulate.acceptance import Mixture, fitted, geometric
 
 #: Of one token sent to an expert: fp8 values with a float32 scale for every 128, and bfloat16 back.
@@ -142,7 +142,7 @@ def sizes(name: str) -> Sizes:
         request_bytes=attended * latent,
         context_bytes=kv.count(4) * index / 4 + kv.count(128) * latent / 128,
         token_operations=4.0 * shape.layer.heads * kv.head_dim * attended,
-        head_bytes=by_part(model.tensors, Layout())["head"],
+        head_bytes=by_part(model.tensors, Ranks())["head"],
         head_values=_values(model.tensors)["head"],
     )
 
@@ -158,7 +158,7 @@ def _values(tensors: Sequence[Tensor]) -> dict[str, float]:
 
 
 def _layers(shape: TargetShape, tensors: Sequence[Tensor], count: int) -> Layers:
-    held, values, own = by_part(tensors, Layout()), _values(tensors), shape.layer
+    held, values, own = by_part(tensors, Ranks()), _values(tensors), shape.layer
     return Layers(
         count=count,
         hidden=own.hidden,

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from dspark_sglang.errors import CheckpointError
-from dspark_sglang.layouts.dense.config import DrafterConfig
+from dspark_sglang.layouts.dense.config import DenseConfig
 from dspark_sglang.layouts.dense.read import Existing, read_existing
 from dspark_sglang.training.model import Drafter
 from dspark_sglang.training.target import Target
@@ -129,7 +129,7 @@ def from_target(drafter: Drafter, target: Target) -> list[str]:
     return [*done, "fc.weight"]
 
 
-def _last_layers(target: Target, config: DrafterConfig) -> list[nn.Module]:
+def _last_layers(target: Target, config: DenseConfig) -> list[nn.Module]:
     """The target's last layers; for Gemma 4 drafters, those with full attention."""
     layers = target.layers
     if config.gemma4:
@@ -157,7 +157,7 @@ def _weight(module: nn.Module | None) -> torch.Tensor | None:
     return weight + 1.0 if float((gain.float() - weight).mean()) > 0.5 else weight
 
 
-def _more_kv_heads(weight: torch.Tensor, config: DrafterConfig) -> torch.Tensor:
+def _more_kv_heads(weight: torch.Tensor, config: DenseConfig) -> torch.Tensor:
     """Give every group of query heads copies of its key or value head: the same function."""
     heads = weight.shape[0] // config.head_dim
     copies, rest = divmod(config.num_kv_heads, heads)
@@ -167,7 +167,7 @@ def _more_kv_heads(weight: torch.Tensor, config: DrafterConfig) -> torch.Tensor:
     return split.reshape(-1, weight.shape[1])
 
 
-def _check_fits(found: Existing, config: DrafterConfig) -> None:
+def _check_fits(found: Existing, config: DenseConfig) -> None:
     for name, setting in _SAME.items():
         theirs, ours = getattr(found.config, name), getattr(config, name)
         if theirs != ours:

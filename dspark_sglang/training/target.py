@@ -17,6 +17,7 @@ import torch
 from torch.nn.functional import linear
 
 from dspark_sglang.errors import CheckpointError, DataError
+from dspark_sglang.layouts.base import layout_of
 from dspark_sglang.training.chat import TokenSequence
 
 
@@ -33,8 +34,8 @@ class Target:
     """A frozen Hugging Face causal language model, any architecture.
 
     Raises:
-        CheckpointError: it cannot be loaded, has no decoder layers to read, or is a DeepSeek-V4, which no dense
-            drafter is served with.
+        CheckpointError: it cannot be loaded, has no decoder layers to read, or is one whose drafters lie in its
+            checkpoint.
     """
 
     def __init__(self, path: str, *, device: str = "cpu", bf16: bool = True) -> None:
@@ -42,7 +43,7 @@ class Target:
 
         fix = "Give the directory of a causal language model with its tokenizer."
         try:
-            if AutoConfig.from_pretrained(path).model_type == "deepseek_v4":
+            if layout_of(AutoConfig.from_pretrained(path).to_dict()).bundled:
                 raise CheckpointError(
                     f"Target {path} is a DeepSeek-V4.",
                     expected="a target of dense drafters: V4's own drafter lies in its checkpoint (mtp.*)",

@@ -34,11 +34,11 @@ from dspark_loadtests.generator import Load
 from dspark_loadtests.prompts import BALANCED, Prompt, load_prompts
 from dspark_sglang import targets
 from dspark_sglang.artifacts import write_json
-from dspark_sglang.checkpoint import weights_digest
 from dspark_sglang.cli.demo import DRAFTER
 from dspark_sglang.cli.main import run as run_command
 from dspark_sglang.demo.measure import running, stream_text
 from dspark_sglang.errors import ConfigError, ServerError
+from dspark_sglang.layouts.base import weights_digest
 from dspark_sglang.provenance import machine, versions
 from dspark_sglang.server import Server, free_ports, pause_when_up
 from dspark_sglang.values import read_numbers

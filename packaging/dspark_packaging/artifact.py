@@ -29,7 +29,7 @@ from dspark_packaging.verify import Verified, check_revision, fingerprint, verif
 from dspark_sglang.artifacts import SCHEMA_VERSION, Provenance, write_bytes, write_json
 from dspark_sglang.checkpoint import read_config, read_json, weight_files
 from dspark_sglang.errors import ArtifactError
-from dspark_sglang.layouts.dense.config import check_fits
+from dspark_sglang.layouts.base import check_fits, layout_of
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):
@@ -90,14 +90,13 @@ def build(
 def _carried(source: Path) -> list[str]:
     """Names to copy from the source."""
     shards = read_shards(source)
-    require_alone(source, shards)
+    require_alone(source, shards, layout_of(read_config(source, role="drafter")))
     check_weight_names(shards)
     names = [
         layout.CONFIG_FILE,
         layout.PROVENANCE_FILE,
         *(path.name for path in weight_files(source)),
     ]
-    read_config(source, role="drafter")
     if not (source / layout.PROVENANCE_FILE).is_file():
         raise PackageError(
             f"{source} has no {layout.PROVENANCE_FILE}.",

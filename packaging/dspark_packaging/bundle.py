@@ -22,15 +22,7 @@ import msgspec
 
 from dspark_packaging import layout
 from dspark_packaging.card import card_of
-from dspark_packaging.drafter import (
-    V4_PREFIX,
-    Drafter,
-    Shards,
-    Stored,
-    index_bytes,
-    of_drafter,
-    read_shards,
-)
+from dspark_packaging.drafter import Drafter, index_bytes, read_shards
 from dspark_packaging.errors import PackageError
 from dspark_packaging.hub_rules import results_yaml, write_results
 from dspark_packaging.manifest import write_manifest
@@ -60,10 +52,10 @@ from dspark_packaging.verify import (
     verify_pair,
 )
 from dspark_sglang.artifacts import SCHEMA_VERSION, write_bytes, write_json
-from dspark_sglang.checkpoint import BUNDLED_KEYS, read_config
-from dspark_sglang.safetensors import read_header
+from dspark_sglang.checkpoint import Shards, Stored, read_config, read_header
+from dspark_sglang.layouts.base import BUNDLED_KEYS, layout_of
+from dspark_sglang.layouts.v4.config import ARCHITECTURE
 
-_V4 = "DeepseekV4ForCausalLM"
 _AGAIN = "Download the bundle again."
 #: Where splitting puts the two.
 TARGET, DRAFTER = "target", "drafter"
@@ -75,15 +67,14 @@ def choose_layout(target: dict[str, Any], drafter: Drafter) -> Layout:
     Raises:
         PackageError: a drafter that only exists under ``mtp.*``, for another target.
     """
-    v4 = _V4 in (target.get("architectures") or ())
-    if drafter.config.bundled and not v4:
+    if not drafter.layout.fits(target):
         raise PackageError(
-            f"The drafter's tensors lie under {V4_PREFIX}*; the target is a "
+            f"The drafter's tensors lie under {drafter.layout.prefix}*; the target is a "
             f"{', '.join(target.get('architectures') or ['model of unknown class'])}.",
-            expected=f"a {_V4}, whose drafters have that layout",
+            expected=f"a {ARCHITECTURE}, whose drafters have that layout",
             fix="Choose the target that the drafter was made for.",
         )
-    return "mtp" if drafter.config.bundled else "folder"
+    return "mtp" if drafter.layout.bundled else "folder"
 
 
 def plan_target(target: Path, replaced: list[str], shards: Shards) -> tuple[Plan, BundleRecord]:
@@ -181,11 +172,12 @@ def plan_mtp(
         PackageError: the target has ``mtp.*`` tensors and they may not be replaced, or a
             configuration that disagrees with the drafter's.
     """
-    own = of_drafter(shards)
+    prefix = drafter.layout.prefix
+    own = {name: shards.tensors[name] for name in drafter.layout.own(shards.tensors)}
     if own and not replace_mtp:
         size = sum(stored.tensor.nbytes for stored in own.values())
         raise PackageError(
-            f"{target} has {len(own)} tensors under {V4_PREFIX}* already ({size / 1e9:.2f} GB).",
+            f"{target} has {len(own)} tensors under {prefix}* already ({size / 1e9:.2f} GB).",
             expected="a target without them: its loader would mix them with the drafter's",
             fix="Pass --replace-mtp to leave them out (the shards that hold them are written "
             "anew, and splitting cannot bring them back), or use the original target.",
@@ -413,7 +405,8 @@ def _by_record(bundle: Path, record: BundleRecord) -> Plan:
         return Plan(jobs=jobs, rewrites=[], written={})
     # The target lost tensors, which its own index would name still.
     stored = read_shards(bundle).tensors.items()
-    kept = {name: held for name, held in stored if not name.startswith(V4_PREFIX)}
+    theirs = layout_of(bundle).own(name for name, _ in stored)
+    kept = {name: held for name, held in stored if name not in theirs}
     written = {f"{TARGET}/{layout.INDEX_FILE}": index_bytes(kept)}
     return Plan(jobs=jobs, rewrites=[], written=written)
 
@@ -422,10 +415,11 @@ def _by_names(bundle: Path) -> Plan:
     """The parts of a bundle without a record: by the names of its tensors."""
     config = read_config(bundle, role="target")
     shards = read_shards(bundle)
-    theirs = of_drafter(shards)
+    drafters = layout_of(config)
+    theirs = drafters.own(shards.tensors) if drafters.bundled else set()
     if not theirs:
         raise PackageError(
-            f"{bundle} has no {layout.BUNDLE_FILE} and no tensor under {V4_PREFIX}*.",
+            f"{bundle} has no {layout.BUNDLE_FILE} and no tensor of a drafter's.",
             expected="a bundle of target and drafter",
             fix="Check the path; a stand-alone drafter needs no splitting.",
         )

@@ -107,32 +107,24 @@ def front_matter(provenance: DrafterProvenance, *, bundle: bool = False) -> str:
 
 def _memory(package: Package, sizes: Sizes) -> dict[str, Any]:
     """What a server holds more than one without speculation, and than the original target."""
-    config = package.drafter.config
     replaced = package.bundle.replaced_bytes if package.bundle else 0
     copies = shared_bytes(package.drafter.tensors.items())
-    kv_elements = 2 * config.num_layers * config.num_kv_heads * config.head_dim
+    kv = package.drafter.layout.kv_values(package.drafter.raw)
     return {
         "gross": sizes.nbytes - copies,
         "copies": copies,
         "replaced": replaced,
         "net": sizes.nbytes - copies - replaced,
-        "kv": None if config.bundled else round(kv_elements * sizes.element_bytes),
+        "kv": None if kv is None else round(kv * sizes.element_bytes),
     }
 
 
 def _shape(package: Package) -> dict[str, Any]:
-    """Sizes that dense and V4 configurations name differently."""
-    config, raw = package.drafter.config, package.drafter.raw
-    if not config.bundled:
-        return {
-            "layers": config.num_layers,
-            "feed_forward": config.intermediate_size,
-            "experts": None,
-        }
+    config = package.drafter.config
     return {
-        "layers": len(config.target_layer_ids),
-        "feed_forward": raw.get("moe_intermediate_size", 0),
-        "experts": raw.get("dspark_n_routed_experts") or raw.get("n_routed_experts"),
+        "layers": config.num_layers,
+        "feed_forward": config.intermediate_size,
+        "experts": config.experts,
     }
 
 
@@ -171,7 +163,7 @@ def card_of(package: Package) -> str:
     """
     records, drafter = package.records, package.drafter
     _refuse_figures(records.provenance)
-    sizes = sizes_of(drafter.tensors)
+    sizes = sizes_of(drafter)
     inside = f"{layout.DRAFT_FOLDER}/" if package.home != package.directory else ""
     named = {
         "sts": STS_FILE,

@@ -26,8 +26,8 @@ from dspark_packaging.errors import PackageError
 from dspark_packaging.layout import MANIFEST_FILE, SIGNATURE_FILE
 from dspark_packaging.transfer import Entry, Meter, Progress, silent
 from dspark_sglang.artifacts import write_json
+from dspark_sglang.checkpoint import Header, read_header
 from dspark_sglang.errors import CheckpointError
-from dspark_sglang.safetensors import Header, read_header
 
 #: How to read one element, and the bits that are all set in those that are not finite, by dtype. E4M3 has no
 #: infinity, E8M0 no sign and no fraction; FP4 and FP6 have finite values only (OCP Microscaling Formats 1.0).

@@ -1,6 +1,6 @@
 """The JSON files of a package, and a package opened: what each says, checked against the weights.
 
-Every record names the weights it belongs to (γ and :func:`dspark_sglang.checkpoint.weights_digest`),
+Every record names the weights it belongs to (γ and :func:`dspark_sglang.layouts.base.weights_digest`),
 so that numbers of one drafter can never be printed on the card of another. A speed without a
 baseline, a spread, a command and a machine cannot be written down here.
 """
@@ -14,15 +14,7 @@ from typing import Annotated, Literal, TypeVar
 import msgspec
 
 from dspark_packaging import layout
-from dspark_packaging.drafter import (
-    Drafter,
-    Shards,
-    check_drafter,
-    digest_of,
-    of_drafter,
-    read_drafter,
-    read_shards,
-)
+from dspark_packaging.drafter import Drafter, digest_of, read_drafter, read_shards
 from dspark_sglang.artifacts import (
     DRAFT_VOCAB_FILE,
     SCHEMA_VERSION,
@@ -33,9 +25,9 @@ from dspark_sglang.artifacts import (
     read_draft_vocab,
     read_sts,
 )
-from dspark_sglang.checkpoint import read_config, read_json
+from dspark_sglang.checkpoint import Shards, read_config, read_json
 from dspark_sglang.errors import ArtifactError
-from dspark_sglang.layouts.dense.config import parse_drafter_config
+from dspark_sglang.layouts.base import layout_of
 
 Kind = Literal["chat", "math", "code", "instructions"]
 Digest = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
@@ -467,7 +459,7 @@ def open_package(directory: Path) -> Package:
     else:
         drafter = _inside(directory, shards, bundle)
     # Before the records: weights that are no drafter say more than a digest that differs.
-    check_drafter(home, drafter)
+    drafter.layout.check_stored(drafter.tensors, drafter.raw, home.name)
     return Package(
         directory=directory,
         home=home,
@@ -480,10 +472,12 @@ def open_package(directory: Path) -> Package:
 
 def _inside(directory: Path, shards: Shards, bundle: BundleRecord) -> Drafter:
     raw = read_config(directory, role="bundle")
+    drafters = layout_of(raw)
     files = {o: h for o, h in bundle.drafter_files.items() if h.endswith(".safetensors")}
     return Drafter(
         raw=raw,
-        config=parse_drafter_config(raw),
-        tensors={name: stored.tensor for name, stored in of_drafter(shards).items()},
-        digest=digest_of(directory, files, v4=True),
+        layout=drafters,
+        config=drafters.read(raw),
+        tensors={name: shards.tensors[name].tensor for name in drafters.own(shards.tensors)},
+        digest=digest_of(directory, files, drafters),
     )

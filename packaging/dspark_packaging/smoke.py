@@ -18,14 +18,12 @@ from dspark_packaging.layout import EVAL_FILE
 from dspark_packaging.records import EvalArtifact
 from dspark_sglang.checkpoint import read_config
 from dspark_sglang.errors import ServerError
+from dspark_sglang.layouts.base import layout_of
 from dspark_sglang.server import Server, free_port, serve_command
 
 #: What a server process needs beside two copies of the weights (packed for the CPU) and its KV.
 _WORKING_BYTES = 3 << 30
 _CUDA_ONLY = ("DeepseekV3", "DeepseekV2")
-_V4 = "DeepseekV4"
-#: Of DeepSeek-V4: the width of heads that SGLang's code fixes, and how much larger published weights are unpacked.
-_V4_HEAD, _V4_UNPACKED = 512, 4
 _PROMPTS = (
     "The capital of France is",
     "def fibonacci(n):",
@@ -86,12 +84,12 @@ def obstacle(target: Path, drafter: Path | None) -> str | None:
     named = str((config.get("architectures") or ["?"])[0])
     if named.startswith(_CUDA_ONLY):
         return f"{named} needs CUDA: its attention has no CPU form in SGLang"
-    if named.startswith(_V4) and config.get("head_dim") != _V4_HEAD:
-        return f"its heads are {config.get('head_dim')} wide, and SGLang's {named} has {_V4_HEAD}"
-    unpacked = _V4_UNPACKED if named.startswith(_V4) and "expert_dtype" in config else 1
+    own = layout_of(config)
+    if why := own.obstacle(config):
+        return why
     folders = [target, *((drafter,) if drafter else ())]
     stored = sum(read_shards(folder).nbytes for folder in folders)
-    needed = 2 * unpacked * stored + _WORKING_BYTES
+    needed = 2 * own.unpacked(config) * stored + _WORKING_BYTES
     free = psutil.virtual_memory().available
     if needed > free:
         return f"{needed / 2**30:.1f} GiB of memory are needed, {free / 2**30:.1f} are free"

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from dspark_packaging.errors import PackageError
 from dspark_sglang.artifacts import write_bytes, write_json
-from dspark_sglang.safetensors import Tensor, encode_header, read_header
+from dspark_sglang.checkpoint import Tensor, encode_header, read_header
 
 #: Seconds between lines where standard error is no terminal (a log).
 _LOG_SECONDS = 20.0

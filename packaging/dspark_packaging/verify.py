@@ -16,14 +16,14 @@ from pathlib import Path
 import msgspec
 
 from dspark_packaging import hub_rules, layout
-from dspark_packaging.drafter import V4_PREFIX, Shards, check_weight_names, read_shards
+from dspark_packaging.drafter import check_weight_names, read_shards
 from dspark_packaging.errors import PackageError
 from dspark_packaging.manifest import read_manifest, verify_manifest
 from dspark_packaging.records import BundleRecord, Package, TargetFingerprint, open_package
 from dspark_packaging.transfer import Progress, silent
 from dspark_sglang.artifacts import SCHEMA_VERSION
-from dspark_sglang.checkpoint import BUNDLED_KEYS, read_config, read_json
-from dspark_sglang.layouts.dense.config import check_fits
+from dspark_sglang.checkpoint import Shards, read_config, read_json, revision_of
+from dspark_sglang.layouts.base import check_fits, is_bundle
 
 #: Largest tensor whose values count, and how many bytes of them at most.
 _SMALL, _AT_MOST = 64 << 10, 256 << 20
@@ -83,19 +83,6 @@ def vocabulary_digest(directory: Path) -> str | None:
     )
     rows = sorted((index, text) for text, index in (dict(pairs) | added).items())
     return hashlib.sha256(json.dumps(rows, ensure_ascii=True).encode()).hexdigest()
-
-
-def revision_of(directory: Path) -> str | None:
-    """The Hub commit that a folder was downloaded from, where its place or ``hf`` says so."""
-    place = directory.resolve()
-    if place.parent.name == "snapshots" and _COMMIT.fullmatch(place.name):
-        return place.name
-    # `hf download --local-dir` leaves the commit in the first line of these.
-    for path in sorted((place / ".cache/huggingface/download").glob("*.metadata")):
-        first = path.read_text(encoding="utf-8", errors="replace").split("\n", 1)[0].strip()
-        if _COMMIT.fullmatch(first):
-            return first
-    return None
 
 
 def fingerprint(
@@ -301,7 +288,7 @@ def verify_bundle(
     elif (directory / layout.DRAFT_FOLDER).exists():
         raise PackageError(
             f"{directory} holds a folder {layout.DRAFT_FOLDER}.",
-            expected=f"none: this bundle's drafter lies beside the target ({V4_PREFIX}* tensors)",
+            expected=f"none: this bundle's drafter lies beside the target ({package.drafter.layout.prefix}* tensors)",
             fix=f"Move {layout.DRAFT_FOLDER} out of the folder.",
         )
     check_fits(package.drafter.config, read_config(directory, role="target"), name=directory.name)
@@ -357,11 +344,12 @@ def _check_target_part(package: Package, record: BundleRecord) -> None:
     """The target inside is whole and the one that the drafter was recorded for."""
     names = set(record.target_files.values())
     tensors = {n: s for n, s in package.shards.tensors.items() if s.file in names}
-    under = sorted(name for name in tensors if name.startswith(V4_PREFIX))
+    drafters = package.drafter.layout
+    under = sorted(drafters.own(tensors)) if drafters.bundled else []
     if under:
         raise PackageError(
             f"{under[0]} lies among the target's weights.",
-            expected=f"{V4_PREFIX}* tensors in the drafter's files only",
+            expected=f"{drafters.prefix}* tensors in the drafter's files only",
             fix=_FIX,
         )
     original = record.target_files.get(layout.INDEX_FILE)
@@ -408,7 +396,7 @@ def verify_any(directory: Path, *, progress: Progress = silent) -> Verified:
         and (directory / layout.CONFIG_FILE).is_file()
     ):
         config = read_config(directory, role="drafter")
-        if any(config.get(key) is not None for key in BUNDLED_KEYS):
+        if is_bundle(config):
             raise PackageError(
                 f"{directory} carries a drafter, but no records of `dspark package`.",
                 expected=f"{layout.BUNDLE_FILE} and {layout.PROVENANCE_FILE}",

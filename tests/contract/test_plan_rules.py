@@ -15,12 +15,14 @@ pytest.importorskip("sglang")
 
 from sglang_source import sglang_environment, sglang_flags
 
-from dspark_sglang.planning import hardware, kv, plan, sizing, tensors
-from dspark_sglang.planning.kv import CompressedKv, DraftKv, FullKv, Serving, SlidingKv
-from dspark_sglang.planning.model import ARCHITECTURES
+from dspark_sglang.layouts import memory as tensors
+from dspark_sglang.layouts.dense.memory import ARCHITECTURES as DENSE
+from dspark_sglang.layouts.memory import CompressedKv, DraftKv, FullKv, Ranks, SlidingKv
+from dspark_sglang.layouts.v4.config import ARCHITECTURE as V4
+from dspark_sglang.planning import hardware, kv, plan, sizing
+from dspark_sglang.planning.kv import Serving
 from dspark_sglang.planning.options import Options
 from dspark_sglang.planning.rules import RAGGED_BACKENDS, RULES
-from dspark_sglang.planning.tensors import Layout
 
 ROOT = Path(__file__).resolve().parents[2]
 (SGLANG,) = map(Path, importlib.util.find_spec("sglang").submodule_search_locations)  # type: ignore[union-attr, arg-type]
@@ -46,7 +48,7 @@ def classes() -> dict[str, str]:
     return found
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", (*DENSE, V4))
 def test_planned_targets_exist_and_all_but_one_can_be_drafted_for(name: str) -> None:
     text = classes()[name]
     captures = "set_dspark_layers_to_capture" in text or "set_dflash_layers_to_capture" in text
@@ -188,7 +190,7 @@ def test_sliding_pools() -> None:
         DraftKv(full=draft),
         budget=50_000_000,
         serving=Serving(max_running=4, draft_tokens=4, page_size=16),
-        layout=Layout(),
+        layout=Ranks(),
     )
     assert ours.tokens == wanted.full_max_total_num_tokens
     assert ours.window_tokens == wanted.swa_max_total_num_tokens

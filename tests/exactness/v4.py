@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 
 from dspark_sglang.artifacts import write_bytes
 from dspark_sglang.layouts.v4 import tiny
+from dspark_sglang.layouts.v4.config import TargetShape
 from dspark_sglang.layouts.v4.reference import Reference
-from dspark_sglang.layouts.v4.target import TargetShape
 from tests import tiny_models as models
 from tests.exactness.distribution import Output
 from tests.tiny_models import PROMPT, SPECIAL, V4_VOCABULARY, write_tokenizer

@@ -22,9 +22,9 @@ from dspark_packaging.layout import CONFIG_FILE, INDEX_FILE, MANIFEST_FILE, SING
 from dspark_packaging.manifest import Manifest, file_entry, listed_names, write_manifest
 from dspark_packaging.verify import verify_any
 from dspark_sglang.artifacts import write_json
-from dspark_sglang.checkpoint import weights_digest
+from dspark_sglang.checkpoint import LENGTH_BYTES, read_header
 from dspark_sglang.errors import DSparkError
-from dspark_sglang.safetensors import LENGTH_BYTES, read_header
+from dspark_sglang.layouts.base import weights_digest
 from tests.packaging.samples import (
     COMMIT,
     edit,
@@ -392,7 +392,7 @@ CASES = (
     Case("missing_key", _missing_key, "no tensor fc.weight"),
     Case("extra_key", _extra_key, "does not imply"),
     Case("wrong_shape", _wrong_shape, "norm.weight"),
-    Case("wrong_dtype", _wrong_dtype, "stored as I16"),
+    Case("wrong_dtype", _wrong_dtype, "norm.weight is I16"),
     Case("not_a_number", _not_a_number, "3 in fc.weight"),
     Case("infinite", _infinite, "1 in norm.weight"),
     Case("infinite_target", _infinite_target, "NaN or infinite values: 1 in model."),

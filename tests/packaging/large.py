@@ -17,7 +17,7 @@ from dspark_packaging.errors import PackageError
 from dspark_packaging.layout import visible_entries
 from dspark_packaging.transfer import shown, silent, write_subset
 from dspark_packaging.verify import verify_any
-from dspark_sglang.safetensors import read_header
+from dspark_sglang.checkpoint import read_header
 from tests.packaging.samples import tree
 from tests.packaging.v4_layout import Width, write_pair
 

@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 from dspark_packaging import artifact
 from dspark_packaging.records import ACCEPTED_LENGTH, SURVIVAL
-from dspark_sglang.checkpoint import weights_digest
+from dspark_sglang.layouts.base import weights_digest
 from dspark_sglang.layouts.dense.config import parse_drafter_config
 from dspark_sglang.layouts.dense.tensors import dense_tensors
 

@@ -22,9 +22,9 @@ from dspark_packaging import artifact
 from dspark_packaging.errors import PackageError
 from dspark_packaging.manifest import IGNORED, verify_manifest, write_manifest
 from dspark_packaging.verify import verify_artifact
-from dspark_sglang.checkpoint import weights_digest
 from dspark_sglang.cli import package as cli
 from dspark_sglang.errors import ArtifactError, CheckpointError, DSparkError
+from dspark_sglang.layouts.base import weights_digest
 from tests.packaging.samples import (
     COMMITTED,
     GAMMA,
@@ -95,13 +95,13 @@ def test_sharded_weights_need_their_index(source: Path, tmp_path: Path) -> None:
         save_file({name: tensors[name] for name in part}, source / file)
         mapped |= dict.fromkeys(part, file)
     put(source / "provenance.json", provenance(weights_digest(source)))
-    with pytest.raises(PackageError, match=r"no model\.safetensors\.index\.json"):
+    with pytest.raises(CheckpointError, match=r"no model\.safetensors\.index\.json"):
         artifact.build(source, tmp_path / "out")
     index = source / "model.safetensors.index.json"
     put(index, {"metadata": {"total_size": 1}, "weight_map": mapped})
     artifact.build(source, tmp_path / "out")
     put(index, {"weight_map": mapped | {names[0]: mapped[names[-1]]}})
-    with pytest.raises(PackageError, match="wrong about 1 tensors"):
+    with pytest.raises(CheckpointError, match="wrong about 1 tensors"):
         artifact.build(source, tmp_path / "out")
 
 

@@ -21,12 +21,12 @@ from dspark_packaging.records import open_package
 from dspark_packaging.signing import sign, verify_signature
 from dspark_packaging.smoke import obstacle
 from dspark_packaging.transfer import Job, place, silent, workspace
-from dspark_packaging.verify import fingerprint, revision_of, verify_any
+from dspark_packaging.verify import fingerprint, verify_any
 from dspark_sglang.artifacts import SCHEMA_VERSION, STSArtifact, write_json
-from dspark_sglang.checkpoint import weights_digest
+from dspark_sglang.checkpoint import read_header, revision_of
 from dspark_sglang.errors import ArtifactError, CheckpointError, DSparkError
+from dspark_sglang.layouts.base import weights_digest
 from dspark_sglang.provenance import provenance
-from dspark_sglang.safetensors import read_header
 from tests.packaging import v4_layout
 from tests.packaging.cases import CASES, Case, run_case
 from tests.packaging.large import fill_disk
@@ -266,7 +266,7 @@ def _mix(bundle: Path) -> None:
         name: type(tensor)(tensor.dtype, tensor.shape, (end, end + len(moved)))
     }
     from dspark_packaging.transfer import write_subset
-    from dspark_sglang.safetensors import encode_header
+    from dspark_sglang.checkpoint import encode_header
 
     (bundle / first).write_bytes(encode_header(both, {}) + raw[header.start :] + moved)
     rest = [n for n in read_header(bundle / second).tensors if n != name]

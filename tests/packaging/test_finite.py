@@ -22,9 +22,9 @@ from dspark_packaging.layout import SINGLE_FILE
 from dspark_packaging.manifest import Scan, refuse_not_finite, scan_of
 from dspark_packaging.records import open_package
 from dspark_packaging.smoke import Loaded, check_accepted
-from dspark_sglang.checkpoint import weights_digest
+from dspark_sglang.checkpoint import Header, Tensor
 from dspark_sglang.cli import package as cli
-from dspark_sglang.safetensors import Header, Tensor
+from dspark_sglang.layouts.base import weights_digest
 from tests.packaging.samples import COMMITTED, provenance, put, write_package, write_target
 
 DTYPES = {

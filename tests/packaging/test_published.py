@@ -16,8 +16,8 @@ from dspark_packaging.card import FACTS_FILE, check_card, read_facts, render_car
 from dspark_packaging.errors import PackageError
 from dspark_packaging.hub_rules import check_front_matter
 from dspark_packaging.verify import verify_artifact
-from dspark_sglang.checkpoint import weights_digest
 from dspark_sglang.errors import ArtifactError
+from dspark_sglang.layouts.base import weights_digest
 from tests.packaging.cases import CASES
 from tests.packaging.samples import COMMITTED, add_measurements, edit, put
 

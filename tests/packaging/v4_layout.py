@@ -19,8 +19,8 @@ import numpy as np
 
 from dspark_packaging import artifact
 from dspark_packaging.layout import CONFIG_FILE, INDEX_FILE
-from dspark_sglang.checkpoint import weights_digest
-from dspark_sglang.safetensors import Tensor, encode_header
+from dspark_sglang.checkpoint import Tensor, encode_header
+from dspark_sglang.layouts.base import weights_digest
 from tests.packaging.samples import provenance, put, write_tokenizer
 
 #: DeepSeek-V4-Pro's: layers, layers read, block, noise token, vocabulary.

@@ -9,12 +9,13 @@ from typing import Any
 import msgspec
 
 from dspark_sglang.artifacts import write_json
+from dspark_sglang.layouts.dense.tensors import COPIES
+from dspark_sglang.layouts.memory import SIZES, Loading, Ranks, by_part, disk_bytes
+from dspark_sglang.layouts.v4.config import V4Shape
 from dspark_sglang.planning import plan as planning
-from dspark_sglang.planning import published, v4
+from dspark_sglang.planning import published
 from dspark_sglang.planning.hardware import read
-from dspark_sglang.planning.headers import COPIES
-from dspark_sglang.planning.model import Loading, Model, load
-from dspark_sglang.planning.tensors import SIZES, Layout, by_part, disk_bytes
+from dspark_sglang.planning.model import Model, load
 
 _GB, _GIB = 1e9, 2**30
 _FLASH, _PRO = "deepseek-v4-flash-dspark", "deepseek-v4-pro-dspark"
@@ -54,10 +55,10 @@ def _round(value: float) -> float:
 
 def _drafter(model: Model, key: str, gross: float, net: float) -> dict[str, Anchor]:
     """What drafting adds to a server: memory, which SGLang's logs print in GiB as "GB"."""
-    whole = sum(by_part(model.draft_tensors, Layout()).values())
-    replaced = sum(by_part(model.mtp_tensors, Layout()).values())
+    whole = sum(by_part(model.draft_tensors, Ranks()).values())
+    replaced = sum(by_part(model.mtp_tensors, Ranks()).values())
     experts = [tensor for tensor in model.draft_tensors if tensor.part == "experts"]
-    stages = v4.drafter_shape(model.target.config).layers
+    stages = V4Shape.from_config(model.target.config).layers
     routed = disk_bytes(experts) / _GB
     note = "all weights of the drafter, in the GiB that SGLang's logs call GB"
     return {
@@ -78,7 +79,7 @@ def _anchor(expected: float, computed: float, note: str, unit: str = "GiB") -> A
 
 def _layouts() -> dict[str, Anchor]:
     pro = load(_PRO, None, Loading())
-    eight = Layout(tp=8)
+    eight = Ranks(tp=8)
     base = sum(by_part([*pro.tensors, *pro.mtp_tensors], eight).values())
     small = planning.make(_FLASH, None, read("h100-80x8"))
     wide = planning.make(_PRO, None, read("2xh100-80x8"))

@@ -18,9 +18,9 @@ from rich.table import Table
 from dspark_loadtests.prompts import load_prompts
 from dspark_sglang import targets
 from dspark_sglang.artifacts import SCHEMA_VERSION, CostArtifact, write_json
-from dspark_sglang.checkpoint import weights_digest
 from dspark_sglang.cli.main import run
 from dspark_sglang.errors import ArtifactError, ConfigError
+from dspark_sglang.layouts.base import weights_digest
 from dspark_sglang.provenance import machine, provenance
 from dspark_sglang.simulate.summary import Summary
 from dspark_sglang.values import read_numbers

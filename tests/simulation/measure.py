@@ -24,8 +24,8 @@ from dspark_loadtests.closed_loop import (
 from dspark_loadtests.generator import Load
 from dspark_loadtests.prompts import Prompt, load_prompts
 from dspark_sglang.artifacts import CostArtifact, read_artifact
-from dspark_sglang.checkpoint import weights_digest
 from dspark_sglang.errors import ServerError
+from dspark_sglang.layouts.base import weights_digest
 from dspark_sglang.provenance import machine, provenance
 from dspark_sglang.server import Server, free_port
 from tests.simulation.twin import Observed, Parameters, overheads

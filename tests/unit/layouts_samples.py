@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from dspark_sglang.layouts.dense.config import DrafterConfig, DrafterSpec, parse_drafter_config
+from dspark_sglang.layouts.dense.config import DenseConfig, DrafterSpec, parse_drafter_config
 from dspark_sglang.layouts.dense.write import drafter_config, write_drafter
 from dspark_sglang.training.batches import Packed, visible
 from dspark_sglang.training.model import Drafter
@@ -88,7 +88,7 @@ def stored(
     return folder, model
 
 
-def blocks(config: DrafterConfig, rows: int) -> dict[str, torch.Tensor]:
+def blocks(config: DenseConfig, rows: int) -> dict[str, torch.Tensor]:
     """Random inputs of one sequence: 11 positions, blocks at three anchors."""
     anchors = torch.tensor([[2, 7, 10]])
     packed = Packed(torch.zeros(1, 11), anchors, *[torch.empty(0)] * 4, source=(0,))

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from dspark_sglang.planning import published, v4
+from dspark_sglang.layouts.memory import Tensor
+from dspark_sglang.layouts.v4 import memory as v4
+from dspark_sglang.planning import published
 from dspark_sglang.planning.hardware import Hardware
-from dspark_sglang.planning.tensors import Tensor
 
 #: A Llama small enough to write out by hand.
 LLAMA: dict[str, Any] = {

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from drafter_samples import FLAT, SHAPES, TARGET, actionable, write
 
+from dspark_sglang.checkpoint import read_header
 from dspark_sglang.errors import CheckpointError, ConfigError
 from dspark_sglang.layouts.v4 import tiny
-from dspark_sglang.safetensors import read_header
 from dspark_sglang.serving import arguments
 
 MODE = "SGLANG_RAGGED_VERIFY_MODE"

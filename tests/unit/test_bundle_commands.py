@@ -13,9 +13,9 @@ from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
 from dspark_sglang import diagnosis, targets
-from dspark_sglang.checkpoint import bundle_at, weights_digest
 from dspark_sglang.cli.main import app
 from dspark_sglang.errors import CheckpointError, DSparkError
+from dspark_sglang.layouts.base import bundle_at, weights_digest
 
 
 @pytest.fixture

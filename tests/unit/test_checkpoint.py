@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 from drafter_samples import DSPARK_KEYS, FLAT, SHAPES, TARGET, actionable, write
 from safetensors.numpy import save_file
+from v4_samples import TINY
 
-from dspark_sglang.checkpoint import read_config, read_json, read_shapes, weights_digest
+from dspark_sglang.checkpoint import read_config, read_headers, read_json
 from dspark_sglang.errors import CheckpointError
-from dspark_sglang.layouts.dense.config import check_fits, parse_drafter_config
+from dspark_sglang.layouts.base import check_fits, layout_of, weights_digest
+from dspark_sglang.layouts.dense.config import parse_drafter_config
 from dspark_sglang.layouts.dense.tensors import check_tensors
 
 
@@ -44,20 +46,12 @@ def test_published_layouts_read_alike(config: dict[str, Any]) -> None:
     assert not parsed.bundled
 
 
-def test_bundled_keys_are_recognised() -> None:
-    rest = {k: v for k, v in FLAT.items() if k not in DSPARK_KEYS}
-    parsed = parse_drafter_config(
-        rest
-        | {
-            "dspark_block_size": 5,
-            "dspark_markov_rank": 256,
-            "dspark_noise_token_id": 7,
-            "dspark_target_layer_ids": [0, 2],
-        }
-    )
-    assert parsed.bundled
-    assert (parsed.gamma, parsed.markov_rank, parsed.mask_token_id) == (5, 256, 7)
-    assert parsed.target_layer_ids == (0, 2)
+def test_a_bundle_has_its_targets_layout() -> None:
+    layout = layout_of(TINY)
+    parsed = layout.read(TINY)
+    assert parsed.bundled and layout.bundled and not layout_of(FLAT).bundled
+    assert (parsed.gamma, parsed.markov_rank, parsed.mask_token_id) == (3, 4, 11)
+    assert parsed.target_layer_ids == (3, 4, 5) and parsed.num_layers == 3
     assert parsed.markov_head == "vanilla"
 
 
@@ -149,7 +143,7 @@ def test_config_json_that_is_not_text(tmp_path: Path) -> None:
 def test_no_weights(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(b"x")
     with pytest.raises(CheckpointError) as caught:
-        read_shapes(tmp_path)
+        read_headers(tmp_path)
     actionable(caught.value, found="no .safetensors file", expected="safetensors weights")
 
 
@@ -165,7 +159,8 @@ def test_truncated_weights(drafter: Path, keep: int) -> None:
 
 def test_shapes_of_all_shards(drafter: Path) -> None:
     save_file({"extra": np.zeros((2, 3), np.float32)}, drafter / "model-2.safetensors")
-    assert read_shapes(drafter) == SHAPES | {"extra": (2, 3)}
+    found = {name: tensor.shape for name, tensor in read_headers(drafter).items()}
+    assert found == SHAPES | {"extra": (2, 3)}
 
 
 # --- tensors -------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import pytest
 import torch
 from laws import THRESHOLD, p_value
 from tiny_training import write_target
+from v4_samples import random_tensors
 
 from dspark_sglang.core.accept import Accepted, Round, accept_sampled
 from dspark_sglang.core.draft import draft_block
@@ -22,9 +23,8 @@ from dspark_sglang.errors import ConfigError, DataError, NumericsError
 from dspark_sglang.layouts.dense.config import parse_drafter_config
 from dspark_sglang.layouts.dense.reference import DenseDrafter
 from dspark_sglang.layouts.dense.tensors import dense_tensors
+from dspark_sglang.layouts.v4.config import V4Shape
 from dspark_sglang.layouts.v4.drafter import V4Drafter
-from dspark_sglang.layouts.v4.shape import V4Shape
-from dspark_sglang.layouts.v4.tensors import random_tensors
 from dspark_sglang.training.target import HFTarget, Target
 
 GAMMA = 3

@@ -12,6 +12,7 @@ pytest.importorskip("sglang")
 from sglang.srt.models.dspark import DSparkDraftMixin
 
 from dspark_sglang.errors import CompatibilityError
+from dspark_sglang.layouts.v4.layout import V4
 from dspark_sglang.serving.draft_model import V4DraftModel, draft_model
 
 
@@ -61,7 +62,7 @@ def test_v4() -> None:
     assert torch.equal(states, torch.full((3, 5), 4.0))
     assert torch.equal(found.head_input(states), states + 1)
     assert torch.equal(found.logits(states), states * 3)
-    assert found.own(["mtp.0.norm.weight", "layers.0.attn.wkv.weight"]) == {"mtp.0.norm.weight"}
+    assert V4.own(["mtp.0.norm.weight", "layers.0.attn.wkv.weight"]) == {"mtp.0.norm.weight"}
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from dspark_sglang.artifacts import (
     read_sts,
     write_json,
 )
-from dspark_sglang.checkpoint import read_config, weights_digest
+from dspark_sglang.checkpoint import read_config
 from dspark_sglang.cli.main import app
 from dspark_sglang.core.draft import SAMPLED_SHORTLIST, SHORTLIST, WHOLE_VOCABULARY
 from dspark_sglang.core.engine import Engine
@@ -30,6 +30,7 @@ from dspark_sglang.errors import ConfigError, ServerError
 from dspark_sglang.evaluation import answer, served
 from dspark_sglang.evaluation.answer import Question, load_questions
 from dspark_sglang.evaluation.report import Domain, calibration, lengths
+from dspark_sglang.layouts.base import weights_digest
 from dspark_sglang.layouts.dense.config import parse_drafter_config
 from dspark_sglang.layouts.dense.read import read_drafter
 from dspark_sglang.layouts.dense.reference import DenseDrafter

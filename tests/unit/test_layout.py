@@ -74,7 +74,7 @@ def within(name: str, *prefixes: str) -> bool:
 #: Nothing here may import what runs on top of it.
 FOUNDATION = tuple(
     f"dspark_sglang.{name}"
-    for name in ("errors", "config", "values", "safetensors", "checkpoint", "artifacts", "core")
+    for name in ("errors", "config", "values", "checkpoint", "artifacts", "core")
 )
 TOOLS = (
     "dspark_sglang.cli",

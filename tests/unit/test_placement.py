@@ -27,7 +27,7 @@ from dspark_sglang.core.placement import (
     seconds,
 )
 from dspark_sglang.errors import ConfigError
-from dspark_sglang.layouts.dense.config import DrafterConfig, parse_drafter_config
+from dspark_sglang.layouts.dense.config import DenseConfig, parse_drafter_config
 from dspark_sglang.serving import placement
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,7 +37,7 @@ QWEN8 = Backbone(
 )
 
 
-def smollm() -> DrafterConfig:
+def smollm() -> DenseConfig:
     folder = ROOT / "model_cards" / "smollm2-135m-instruct-dspark"
     return parse_drafter_config(read_config(folder, role="drafter"))
 

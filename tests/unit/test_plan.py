@@ -25,7 +25,9 @@ from typer.testing import CliRunner
 from dspark_sglang.cli import doctor
 from dspark_sglang.cli.main import app
 from dspark_sglang.errors import CheckpointError, ConfigError, DSparkError
-from dspark_sglang.planning import dense, hardware, model, plan, report, v4
+from dspark_sglang.layouts.dense import memory as dense
+from dspark_sglang.layouts.v4 import memory as v4
+from dspark_sglang.planning import hardware, plan, report
 from dspark_sglang.planning.hardware import Hardware
 from dspark_sglang.planning.options import Options
 from dspark_sglang.planning.rules import RULES
@@ -145,10 +147,10 @@ def test_a_missing_index_is_named(llama: Path) -> None:
 def test_an_index_of_another_model_is_noticed(llama: Path) -> None:
     tensors = dense.target(LLAMA, "LlamaForCausalLM", "BF16", "BF16")
     write_index(llama, tensors[:-1])
-    with pytest.raises(CheckpointError, match="1 tensors are missing"):
+    with pytest.raises(CheckpointError, match="lacks 1 tensors"):
         make(llama)
     write_index(llama, [*tensors, msgspec.structs.replace(tensors[0], name="more")])
-    with pytest.raises(CheckpointError, match="1 tensors are unknown, the first more"):
+    with pytest.raises(CheckpointError, match=r"1 tensors more .* the first more"):
         make(llama)
     write_index(llama, tensors, total=12345)
     with pytest.raises(CheckpointError, match="The index in"):
@@ -228,7 +230,6 @@ def test_two_revisions_of_one_bundle_do_not_mix(tmp_path: Path) -> None:
         write_index(folder, v4_tensors(small_v4()))
     with pytest.raises(ConfigError, match="belongs to bbbbbbbbbbbb"):
         make(folders[0], drafter=folders[1])
-    assert model.revision(folders[0]) == "a" * 40
 
 
 def test_a_last_layer_drafter_is_refused_as_when_serving(llama: Path, tmp_path: Path) -> None:

@@ -8,22 +8,27 @@ import pytest
 from plan_samples import GEMMA4, LLAMA, small_v4
 
 from dspark_sglang.errors import CheckpointError, ConfigError
-from dspark_sglang.planning import dense, kv, published, v4
-from dspark_sglang.planning.kv import CompressedKv, DraftKv, FullKv, Serving
-from dspark_sglang.planning.tensors import (
-    Layout,
+from dspark_sglang.layouts.dense import memory as dense
+from dspark_sglang.layouts.memory import (
+    CompressedKv,
+    DraftKv,
+    FullKv,
+    Ranks,
     Split,
     Tensor,
     by_part,
     disk_bytes,
     rank_bytes,
 )
+from dspark_sglang.layouts.v4 import memory as v4
+from dspark_sglang.planning import kv, published
+from dspark_sglang.planning.kv import Serving
 
 HOPPER, BLACKWELL = v4.Kernels(fp8_wo_a=False), v4.Kernels(fp8_wo_a=True)
 
 
-def total(tensors: list[Tensor], layout: Layout | None = None) -> int:
-    return sum(by_part(tensors, layout or Layout()).values())
+def total(tensors: list[Tensor], layout: Ranks | None = None) -> int:
+    return sum(by_part(tensors, layout or Ranks()).values())
 
 
 def tensor(split: Split, shape: tuple[int, ...], **changes: Any) -> Tensor:
@@ -35,22 +40,22 @@ def tensor(split: Split, shape: tuple[int, ...], **changes: Any) -> Tensor:
 
 
 def test_a_rank_holds_its_share() -> None:
-    eight = Layout(tp=8)
+    eight = Ranks(tp=8)
     assert rank_bytes(tensor(Split.WHOLE, (64, 4)), eight) == 64 * 4 * 2
     assert rank_bytes(tensor(Split.TENSOR, (64, 4)), eight) == 8 * 4 * 2
     # Two heads of 32 for eight ranks: four ranks repeat each.
     assert rank_bytes(tensor(Split.HEADS, (64, 4), grain=32), eight) == 32 * 4 * 2
     # 100 rows are padded to 128, and to 192 for three ranks.
-    assert rank_bytes(tensor(Split.VOCAB, (100, 4)), Layout(tp=2)) == 64 * 4 * 2
-    assert rank_bytes(tensor(Split.VOCAB, (100, 4)), Layout(tp=3)) == 64 * 4 * 2
+    assert rank_bytes(tensor(Split.VOCAB, (100, 4)), Ranks(tp=2)) == 64 * 4 * 2
+    assert rank_bytes(tensor(Split.VOCAB, (100, 4)), Ranks(tp=3)) == 64 * 4 * 2
     # Without the padding: the first rank has most.
-    assert rank_bytes(tensor(Split.ROWS, (100, 4)), Layout(tp=2)) == 64 * 4 * 2
-    assert rank_bytes(tensor(Split.ROWS, (100, 4)), Layout()) == 100 * 4 * 2
+    assert rank_bytes(tensor(Split.ROWS, (100, 4)), Ranks(tp=2)) == 64 * 4 * 2
+    assert rank_bytes(tensor(Split.ROWS, (100, 4)), Ranks()) == 100 * 4 * 2
     assert rank_bytes(tensor(Split.WHOLE, (64, 4), kept=""), eight) == 0
 
 
 def test_attention_data_parallelism_repeats_attention_and_the_embedding() -> None:
-    layout = Layout(tp=8, attention_dp=4)
+    layout = Ranks(tp=8, attention_dp=4)
     assert rank_bytes(tensor(Split.ATTENTION, (64, 4)), layout) == 32 * 4 * 2
     assert rank_bytes(tensor(Split.VOCAB, (64, 4)), layout) == 64 * 4 * 2
     assert rank_bytes(tensor(Split.HEAD_VOCAB, (64, 4)), layout) == 32 * 4 * 2
@@ -60,16 +65,16 @@ def test_attention_data_parallelism_repeats_attention_and_the_embedding() -> Non
 def test_experts_are_shared_by_expert_then_by_width() -> None:
     expert = tensor(Split.EXPERTS, (192, 4), grain=128)
     with pytest.raises(ConfigError, match="pieces of 128"):
-        rank_bytes(expert, Layout(tp=2))
-    assert rank_bytes(expert, Layout(tp=2, ep=2)) == 96 * 4 * 2
-    whole = Layout(tp=2, shared_experts_whole=True)
+        rank_bytes(expert, Ranks(tp=2))
+    assert rank_bytes(expert, Ranks(tp=2, ep=2)) == 96 * 4 * 2
+    whole = Ranks(tp=2, shared_experts_whole=True)
     assert rank_bytes(tensor(Split.SHARED, (192, 4), grain=128), whole) == 192 * 4 * 2
 
 
 @pytest.mark.parametrize("split", [Split.TENSOR, Split.ATTENTION, Split.HEADS])
 def test_an_uneven_share_is_refused(split: Split) -> None:
     with pytest.raises(ConfigError, match="for 4 ranks"):
-        rank_bytes(tensor(split, (60, 4), grain=10), Layout(tp=4))
+        rank_bytes(tensor(split, (60, 4), grain=10), Ranks(tp=4))
 
 
 # --- dense models -----------------------------------------------------------------
@@ -117,7 +122,7 @@ def test_v4_checkpoints_have_their_published_size(name: str, disk: float) -> Non
 def test_hopper_unpacks_one_projection_that_blackwell_keeps() -> None:
     config = small_v4()
     wide, narrow = (
-        {t.name: rank_bytes(t, Layout()) for t in v4.target(config, kernels)}
+        {t.name: rank_bytes(t, Ranks()) for t in v4.target(config, kernels)}
         for kernels in (HOPPER, BLACKWELL)
     )
     name = "layers.0.attn.wo_a."
@@ -134,13 +139,13 @@ def test_fp4_experts_take_half_a_byte_and_a_scale_for_32() -> None:
     tensors = [t for t in v4.target(small_v4(), HOPPER) if t.part == "experts"]
     values = 4 * 8 * 3 * 4096 * 2048
     assert total(tensors) == values // 2 + values // 32
-    assert total(tensors, Layout(tp=8)) == total(tensors) // 8
-    assert total(tensors, Layout(tp=8, ep=8)) == total(tensors) // 8
+    assert total(tensors, Ranks(tp=8)) == total(tensors) // 8
+    assert total(tensors, Ranks(tp=8, ep=8)) == total(tensors) // 8
 
 
 def test_what_every_rank_keeps_whole() -> None:
     config = small_v4()
-    one, eight = (by_part(v4.target(config, HOPPER), Layout(tp=tp)) for tp in (1, 8))
+    one, eight = (by_part(v4.target(config, HOPPER), Ranks(tp=tp)) for tp in (1, 8))
     for part in ("compressor", "indexer", "router", "hyper", "norms"):
         assert one[part] == eight[part], part
     assert eight["attention"] < one["attention"]
@@ -189,16 +194,16 @@ SERVING = Serving(max_running=4, draft_tokens=6)
 
 def test_a_full_pool_shares_its_budget_with_the_drafter() -> None:
     draft = DraftKv(full=FullKv(layers=1, heads=2, width=8, element=2))
-    pools = kv.size(FULL, draft, budget=96_000, serving=SERVING, layout=Layout())
+    pools = kv.size(FULL, draft, budget=96_000, serving=SERVING, layout=Ranks())
     assert pools.tokens == 96_000 // (64 + 32)
     assert pools.target_bytes == (pools.tokens + 1) * 64
     assert pools.draft_bytes == (pools.tokens + 1) * 32
     capped = Serving(max_running=4, draft_tokens=6, max_tokens=10)
-    assert kv.size(FULL, draft, budget=96_000, serving=capped, layout=Layout()).tokens == 10
+    assert kv.size(FULL, draft, budget=96_000, serving=capped, layout=Ranks()).tokens == 10
 
 
 def test_nothing_is_allocated_from_nothing() -> None:
-    pools = kv.size(FULL, DraftKv(), budget=-5.0, serving=SERVING, layout=Layout())
+    pools = kv.size(FULL, DraftKv(), budget=-5.0, serving=SERVING, layout=Ranks())
     assert pools.tokens == 0
 
 
@@ -219,7 +224,7 @@ def test_compressed_pools_by_hand() -> None:
 def test_more_requests_leave_fewer_tokens() -> None:
     draft = DraftKv(compressed_stages=3)
     found = [
-        kv.size(V4_KV, draft, budget=4e8, serving=Serving(max_running=n, draft_tokens=6, page_size=256), layout=Layout())
+        kv.size(V4_KV, draft, budget=4e8, serving=Serving(max_running=n, draft_tokens=6, page_size=256), layout=Ranks())
         for n in (4, 16)
     ]  # fmt: skip
     assert found[0].tokens > found[1].tokens > 0
@@ -229,9 +234,7 @@ def test_more_requests_leave_fewer_tokens() -> None:
 
 def test_the_drafter_keeps_one_window_for_each_stage() -> None:
     one, three = (
-        kv.size(
-            V4_KV, DraftKv(compressed_stages=n), budget=4e8, serving=V4_SERVING, layout=Layout()
-        )
+        kv.size(V4_KV, DraftKv(compressed_stages=n), budget=4e8, serving=V4_SERVING, layout=Ranks())
         for n in (1, 3)
     )
     assert three.draft_bytes == pytest.approx(3 * one.draft_bytes, abs=2)

@@ -12,11 +12,18 @@ import pytest
 import torch
 from v4_samples import TINY, make
 
+from dspark_sglang.layouts.v4.config import V4Shape
 from dspark_sglang.layouts.v4.drafter import V4Drafter
-from dspark_sglang.layouts.v4.hyper import Collapse, HyperConnection, read, sinkhorn, write
-from dspark_sglang.layouts.v4.moe import MixtureOfExperts
-from dspark_sglang.layouts.v4.rotate import frequencies, turn
-from dspark_sglang.layouts.v4.shape import V4Shape
+from dspark_sglang.layouts.v4.layers import (
+    Collapse,
+    HyperConnection,
+    MixtureOfExperts,
+    frequencies,
+    read,
+    sinkhorn,
+    turn,
+    write,
+)
 
 
 @pytest.fixture(autouse=True)

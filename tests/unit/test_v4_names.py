@@ -11,14 +11,16 @@ from typing import Any
 
 import pytest
 
+from dspark_sglang.checkpoint import Tensor
 from dspark_sglang.errors import CheckpointError
+from dspark_sglang.layouts.base import Stored, compare
 from dspark_sglang.layouts.v4 import tiny
-from dspark_sglang.layouts.v4.names import (
-    Stored,
-    has_drafter,
-    map_names,
+from dspark_sglang.layouts.v4.config import has_drafter
+from dspark_sglang.layouts.v4.tensors import (
+    expected,
     plain_bundle,
     published_bundle,
+    usual,
 )
 from dspark_sglang.planning import published
 
@@ -152,39 +154,55 @@ def test_bytes_and_numbers_are_the_published_ones(lists: dict[str, dict[str, Sto
     assert total(drafter)[1] / 1e9 == pytest.approx(10.863, abs=5e-4)
 
 
+def headers(held: dict[str, Stored]) -> dict[str, Tensor]:
+    return {name: Tensor(*stored, (0, 0)) for name, stored in held.items()}
+
+
+def check(held: dict[str, Tensor], given: dict[str, Any]) -> None:
+    named = {usual(name): header for name, header in held.items()}
+    compare(named, expected(named, plain_bundle(given), given), where="It")
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_every_published_name_maps(name: str, lists: dict[str, dict[str, Stored]]) -> None:
-    found = map_names(lists[name], config(name))
-    assert found.unknown == []
-    assert found.missing == []
-    assert len(found.mapped) == len(lists[name])
-    assert set(found.mapped.values()) == plain_bundle(config(name)).keys()
+def test_every_published_name_is_expected(name: str, lists: dict[str, dict[str, Stored]]) -> None:
+    check(headers(lists[name]), config(name))
 
 
-def test_what_is_left_over_is_named() -> None:
-    names = list(plain_bundle(tiny.CONFIG))
-    given = [name for name in names if name != "layers.2.attn.indexer.wq_b.weight"]
-    given += ["layers.0.engram.wkv.weight", "layers.0.attn_norm.scale", "mtp.3.attn.wkv.weight"]
-    found = map_names(given, tiny.CONFIG)
-    assert found.missing == ["layers.2.attn.indexer.wq_b.weight"]
-    assert found.unknown == sorted(given[-3:])
+PLAIN = {name: Tensor("F32", shape, (0, 0)) for name, shape in plain_bundle(tiny.CONFIG).items()}
+
+
+def test_what_is_missing_is_named() -> None:
+    lacking = {n: h for n, h in PLAIN.items() if n != "layers.2.attn.indexer.wq_b.weight"}
+    with pytest.raises(CheckpointError, match=r"no tensor layers\.2\.attn\.indexer\.wq_b\.weight"):
+        check(lacking, tiny.CONFIG)
+
+
+@pytest.mark.parametrize(
+    "name", ["layers.0.engram.wkv.weight", "layers.0.attn_norm.scale", "mtp.3.attn.wkv.weight"]
+)
+def test_what_is_left_over_is_named(name: str) -> None:
+    more = Tensor("F32", (1,), (0, 0))
+    with pytest.raises(CheckpointError, match=f"the first {name}"):
+        check(PLAIN | {name: more}, tiny.CONFIG)
 
 
 def test_a_scale_alone_is_not_its_weight() -> None:
-    held = published_bundle(tiny.CONFIG | tiny.PUBLISHED)
-    given = [name for name in held if name != "mtp.1.attn.wkv.weight"]
-    found = map_names(given, tiny.CONFIG)
-    assert found.missing == ["mtp.1.attn.wkv.weight"]
-    assert found.mapped["mtp.1.attn.wkv.scale"] == "mtp.1.attn.wkv.weight"
+    held = headers(published_bundle(tiny.CONFIG | tiny.PUBLISHED))
+    del held["mtp.1.attn.wkv.weight"]
+    with pytest.raises(CheckpointError, match=r"no tensor mtp\.1\.attn\.wkv\.weight"):
+        check(held, tiny.CONFIG)
 
 
-def test_other_names_of_the_markov_head_map() -> None:
-    names = [
-        name.replace("markov_w1", "embed").replace("markov_w2", "head")
-        for name in plain_bundle(tiny.CONFIG)
-    ]
-    found = map_names(names, tiny.CONFIG)
-    assert (found.unknown, found.missing) == ([], [])
+def test_other_names_of_the_markov_head_and_of_scales_are_taken() -> None:
+    held = headers(published_bundle(tiny.CONFIG | tiny.PUBLISHED))
+    renamed = {
+        name.replace("markov_w1", "embed")
+        .replace("markov_w2", "head")
+        .replace("wkv.scale", "wkv.weight_scale_inv"): header
+        for name, header in held.items()
+    }
+    assert renamed.keys() != held.keys()
+    check(renamed, tiny.CONFIG)
 
 
 def test_some_of_the_drafters_keys_are_an_error() -> None:

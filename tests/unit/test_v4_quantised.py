@@ -10,19 +10,22 @@ import torch
 from safetensors import safe_open
 from transformers import AutoTokenizer
 
-from dspark_sglang.checkpoint import weight_files
+from dspark_sglang.checkpoint import read_header, weight_files
 from dspark_sglang.layouts.v4 import tiny
-from dspark_sglang.layouts.v4.names import published_bundle
-from dspark_sglang.layouts.v4.quantised import (
+from dspark_sglang.layouts.v4.drafter import load as load_drafter
+from dspark_sglang.layouts.v4.drafter import load_tensors
+from dspark_sglang.layouts.v4.storage import (
+    EXACT,
+    STORED,
     dequantise_fp4,
     dequantise_fp8,
     quantise_fp4,
     quantise_fp8,
     round_fp4,
+    round_index,
+    round_latents,
 )
-from dspark_sglang.layouts.v4.reference import load_drafter, load_tensors
-from dspark_sglang.layouts.v4.stored import EXACT, STORED, round_index, round_latents
-from dspark_sglang.safetensors import read_header
+from dspark_sglang.layouts.v4.tensors import published_bundle
 
 
 @pytest.mark.parametrize("shape", [(128, 128), (130, 260), (1, 1), (64, 512)], ids=str)

@@ -10,11 +10,10 @@ import pytest
 import torch
 
 from dspark_sglang.layouts.v4 import tiny
+from dspark_sglang.layouts.v4.config import TargetShape, V4Shape
 from dspark_sglang.layouts.v4.drafter import V4Drafter
 from dspark_sglang.layouts.v4.reference import Forward, Reference
-from dspark_sglang.layouts.v4.shape import V4Shape
-from dspark_sglang.layouts.v4.stored import EXACT, STORED
-from dspark_sglang.layouts.v4.target import TargetShape
+from dspark_sglang.layouts.v4.storage import EXACT, STORED
 from tests.v4.planted import BEYOND_TOP_K, MISTAKES, gaps
 
 #: The largest gap that a float32 server left at 400 tokens: it rounds to fp8 too, but not always alike.

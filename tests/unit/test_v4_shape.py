@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from v4_samples import FLASH, TINY, make
+from v4_samples import FLASH, TINY, make, random_tensors
 
 from dspark_sglang.errors import CheckpointError
+from dspark_sglang.layouts.v4.config import V4Shape
 from dspark_sglang.layouts.v4.drafter import V4Drafter
-from dspark_sglang.layouts.v4.shape import V4Shape
-from dspark_sglang.layouts.v4.tensors import random_tensors, v4_tensors
+from dspark_sglang.layouts.v4.tensors import v4_tensors
 
 PRO = FLASH | {
     "hidden_size": 7168,

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
+from dspark_sglang.layouts.v4.config import V4Shape
 from dspark_sglang.layouts.v4.drafter import V4Drafter
-from dspark_sglang.layouts.v4.shape import V4Shape
-from dspark_sglang.layouts.v4.tensors import random_tensors
+from dspark_sglang.layouts.v4.tensors import v4_tensors
 
 FLASH: dict[str, Any] = {
     "hidden_size": 4096,
@@ -64,6 +64,20 @@ TINY = FLASH | {
     "dspark_noise_token_id": 11,
     "dspark_target_layer_ids": [3, 4, 5],
 }
+
+
+def random_tensors(shape: V4Shape, seed: int) -> dict[str, torch.Tensor]:
+    """Random float32 weights under which every part of the drafter matters; for tiny shapes."""
+    generator = torch.Generator().manual_seed(seed)
+    made: dict[str, torch.Tensor] = {}
+    for name, size in v4_tensors(shape).items():
+        value = torch.randn(size, generator=generator)
+        if name.endswith("norm.weight"):
+            value = 1.0 + 0.1 * value
+        elif len(size) == 2 and "markov_w1" not in name:
+            value = value / size[-1] ** 0.5
+        made[name] = value
+    return made
 
 
 def make(seed: int = 0, **changes: Any) -> tuple[V4Shape, dict[str, torch.Tensor], V4Drafter]:

@@ -19,9 +19,13 @@ from typing import Any, NamedTuple
 
 import torch
 
+from dspark_sglang.checkpoint import Tensor
+from dspark_sglang.layouts.base import compare
 from dspark_sglang.layouts.v4 import tiny
-from dspark_sglang.layouts.v4.names import map_names, published_bundle
-from dspark_sglang.layouts.v4.reference import Reference, load_drafter, load_tensors
+from dspark_sglang.layouts.v4.drafter import load as load_drafter
+from dspark_sglang.layouts.v4.drafter import load_tensors
+from dspark_sglang.layouts.v4.reference import Reference
+from dspark_sglang.layouts.v4.tensors import expected, plain_bundle, published_bundle
 from dspark_sglang.planning import published
 from dspark_sglang.provenance import machine, versions
 from dspark_sglang.server import Server
@@ -329,10 +333,11 @@ def measure_names(folder: Path) -> dict[str, Any]:
     for short, name in (("flash", "deepseek-v4-flash-dspark"), ("pro", "deepseek-v4-pro-dspark")):
         known = published.find(name)
         assert known is not None
-        names = list(published_bundle(known.config))
-        mapped = map_names(names, known.config)
-        assert not mapped.unknown and not mapped.missing
-        found[short] = {"mapped": len(mapped.mapped), "of": len(names)}
+        held = {
+            name: Tensor(*stored, (0, 0)) for name, stored in published_bundle(known.config).items()
+        }
+        compare(held, expected(held, plain_bundle(known.config), known.config), where=name)
+        found[short] = {"mapped": len(held), "of": len(held)}
     return found
 
 

@@ -1,8 +1,7 @@
-"""What a dense drafter's ``config.json`` says, and whether it fits a target.
+"""What a dense drafter's ``config.json`` says.
 
 Keys are at the top level or nested under ``dflash_config`` / ``dspark_config``. Layers are Qwen 3's
-(``Qwen3DSparkModel`` and its siblings) or Gemma 4's (``Gemma4DSparkModel``). Of a bundle, a target with its
-drafter inside, the ``dspark_*`` keys are read.
+(``Qwen3DSparkModel`` and its siblings) or Gemma 4's (``Gemma4DSparkModel``).
 """
 
 from __future__ import annotations
@@ -12,34 +11,17 @@ from typing import Any, Literal
 
 import msgspec
 
-from dspark_sglang.checkpoint import is_bundle, text_config
 from dspark_sglang.errors import CheckpointError
+from dspark_sglang.layouts.base import DrafterConfig, text_config
 
 MARKOV_HEADS = ("vanilla", "gated", "rnn")
 GEMMA4 = "Gemma4DSparkModel"
 MarkovKind = Literal["vanilla", "gated", "rnn", "none"]
 
 
-class DrafterConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """What a drafter's ``config.json`` says about drafting."""
+class DenseConfig(DrafterConfig, frozen=True, kw_only=True):
+    """What a dense drafter's ``config.json`` says."""
 
-    gamma: int
-    markov_rank: int
-    markov_head: str
-    mask_token_id: int
-    target_layer_ids: tuple[int, ...]
-    confidence_head: bool
-    confidence_with_markov: bool
-    hidden_size: int
-    vocab_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    intermediate_size: int
-    num_target_layers: int | None
-    bundled: bool
-    sample_from_anchor: bool = True
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     #: Layers as Gemma 4's: sandwich norms, normed values, tanh-GELU, attention scale 1.
@@ -84,9 +66,7 @@ class DrafterSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     draft_vocabulary: int | None = None
 
 
-def _lookup(config: Mapping[str, Any], key: str, bundled_key: str | None = None) -> Any:
-    if bundled_key and config.get(bundled_key) is not None:
-        return config[bundled_key]
+def _lookup(config: Mapping[str, Any], key: str) -> Any:
     for section in ("dspark_config", "dflash_config"):
         nested = config.get(section)
         if isinstance(nested, Mapping) and nested.get(key) is not None:
@@ -94,8 +74,8 @@ def _lookup(config: Mapping[str, Any], key: str, bundled_key: str | None = None)
     return config.get(key)
 
 
-def _require(config: Mapping[str, Any], key: str, bundled_key: str | None = None) -> Any:
-    value = _lookup(config, key, bundled_key)
+def _require(config: Mapping[str, Any], key: str) -> Any:
+    value = _lookup(config, key)
     if value is None:
         raise CheckpointError(
             f"The drafter's config.json has no {key}.",
@@ -105,7 +85,7 @@ def _require(config: Mapping[str, Any], key: str, bundled_key: str | None = None
     return value
 
 
-def parse_drafter_config(config: Mapping[str, Any]) -> DrafterConfig:
+def parse_drafter_config(config: Mapping[str, Any]) -> DenseConfig:
     """Read the DSpark fields of a configuration in any published layout.
 
     Raises:
@@ -121,9 +101,9 @@ def parse_drafter_config(config: Mapping[str, Any]) -> DrafterConfig:
         ) from error
 
 
-def _parse(config: Mapping[str, Any]) -> DrafterConfig:
-    rank = int(_require(config, "markov_rank", "dspark_markov_rank"))
-    head = str(_lookup(config, "markov_head_type", "dspark_markov_head_type") or "vanilla").lower()
+def _parse(config: Mapping[str, Any]) -> DenseConfig:
+    rank = int(_require(config, "markov_rank"))
+    head = str(_lookup(config, "markov_head_type") or "vanilla").lower()
     if head not in MARKOV_HEADS:
         raise CheckpointError(
             f"markov_head_type is {head!r}.",
@@ -131,14 +111,12 @@ def _parse(config: Mapping[str, Any]) -> DrafterConfig:
             fix="Use a drafter with one of these heads.",
         )
     hidden = int(_require(config, "hidden_size"))
-    parsed = DrafterConfig(
-        gamma=int(_require(config, "block_size", "dspark_block_size")),
+    parsed = DenseConfig(
+        gamma=int(_require(config, "block_size")),
         markov_rank=rank,
         markov_head=head,
-        mask_token_id=int(_require(config, "mask_token_id", "dspark_noise_token_id")),
-        target_layer_ids=tuple(
-            int(i) for i in _require(config, "target_layer_ids", "dspark_target_layer_ids")
-        ),
+        mask_token_id=int(_require(config, "mask_token_id")),
+        target_layer_ids=tuple(int(i) for i in _require(config, "target_layer_ids")),
         confidence_head=bool(config.get("enable_confidence_head", True)),
         confidence_with_markov=bool(config.get("confidence_head_with_markov", rank > 0)),
         hidden_size=hidden,
@@ -146,7 +124,6 @@ def _parse(config: Mapping[str, Any]) -> DrafterConfig:
         num_layers=int(_require(config, "num_hidden_layers")),
         intermediate_size=int(config.get("intermediate_size", 0)),
         num_target_layers=config.get("num_target_layers"),
-        bundled=is_bundle(config),
         sample_from_anchor=bool(config.get("sample_from_anchor", True)),
         rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
         gain_minus_one=bool(config.get("use_gemma_norm", False)),
@@ -168,7 +145,7 @@ def is_gemma4(config: Mapping[str, Any]) -> bool:
 
 
 def attention_shape(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Heads and RoPE as fields of :class:`DrafterConfig`, from a drafter's configuration."""
+    """Heads and RoPE as fields of :class:`DenseConfig`, from a drafter's configuration."""
     heads = int(_require(config, "num_attention_heads"))
     kv_heads = int(config.get("num_key_value_heads") or heads)
     rope = config.get("rope_parameters") or {}
@@ -194,7 +171,7 @@ def attention_shape(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def check_served(config: DrafterConfig, target: Mapping[str, Any] | None = None) -> None:
+def check_served(config: DenseConfig, target: Mapping[str, Any] | None = None) -> None:
     """Check that SGLang 0.5.23 can run a stand-alone drafter of this kind at all.
 
     Args:
@@ -224,44 +201,4 @@ def check_served(config: DrafterConfig, target: Mapping[str, Any] | None = None)
             f"The drafter is a {GEMMA4}.",
             expected="an architecture that SGLang has (Qwen3DSparkModel, DSparkDraftModel, ...)",
             fix="Train one for this target with drafter.layout qwen3, or serve this one with vLLM.",
-        )
-
-
-def check_fits(config: DrafterConfig, target: Mapping[str, Any], *, name: str = "target") -> None:
-    """Check that a drafter was made for a target of this shape.
-
-    Args:
-        config: the drafter.
-        target: the target's ``config.json`` (text configuration nested or not).
-        name: how to call the target in messages.
-
-    Raises:
-        CheckpointError: hidden size, vocabulary, layer ids or mask token do not fit.
-    """
-    shape = text_config(target)
-    fix = f"Use a drafter made for {name}, at the same revision."
-    for ours, theirs, what in (
-        (config.hidden_size, shape.get("hidden_size"), "hidden_size"),
-        (config.vocab_size, shape.get("vocab_size"), "vocab_size"),
-        (config.num_target_layers, shape.get("num_hidden_layers"), "num_target_layers"),
-    ):
-        if ours is not None and theirs is not None and int(ours) != int(theirs):
-            raise CheckpointError(
-                f"The drafter's {what} is {ours}.", expected=f"{theirs}, as in {name}", fix=fix
-            )
-    layers = shape.get("num_hidden_layers")
-    if layers is not None:
-        outside = [i for i in config.target_layer_ids if not -1 <= i < int(layers)]
-        if outside:
-            raise CheckpointError(
-                f"The drafter reads target layers {outside}.",
-                expected=f"layers -1 to {int(layers) - 1} of {name}",
-                fix=fix,
-            )
-    vocab = shape.get("padded_vocab_size") or shape.get("vocab_size")
-    if vocab is not None and not 0 <= config.mask_token_id < int(vocab):
-        raise CheckpointError(
-            f"The drafter's mask_token_id is {config.mask_token_id}.",
-            expected=f"a token below {vocab}",
-            fix=fix,
         )

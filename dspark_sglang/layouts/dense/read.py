@@ -17,9 +17,10 @@ import msgspec
 import torch
 from safetensors import SafetensorError, safe_open
 
-from dspark_sglang.checkpoint import read_config, weight_files
+from dspark_sglang.checkpoint import Tensor, read_config, weight_files
 from dspark_sglang.errors import CheckpointError
-from dspark_sglang.layouts.dense.config import DrafterConfig, is_gemma4, parse_drafter_config
+from dspark_sglang.layouts.base import Stored, compare
+from dspark_sglang.layouts.dense.config import DenseConfig, is_gemma4, parse_drafter_config
 from dspark_sglang.layouts.dense.tensors import check_tensors, dense_tensors
 
 #: Architectures whose layers :mod:`dspark_sglang.training.model` computes.
@@ -37,7 +38,7 @@ class Existing(msgspec.Struct, frozen=True, kw_only=True):
     """A drafter on disk."""
 
     directory: Path
-    config: DrafterConfig
+    config: DenseConfig
     #: Whether it has a Markov head.
     markov: bool
     #: Published names, float32, norm gains as they multiply.
@@ -102,38 +103,23 @@ def read_existing(directory: Path) -> Existing:
     else:
         config = parse_drafter_config(raw)
     tensors = read_tensors(directory)
-    _check_tensors(directory, config, tensors)
+    markov = "markov_head.markov_w1.weight" in tensors
+    wanted = {
+        name: Stored("", shape)
+        for name, shape in dense_tensors(config).items()
+        if markov or "_head." not in name
+    }
+    held = {name: Tensor("", tuple(value.shape), (0, 0)) for name, value in tensors.items()}
+    compare(held, wanted, where=directory)
     if config.gain_minus_one:
         tensors = {
             name: value + 1.0 if name.endswith("norm.weight") else value
             for name, value in tensors.items()
         }
-    markov = "markov_head.markov_w1.weight" in tensors
     return Existing(directory=directory, config=config, markov=markov, tensors=tensors)
 
 
-def _check_tensors(
-    directory: Path, config: DrafterConfig, tensors: Mapping[str, torch.Tensor]
-) -> None:
-    wanted = dense_tensors(config)
-    if "markov_head.markov_w1.weight" not in tensors:
-        wanted = {name: shape for name, shape in wanted.items() if "_head." not in name}
-    wrong = [
-        f"{name} {list(value.shape)}"
-        for name, value in tensors.items()
-        if tuple(value.shape) != wanted.get(name)
-    ]
-    missing = sorted(wanted.keys() - tensors.keys())
-    if wrong or missing:
-        some = [f"no {name}" for name in missing] + wrong
-        raise CheckpointError(
-            f"{directory} holds {', '.join(some[:4])}{' and more' if len(some) > 4 else ''}.",
-            expected="exactly the tensors that its config.json implies",
-            fix="Download the drafter again, or give another one.",
-        )
-
-
-def _dflash_config(raw: Mapping[str, Any]) -> DrafterConfig:
+def _dflash_config(raw: Mapping[str, Any]) -> DenseConfig:
     """A DFlash configuration in DSpark's terms, with heads that the checkpoint has not.
 
     DeepSpec's own DFlash runs (``Qwen3DSparkModel`` with ``markov_rank`` 0) count gamma rows and
@@ -193,7 +179,7 @@ def read_tensors(directory: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def read_drafter(directory: Path) -> tuple[DrafterConfig, dict[str, torch.Tensor]]:
+def read_drafter(directory: Path) -> tuple[DenseConfig, dict[str, torch.Tensor]]:
     """Configuration and float32 tensors of a complete DSpark drafter.
 
     Raises:

@@ -12,12 +12,14 @@ gain.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch.nn.functional import gelu, linear, rms_norm, scaled_dot_product_attention, silu
 
 from dspark_sglang.core.heads import ConfidenceHead, MarkovHead
-from dspark_sglang.layouts.dense.config import DrafterConfig
+from dspark_sglang.layouts.dense.config import DenseConfig
+from dspark_sglang.layouts.dense.read import read_drafter
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -39,6 +41,102 @@ def rotate(
     return torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1)
 
 
+def norm(x: torch.Tensor, gain: torch.Tensor, config: DenseConfig) -> torch.Tensor:
+    """Root-mean-square norm of ``[..., D]`` with a gain ``[D]``, in the type of ``x``."""
+    return rms_norm(x, (x.shape[-1],), gain.to(x.dtype), config.rms_norm_eps)
+
+
+def draft_layer(
+    t: Tensors,
+    p: str,
+    config: DenseConfig,
+    x: torch.Tensor,
+    own: torch.Tensor,
+    context: torch.Tensor,
+    before: torch.Tensor,
+    seen: torch.Tensor,
+) -> torch.Tensor:
+    """One draft layer, as it is served and as it is trained.
+
+    Args:
+        t: tensors by published name.
+        p: prefix of the layer's.
+        config: their sizes.
+        x: ``[B, Q, d]`` block rows.
+        own: ``[B, Q]`` int64 their positions.
+        context: ``[S, d]``, or ``[B, S, d]``, context rows.
+        before: ``[S]`` or ``[B, S]`` int64 their positions.
+        seen: bool that broadcasts to ``[B, 1, Q, S + Q]``.
+
+    Returns:
+        ``[B, Q, d]``.
+    """
+
+    def normed(x: torch.Tensor, name: str) -> torch.Tensor:
+        return norm(x, t[f"{p}{name}.weight"], config)
+
+    def project(x: torch.Tensor, name: str) -> torch.Tensor:
+        return linear(x, t[f"{p}{name}_proj.weight"])
+
+    attended = _attention(
+        t, f"{p}self_attn.", config, normed(x, "input_layernorm"), own, context, before, seen
+    )
+    if config.gemma4:
+        attended = normed(attended, "post_attention_layernorm")
+    x = x + attended
+    h = normed(x, "pre_feedforward_layernorm" if config.gemma4 else "post_attention_layernorm")
+    gate = project(h, "mlp.gate")
+    gate = gelu(gate, approximate="tanh") if config.gemma4 else silu(gate)
+    inner = project(gate * project(h, "mlp.up"), "mlp.down")
+    if not config.gemma4:
+        return x + inner
+    return (x + normed(inner, "post_feedforward_layernorm")) * t[f"{p}layer_scalar"].to(x.dtype)
+
+
+def _attention(
+    t: Tensors,
+    p: str,
+    config: DenseConfig,
+    h: torch.Tensor,
+    own: torch.Tensor,
+    context: torch.Tensor,
+    before: torch.Tensor,
+    seen: torch.Tensor,
+) -> torch.Tensor:
+    """Queries from normed block rows ``h`` ``[B, Q, d]``, keys and values from context and block rows alike."""
+
+    def project(x: torch.Tensor, name: str, heads: int) -> torch.Tensor:
+        flat = linear(x, t[f"{p}{name}_proj.weight"])
+        return flat.view(*x.shape[:-1], heads, config.head_dim)
+
+    def turned(x: torch.Tensor, positions: torch.Tensor, name: str) -> torch.Tensor:
+        normed = norm(x, t[f"{p}{name}_norm.weight"], config)
+        return rotate(normed, positions, config.rope_theta, config.rope_share)
+
+    def keys_values(x: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        key = project(x, "k", config.num_kv_heads)
+        value = key if config.shared_kv else project(x, "v", config.num_kv_heads)
+        if config.gemma4:
+            value = rms_norm(value, (config.head_dim,), eps=config.rms_norm_eps)
+        return turned(key, positions, "k"), value
+
+    batch, rows, _ = h.shape
+    query = turned(project(h, "q", config.num_heads), own, "q")
+    # Repeated rather than grouped: kernels that take a mask do not group.
+    group = config.num_heads // config.num_kv_heads
+    key, value = (
+        torch.cat([shared.expand(batch, -1, -1, -1), block], dim=1)
+        .transpose(1, 2)
+        .repeat_interleave(group, dim=1)
+        for shared, block in zip(keys_values(context, before), keys_values(h, own), strict=True)
+    )
+    scale = 1.0 if config.gemma4 else None
+    out = scaled_dot_product_attention(
+        query.transpose(1, 2), key, value, attn_mask=seen, scale=scale
+    )
+    return linear(out.transpose(1, 2).reshape(batch, rows, -1), t[f"{p}o_proj.weight"])
+
+
 class DenseDrafter:
     """Forward passes over a checkpoint in the published dense layout.
 
@@ -48,7 +146,7 @@ class DenseDrafter:
         embedding: ``[V, d]`` the target's.
     """
 
-    def __init__(self, tensors: Tensors, config: DrafterConfig, embedding: torch.Tensor) -> None:
+    def __init__(self, tensors: Tensors, config: DenseConfig, embedding: torch.Tensor) -> None:
         self.config = config
         self._t = {name.removeprefix("model."): value for name, value in tensors.items()}
         self._mask = embedding[config.mask_token_id]
@@ -77,8 +175,7 @@ class DenseDrafter:
         return self._t[f"{name}.weight"], self._t[f"{name}.bias"]
 
     def _norm(self, x: torch.Tensor, name: str) -> torch.Tensor:
-        weight = self._t[f"{name}.weight"]
-        return rms_norm(x, (x.shape[-1],), weight, self.config.rms_norm_eps)
+        return norm(x, self._t[f"{name}.weight"], self.config)
 
     def context(self, target_hidden: torch.Tensor) -> torch.Tensor:
         """``[S, layers * d]`` concatenated target states to ``[S, d]`` context rows."""
@@ -104,70 +201,27 @@ class DenseDrafter:
         x = self._mask.expand(blocks, rows, -1).clone()
         x[:, 0] = embedding
         own = anchors[:, None] + torch.arange(rows)
-        seen = torch.arange(context.shape[0]) < anchors[:, None]
+        before = torch.arange(context.shape[0])
+        seen = before < anchors[:, None]
         visible = torch.cat([seen, torch.ones(blocks, rows, dtype=torch.bool)], dim=1)
+        visible = visible[:, None, None]
         for layer in range(self.config.num_layers):
-            x = self._layer(f"layers.{layer}", x, context, own, visible)
+            x = draft_layer(
+                self._t, f"layers.{layer}.", self.config, x, own, context, before, visible
+            )
         return self._norm(x, "norm")[:, rows - self.gamma :]
 
     def base_logits(self, hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
         """``[..., d]`` final hidden states through the target's ``[V, d]`` LM head."""
         return linear(hidden, head)
 
-    def _layer(
-        self, p: str, x: torch.Tensor, context: torch.Tensor, own: torch.Tensor, seen: torch.Tensor
-    ) -> torch.Tensor:
-        attended = self._attention(p, self._norm(x, f"{p}.input_layernorm"), context, own, seen)
-        if not self.config.gemma4:
-            x = x + attended
-            return x + self._mlp(p, self._norm(x, f"{p}.post_attention_layernorm"))
-        x = x + self._norm(attended, f"{p}.post_attention_layernorm")
-        inner = self._mlp(p, self._norm(x, f"{p}.pre_feedforward_layernorm"))
-        return (x + self._norm(inner, f"{p}.post_feedforward_layernorm")) * self._t[
-            f"{p}.layer_scalar"
-        ]
 
-    def _mlp(self, p: str, h: torch.Tensor) -> torch.Tensor:
-        gate, up = (linear(h, self._t[f"{p}.mlp.{n}_proj.weight"]) for n in ("gate", "up"))
-        gate = gelu(gate, approximate="tanh") if self.config.gemma4 else silu(gate)
-        return linear(gate * up, self._t[f"{p}.mlp.down_proj.weight"])
+def load(directory: Path, dtype: torch.dtype, embedding: torch.Tensor) -> DenseDrafter:
+    """The drafter in a directory, with the target's ``[V, d]`` embedding.
 
-    def _attention(
-        self, p: str, h: torch.Tensor, context: torch.Tensor, own: torch.Tensor, seen: torch.Tensor
-    ) -> torch.Tensor:
-        """``h`` ``[A, rows, d]`` at positions ``own`` over context ``[S, d]`` and itself, as ``seen`` says."""
-        config, blocks, rows = self.config, *h.shape[:2]
-
-        def project(source: torch.Tensor, name: str, heads: int) -> torch.Tensor:
-            flat = linear(source, self._t[f"{p}.self_attn.{name}_proj.weight"])
-            return flat.view(*source.shape[:-1], heads, config.head_dim)
-
-        def turned(x: torch.Tensor, positions: torch.Tensor, norm: str) -> torch.Tensor:
-            normed = self._norm(x, f"{p}.self_attn.{norm}")
-            return rotate(normed, positions, config.rope_theta, config.rope_share)
-
-        def keys_values(
-            source: torch.Tensor, positions: torch.Tensor
-        ) -> tuple[torch.Tensor, torch.Tensor]:
-            key = project(source, "k", config.num_kv_heads)
-            value = key if config.shared_kv else project(source, "v", config.num_kv_heads)
-            if config.gemma4:
-                value = rms_norm(value, (config.head_dim,), eps=config.rms_norm_eps)
-            return turned(key, positions, "k_norm"), value
-
-        query = turned(project(h, "q", config.num_heads), own, "q_norm")
-        shared = keys_values(context, torch.arange(len(context)))
-        key, value = (
-            torch.cat([before.expand(blocks, -1, -1, -1), block], dim=1).transpose(1, 2)
-            for before, block in zip(shared, keys_values(h, own), strict=True)
-        )
-        out = scaled_dot_product_attention(
-            query.transpose(1, 2),
-            key,
-            value,
-            attn_mask=seen[:, None, None],
-            scale=1.0 if config.gemma4 else None,
-            enable_gqa=True,
-        )
-        flat = out.transpose(1, 2).reshape(blocks, rows, -1)
-        return linear(flat, self._t[f"{p}.self_attn.o_proj.weight"])
+    Raises:
+        CheckpointError: damaged, incomplete, or of another architecture.
+    """
+    config, tensors = read_drafter(directory)
+    stored = {name: value.to(dtype) for name, value in tensors.items()}
+    return DenseDrafter(stored, config, embedding)

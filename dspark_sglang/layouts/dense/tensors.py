@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from dspark_sglang.checkpoint import read_shapes
+from dspark_sglang.checkpoint import Tensor, read_headers
 from dspark_sglang.errors import CheckpointError
-from dspark_sglang.layouts.dense.config import DrafterConfig
+from dspark_sglang.layouts.base import Stored, compare
+from dspark_sglang.layouts.dense.config import DenseConfig
+
+#: Copies of the target's that drafters may carry; servers use the target's own.
+COPIES = ("embed_tokens.weight", "lm_head.weight")
 
 
 def dense_layer(
@@ -42,7 +46,7 @@ def dense_layer(
     return shapes
 
 
-def dense_tensors(config: DrafterConfig) -> dict[str, tuple[int, ...]]:
+def dense_tensors(config: DenseConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor of the dense layout and its shape."""
     hidden, rank, vocab = config.hidden_size, config.markov_rank, config.vocab_size
     features = hidden + (rank if config.confidence_with_markov else 0)
@@ -77,20 +81,24 @@ def dense_tensors(config: DrafterConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def check_tensors(directory: Path, config: DrafterConfig) -> None:
+def check_tensors(directory: Path, config: DenseConfig) -> None:
     """Compare the stored tensors of a dense drafter with what its configuration implies.
 
     Raises:
         CheckpointError: damaged file, missing head, missing tensor or wrong shape.
     """
-    check_shapes(read_shapes(directory), config, where=str(directory))
+    check_headers(read_headers(directory), config, where=directory)
 
 
-def check_shapes(
-    shapes: Mapping[str, tuple[int, ...]], config: DrafterConfig, *, where: str
+def check_headers(
+    headers: Mapping[str, Tensor], config: DenseConfig, *, where: object, strict: bool = False
 ) -> None:
-    """As :func:`check_tensors`, of shapes by stored name; ``where`` names them in errors."""
-    stored = {name.removeprefix("model."): shape for name, shape in shapes.items()}
+    """As :func:`check_tensors`, of headers by stored name; ``where`` holds them, in messages.
+
+    Args:
+        strict: refuse tensors that nothing reads, and weights that are no plain floats.
+    """
+    stored = {name.removeprefix("model."): header for name, header in headers.items()}
     if not config.confidence_head or "confidence_head.proj.weight" not in stored:
         said = "says" if config.confidence_head else "turns off (enable_confidence_head)"
         raise CheckpointError(
@@ -99,16 +107,9 @@ def check_shapes(
             fix="Use a drafter trained with a confidence head, or SGLang's builtin in static "
             "mode (DSPARK_PLUGIN=off SGLANG_RAGGED_VERIFY_MODE=static).",
         )
-    for name, shape in dense_tensors(config).items():
-        if name not in stored:
-            raise CheckpointError(
-                f"{where} has no tensor {name}.",
-                expected=f"{name} of shape {list(shape)}",
-                fix="Download the drafter again; it is incomplete or of another architecture.",
-            )
-        if stored[name] != shape:
-            raise CheckpointError(
-                f"{name} in {where} has shape {list(stored[name])}.",
-                expected=f"{list(shape)} (from config.json)",
-                fix="The weights and config.json belong to different drafters; download both.",
-            )
+    dtype = "BF16" if strict else ""
+    wanted = {name: Stored(dtype, shape) for name, shape in dense_tensors(config).items()}
+    if strict:
+        copy = Stored(dtype, (config.vocab_size, config.hidden_size))
+        wanted |= {name: copy for name in COPIES if name in stored and not config.gemma4}
+    compare(stored, wanted, where=where, leave=COPIES if strict else None)

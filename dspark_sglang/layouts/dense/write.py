@@ -21,7 +21,7 @@ from dspark_sglang.artifacts import DRAFT_VOCAB_FILE, DraftVocabArtifact, write_
 from dspark_sglang.errors import CheckpointError
 from dspark_sglang.layouts.dense.config import (
     GEMMA4,
-    DrafterConfig,
+    DenseConfig,
     DrafterSpec,
     parse_drafter_config,
 )
@@ -147,7 +147,7 @@ def _kv_heads(spec: DrafterSpec, heads: int, usual: int) -> int:
     return kv_heads
 
 
-def _dense_shape(spec: DrafterSpec, target: Any, given: DrafterConfig | None) -> dict[str, Any]:
+def _dense_shape(spec: DrafterSpec, target: Any, given: DenseConfig | None) -> dict[str, Any]:
     heads = given.num_heads if given else int(target.num_attention_heads)
     theta = float(_rope(target).get("rope_theta") or _get(target, "rope_theta", 10000.0))
     theta = given.rope_theta if given else theta
@@ -169,7 +169,7 @@ def _dense_shape(spec: DrafterSpec, target: Any, given: DrafterConfig | None) ->
     }
 
 
-def _gemma4_shape(spec: DrafterSpec, target: Any, given: DrafterConfig | None) -> dict[str, Any]:
+def _gemma4_shape(spec: DrafterSpec, target: Any, given: DenseConfig | None) -> dict[str, Any]:
     if given is None:
         given = _gemma4_target(target)
     rope = {"rope_type": "default", "rope_theta": given.rope_theta}
@@ -197,7 +197,7 @@ def _gemma4_shape(spec: DrafterSpec, target: Any, given: DrafterConfig | None) -
     }
 
 
-def _gemma4_target(target: Any) -> DrafterConfig:
+def _gemma4_target(target: Any) -> DenseConfig:
     """The full-attention layers of a Gemma 4 target, as a drafter's configuration."""
     plain = target.to_dict()
     if not str(plain.get("model_type", "")).startswith("gemma4"):

@@ -10,16 +10,31 @@ A V4 target has several residual streams itself; the states read are their mean 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
 import torch
+from safetensors.torch import load_file
 from torch.nn.functional import linear, rms_norm
 
+from dspark_sglang.checkpoint import Tensor, read_config, weight_files
 from dspark_sglang.core.heads import ConfidenceHead, MarkovHead
-from dspark_sglang.layouts.v4.attention import Attention
-from dspark_sglang.layouts.v4.hyper import Collapse, HyperConnection, read, write
-from dspark_sglang.layouts.v4.moe import MixtureOfExperts
-from dspark_sglang.layouts.v4.shape import V4Shape
-from dspark_sglang.layouts.v4.stored import EXACT, Rounding
-from dspark_sglang.layouts.v4.tensors import Tensors, check_tensors
+from dspark_sglang.errors import CheckpointError
+from dspark_sglang.layouts.base import Stored, compare
+from dspark_sglang.layouts.v4.config import V4Shape
+from dspark_sglang.layouts.v4.layers import (
+    Attention,
+    Collapse,
+    HyperConnection,
+    MixtureOfExperts,
+    read,
+    write,
+)
+from dspark_sglang.layouts.v4.storage import EXACT, STORED, Rounding, dequantised
+from dspark_sglang.layouts.v4.tensors import usual, v4_tensors
+
+Tensors = Mapping[str, torch.Tensor]
 
 
 class V4Drafter:
@@ -33,7 +48,7 @@ class V4Drafter:
         rounding: Rounding = EXACT,
     ) -> None:
         """Args:
-        tensors: as :func:`~dspark_sglang.layouts.v4.tensors.check_tensors` returns them.
+        tensors: as :func:`check_tensors` returns them.
         mask_row: ``[d]`` embedding of the mask token.
         rounding: of the latents of context and block; SGLang keeps them in fp8 (``STORED``).
         """
@@ -114,25 +129,70 @@ class V4Drafter:
             zip(self._attention, self._experts, strict=True)
         ):
             latents = attention.latents(context, positions)
-            mappings = self._connection(layer, "attn").mappings(streams)
+            mappings = HyperConnection.of(self._t, f"mtp.{layer}.hc_attn_", shape).mappings(streams)
             x = self._norm(read(streams, mappings.pre), f"mtp.{layer}.attn_norm")
             streams = write(attention(x, own, latents, visible), streams, mappings)
-            mappings = self._connection(layer, "ffn").mappings(streams)
+            mappings = HyperConnection.of(self._t, f"mtp.{layer}.hc_ffn_", shape).mappings(streams)
             x = self._norm(read(streams, mappings.pre), f"mtp.{layer}.ffn_norm")
             streams = write(experts(x), streams, mappings)
-        return self._collapse()(streams)[:, shape.rows - shape.gamma :]
+        collapse = Collapse.of(self._t, f"{self._last}hc_head_", shape)
+        return collapse(streams)[:, shape.rows - shape.gamma :]
 
     def base_logits(self, hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
         """``[..., d]`` final hidden states, normed, through the target's ``[V, d]`` LM head."""
         return linear(self._norm(hidden, f"{self._last}norm"), head)
 
-    def _connection(self, layer: int, part: str) -> HyperConnection:
-        weight, base, scale = (
-            self._t[f"mtp.{layer}.hc_{part}_{name}"] for name in ("fn", "base", "scale")
-        )
-        shape = self.shape
-        return HyperConnection(weight, base, scale, shape.sinkhorn_iters, shape.hc_eps, shape.eps)
 
-    def _collapse(self) -> Collapse:
-        weight, base, scale = (self._t[f"{self._last}hc_head_{n}"] for n in ("fn", "base", "scale"))
-        return Collapse(weight, base, scale, self.shape.hc_eps, self.shape.eps)
+def check_tensors(tensors: Tensors, shape: V4Shape) -> dict[str, torch.Tensor]:
+    """The drafter's tensors under their usual names; others of the checkpoint are left out.
+
+    Raises:
+        CheckpointError: quantised storage, a missing or unknown ``mtp.*`` tensor, or a wrong shape.
+    """
+    found = {usual(name): value for name, value in tensors.items() if name.startswith("mtp.")}
+    for name, value in found.items():
+        if name.endswith(".scale") or not value.is_floating_point() or value.element_size() < 2:
+            raise CheckpointError(
+                f"{name} ({value.dtype}) belongs to quantised storage (fp8 or mxfp4).",
+                expected="plain tensors of 16 bits or more: the reference reads no scales",
+                fix="Dequantise the mtp.* tensors first (weight times scale, block by block).",
+            )
+    wanted = {name: Stored("", size) for name, size in v4_tensors(shape).items()}
+    held = {name: Tensor("", tuple(value.shape), (0, 0)) for name, value in found.items()}
+    compare(held, wanted, where="The checkpoint")
+    return found
+
+
+def load_tensors(
+    directory: Path, dtype: torch.dtype = torch.float32
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Configuration and all tensors of a bundle, dequantised, floats in ``dtype``.
+
+    Raises:
+        CheckpointError: no ``config.json``.
+    """
+    config = read_config(directory, role="target")
+    found: dict[str, torch.Tensor] = {}
+    for path in weight_files(directory):
+        found |= load_file(path)
+    return config, {
+        name: value.to(dtype) if value.is_floating_point() else value
+        for name, value in dequantised(found.items(), dtype)
+    }
+
+
+def load(
+    directory: Path,
+    dtype: torch.dtype,
+    embedding: torch.Tensor | None = None,
+    rounding: Rounding = STORED,
+) -> V4Drafter:
+    """The drafter of a bundle; ``embedding`` is its own unless given.
+
+    Raises:
+        CheckpointError: configuration or tensors do not fit.
+    """
+    config, tensors = load_tensors(directory, dtype)
+    shape = V4Shape.from_config(config)
+    own = tensors["embed.weight"] if embedding is None else embedding
+    return V4Drafter.load(tensors, shape, own, rounding)

@@ -13,11 +13,10 @@ chooses ``index_topk`` of the ended blocks, by
     I(t, b) = sum_h w_h(x_t) relu(H q_h(t) . H c_b),        H: the orthonormal Hadamard matrix
 
 where ``c_b`` comes from a compressor of its own. Latents of window and blocks go through one
-softmax with a sink, and the output is turned back (:mod:`~dspark_sglang.layouts.v4.attention`).
+softmax with a sink, and the output is turned back (:class:`~dspark_sglang.layouts.v4.layers.Attention`).
 
 Experts of the first layers are read from a table by token; weights are the scores' all the same.
-Streams and experts are those of :mod:`~dspark_sglang.layouts.v4.hyper` and
-:mod:`~dspark_sglang.layouts.v4.moe`.
+Streams and experts are those of :mod:`~dspark_sglang.layouts.v4.layers`.
 
 Written from the published configuration and the papers; ``docs/explanation/v4.md`` compares it with DeepSeek's
 own inference code.
@@ -29,21 +28,23 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
-from safetensors.torch import load_file
 from torch.nn.functional import linear, rms_norm
 
-from dspark_sglang.checkpoint import read_config, weight_files
-from dspark_sglang.layouts.v4.drafter import V4Drafter
-from dspark_sglang.layouts.v4.hyper import Collapse, HyperConnection, read, write
-from dspark_sglang.layouts.v4.moe import MixtureOfExperts
-from dspark_sglang.layouts.v4.quantised import dequantise
-from dspark_sglang.layouts.v4.rotate import frequencies, turn
-from dspark_sglang.layouts.v4.shape import V4Shape
-from dspark_sglang.layouts.v4.stored import STORED, Rounding
-from dspark_sglang.layouts.v4.target import TargetShape
+from dspark_sglang.layouts.v4.config import TargetShape, V4Shape
+from dspark_sglang.layouts.v4.drafter import load_tensors
+from dspark_sglang.layouts.v4.layers import (
+    Collapse,
+    HyperConnection,
+    MixtureOfExperts,
+    frequencies,
+    read,
+    turn,
+    write,
+)
+from dspark_sglang.layouts.v4.storage import STORED, Rounding
 
 
 class Border(NamedTuple):
@@ -82,36 +83,6 @@ class Forward:
     def read_by(self, shape: V4Shape) -> torch.Tensor:
         """``[n, layers * d]``: the states that a drafter of this shape takes, side by side."""
         return torch.cat([self.states[layer] for layer in shape.target_layers], dim=-1)
-
-
-def load_tensors(
-    directory: Path, dtype: torch.dtype = torch.float32
-) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Configuration and all tensors of a bundle, dequantised, floats in ``dtype``.
-
-    Raises:
-        CheckpointError: no ``config.json``.
-    """
-    config = read_config(directory, role="target")
-    found: dict[str, torch.Tensor] = {}
-    for path in weight_files(directory):
-        found |= load_file(path)
-    plain = dequantise(found)
-    return config, {
-        name: value.to(dtype) if value.is_floating_point() else value
-        for name, value in plain.items()
-    }
-
-
-def load_drafter(directory: Path, dtype: torch.dtype, rounding: Rounding = STORED) -> V4Drafter:
-    """The drafter of a bundle.
-
-    Raises:
-        CheckpointError: configuration or tensors do not fit.
-    """
-    config, tensors = load_tensors(directory, dtype)
-    shape = V4Shape.from_config(config)
-    return V4Drafter.load(tensors, shape, tensors["embed.weight"], rounding)
 
 
 def hadamard(size: int, dtype: torch.dtype) -> torch.Tensor:
@@ -165,27 +136,19 @@ class Reference:
         states: list[torch.Tensor] = []
         borders: list[Border] = []
         for index in range(self.shape.depth):
-            mappings = self._connection(index, "attn").mappings(streams)
+            mappings = HyperConnection.of(t, f"layers.{index}.hc_attn_", layer).mappings(streams)
             x = self.norm(read(streams, mappings.pre), f"layers.{index}.attn_norm")
             streams = write(self.attention(x, index, borders), streams, mappings)
-            mappings = self._connection(index, "ffn").mappings(streams)
+            mappings = HyperConnection.of(t, f"layers.{index}.hc_ffn_", layer).mappings(streams)
             x = self.norm(read(streams, mappings.pre), f"layers.{index}.ffn_norm")
             streams = write(self.experts(x, index, ids, borders), streams, mappings)
             states.append(streams.mean(dim=1))
-        weight, base, scale = (t[f"hc_head_{name}"] for name in ("fn", "base", "scale"))
-        last = Collapse(weight, base, scale, layer.hc_eps, layer.eps)(streams)
+        last = Collapse.of(t, "hc_head_", layer)(streams)
         return Forward(linear(self.norm(last, "norm"), t["head.weight"]), states, borders)
 
     def norm(self, x: torch.Tensor, name: str) -> torch.Tensor:
         """``[..., D]`` normed with the weight of that name."""
         return rms_norm(x, (x.shape[-1],), self.tensors[f"{name}.weight"], self.shape.layer.eps)
-
-    def _connection(self, layer: int, part: str) -> HyperConnection:
-        weight, base, scale = (
-            self.tensors[f"layers.{layer}.hc_{part}_{name}"] for name in ("fn", "base", "scale")
-        )
-        sizes = self.shape.layer
-        return HyperConnection(weight, base, scale, sizes.sinkhorn_iters, sizes.hc_eps, sizes.eps)
 
     def speeds(self, ratio: int) -> torch.Tensor:
         """``[rope_dim / 2]`` float64 rotation of a layer of this ratio, its compressor's included."""

@@ -1,24 +1,52 @@
-"""Names and shapes of a V4 drafter's tensors, checks, and tiny random ones."""
+"""Every tensor of a V4 checkpoint: name, type and shape, computed from ``config.json``.
+
+Storage as published: fp8 e4m3 with one ue8m0 scale for 128 by 128 (``.scale`` beside ``.weight``),
+routed experts as fp4 in bytes with one ue8m0 scale for 32 columns, float32 for hyper-connections,
+sinks, position biases and routing biases, int64 tables of hashed layers, bfloat16 for the rest.
+
+What the list rests on. The published indexes themselves could not be read here. It follows SGLang
+0.5.23's loader (``models/deepseek_v4.py``, ``models/deepseek_v4_dspark.py``) and was compared with what
+others published of the files' headers: a listing of V4-Pro's by pattern, with dtype and shape of
+every tensor, 145,116 in all; and of V4-Flash-DSpark's 72,317 names, 4,705 under ``mtp.*``, the
+latter counted by dtype. ``tests/unit/test_v4_names.py`` holds those facts. V4-Flash-0731 has the
+names, dtypes and shapes of V4-Flash-DSpark. Of V4-Pro-DSpark no listing was found.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import Any
 
-from dspark_sglang.errors import CheckpointError
-from dspark_sglang.layouts.v4.shape import V4Shape
+from dspark_sglang.checkpoint import Tensor
+from dspark_sglang.layouts.base import FLOATS, Stored
+from dspark_sglang.layouts.v4.config import FP4_RUN, FP8_BLOCK, TargetShape, V4Shape, has_drafter
 
-if TYPE_CHECKING:  # names and shapes are asked for where torch would take seconds to import
-    import torch
+Config = Mapping[str, Any]
 
-Tensors = Mapping[str, "torch.Tensor"]
-
-#: How the Markov head's matrices may also be called.
-ALIASES = {
+#: How the Markov head's matrices may also be called (V4.1 does).
+_ALIASES = {
     ".markov_head.embed.": ".markov_head.markov_w1.",
     ".markov_head.head.": ".markov_head.markov_w2.",
 }
-_SCALES = (".scale", "_scale_inv", "weight_scale")
+#: How a scale may also be called.
+_SCALE_ALIAS = ".weight_scale_inv"
+#: Kept in float32, by the end of the name or what it holds.
+_FLOAT32 = ("attn_sink", ".ape", "gate.bias")
+#: Linear weights of a layer that are fp8.
+_FP8 = (
+    "attn.wq_a",
+    "attn.wq_b",
+    "attn.wkv",
+    "attn.wo_a",
+    "attn.wo_b",
+    "attn.indexer.wq_b",
+    "ffn.shared_experts.w1",
+    "ffn.shared_experts.w2",
+    "ffn.shared_experts.w3",
+    "main_proj",
+    "e_proj",
+    "h_proj",
+)
 
 
 def v4_tensors(shape: V4Shape) -> dict[str, tuple[int, ...]]:
@@ -82,65 +110,171 @@ def _experts(shape: V4Shape) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def check_tensors(tensors: Tensors, shape: V4Shape) -> dict[str, torch.Tensor]:
-    """The drafter's tensors under their usual names; others of the checkpoint are left out.
-
-    Raises:
-        CheckpointError: quantised storage, a missing or unknown ``mtp.*`` tensor, or a wrong shape.
-    """
-    found: dict[str, torch.Tensor] = {}
-    for name, value in tensors.items():
-        if not name.startswith("mtp."):
-            continue
-        _check_plain(name, value)
-        for alias, usual in ALIASES.items():
-            name = name.replace(alias, usual)
-        found[name] = value
-    wanted = v4_tensors(shape)
-    for name, size in wanted.items():
-        if name not in found:
-            raise CheckpointError(
-                f"The checkpoint has no tensor {name}.",
-                expected=f"{name} of shape {list(size)}",
-                fix="Download the checkpoint again; it is incomplete or carries no DSpark drafter.",
-            )
-        if tuple(found[name].shape) != size:
-            raise CheckpointError(
-                f"{name} has shape {list(found[name].shape)}.",
-                expected=f"{list(size)} (from config.json)",
-                fix="The weights and config.json belong to different checkpoints; download both.",
-            )
-    unknown = sorted(found.keys() - wanted.keys())
-    if unknown:
-        raise CheckpointError(
-            f"The checkpoint has {len(unknown)} mtp tensors more, the first {unknown[0]}.",
-            expected=f"the {len(wanted)} tensors of the drafter that config.json describes",
-            fix="Use the config.json of the same checkpoint.",
-        )
+def plain_target(shape: TargetShape) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the target, unquantised, and its shape."""
+    sizes = shape.layer
+    hidden, streams = sizes.hidden, sizes.streams
+    found: dict[str, tuple[int, ...]] = {
+        "embed.weight": (sizes.vocab, hidden),
+        "head.weight": (sizes.vocab, hidden),
+        "norm.weight": (hidden,),
+        "hc_head_fn": (streams, streams * hidden),
+        "hc_head_base": (streams,),
+        "hc_head_scale": (1,),
+    }
+    common = _layer(sizes)
+    for layer, ratio in enumerate(shape.ratios):
+        own = dict(common)
+        if layer < shape.hashed:
+            del own["ffn.gate.bias"]
+            own["ffn.gate.tid2eid"] = (sizes.vocab, sizes.active)
+        if ratio:
+            own |= _compressor("attn.compressor", sizes, sizes.head_dim, ratio)
+        if ratio == 4:
+            own |= {
+                "attn.indexer.wq_b.weight": (shape.index_heads * shape.index_dim, sizes.q_rank),
+                "attn.indexer.weights_proj.weight": (shape.index_heads, hidden),
+            }
+            own |= _compressor("attn.indexer.compressor", sizes, shape.index_dim, ratio)
+        found |= {f"layers.{layer}.{name}": size for name, size in own.items()}
     return found
 
 
-def _check_plain(name: str, value: torch.Tensor) -> None:
+def plain_next_token(shape: TargetShape) -> dict[str, tuple[int, ...]]:
+    """The next-token layer under ``mtp.0`` of a checkpoint without a DSpark drafter."""
+    sizes = shape.layer
+    hidden, streams = sizes.hidden, sizes.streams
+    own = _layer(sizes) | {
+        "e_proj.weight": (hidden, hidden),
+        "h_proj.weight": (hidden, hidden),
+        "enorm.weight": (hidden,),
+        "hnorm.weight": (hidden,),
+        "norm.weight": (hidden,),
+        "hc_head_fn": (streams, streams * hidden),
+        "hc_head_base": (streams,),
+        "hc_head_scale": (1,),
+    }
+    return {f"mtp.0.{name}": size for name, size in own.items()}
 
-    if name.endswith(_SCALES) or not value.is_floating_point() or value.element_size() < 2:
-        raise CheckpointError(
-            f"{name} ({value.dtype}) belongs to quantised storage (fp8 or mxfp4).",
-            expected="plain tensors of 16 bits or more: the reference reads no scales",
-            fix="Dequantise the mtp.* tensors first (weight times scale, block by block).",
-        )
+
+def plain_bundle(config: Config) -> dict[str, tuple[int, ...]]:
+    """Every tensor of a checkpoint, unquantised: target, and drafter or next-token layer.
+
+    Raises:
+        CheckpointError: the configuration is not one of V4's.
+    """
+    target = TargetShape.from_config(config)
+    found = plain_target(target)
+    if has_drafter(config):
+        return found | v4_tensors(V4Shape.from_config(config))
+    return found | (plain_next_token(target) if config.get("num_nextn_predict_layers") else {})
 
 
-def random_tensors(shape: V4Shape, seed: int) -> dict[str, torch.Tensor]:
-    """Random float32 weights under which every part of the drafter matters; for tiny shapes."""
-    import torch
+def published_bundle(config: Config) -> dict[str, Stored]:
+    """Every tensor of a checkpoint as published: names, dtypes, shapes, scales included.
 
-    generator = torch.Generator().manual_seed(seed)
-    made: dict[str, torch.Tensor] = {}
-    for name, size in v4_tensors(shape).items():
-        value = torch.randn(size, generator=generator)
-        if name.endswith("norm.weight"):
-            value = 1.0 + 0.1 * value
-        elif len(size) == 2 and "markov_w1" not in name:
-            value = value / size[-1] ** 0.5
-        made[name] = value
-    return made
+    Raises:
+        CheckpointError: the configuration is not one of V4's.
+    """
+    fp8_experts = config.get("expert_dtype") == "fp8"
+    found: dict[str, Stored] = {}
+    for name, size in plain_bundle(config).items():
+        found |= published(name, size, fp8_experts=fp8_experts)
+    return found
+
+
+def published(name: str, size: tuple[int, ...], *, fp8_experts: bool = False) -> dict[str, Stored]:
+    """The stored tensors of one plain tensor: itself, or quantised with its scale.
+
+    Args:
+        name: published name.
+        size: plain shape.
+        fp8_experts: routed experts are stored in fp8 blocks, not in fp4.
+    """
+    scale = scale_of(name)
+    kind = quantisation(name, fp8_experts=fp8_experts)
+    if kind == "fp4":
+        rows, columns = size
+        return {
+            name: Stored("I8", (rows, -(-columns // 2))),
+            scale: Stored("F8_E8M0", (rows, -(-columns // FP4_RUN))),
+        }
+    if kind == "fp8":
+        rows, columns = size
+        blocks = (-(-rows // FP8_BLOCK), -(-columns // FP8_BLOCK))
+        return {name: Stored("F8_E4M3", size), scale: Stored("F8_E8M0", blocks)}
+    return {name: Stored(plain_dtype(name), size)}
+
+
+def quantisation(name: str, *, fp8_experts: bool = False) -> str | None:
+    """``fp8``, ``fp4`` or None: how a plain tensor of this name is published."""
+    if ".ffn.experts." in name:
+        return "fp8" if fp8_experts else "fp4"
+    stem = name.removesuffix(".weight")
+    return "fp8" if stem != name and stem.endswith(tuple(f".{end}" for end in _FP8)) else None
+
+
+def plain_dtype(name: str) -> str:
+    """The published dtype of a tensor that is not quantised."""
+    if name.endswith("tid2eid"):
+        return "I64"
+    if "hc_" in name or name.endswith(_FLOAT32):
+        return "F32"
+    return "BF16"
+
+
+def usual(name: str) -> str:
+    """A stored name as published checkpoints have it."""
+    for alias, meant in _ALIASES.items():
+        name = name.replace(alias, meant)
+    if name.endswith(_SCALE_ALIAS):
+        return name.removesuffix(_SCALE_ALIAS) + ".scale"
+    return name
+
+
+def expected(
+    stored: Mapping[str, Tensor], plain: Mapping[str, tuple[int, ...]], config: Config
+) -> dict[str, Stored]:
+    """What a checkpoint of these plain tensors stores, where each may be plain or quantised.
+
+    Args:
+        stored: headers by usual name, which say what is quantised.
+        plain: names and shapes.
+        config: says how experts are.
+    """
+    fp8_experts = config.get("expert_dtype") == "fp8"
+    found: dict[str, Stored] = {}
+    for name, size in plain.items():
+        header = stored.get(name)
+        is_plain = header is None or header.dtype in (*FLOATS, "I64", "I32")
+        if is_plain and scale_of(name) not in stored:
+            found[name] = Stored(plain_dtype(name), size)
+        else:
+            found |= published(name, size, fp8_experts=fp8_experts)
+    return found
+
+
+def scale_of(name: str) -> str:
+    """The name of a weight's scale."""
+    return name.removesuffix("weight") + "scale"
+
+
+def _layer(sizes: V4Shape) -> dict[str, tuple[int, ...]]:
+    """What every layer has, by the name in it: a middle draft layer has nothing else."""
+    found: dict[str, tuple[int, ...]] = {}
+    for name, size in v4_tensors(sizes).items():
+        local = name.split(".", 2)[2]
+        if local.startswith(("attn", "ffn", "hc_attn", "hc_ffn")):
+            found[local] = size
+    return found
+
+
+def _compressor(prefix: str, sizes: V4Shape, dim: int, ratio: int) -> dict[str, tuple[int, ...]]:
+    """Twice as wide where blocks overlap (ratio 4)."""
+    width = dim * (2 if ratio == 4 else 1)
+    return {
+        f"{prefix}.ape": (ratio, width),
+        f"{prefix}.wkv.weight": (width, sizes.hidden),
+        f"{prefix}.wgate.weight": (width, sizes.hidden),
+        f"{prefix}.norm.weight": (dim,),
+    }

@@ -23,13 +23,13 @@ import torch
 from safetensors.torch import save_file
 
 from dspark_sglang.artifacts import write_bytes
-from dspark_sglang.layouts.v4.names import plain_bundle, plain_dtype, quantisation
-from dspark_sglang.layouts.v4.quantised import (
+from dspark_sglang.layouts.v4.storage import (
     dequantise_fp4,
     dequantise_fp8,
     quantise_fp4,
     quantise_fp8,
 )
+from dspark_sglang.layouts.v4.tensors import plain_bundle, plain_dtype, quantisation
 
 BEGIN, END = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 #: What SGLang's renderer of V4's prompts (deepseek-recipe 0.2) wants to find in a tokenizer.
@@ -283,6 +283,9 @@ def write_shards(directory: Path, held: Mapping[str, torch.Tensor]) -> None:
 
 def write_tokenizer(directory: Path) -> None:
     """A byte-level tokenizer of 512 tokens: 256 bytes, the specials that V4's prompts are written with, and pairs of letters."""
+    from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
+    from tokenizers.models import BPE
+
     specials = {BEGIN: BOS, END: EOS, "<｜noise｜>": NOISE}
     vocab = {BEGIN: BOS, END: EOS}
     for text in _byte_letters():
@@ -294,37 +297,10 @@ def write_tokenizer(directory: Path) -> None:
     for first, second in pairs:
         vocab[first + second] = len(vocab)
     vocab["<｜noise｜>"] = NOISE
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    bytes_level = {
-        "type": "ByteLevel",
-        "add_prefix_space": False,
-        "trim_offsets": True,
-        "use_regex": True,
-    }
-    tokenizer = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [
-            {"id": number, "content": text, **flags, "special": True}
-            for text, number in specials.items()
-        ],
-        "normalizer": None,
-        "pre_tokenizer": bytes_level,
-        "post_processor": None,
-        "decoder": bytes_level,
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "vocab": vocab,
-            "merges": [list(pair) for pair in pairs],
-        },
-    }
+    made = Tokenizer(BPE(vocab=vocab, merges=pairs))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    made.add_special_tokens([AddedToken(text, normalized=False) for text in specials])
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": BEGIN,
@@ -335,7 +311,7 @@ def write_tokenizer(directory: Path) -> None:
         "{{ message['role'] + ': ' + message['content'] + '\\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}",
     }
-    write_bytes(directory / "tokenizer.json", json.dumps(tokenizer).encode())
+    write_bytes(directory / "tokenizer.json", made.to_str().encode())
     write_bytes(directory / "tokenizer_config.json", json.dumps(settings, indent=2).encode())
 
 

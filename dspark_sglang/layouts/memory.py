@@ -1,4 +1,4 @@
-"""Tensors of a checkpoint: their bytes on disk and on one rank.
+"""What a layout says of memory: tensors, their bytes on disk and on one rank, and what is cached a token.
 
 A tensor says how SGLang shares it out; what a rank holds follows from shape, kept type and layout.
 """
@@ -45,7 +45,7 @@ class Split(StrEnum):
     SHARED = "shared"
 
 
-class Layout(msgspec.Struct, frozen=True, kw_only=True):
+class Ranks(msgspec.Struct, frozen=True, kw_only=True):
     """How many ranks share what."""
 
     tp: int = 1
@@ -88,7 +88,7 @@ class Tensor(msgspec.Struct, frozen=True, kw_only=True):
         return 0 if self.derived else self.elements * SIZES[self.stored]
 
 
-def rank_bytes(tensor: Tensor, layout: Layout) -> int:
+def rank_bytes(tensor: Tensor, layout: Ranks) -> int:
     """Bytes of ``tensor`` on one rank.
 
     Raises:
@@ -116,7 +116,7 @@ def rank_bytes(tensor: Tensor, layout: Layout) -> int:
 
 
 @functools.cache
-def _ranks(split: Split, layout: Layout) -> int:
+def _ranks(split: Split, layout: Ranks) -> int:
     """Ranks among which a tensor is shared."""
     with_dp = layout.attention_dp > 1
     return {
@@ -147,7 +147,7 @@ def _uneven(tensor: Tensor, ranks: int) -> ConfigError:
     )
 
 
-def by_part(tensors: Iterable[Tensor], layout: Layout) -> dict[str, int]:
+def by_part(tensors: Iterable[Tensor], layout: Ranks) -> dict[str, int]:
     """Bytes on one rank, summed by part."""
     parts: dict[str, int] = {}
     # Tens of thousands of tensors are of a few kinds.
@@ -164,3 +164,95 @@ def by_part(tensors: Iterable[Tensor], layout: Layout) -> dict[str, int]:
 def disk_bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of a checkpoint made of ``tensors``."""
     return sum(tensor.disk_bytes for tensor in tensors)
+
+
+class FullKv(msgspec.Struct, frozen=True, kw_only=True):
+    """Keys and values of every token in every layer (multi-head, or one latent for MLA)."""
+
+    layers: int
+    #: Values of one token in one layer, on one rank, by number of ranks: heads × (key + value width).
+    heads: int
+    width: int
+    element: int
+
+    def token_bytes(self, layout: Ranks) -> int:
+        """Bytes of one token on one rank."""
+        heads = max(1, self.heads // layout.attention_tp)
+        return self.layers * heads * self.width * self.element
+
+
+class SlidingKv(msgspec.Struct, frozen=True, kw_only=True):
+    """Some layers keep everything, the others a window, in a pool of its own."""
+
+    full: FullKv
+    sliding: FullKv
+    window: int
+
+
+class CompressedKv(msgspec.Struct, frozen=True, kw_only=True):
+    """DeepSeek-V4: every layer keeps a window; some also one latent for 4 or for 128 tokens."""
+
+    #: Compression ratio of each layer: 0 (window only), 4 or 128.
+    ratios: tuple[int, ...]
+    head_dim: int
+    index_dim: int
+    window: int
+
+    @property
+    def layers(self) -> int:
+        """Layers of the target."""
+        return len(self.ratios)
+
+    def count(self, ratio: int) -> int:
+        """Layers of a compression ratio."""
+        return self.ratios.count(ratio)
+
+
+Kv = FullKv | SlidingKv | CompressedKv
+
+
+class DraftKv(msgspec.Struct, frozen=True, kw_only=True):
+    """Of a drafter: full attention over its own pool, or V4 stages that keep the target's window."""
+
+    full: FullKv | None = None
+    compressed_stages: int = 0
+
+
+class Loading(msgspec.Struct, frozen=True, kw_only=True):
+    """What of the server's arguments decides about how weights are kept."""
+
+    #: ``--dtype``; None: as in the checkpoint.
+    dtype: str | None = None
+    blackwell: bool = False
+    marlin: bool = False
+    #: Bytes of one value in the pools; None: as the weights.
+    kv_element: int | None = None
+    config_only: bool = False
+    #: This plugin's CPU platform, which unpacks quantised weights of DeepSeek-V4.
+    on_cpu: bool = False
+    #: This plugin drafts: a rank keeps the rows of the Markov head's W2 that its LM head has.
+    cuts_heads: bool = True
+
+
+class TargetMemory(msgspec.Struct, frozen=True, kw_only=True):
+    """What a target takes."""
+
+    tensors: list[Tensor]
+    #: What a drafter replaces in the checkpoint.
+    mtp_tensors: list[Tensor] = []
+    kv: Kv
+    #: Most tokens of a request.
+    context: int
+    #: Bytes of rotary tables on one rank.
+    rope_bytes: int
+    #: Attention heads.
+    heads: int
+
+
+class DrafterMemory(msgspec.Struct, frozen=True, kw_only=True):
+    """What a drafter takes more."""
+
+    tensors: list[Tensor]
+    kv: DraftKv
+    #: Attention heads that are shared over ranks as the target's are; 0: they are no matter of their own.
+    heads: int = 0

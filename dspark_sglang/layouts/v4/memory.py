@@ -13,12 +13,18 @@ from typing import Any, NamedTuple
 import msgspec
 
 from dspark_sglang.errors import CheckpointError
-from dspark_sglang.layouts.v4.names import plain_next_token, plain_target, published
-from dspark_sglang.layouts.v4.shape import FP8_BLOCK, V4Shape
-from dspark_sglang.layouts.v4.target import TargetShape
-from dspark_sglang.layouts.v4.tensors import v4_tensors
-from dspark_sglang.planning.kv import CompressedKv
-from dspark_sglang.planning.tensors import Split, Tensor
+from dspark_sglang.layouts import reading
+from dspark_sglang.layouts.memory import (
+    CompressedKv,
+    DrafterMemory,
+    DraftKv,
+    Loading,
+    Split,
+    TargetMemory,
+    Tensor,
+)
+from dspark_sglang.layouts.v4.config import FP8_BLOCK, TargetShape, V4Shape
+from dspark_sglang.layouts.v4.tensors import plain_next_token, plain_target, published, v4_tensors
 
 Config = Mapping[str, Any]
 Sizes = Mapping[str, tuple[int, ...]]
@@ -67,12 +73,7 @@ def shape_of(config: Config) -> TargetShape:
     """
     if is_quantised(config):
         _check_quantisation(config)
-    return TargetShape.from_config({key: v for key, v in config.items() if v is not None})
-
-
-def drafter_shape(config: Config) -> V4Shape:
-    """Sizes of the bundled drafter. Raises as :func:`shape_of`."""
-    return V4Shape.from_config({key: v for key, v in config.items() if v is not None})
+    return TargetShape.from_config(config)
 
 
 def _check_quantisation(config: Config) -> None:
@@ -92,6 +93,44 @@ def _check_quantisation(config: Config) -> None:
         )
 
 
+def describe_target(config: Config, loading: Loading) -> TargetMemory:
+    """A target, without the drafter that it may bundle.
+
+    Raises:
+        CheckpointError: a field is missing or says what SGLang's V4 is not.
+    """
+    kernels, context = _kernels(loading), reading.integer(config, "max_position_embeddings")
+    return TargetMemory(
+        tensors=_loaded(target(config, kernels), config, loading),
+        mtp_tensors=_loaded(mtp_layer(config, kernels), config, loading),
+        kv=kv(config),
+        context=context,
+        rope_bytes=rope_bytes(config, context),
+        heads=reading.integer(config, "num_attention_heads"),
+    )
+
+
+def describe_drafter(config: Config, loading: Loading) -> DrafterMemory:
+    """A bundled drafter. Raises as :func:`describe_target`."""
+    return DrafterMemory(
+        tensors=_loaded(drafter(config, _kernels(loading)), config, loading),
+        kv=DraftKv(compressed_stages=V4Shape.from_config(config).layers),
+    )
+
+
+def _kernels(loading: Loading) -> Kernels:
+    return Kernels(fp8_wo_a=loading.blackwell, expert_grain=64 if loading.marlin else 128)
+
+
+def _loaded(tensors: list[Tensor], config: Config, loading: Loading) -> list[Tensor]:
+    quantised = is_quantised(config)
+    if quantised and not loading.on_cpu:
+        return tensors
+    stored = "BF16" if quantised else reading.weight_type(config)
+    named = reading.TYPES[loading.dtype] if loading.dtype else stored
+    return on_cpu(tensors, named, quantised=quantised)
+
+
 def target(config: Config, kernels: Kernels) -> list[Tensor]:
     """Every tensor of the target itself (no ``mtp.*``)."""
     shape = shape_of(config)
@@ -101,7 +140,7 @@ def target(config: Config, kernels: Kernels) -> list[Tensor]:
 def drafter(config: Config, kernels: Kernels) -> list[Tensor]:
     """Every tensor of the bundled drafter (``mtp.0`` to ``mtp.N-1``)."""
     # The drafter's own attention never takes the fp8 kernel for wo_a.
-    shape, own = drafter_shape(config), kernels._replace(fp8_wo_a=False)
+    shape, own = V4Shape.from_config(config), kernels._replace(fp8_wo_a=False)
     return _kept(v4_tensors(shape), config, shape, own)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,10 +22,31 @@ def integer(config: Config, key: str, low: int = 1, *, default: int | None = Non
     """
     value = default if config.get(key) is None else config[key]
     if not isinstance(value, int) or isinstance(value, bool) or value < low:
-        raise CheckpointError(
-            f"config.json says {key} {value!r}.", expected=f"an integer of at least {low}", fix=_FIX
-        )
+        raise wrong(key, value, f"an integer of at least {low}")
     return value
+
+
+def number(config: Config, key: str, default: float | None = None) -> float:
+    """A positive number. Raises as :func:`integer`."""
+    value = default if config.get(key) is None else config[key]
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0.0 < value < math.inf:
+        raise wrong(key, value, "a positive number")
+    return float(value)
+
+
+def flag(config: Config, key: str, *, default: bool = True) -> bool:
+    """True or false. Raises as :func:`integer`."""
+    value = default if config.get(key) is None else config[key]
+    if not isinstance(value, bool):
+        raise wrong(key, value, "true or false")
+    return value
+
+
+def wrong(key: str, value: object, expected: str) -> CheckpointError:
+    """The error for a field that is missing or nonsense."""
+    says = f"config.json says {key} {value!r}."
+    found = f"The configuration has no {key}." if value is None else says
+    return CheckpointError(found, expected=expected, fix=_FIX)
 
 
 def architecture(config: Config) -> str:
@@ -35,9 +57,7 @@ def architecture(config: Config) -> str:
     """
     names = config.get("architectures")
     if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
-        raise CheckpointError(
-            f"config.json says architectures {names!r}.", expected="a list of one name", fix=_FIX
-        )
+        raise wrong("architectures", names, "a list of one name")
     return names[0]
 
 
@@ -49,7 +69,5 @@ def weight_type(config: Config) -> str:
     """
     value = config.get("dtype") or config.get("torch_dtype")
     if value not in TYPES:
-        raise CheckpointError(
-            f"config.json says dtype {value!r}.", expected=" or ".join(TYPES), fix=_FIX
-        )
+        raise wrong("dtype", value, " or ".join(TYPES))
     return TYPES[value]

@@ -11,15 +11,28 @@ from typing import Any, NamedTuple
 import msgspec
 
 from dspark_sglang.errors import CheckpointError
-from dspark_sglang.layouts.dense.config import DrafterConfig
+from dspark_sglang.layouts import reading
+from dspark_sglang.layouts.base import text_config
+from dspark_sglang.layouts.dense.config import DenseConfig, parse_drafter_config
 from dspark_sglang.layouts.dense.tensors import dense_layer, dense_tensors
-from dspark_sglang.planning.kv import FullKv, SlidingKv
-from dspark_sglang.planning.reading import integer
-from dspark_sglang.planning.tensors import SIZES, Split, Tensor
+from dspark_sglang.layouts.memory import (
+    SIZES,
+    DrafterMemory,
+    DraftKv,
+    FullKv,
+    Loading,
+    SlidingKv,
+    Split,
+    TargetMemory,
+    Tensor,
+)
+from dspark_sglang.layouts.reading import integer
 
 Config = Mapping[str, Any]
 
 GEMMA3, GEMMA4 = "Gemma3ForCausalLM", "Gemma4ForCausalLM"
+#: Targets whose memory is known here.
+ARCHITECTURES = ("LlamaForCausalLM", "Qwen3ForCausalLM", GEMMA3, GEMMA4)
 _GEMMAS = (GEMMA3, GEMMA4)
 _QK_NORM = ("Qwen3ForCausalLM", *_GEMMAS)
 #: Parts of Gemma 4 that some of its checkpoints have and a plan does not know.
@@ -30,6 +43,58 @@ _UNPLANNED = (
     "attention_k_eq_v",
 )
 _SLIDING, _FULL = "sliding_attention", "full_attention"
+
+
+def describe_target(raw: Config, loading: Loading) -> TargetMemory:
+    """A dense target.
+
+    Raises:
+        CheckpointError: an architecture that is not planned, quantised weights, or a field that is missing or nonsense.
+    """
+    architecture = reading.architecture(raw)
+    if architecture not in ARCHITECTURES:
+        raise CheckpointError(
+            f"The target is a {architecture}.",
+            expected=f"{' or '.join(ARCHITECTURES)}, or a layout of its own",
+            fix="Its memory cannot be planned; nothing is assumed to fit.",
+        )
+    config = text_config(raw)
+    stored, kept = _types({**raw, **config}, loading)
+    _unquantised(raw)
+    context, own = integer(config, "max_position_embeddings"), heads(config, architecture, 0)
+    return TargetMemory(
+        kv=kv(config, architecture, loading.kv_element or SIZES[kept]),
+        tensors=target(config, architecture, stored, kept),
+        context=context,
+        rope_bytes=context * own.dim * 4,
+        heads=own.query,
+    )
+
+
+def describe_drafter(raw: Config, loading: Loading) -> DrafterMemory:
+    """A stand-alone drafter. Raises as :func:`describe_target`."""
+    config, (stored, kept) = parse_drafter_config(raw), _types(raw, loading)
+    pool = draft_kv(config, kept)
+    return DrafterMemory(
+        tensors=drafter(config, stored, kept), kv=DraftKv(full=pool), heads=config.num_heads
+    )
+
+
+def _types(config: Config, loading: Loading) -> tuple[str, str]:
+    """Types of weights as stored, and as kept."""
+    stored = reading.weight_type(config)
+    return stored, reading.TYPES[loading.dtype] if loading.dtype else stored
+
+
+def _unquantised(config: Config) -> None:
+    found = config.get("quantization_config") or text_config(config).get("quantization_config")
+    if found:
+        method = found.get("quant_method") if isinstance(found, Mapping) else found
+        raise CheckpointError(
+            f"The target is quantised ({method!r}).",
+            expected="bfloat16, float16 or float32 weights for this architecture",
+            fix="Its memory cannot be planned; nothing is assumed to fit.",
+        )
 
 
 class Heads(NamedTuple):
@@ -179,7 +244,7 @@ def _pool(shape: Heads, layers: int, element: int) -> FullKv:
     return FullKv(layers=layers, heads=shape.groups, width=2 * shape.dim, element=element)
 
 
-def drafter(config: DrafterConfig, stored: str, kept: str) -> list[Tensor]:
+def drafter(config: DenseConfig, stored: str, kept: str) -> list[Tensor]:
     """Every tensor of a stand-alone drafter: layers shared like the target's, heads whole."""
     made = []
     for name, shape in dense_tensors(config).items():
@@ -192,7 +257,7 @@ def drafter(config: DrafterConfig, stored: str, kept: str) -> list[Tensor]:
     return made
 
 
-def draft_kv(config: DrafterConfig, kept: str) -> FullKv:
+def draft_kv(config: DenseConfig, kept: str) -> FullKv:
     """The pool of a stand-alone drafter."""
     heads = Heads(config.num_heads, config.num_kv_heads, config.head_dim)
     return _pool(heads, config.num_layers, SIZES[kept])

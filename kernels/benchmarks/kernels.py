@@ -1,47 +1,102 @@
-"""What every kernel costs, in one summary: resources, bytes next to floor and builtin, times if any.
+"""What every kernel costs: resources on sm_90, bytes beside floor and builtin, times where there is a GPU.
 
-Nothing here runs kernels itself: children do (:mod:`benchmarks.children`), compiled
-ahead of time, in Triton's interpreter, and on the GPU of a machine that has one.
+Triton decides whether a kernel is interpreted when its module is imported. So kernels are compiled, counted and
+timed in processes of their own (:func:`worker`), and this module imports none.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import os
+import warnings
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks import report
-from benchmarks import round as rounds
-from benchmarks import summary as known
-from benchmarks.children import MeasurementError, results
-from benchmarks.summary import BATCH, Config, PartBytes, Summary
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import ops as benches
 from dspark_sglang.artifacts import Provenance, write_json
 from dspark_sglang.cli.main import run
-from dspark_sglang.errors import ConfigError
+from dspark_sglang.errors import ConfigError, DSparkError
 from dspark_sglang.provenance import commit, machine, provenance
 
+SCHEMA_VERSION = 1
+#: Requests of the round that the targets are set for: temperature 1, gamma 5, V 129280, a vanilla head of rank 256,
+#: bfloat16 logits, three of five drafts kept. SGLang's parts of it are in :mod:`benchmarks.builtin`.
+BATCH = 64
+#: Our parts of it: op and configuration.
+OURS = {
+    "draft": ("markov_step", "full-vanilla-gamma5-V129280-r256-sampled"),
+    "draft_shortlist": ("markov_step", "shortlist128+128-vanilla-gamma5-V129280-r256-sampled"),
+    "accept": ("accept", "gamma5-V129280-bf16-dense"),
+    "accept_shortlist": ("accept", "gamma5-V129280-bf16-listed128"),
+}
+BUILTIN = ("builtin_draft", "builtin_accept", "builtin_accept_optin")
+#: Gigabytes of the summary: the parts they are of. A shortlist with the base tail has a dense distribution.
+GIGABYTES = {
+    "accept_gb": ("accept",),
+    "accept_shortlist_gb": ("accept_shortlist",),
+    "draft_accept_gb": ("draft", "accept"),
+    "draft_accept_shortlist_gb": ("draft_shortlist", "accept"),
+    "builtin_accept_gb": ("builtin_accept",),
+    "builtin_optin_accept_gb": ("builtin_accept_optin",),
+    "builtin_draft_accept_gb": ("builtin_draft", "builtin_accept"),
+    "builtin_optin_draft_accept_gb": ("builtin_draft", "builtin_accept_optin"),
+}
+#: What must not be exceeded.
+TARGETS = {
+    "accept_gb": 0.20,
+    "accept_shortlist_gb": 0.20,
+    "draft_accept_gb": 0.65,
+    "draft_accept_shortlist_gb": 0.40,
+    "launches_per_step": 9,
+}
 #: Bytes a second of an H100's memory, by its data sheet.
 BANDWIDTH = 3.35e12
+LABELS = {
+    "registers, spills, shared_bytes": "of the largest kernel, compiled ahead of time for sm_90; never run there",
+    "counted_bytes": "unmasked lanes of every load and store in Triton's interpreter at batches 1 and 2, by batch; "
+    "the others on the line through them (above 64 requests markov_step reads W2 again for every 64, the line does not)",
+    "floor_bytes": "each needed input read once, each output written once",
+    "builtin_*": "SGLang's own code counted in the same way, torch operations by their inputs and outputs",
+    "max_error": "against the float64 reference, in the interpreter; 0 where decisions are compared exactly",
+    "roofline_us": f"computed, not timed: counted bytes at batch {BATCH} / 3.35 TB/s",
+    "timed_us": "median on the device named; null where nothing was timed",
+    "launches_per_step": "of our kernels outside the models in a served step",
+    "torch_operations_per_step": "around them, on a few numbers a request; at least a launch each",
+}
+#: SGLang's code that no number stands for, and why.
+NOT_COUNTED = {
+    "flashinfer.sampling.softmax": "CUDA C++: not interpreted. SGLang's own Triton fallback is counted instead",
+    "MarkovLoop of gated and rnn heads, and of greedy requests": "a vanilla head that samples is counted",
+    "acceptance with top-k, top-p or block verification": "the sampled default and its opt-in are counted",
+    "confidence, admission, writing KV": "small beside the logits",
+    "acceptance over ranks": "it gathers logits over processes",
+}
 
-#: Ops that take seconds; the others take minutes.
-_SMALL = frozenset({"admit", "confidence", "kv_inject"})
+
+class MeasurementError(DSparkError):
+    """A kernel could not be compiled, run or counted."""
 
 
 class Measured(NamedTuple):
-    """What the children found."""
+    """What the workers found."""
 
-    #: ``{op: {configuration: entry}}`` of :func:`benchmarks.report.summarise`.
-    report: Mapping[str, Mapping[str, Mapping[str, Any]]]
-    #: Counts of SGLang's parts of the round.
-    parts: Mapping[str, rounds.Counts]
+    #: By op and configuration, of :mod:`benchmarks.measure`.
+    resources: Mapping[str, Mapping[str, list[Any]]]
+    traffic: Mapping[str, Mapping[str, Any]]
+    #: SGLang's parts of the round.
+    parts: Mapping[str, Any]
+    #: Traffic of a served step, :mod:`benchmarks.served`.
+    step: Any
     #: Median microseconds by ``op/configuration`` and by part; empty without CUDA.
-    times: Mapping[str, float]
-    device: str | None
-    #: Launches and torch operations of a served step, :mod:`benchmarks.served`.
-    step: tuple[int, int] | None = None
+    times: Mapping[str, float] = {}
+    device: str | None = None
 
 
 # --- measuring ---------------------------------------------------------------------------------
@@ -53,7 +108,7 @@ def choose(text: str) -> tuple[str, ...]:
     Raises:
         ConfigError: no such op.
     """
-    every = report.ops()
+    every = benches.names()
     if text == "all":
         return tuple(every)
     wanted = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
@@ -67,184 +122,253 @@ def choose(text: str) -> tuple[str, ...]:
     return wanted
 
 
-def _summarise(op: str) -> dict[str, Any]:
+def worker(*, interpret: bool, processes: int = 1) -> ProcessPoolExecutor:
+    """Processes that have Triton's interpreter, or do not."""
+    return ProcessPoolExecutor(
+        processes, mp_context=get_context("spawn"), initializer=_begin, initargs=(interpret,)
+    )
+
+
+def _begin(interpret: bool) -> None:
+    os.environ["TRITON_INTERPRET"] = str(int(interpret))
+    warnings.simplefilter("ignore")
+
+
+def call(module: str, function: str, *arguments: Any) -> Any:
+    """Runs in a worker: a function by its name, so that the parent need not import it.
+
+    Raises:
+        RuntimeError: what went wrong, whatever it was.
+    """
     try:
-        return report.summarise(op)
-    except (MeasurementError, RuntimeError) as error:
-        raise MeasurementError(
-            f"{op}: {error}",
-            expected="kernels that compile, run in the interpreter and agree with the reference",
-            fix=f"Run pytest tests/kernels/test_{op}.py.",
-        ) from error
-
-
-def _count(part: str) -> rounds.Counts:
-    (found,) = results(f"{rounds.__name__}.count_part", part, interpret=True)
-    return rounds.read_counts(found)
-
-
-def _count_step() -> tuple[int, int]:
-    (found,) = results("benchmarks.served.count_step", interpret=True)
-    return found["launches"], sum(found["operations"].values())
+        return getattr(importlib.import_module(module), function)(*arguments)
+    except Exception as error:  # one that needs keywords could not be sent back
+        raise RuntimeError(f"{type(error).__name__}: {error}") from error
 
 
 def measure(ops: tuple[str, ...]) -> Measured:
-    """Compile and count, two processes at a time; then time, alone, where there is a CUDA device.
+    """Compile and count side by side; then time, alone, where there is a CUDA device.
 
     Raises:
         MeasurementError: a kernel is wrong, or could not be run.
     """
-    wanted = list(rounds.PARTS) if {"accept", "markov_step"} <= set(ops) else []
-    with ThreadPoolExecutor(max_workers=2) as pool:
-        # The longest first, so that nothing long is left over for the end.
-        compiled = {
-            op: pool.submit(_summarise, op) for op in sorted(ops, key=lambda op: op in _SMALL)
-        }
-        counted = {part: pool.submit(_count, part) for part in wanted}
-        step = pool.submit(_count_step)
-        names: dict[Future[Any], str] = {step: "a served step"}
-        names |= {job: name for name, job in compiled.items()}
-        names |= {job: name for name, job in counted.items()}
-        try:
-            for done in as_completed(names):
+    parts = BUILTIN if {"accept", "markov_step"} <= set(ops) else ()
+    processes = max(1, min(4, len(os.sched_getaffinity(0)) - 1))
+    with (
+        worker(interpret=False) as compiling,
+        worker(interpret=True, processes=processes) as counting,
+    ):
+        jobs: dict[tuple[str, str], Future[Any]] = {}
+
+        def submit(pool: ProcessPoolExecutor, *task: str) -> None:
+            jobs[task[-2], task[-1]] = pool.submit(call, *task)
+
+        for op in ops:
+            submit(compiling, "benchmarks.measure", "compile_op", op)
+            submit(counting, "benchmarks.measure", "count_op", op)
+        for part in parts:
+            submit(counting, "benchmarks.measure", "count_builtin", part)
+        jobs["count_step", ""] = counting.submit(call, "benchmarks.served", "count_step")
+        names = {job: name for name, job in jobs.items()}
+        for done in as_completed(names):
+            function, of = names[done]
+            try:
                 done.result()
-                print(names[done], flush=True)
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-    entries = {op: compiled[op].result() for op in ops}
-    parts = {part: job.result() for part, job in counted.items()}
-    device, times = _times(entries, parts)
-    return Measured(entries, parts, times, device, step.result())
+            except Exception as error:
+                for pool in (compiling, counting):
+                    pool.shutdown(wait=False, cancel_futures=True)
+                raise MeasurementError(
+                    f"{function} {of}: {error}",
+                    expected="kernels that compile, run in the interpreter and agree with the reference",
+                    fix=f"Run pytest tests/kernels{f'/test_{of}.py' if of in ops else ''}.",
+                ) from error
+            print(function, of, flush=True)
+    found = {name: job.result() for name, job in jobs.items()}
+    device, times = _times(ops, parts)
+    return Measured(
+        resources={op: found["compile_op", op] for op in ops},
+        traffic={op: found["count_op", op] for op in ops},
+        parts={part: found["count_builtin", part] for part in parts},
+        step=found["count_step", ""],
+        times=times,
+        device=device,
+    )
 
 
-def _times(
-    entries: Mapping[str, Mapping[str, Any]], parts: Mapping[str, Any]
-) -> tuple[str | None, dict[str, float]]:
+def _times(ops: Sequence[str], parts: Sequence[str]) -> tuple[str | None, dict[str, float]]:
     import torch
 
     if not torch.cuda.is_available():
         return None, {}
-    keys = [f"{op}/{name}" for op, configs in entries.items() for name in configs]
-    found = results("benchmarks.timing.times", *keys, *parts, interpret=False)
-    return torch.cuda.get_device_name(), {entry["key"]: entry["us"] for entry in found}
+    with worker(interpret=False) as alone:
+        times = alone.submit(call, "benchmarks.measure", "times", ops, parts).result()
+    return torch.cuda.get_device_name(), times
 
 
 # --- the summary -------------------------------------------------------------------------------
 
 
 def summarise(
-    measured: Measured,
-    *,
-    machine: str,
-    commit: str,
-    provenance: Provenance,
-) -> Summary:
-    """Put together what was found."""
-    ops = {
-        op: {name: _config(measured, op, name, entry) for name, entry in entries.items()}
-        for op, entries in measured.report.items()
-    }
-    parts = _round(ops, measured)
+    found: Measured, *, machine: str, commit: str, provenance: Provenance
+) -> dict[str, Any]:
+    """What is written; None where something was not measured.
 
-    def gigabytes(*names: str) -> float | None:
+    Raises:
+        MeasurementError: a configuration launches other kernels interpreted than compiled.
+    """
+    ops = {
+        op: {
+            name: _config(f"{op}/{name}", resources, found.traffic[op][name], found.times)
+            for name, resources in configs.items()
+        }
+        for op, configs in found.resources.items()
+    }
+    parts = _round(ops, found)
+
+    def gigabytes(names: Sequence[str]) -> float | None:
         if not all(name in parts for name in names):
             return None
-        return round(sum(parts[name].counted_bytes for name in names) / 1e9, 4)
+        return round(sum(parts[name]["counted_bytes"] for name in names) / 1e9, 4)
 
-    return Summary(
-        schema_version=known.SCHEMA_VERSION,
-        ops=ops,
-        accept_gb=gigabytes("accept"),
-        accept_shortlist_gb=gigabytes("accept_shortlist"),
-        draft_accept_gb=gigabytes("draft", "accept"),
-        draft_accept_shortlist_gb=gigabytes("draft_shortlist", "accept"),
-        builtin_accept_gb=gigabytes("builtin_accept"),
-        builtin_optin_accept_gb=gigabytes("builtin_accept_optin"),
-        builtin_draft_accept_gb=gigabytes("builtin_draft", "builtin_accept"),
-        builtin_optin_draft_accept_gb=gigabytes("builtin_draft", "builtin_accept_optin"),
-        launches_per_step=_launches(ops, measured.step),
-        torch_operations_per_step=measured.step[1] if measured.step else None,
-        round=parts,
-        labels=known.LABELS,
-        not_counted=known.NOT_COUNTED,
-        machine=machine,
-        triton=importlib.metadata.version("triton"),
-        device=measured.device,
-        commit=commit,
-        provenance=provenance,
-    )
+    # Writing KV is in the draft model's own step.
+    writing = [config["launches"] for config in ops.get("kv_inject", {}).values()]
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "ops": ops,
+        **{field: gigabytes(names) for field, names in GIGABYTES.items()},
+        "launches_per_step": found.step.launches + max(writing) if writing else None,
+        "torch_operations_per_step": sum(found.step.operations.values()),
+        "targets": TARGETS,
+        "round": parts,
+        "labels": LABELS,
+        "not_counted": NOT_COUNTED,
+        "machine": machine,
+        "triton": importlib.metadata.version("triton"),
+        "device": found.device,
+        "commit": commit,
+        "provenance": provenance,
+    }
 
 
-def _microseconds(bytes_: int) -> float:
-    return round(bytes_ / BANDWIDTH * 1e6, 2)
-
-
-def _config(measured: Measured, op: str, name: str, entry: Mapping[str, Any]) -> Config:
-    return Config(
-        **entry,
-        roofline_us=_microseconds(entry["counted_bytes"][str(BATCH)]),
-        timed_us=measured.times.get(f"{op}/{name}"),
-    )
-
-
-def _round(ops: Mapping[str, Mapping[str, Config]], measured: Measured) -> dict[str, PartBytes]:
-    """The parts of the round, ours and SGLang's."""
-    key, found = str(BATCH), {}
-    for name, (op, configuration) in rounds.OURS.items():
-        config = ops.get(op, {}).get(configuration)
-        if config is not None:
-            found[name] = PartBytes(
-                counted_bytes=config.counted_bytes[key],
-                floor_bytes=config.floor_bytes[key],
-                launches=config.launches,
-                torch_operations=0,
-                roofline_us=config.roofline_us,
-                timed_us=config.timed_us,
-            )
-    for name, counts in measured.parts.items():
-        bytes_ = counts.at(BATCH, rounds.VOCABULARY)
-        found[name] = PartBytes(
-            counted_bytes=bytes_,
-            floor_bytes=None,
-            launches=counts.launches,
-            torch_operations=counts.operations,
-            roofline_us=_microseconds(bytes_),
-            timed_us=measured.times.get(name),
+def _config(
+    key: str, resources: list[Any], traffic: Any, times: Mapping[str, float]
+) -> dict[str, Any]:
+    if traffic.launches != len(resources):
+        raise MeasurementError(
+            f"{key} launched {traffic.launches} kernels interpreted and {len(resources)} compiled.",
+            expected="the same launches whatever the data and the batch",
+            fix=f"Correct kernels/dspark_kernels/{key.partition('/')[0]}.",
         )
-    return found
+    return {
+        **{name: max(getattr(each, name) for each in resources) for name in (
+            "registers", "spills", "shared_bytes")},
+        "counted_bytes": {str(batch): size for batch, size in traffic.kernels.items()},
+        "floor_bytes": {str(batch): size for batch, size in traffic.floor.items()},
+        "launches": traffic.launches,
+        "max_error": traffic.max_error,
+        "roofline_us": _microseconds(traffic.kernels[BATCH]),
+        "timed_us": times.get(key),
+    }  # fmt: skip
 
 
-def _launches(ops: Mapping[str, Mapping[str, Config]], step: tuple[int, int] | None) -> int | None:
-    """Launches of a served step: of the server's operations, and of writing KV."""
-    if step is None or not ops.get("kv_inject"):
-        return None
-    return step[0] + max(config.launches for config in ops["kv_inject"].values())
+def _microseconds(size: int) -> float:
+    return round(size / BANDWIDTH * 1e6, 2)
+
+
+def _round(ops: Mapping[str, Mapping[str, Any]], found: Measured) -> dict[str, dict[str, Any]]:
+    """The parts of the round, ours and SGLang's."""
+    key, parts = str(BATCH), {}
+    for part, (op, name) in OURS.items():
+        config = ops.get(op, {}).get(name)
+        if config is not None:
+            parts[part] = {
+                "counted_bytes": config["counted_bytes"][key],
+                "floor_bytes": config["floor_bytes"][key],
+                "launches": config["launches"],
+                "torch_operations": 0,
+                "roofline_us": config["roofline_us"],
+                "timed_us": config["timed_us"],
+            }
+    for part, traffic in found.parts.items():
+        size = traffic.kernels[BATCH] + traffic.torch[BATCH]
+        parts[part] = {
+            "counted_bytes": size,
+            "floor_bytes": None,
+            "launches": traffic.launches,
+            "torch_operations": traffic.operations,
+            "roofline_us": _microseconds(size),
+            "timed_us": found.times.get(part),
+        }
+    return parts
+
+
+# --- tables ------------------------------------------------------------------------------------
+
+
+def show(summary: Mapping[str, Any], console: Console) -> None:
+    """Print the round and every configuration, bytes at batch 64."""
+    device = summary["device"]
+    console.print(f"Timed on {device}." if device else "Nothing was timed: no CUDA device.")
+    reached = _table("a round of 64 requests", "reached", "value", "at most")
+    for field, most in TARGETS.items():
+        value = summary[field]
+        reached.add_row(field, "not measured" if value is None else f"{value:g}", f"{most:g}")
+    console.print(reached)
+    for title, configs in {"parts of it": summary["round"], **summary["ops"]}.items():
+        _show_configs(title, configs, console, timed=bool(device))
+
+
+def _show_configs(
+    title: str, configs: Mapping[str, Mapping[str, Any]], console: Console, *, timed: bool
+) -> None:
+    table = _table(
+        *(title, "", "registers", "spills", "shared, kB", "launches", "torch", "counted, MB"),
+        *("÷ floor", "largest error", "µs (computed)"),
+        *(["µs (timed)"] if timed else []),
+    )
+    for name, config in configs.items():
+        size, floor = (config[f"{kind}_bytes"] for kind in ("counted", "floor"))
+        if isinstance(size, Mapping):
+            size, floor = size[str(BATCH)], floor[str(BATCH)]
+        shared, error, spent = (config.get(f) for f in ("shared_bytes", "max_error", "timed_us"))
+        row = [
+            *(config.get("registers"), config.get("spills")),
+            None if shared is None else f"{shared / 1e3:.1f}",
+            *(config["launches"], config.get("torch_operations"), f"{size / 1e6:,.3f}"),
+            f"{size / floor:.2f}" if floor else None,
+            None if error is None else f"{error:.1e}",
+            f"{config['roofline_us']:,.1f}",
+            *(["not measured" if spent is None else f"{spent:,.1f}"] if timed else []),
+        ]
+        table.add_row(name, *("" if cell is None else str(cell) for cell in row))
+    console.print(table)
+
+
+def _table(title: str, first: str, *headings: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column(first, overflow="fold")
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    return table
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, write and show."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=__doc__)
-    add = parser.add_argument
-    add("--out", type=Path, default=Path("runs/kernels"), help="folder for summary.json")
-    add("--ops", default="all", help="comma-separated ops, or all")
-    add("--summary", type=Path, help="show this summary.json; measure nothing")
-    add("--docs", type=Path, help="a document whose generated tables are replaced")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/kernels"), help="folder for summary.json"
+    )
+    parser.add_argument("--ops", default="all", help="comma-separated ops, or all")
     given = parser.parse_args(arguments)
-    if given.summary is not None:
-        found = known.read(given.summary)
-    else:
-        found = summarise(
-            measure(choose(given.ops)),
-            machine=machine(),
-            commit=commit("kernels", "dspark_sglang"),
-            provenance=provenance(["make", "bench-kernels"]),
-        )
-        write_json(given.out / "summary.json", found)
-        print(f"Written: {given.out / 'summary.json'}")
-    if given.docs is not None:
-        known.insert(given.docs, found)
-        print(f"Written: {given.docs}")
-    print(known.text(found))
+    found = summarise(
+        measure(choose(given.ops)),
+        machine=machine(),
+        commit=commit("kernels", "dspark_sglang"),
+        provenance=provenance(["make", "bench-kernels"]),
+    )
+    write_json(given.out / "summary.json", found)
+    show(found, Console())
+    print(f"Written: {given.out / 'summary.json'}")
     return 0
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks import moved
+from benchmarks.traffic import Traffic, count
 from dspark_sglang.core.heads import ConfidenceHead, MarkovHead
 from dspark_sglang.serving import telemetry
 from dspark_sglang.serving.ops import SampledRows, Verified, triton_ops
@@ -31,12 +30,10 @@ def _operations(generator: torch.Generator) -> Any:
     )
 
 
-def count_step() -> Iterator[dict[str, Any]]:
+def count_step() -> Traffic:
     """Draft, confidence, admission and acceptance of sampled requests, in Triton's interpreter.
 
-    Yields:
-        ``{"launches": kernels, "operations": torch operations that move anything}``; writing KV, whose
-        one kernel sits in the draft model's own step, is not in it.
+    Writing KV, whose one kernel sits in the draft model's own step, is not in it.
     """
     random = torch.Generator().manual_seed(3)
     ops = _operations(random)
@@ -69,5 +66,4 @@ def count_step() -> Iterator[dict[str, Any]]:
         )
 
     step()  # what is made once, and what is drawn for many steps at once
-    found = moved.count(step)
-    yield {"launches": found.launches, "operations": found.operations}
+    return count(step)

@@ -1,17 +1,14 @@
 """Bytes of SGLang's own Markov loop and acceptance: counted, and the same worked out by hand.
 
-The interpreter has to be on before triton is imported, so counting happens in a child process.
+The interpreter has to be on before triton is imported, so counting happens in a process of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
 import pytest
-import torch
 
-from benchmarks.children import results
+from benchmarks.kernels import BUILTIN, call, worker
+from benchmarks.traffic import Traffic
 
 pytestmark = pytest.mark.costly
 BATCH, COLUMNS, GAMMA, RANK, KEPT = 2, 5000, 3, 16, 1
@@ -19,35 +16,30 @@ BATCH, COLUMNS, GAMMA, RANK, KEPT = 2, 5000, 3, 16, 1
 CHAIN, STATS, RESAMPLE, MARKOV = 4096, 8192, 1024, 1024
 
 
-def counted() -> Iterator[dict[str, Any]]:
-    """Runs in the child: what each of SGLang's parts moves, twice over."""
-    from benchmarks import moved
-    from benchmarks import round as rounds
+def counted(part: str) -> list[Traffic]:
+    """Runs in a worker: what one of SGLang's parts moves, twice over."""
+    from benchmarks import builtin
+    from benchmarks.traffic import count
 
-    sizes, cpu = rounds.Sizes(GAMMA, RANK, KEPT), torch.device("cpu")
-    for name, part in rounds.PARTS.items():
-        call = part.make(sizes, BATCH, COLUMNS, cpu)
-        kept: list[Any] = []
-        found = [moved.count(lambda run=call.run, k=kept: k.append(run())) for _ in range(2)]  # type: ignore[misc]
-        call.check(kept[0])
-        yield {"part": name, "found": [entry._asdict() for entry in found]}
+    last = {"rank": RANK} if part == "builtin_draft" else {"kept": KEPT}
+    example = builtin.PARTS[part](BATCH, gamma=GAMMA, columns=COLUMNS, **last)
+    example.max_error(example.run())
+    return [count(example.run) for _ in range(2)]
 
 
 @pytest.fixture(scope="module")
-def parts() -> dict[str, list[dict[str, Any]]]:
-    return {
-        entry["part"]: entry["found"] for entry in results(f"{__name__}.counted", interpret=True)
-    }
+def parts() -> dict[str, list[Traffic]]:
+    with worker(interpret=True) as pool:
+        return {part: pool.submit(call, __name__, "counted", part).result() for part in BUILTIN}
 
 
-def test_counts_are_the_same_every_time(parts: dict[str, list[dict[str, Any]]]) -> None:
-    assert set(parts) == {"builtin_draft", "builtin_accept", "builtin_accept_optin"}
-    for name, (first, second) in parts.items():
-        assert first == second, name
-        assert first["outside"] == 0, name
+def test_counts_are_the_same_every_time(parts: dict[str, list[Traffic]]) -> None:
+    for part, (first, second) in parts.items():
+        assert first == second, part
+        assert first.outside == 0, part
 
 
-def test_the_default_acceptance(parts: dict[str, list[dict[str, Any]]]) -> None:
+def test_the_default_acceptance(parts: dict[str, list[Traffic]]) -> None:
     # Three passes over bfloat16 logits and one float32 probability each, of both models; a temperature.
     rows = BATCH * (GAMMA + 1) + BATCH * GAMMA
     softmax = rows * (3 * 2 * COLUMNS + 4 * COLUMNS + 4)
@@ -57,13 +49,13 @@ def test_the_default_acceptance(parts: dict[str, list[dict[str, Any]]]) -> None:
     final = 8 * COLUMNS + 8 * CHAIN
     bonus = 4 + 4 + 4 + 8
     (found, _) = parts["builtin_accept"]
-    assert found["kernels"] == softmax + BATCH * (walk + final + bonus)
-    assert found["torch"] == 4 * BATCH * GAMMA + 4 * BATCH + 4 * BATCH
-    assert found["operations"] == {"rand": 2, "zeros_like": 1}
-    assert found["launches"] == 4
+    assert found.kernels == softmax + BATCH * (walk + final + bonus)
+    assert found.torch == 4 * BATCH * GAMMA + 4 * BATCH + 4 * BATCH
+    assert found.operations == {"rand": 2, "zeros_like": 1}
+    assert found.launches == 4
 
 
-def test_the_blockwise_acceptance(parts: dict[str, list[dict[str, Any]]]) -> None:
+def test_the_blockwise_acceptance(parts: dict[str, list[Traffic]]) -> None:
     blocks, pieces = -(-COLUMNS // STATS), -(-COLUMNS // RESAMPLE)
     assert blocks == 1
     # Logits of both models once, a temperature and two sums for each.
@@ -74,11 +66,11 @@ def test_the_blockwise_acceptance(parts: dict[str, list[dict[str, Any]]]) -> Non
     drawn = 4 * COLUMNS + pieces * (8 + 4 + 4 + 8 + 4 + 8 + 12)
     insert = 4 + 4 + 4 * pieces + 8 + 8
     (found, _) = parts["builtin_accept_optin"]
-    assert found["kernels"] == stats + BATCH * (judged + drawn + insert) + 16
-    assert (found["torch"], found["launches"]) == (0, 4)
+    assert found.kernels == stats + BATCH * (judged + drawn + insert) + 16
+    assert (found.torch, found.launches) == (0, 4)
 
 
-def test_the_markov_loop(parts: dict[str, list[dict[str, Any]]]) -> None:
+def test_the_markov_loop(parts: dict[str, list[Traffic]]) -> None:
     pieces = -(-COLUMNS // MARKOV)
     # Base logits, bias and stored step logits; temperature, counter and candidate of each piece.
     step = BATCH * (3 * 2 * COLUMNS + pieces * (4 + 8 + 8) + 8 * pieces + 8)
@@ -86,8 +78,8 @@ def test_the_markov_loop(parts: dict[str, list[dict[str, Any]]]) -> None:
     # Embedding: rows of W1 and their numbers in, latents out. Product: latents and W2 in, bias out.
     product = 2 * latent + 8 * BATCH + latent + COLUMNS * RANK * 2 + BATCH * COLUMNS * 2
     (found, _) = parts["builtin_draft"]
-    assert found["kernels"] == GAMMA * step
+    assert found.kernels == GAMMA * step
     # And the counter raised by one, and the tokens of all steps stacked.
-    assert found["torch"] == GAMMA * product + 16 + 2 * 8 * BATCH * GAMMA
-    assert found["operations"] == {"embedding": GAMMA, "mm": GAMMA, "add_": 1, "stack": 1}
-    assert found["launches"] == 2 * GAMMA
+    assert found.torch == GAMMA * product + 16 + 2 * 8 * BATCH * GAMMA
+    assert found.operations == {"embedding": GAMMA, "mm": GAMMA, "add_": 1, "stack": 1}
+    assert found.launches == 2 * GAMMA

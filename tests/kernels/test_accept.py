@@ -282,21 +282,16 @@ def test_combined_features_compile_without_spills(
 ) -> None:
     """Beyond the configurations of the bench: several features at the largest vocabulary."""
     code = """
-from benchmarks.ops.accept import Shape, signature
-from dspark_kernels.accept.kernel import accept_kernel
-from dspark_kernels.accept.plan import WARPS, constants
+import torch
 from benchmarks.aot import compile_sm90
+from benchmarks.ops.accept import Case
 everything = dict(coupled=True, filtered=True, adjusted=True, joint=True)
 for flags in (
-    dict(everything, law=0), dict(everything, law=1), dict(everything, law=2),
-    dict(everything, law=2, joint=False), dict(coupled=True, filtered=True, law=2),
-    dict(filtered=True, joint=True, law=2),
+    dict(everything, law="certain"), dict(everything, law="dense"), everything,
+    dict(everything, joint=False), dict(coupled=True, filtered=True),
+    dict(filtered=True, joint=True),
 ):
-    chosen = constants(262144, 7, bfloat16=False, **flags)
-    found = compile_sm90(
-        accept_kernel, signature=signature(Shape(262144, 7, False, **flags)), constants=chosen,
-        num_warps=WARPS, aligned=("logits_stride", "width", "law_size"),
-    )
+    (found,) = compile_sm90(Case(262144, 7, torch.float32, **flags).example(3).run)
     print(found.spills, found.stack, found.registers <= 128, found.shared_bytes <= 65536)
 """
     assert compiling_python(code).splitlines() == ["0 0 True True"] * 6

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks import traffic
-from benchmarks.ops import admit as bench
+from benchmarks.ops.admit import Case
 from dspark_kernels.admit import Admission, admit
 from dspark_kernels.admit.reference import reference
 from dspark_kernels.support.backend import LAUNCHES
@@ -193,8 +193,7 @@ def test_a_captured_call_replays_with_another_budget(device: torch.device, captu
 def test_every_byte_is_moved_once() -> None:
     survival = chances(3, 7, "tied")
     counted = traffic.count(lambda: run(survival, 8))
-    case = bench.cases()[0]._replace(sizes={"gamma": 7, "R": 4})
-    assert (counted.total, counted.outside) == (bench.floor_bytes(case, 3), 0)
+    assert (counted.kernels, counted.outside) == (Case(7, 4).floor_bytes(3), 0)
     assert counted.launches == 1
 
 

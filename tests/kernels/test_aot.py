@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks import report
+from benchmarks import ops
 from benchmarks.aot import Resources, compile_sm90
 
-CASES = [(op, case) for op in report.ops() for case in report.bench(op).cases()]
+CASES = [(op, case) for op in ops.names() for case in ops.cases(op)]
 
 #: 32-bit registers of a multiprocessor, and the shared memory that one program may take of it.
 REGISTERS = 64 * 1024
@@ -20,40 +20,40 @@ SHARED = 227 * 1024
 
 
 @pytest.fixture(scope="module")
-def compiled(compiling_python: Callable[[str], str]) -> dict[str, dict[str, list[dict[str, int]]]]:
+def compiled(compiling_python: Callable[[str], str]) -> dict[str, dict[str, list[list[Any]]]]:
     """Resources by op and configuration, from processes without the interpreter, two at a time."""
 
     def compile_op(op: str) -> Any:
         code = (
-            "import json; from benchmarks import report; "
-            f"print(json.dumps(dict(report.compile_op({op!r}))))"
+            "import json; from benchmarks import measure; "
+            f"print(json.dumps(measure.compile_op({op!r})))"
         )
         return json.loads(compiling_python(code).splitlines()[-1])
 
     with ThreadPoolExecutor(2) as pool:
-        return dict(zip(report.ops(), pool.map(compile_op, report.ops()), strict=True))
+        return dict(zip(ops.names(), pool.map(compile_op, ops.names()), strict=True))
 
 
 def test_every_op_has_a_bench() -> None:
-    assert {"accept", "admit", "confidence", "kv_inject", "markov_step"} <= set(report.ops())
+    assert {"accept", "admit", "confidence", "kv_inject", "markov_step"} <= set(ops.names())
 
 
 @pytest.mark.parametrize(("op", "case"), CASES, ids=[f"{op}-{case.name}" for op, case in CASES])
 def test_a_configuration_compiles_without_spills(
-    op: str, case: report.Case, compiled: dict[str, dict[str, list[dict[str, int]]]]
+    op: str, case: ops.Case, compiled: dict[str, dict[str, list[list[Any]]]]
 ) -> None:
-    for build, found in zip(case.builds, compiled[op][case.name], strict=True):
-        kernel = Resources(**found)
+    for found in compiled[op][case.name]:
+        kernel = Resources(*found)
         assert (kernel.spills, kernel.stack) == (0, 0)
         # The program can start at all.
-        assert 0 < kernel.registers * 32 * build.num_warps <= REGISTERS
+        assert 0 < kernel.registers * 32 * kernel.warps <= REGISTERS
         assert kernel.shared_bytes <= SHARED
 
 
 def test_spills_are_seen(compiling_python: Callable[[str], str]) -> None:
     """The measurement itself: a kernel that needs more registers than a thread has."""
     code = """
-import tempfile, pathlib, sys, importlib
+import tempfile, pathlib, sys, importlib, torch
 source = '''
 import triton
 import triton.language as tl
@@ -68,12 +68,13 @@ with tempfile.TemporaryDirectory() as folder:
     sys.path.insert(0, folder)
     kernel = importlib.import_module("greedy_kernel").greedy
     from benchmarks.aot import compile_sm90
-    print(compile_sm90(kernel, signature={"x": "*fp32", "out": "*fp32"},
-                       constants={"BLOCK": 16384}, num_warps=1).spills)
+    types = (torch.float32, torch.float32, 16384)
+    (found,) = compile_sm90(lambda: kernel.warmup(*types, grid=(1,), num_warps=1))
+    print(found.spills)
 """
     assert int(compiling_python(code)) > 0
 
 
 def test_the_interpreter_cannot_compile() -> None:
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET is set"):
-        compile_sm90(None, signature={}, constants={}, num_warps=4)
+        compile_sm90(lambda: None)

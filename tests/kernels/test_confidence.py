@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks import traffic
-from benchmarks.ops import confidence as bench
+from benchmarks.ops.confidence import Case
 from dspark_kernels.confidence import Confidence, confidence
 from dspark_kernels.confidence.reference import reference
 from dspark_kernels.support.backend import LAUNCHES
@@ -284,9 +284,9 @@ def test_a_captured_call_replays_on_new_operands(device: torch.device, captured:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="counts in the interpreter")
 def test_the_bytes_of_the_formula_are_moved() -> None:
     given = operands(Shape(3, 5, 700, 24, dtype=torch.bfloat16), torch.device("cpu"))
-    case = bench.cases()[0]._replace(sizes={"gamma": 5, "d": 700, "r": 24, "V": 301})
+    case = Case(5, 700, 24, 301)
     counted = traffic.count(lambda: run(given))
-    assert (counted.total, counted.outside) == (bench.formula_bytes(case, 3), 0)
+    assert (counted.kernels, counted.outside) == (3 * (case.row_bytes + case.shared_bytes), 0)
     assert counted.loaded["confidence_kernel.hidden"] == 3 * 5 * 700 * 2
 
 

@@ -30,7 +30,6 @@ from markov_operands import (
 )
 
 from benchmarks import traffic
-from benchmarks.ops import markov_step as bench
 from dspark_kernels.markov_step import (
     Sampling,
     draft_block,
@@ -405,7 +404,7 @@ def test_w2_is_read_once_a_step_whatever_the_batch() -> None:
         assert counted.loaded["scan.base"] == batch * 2 * 700 * 2
         sampled = int((given.sampling.temperatures > 0).sum()) if given.sampling else 0
         assert counted.stored["scan.out"] == sampled * 2 * 700 * 2
-        totals[batch] = counted.total - counted.stored["scan.out"]
+        totals[batch] = counted.kernels - counted.stored["scan.out"]
     assert (totals[64] - totals[1]) * 3 == (totals[4] - totals[1]) * 63
 
 
@@ -426,20 +425,57 @@ def test_other_dtypes_batches_and_options_compile_without_spills(
 ) -> None:
     code = """
 import json
-from benchmarks.ops import markov_step as bench
+import torch
 from benchmarks.aot import compile_sm90
-found = []
-for b in bench.variants():
-    used = compile_sm90(
-        b.kernel, signature=dict(b.signature), constants=dict(b.constants),
-        num_warps=b.num_warps, num_stages=b.num_stages, aligned=b.aligned,
-    )
-    found.append([b.kernel.__name__, used.spills, used.stack, used.shared_bytes])
-print(json.dumps(found))
+from dspark_kernels.markov_step import Head, Sampling, draft_block, draft_shortlist
+
+def given(kind, columns, rank, dtype, rows=63, base=None, recorded=True, mapped=False, follow=0):
+    parts, state = {"vanilla": (0, 0), "rnn": (3, 2 * rank)}[kind]
+    weight = torch.empty(parts * rank, 4096 + state, dtype=dtype) if parts else None
+    bias = torch.empty(parts * rank, dtype=dtype) if parts else None
+    table = torch.empty(columns, rank, dtype=dtype)
+    long = torch.empty(rows, dtype=torch.int64)
+    flags = torch.empty(rows, dtype=torch.bool) if recorded else None
+    found = {
+        "base": torch.empty(rows, 1, columns, dtype=base or dtype),
+        "anchors": long,
+        "head": Head(table, table, weight, bias),
+        "hidden": torch.empty(rows, 1, 4096, dtype=dtype) if parts else None,
+        "sampling": Sampling(torch.empty(rows), long, long, flags),
+        "vocabulary": torch.empty(columns, dtype=torch.int64) if mapped else None,
+    }
+    if follow:
+        found["successors"] = torch.empty(columns, follow, dtype=torch.int32)
+    return found
+
+def whole(*sizes, **options):
+    call = given("vanilla", 129280, 512, *sizes, **options)
+    return lambda: draft_block(**call, out=torch.empty_like(call["base"]), backend="triton")
+
+def listed(call, tail=True):
+    out = torch.empty_like(call["base"]) if tail else None
+    return lambda: draft_shortlist(**call, size=128, out=out, backend="triton")
+
+bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+rnn = given("rnn", 129280, 512, fp32)
+tails = [given("vanilla", 262144, 512, dtype, mapped=mapped, follow=128)
+         for dtype, mapped in ((bf16, True), (fp16, False), (fp32, True))]
+greedy = given("vanilla", 262144, 512, bf16, follow=128) | {"sampling": None}
+calls = [
+    # Base logits in float32 over a head in bfloat16: the most shared memory.
+    whole(bf16, base=fp32, mapped=True),
+    whole(bf16, 1, recorded=False), whole(bf16, 32, recorded=False), whole(fp32, recorded=False),
+    lambda: draft_block(**rnn, out=torch.empty_like(rnn["base"]), backend="triton"),
+    listed(given("rnn", 262144, 512, fp32), tail=False),
+    *map(listed, tails),
+    # Successors without the tail.
+    listed(greedy, tail=False),
+]
+print(json.dumps([used for call in calls for used in compile_sm90(call)]))
 """
     found = json.loads(compiling_python(code).splitlines()[-1])
-    assert len(found) == len(bench.variants())
-    for name, spills, stack, shared in found:
+    assert len(found) == 4 * 2 + 4 + 4 + 3 * 3 + 3
+    for name, _, _, spills, stack, shared in found:
         assert (spills, stack) == (0, 0), name
         # What one program may take of a multiprocessor.
         assert shared <= 227 * 1024, name

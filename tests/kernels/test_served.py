@@ -7,7 +7,7 @@ from benchmarks.served import count_step
 
 def test_operations_of_a_round_launch_little() -> None:
     """Goal: gamma + 4 = 9, writing the draft's KV and copies from and to the host among them."""
-    (found,) = count_step()
-    assert found["launches"] == 6
+    found = count_step()
+    assert found.launches == 6
     # Reading the flag of an acceptance that has already run, which waits for nothing on CUDA.
-    assert found["operations"] == {"max": 1, "_local_scalar_dense": 1}
+    assert found.operations == {"max": 1, "_local_scalar_dense": 1}

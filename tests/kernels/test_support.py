@@ -9,8 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from benchmarks import report, traffic
-from benchmarks.children import MeasurementError
+from benchmarks import measure, ops, traffic
 from dspark_kernels.support import backend as backends
 from dspark_kernels.support.backend import LAUNCHES, interpreting, launched, resolve
 from dspark_kernels.support.checks import operand
@@ -158,7 +157,7 @@ def test_only_unmasked_lanes_count_and_each_to_its_tensor(rows: int, n: int) -> 
     row = rows * n * 4
     assert counted.loaded == {"_add_rows.x": row, "_add_rows.y": row}
     assert counted.stored == {"_add_rows.out": row + rows * 4}
-    assert counted.total == 3 * row + rows * 4
+    assert counted.kernels == 3 * row + rows * 4
     assert (counted.outside, counted.launches) == (0, 1)
 
 
@@ -187,6 +186,45 @@ def test_counting_needs_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None
         traffic.count(lambda: None)
 
 
+# --- counting torch operations -------------------------------------------------------------------
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("call", "bytes_"),
+    [
+        (lambda x: x.view(2, 50)[0].unsqueeze(0).expand(3, -1), 0),
+        (lambda x: torch.empty(1000), 0),
+        (lambda x: torch.zeros(1000), 4000),
+        (lambda x: x + 1, 800),
+        (lambda x: x.add_(1), 800),
+        (lambda x: x.zero_(), 400),
+        (lambda x: x.copy_(torch.empty(100)), 800),
+        (lambda x: torch.add(x, x, out=torch.empty(100)), 800),
+        (lambda x: x.expand(50, 100).sum(), 404),
+        (lambda x: x[torch.empty(3, dtype=torch.int64).fill_(0)], 24 + 24 + 2 * 12),
+        (lambda x: x.to(torch.bfloat16), 600),
+        (lambda x: torch.zeros_like(x), 400),
+    ],
+    ids=[
+        *("views", "allocation", "zeros", "sum", "in place", "overwritten", "copied", "out"),
+        *("repeated in place", "rows picked", "converted", "shape of another"),
+    ],
+)
+def test_bytes_of_torch_operations(call: Any, bytes_: int) -> None:
+    x = torch.arange(100.0)
+    assert traffic.count(lambda: call(x)).torch == bytes_
+
+
+@interpreted
+def test_uniform_numbers_are_one_half_inside_a_count() -> None:
+    kept: list[torch.Tensor] = []
+    found = traffic.count(lambda: kept.append(torch.rand(7)))
+    assert kept[0].tolist() == [0.5] * 7
+    assert (found.torch, found.operations) == (28, {"rand": 1})
+    assert torch.rand(100).std() > 0
+
+
 # --- rounding ------------------------------------------------------------------------------------
 
 
@@ -205,27 +243,35 @@ def test_bfloat16_is_rounded_to_nearest_ties_to_even(device: torch.device) -> No
 # --- the report ----------------------------------------------------------------------------------
 
 
-def test_counted_bytes_lie_on_a_line_or_are_refused() -> None:
-    assert report.extrapolate({1: 100, 4: 400}) == {1: 100, 4: 400, 16: 1600, 64: 6400, 256: 25600}
-    assert report.extrapolate({1: 130, 4: 160})[256] == 130 + 255 * 10
+def test_counted_bytes_lie_on_a_line_or_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    line = {1: 100, 2: 200, 4: 400, 16: 1600, 64: 6400, 256: 25600}
+    assert measure.extrapolate({1: 100, 2: 200}) == line
+    assert measure.extrapolate({1: 130, 2: 140})[256] == 130 + 255 * 10
+    monkeypatch.setattr(measure, "COUNTED", (1, 4))
     with pytest.raises(RuntimeError, match="not linear"):
-        report.extrapolate({1: 100, 4: 401})
+        measure.extrapolate({1: 100, 4: 401})
 
 
-def test_the_summary_of_an_op() -> None:
-    summary = report.summarise("kv_inject")
-    assert set(summary) == {case.name for case in report.bench("kv_inject").cases()}
-    batches = ["1", "4", "16", "64", "256"]
-    for entry in summary.values():
-        assert (entry["spills"], entry["launches"]) == (0, 1)
-        assert 0 < entry["registers"] < 255
-        assert 0 < entry["max_error"] < 0.03
-        assert entry["counted_bytes"] == entry["formula_bytes"]
-        assert list(entry["counted_bytes"]) == list(entry["floor_bytes"]) == batches
-        for batch in batches:
-            assert 1 <= entry["counted_bytes"][batch] / entry["floor_bytes"][batch] < 1.15
+@interpreted
+def test_what_an_op_moves() -> None:
+    counted = measure.count_op("admit")
+    assert set(counted) == {case.name for case in ops.cases("admit")}
+    for found in counted.values():
+        assert (found.launches, found.operations, found.max_error) == (1, 0, 0.0)
+        assert found.kernels == found.floor
+        assert list(found.kernels) == [1, 2, 4, 16, 64, 256]
 
 
-def test_a_summary_fails_where_the_op_does() -> None:
-    with pytest.raises(MeasurementError, match=r"No module named 'benchmarks\.ops\.nothing'"):
-        report.summarise("nothing")
+def _example(offset: int, error: float) -> Any:
+    def make(batch: int) -> ops.Example:
+        cells = torch.zeros(4, dtype=torch.int32)
+        return ops.Example(lambda: _count_up[(1,)](cells[:2], offset), lambda _: error)
+
+    return make
+
+
+@interpreted
+def test_a_kernel_that_leaves_its_operands_is_refused() -> None:
+    assert measure.count(_example(1, 0.25)).max_error == 0.25
+    with pytest.raises(RuntimeError, match="outside every operand"):
+        measure.count(_example(3, 0.0))

@@ -212,30 +212,27 @@ def summarise_cell(blocks: Sequence[Block], missing: Mapping[ModeName, str]) -> 
         missing: why a mode has no blocks.
     """
     cell: dict[str, Any] = {}
+    speeds: dict[ModeName, np.ndarray] = {}
     for name in MODES:
         own = [block for block in blocks if block.mode == name]
-        if not own:
-            if name in missing:
-                cell[name] = {"missing": missing[name]}
-            continue
-        speeds = rates(blocks, name)
-        entry: dict[str, Any] = {
-            "tok_s": round(float(speeds.mean()), 2),
-            "tok_s_spread": round(float(speeds.std()), 2),
-            "ttft_s": _mean([b.delivered.ttft_s for b in own]),
-            "tpot_s": _mean([b.delivered.tpot_s for b in own]),
-        }
-        entry |= _counted(own)
-        cell[name] = entry
-    if any(b.mode == "dspark" for b in blocks):
-        ours = rates(blocks, "dspark")
-        if any(b.mode == "none" for b in blocks):
-            cell["ratio_none"] = ratio(ours, rates(blocks, "none")).rounded()
-        fixed = [n for n in MODES if n != "dspark" and any(b.mode == n for b in blocks)]
-        if fixed:
-            best = max(fixed, key=lambda mode: float(rates(blocks, mode).sum()))
-            cell["best_fixed"] = best
-            cell["ratio_best_fixed"] = ratio(ours, rates(blocks, best)).rounded()
+        if own:
+            speeds[name] = rates(own, name)
+            cell[name] = {
+                "tok_s": round(float(speeds[name].mean()), 2),
+                "tok_s_spread": round(float(speeds[name].std()), 2),
+                "ttft_s": _mean([block.delivered.ttft_s for block in own]),
+                "tpot_s": _mean([block.delivered.tpot_s for block in own]),
+                **_counted(own),
+            }
+        elif name in missing:
+            cell[name] = {"missing": missing[name]}
+    ours = speeds.pop("dspark", None)
+    if ours is not None and "none" in speeds:
+        cell["ratio_none"] = ratio(ours, speeds["none"]).rounded()
+    if ours is not None and speeds:
+        best = max(speeds, key=lambda name: float(speeds[name].sum()))
+        cell["best_fixed"] = best
+        cell["ratio_best_fixed"] = ratio(ours, speeds[best]).rounded()
     return cell
 
 
@@ -282,26 +279,24 @@ def frontier_of(
             continue
         for way in MODES:
             found = cell.get(way, {})
-            if found.get("tpot_s"):
-                series.setdefault(way, []).append(_point(found, concurrency))
+            if not found.get("tpot_s"):
+                continue
+            ttft = found.get("ttft_s")
+            point = Point(
+                load=concurrency,
+                tok_s_per_gpu=found["tok_s"],
+                tok_s_per_user=1.0 / found["tpot_s"],
+                ttft_ms=None if ttft is None else 1e3 * ttft,
+                accept_length=found.get("accept_length"),
+                budget=found.get("mean_budget"),
+            )
+            series.setdefault(way, []).append(point)
     return Frontier(
         source="measured",
         model=model,
         hardware=hardware,
         assumptions={"temperature": temperature, "dtype": dtype, "load": "closed loop"},
         series=[Series(name=way, gpus=1, points=points) for way, points in series.items()],
-    )
-
-
-def _point(found: Mapping[str, Any], concurrency: int) -> Point:
-    ttft = found.get("ttft_s")
-    return Point(
-        load=concurrency,
-        tok_s_per_gpu=found["tok_s"],
-        tok_s_per_user=1.0 / found["tpot_s"],
-        ttft_ms=None if ttft is None else 1e3 * ttft,
-        accept_length=found.get("accept_length"),
-        budget=found.get("mean_budget"),
     )
 
 
@@ -315,73 +310,59 @@ def table(cells: Mapping[str, Mapping[str, Any]]) -> Table:
         view.add_column(heading, justify="right")
     for label, cell in cells.items():
         ours = cell.get("dspark", {})
+        speeds = [cell.get(mode, {"tok_s": None}) for mode in MODES]
+        ratios = [cell.get(f"ratio_{other}") for other in ("none", "best_fixed")]
         view.add_row(
             label,
-            *(_speed(cell.get(mode)) for mode in MODES),
-            _interval(cell.get("ratio_none")),
-            _interval(cell.get("ratio_best_fixed")),
-            *(_number(ours.get(f)) for f in ("accept_length", "mean_budget", "drafting_share")),
+            *("does not run" if "missing" in one else _number(one["tok_s"], 1) for one in speeds),
+            *("{1:.3f} ({0:.3f} to {2:.3f})".format(*each) if each else "" for each in ratios),
+            *(_number(ours.get(f), 2) for f in ("accept_length", "mean_budget", "drafting_share")),
         )
     return view
 
 
-def _speed(entry: Mapping[str, Any] | None) -> str:
-    if entry is None:
-        return ""
-    return "does not run" if "missing" in entry else f"{entry['tok_s']:.1f}"
+def _number(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
 
 
-def _interval(value: Sequence[float] | None) -> str:
-    return "" if value is None else f"{value[1]:.3f} ({value[0]:.3f} to {value[2]:.3f})"
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}"
-
-
-def draw(summary: Mapping[str, Any], path: Path) -> None:
+def draw(cells: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     """Throughput relative to no speculation, and budget, against concurrency."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    series: dict[tuple[str, str], list[tuple[int, Mapping[str, Any]]]] = {}
-    for name, cell in summary["cells"].items():
+    columns: dict[tuple[str, str], dict[int, Mapping[str, Any]]] = {}
+    for name, cell in cells.items():
         temperature, concurrency, *rest = name.split("-")
         key = (temperature, rest[0] if rest else "bfloat16")
-        series.setdefault(key, []).append((int(concurrency[1:]), cell))
-    figure, axes = plt.subplots(2, len(series), figsize=(4.2 * len(series), 6.4), squeeze=False,
+        columns.setdefault(key, {})[int(concurrency[1:])] = cell
+    figure, axes = plt.subplots(2, len(columns), figsize=(4.2 * len(columns), 6.4), squeeze=False,
                                 sharex=True, sharey="row", layout="constrained")  # fmt: skip
     colours = {"fixed": "#c44e52", "builtin_static": "#8c8c8c", "dspark": "#1f6fb4"}
-    for column, ((temperature, dtype), cells) in enumerate(sorted(series.items())):
-        cells.sort(key=lambda entry: entry[0])
-        top, bottom = axes[0][column], axes[1][column]
-        at = [concurrency for concurrency, _ in cells]
+    for (temperature, dtype), (top, bottom) in zip(sorted(columns), axes.T, strict=True):
+        at, known = zip(*sorted(columns[temperature, dtype].items()), strict=True)
+        plain = _figures(known, "none", "tok_s")
         for mode, colour in colours.items():
-            points = [
-                (c, cell[mode]["tok_s"] / cell["none"]["tok_s"], cell[mode]["mean_budget"])
-                for c, cell in cells
-                if "tok_s" in cell.get(mode, {}) and "tok_s" in cell.get("none", {})
-            ]
-            if not points:
-                continue
-            top.plot(*zip(*[p[:2] for p in points], strict=True), "o-", color=colour, label=mode)
-            budgets = [(p[0], p[2]) for p in points if p[2] is not None]
-            if budgets:
-                bottom.plot(*zip(*budgets, strict=True), "o-", color=colour, label=mode)
-        low = [c["ratio_none"][0] for _, c in cells if "ratio_none" in c]
-        high = [c["ratio_none"][2] for _, c in cells if "ratio_none" in c]
-        if len(low) == len(at):
-            top.fill_between(at, low, high, color=colours["dspark"], alpha=0.2, linewidth=0)
+            # What is not a number is not drawn.
+            top.plot(at, _figures(known, mode, "tok_s") / plain, "o-", color=colour, label=mode)
+            bottom.plot(at, _figures(known, mode, "mean_budget"), "o-", color=colour)
+        low, _, high = zip(*(cell.get("ratio_none", [np.nan] * 3) for cell in known), strict=True)
+        top.fill_between(at, low, high, color=colours["dspark"], alpha=0.2, linewidth=0)
         top.axhline(1.0, color="black", linewidth=0.8, linestyle=":")
         top.set_title(f"{temperature.replace('T', 'T = ')}, {dtype}")
         bottom.set_xlabel("concurrent requests")
         bottom.set_xscale("log", base=2)
-        bottom.set_xticks(at, [str(c) for c in at])
+        bottom.set_xticks(at, [str(users) for users in at])
     axes[0][0].set_ylabel("throughput over no speculation")
     axes[1][0].set_ylabel("drafted tokens verified a request")
     axes[1][0].set_ylim(bottom=0)
     axes[0][0].legend(frameon=False)
     figure.savefig(path, dpi=140)
     plt.close(figure)
+
+
+def _figures(cells: Sequence[Mapping[str, Any]], mode: str, field: str) -> np.ndarray:
+    """A figure of a mode in each cell; NaN where it has none."""
+    found = [cell.get(mode, {}).get(field) for cell in cells]
+    return np.array([np.nan if value is None else value for value in found])

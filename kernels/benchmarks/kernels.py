@@ -228,7 +228,7 @@ def summarise(
     def gigabytes(names: Sequence[str]) -> float | None:
         if not all(name in parts for name in names):
             return None
-        return round(sum(parts[name]["counted_bytes"] for name in names) / 1e9, 4)
+        return round(float(sum(parts[name]["counted_bytes"] for name in names)) / 1e9, 4)
 
     # Writing KV is in the draft model's own step.
     writing = [config["launches"] for config in ops.get("kv_inject", {}).values()]
@@ -315,7 +315,8 @@ def show(summary: Mapping[str, Any], console: Console) -> None:
         reached.add_row(field, "not measured" if value is None else f"{value:g}", f"{most:g}")
     console.print(reached)
     for title, configs in {"parts of it": summary["round"], **summary["ops"]}.items():
-        _show_configs(title, configs, console, timed=bool(device))
+        if configs:
+            _show_configs(title, configs, console, timed=bool(device))
 
 
 def _show_configs(
@@ -346,9 +347,9 @@ def _show_configs(
 
 def _table(title: str, first: str, *headings: str) -> Table:
     table = Table(title=title, title_justify="left")
-    table.add_column(first, overflow="fold")
+    table.add_column(first, no_wrap=True)
     for heading in headings:
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     return table
 
 
@@ -367,7 +368,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         provenance=provenance(["make", "bench-kernels"]),
     )
     write_json(given.out / "summary.json", found)
-    show(found, Console())
+    show(found, Console(width=max(160, Console().width)))
     print(f"Written: {given.out / 'summary.json'}")
     return 0
 

@@ -6,7 +6,6 @@ The ways of serving run by turns of a second or two.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import itertools
 import shlex
 import sys
@@ -16,16 +15,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx
-import msgspec
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from benchmarks.blocks import cell_name, draw, frontier_of, run_cell, summarise_cell, table
 from dspark_loadtests.client import RequestSettings
@@ -88,7 +79,7 @@ def _start(
 
 
 def _try(
-    servers: dict[ModeName, Server], prompts: list[Prompt], temperature: float
+    servers: dict[ModeName, Server], prompt: Prompt, temperature: float
 ) -> dict[ModeName, str]:
     """Which servers cannot answer at this temperature, and why.
 
@@ -99,7 +90,7 @@ def _try(
     for name, server in servers.items():
         try:
             with running(server), httpx.Client(timeout=120.0) as client:
-                stream_text(client, server, prompts[0], max_tokens=16, temperature=temperature)
+                stream_text(client, server, prompt, max_tokens=16, temperature=temperature)
         except ServerError:
             if name not in _MAY_FAIL:
                 raise
@@ -108,151 +99,66 @@ def _try(
     return missing
 
 
-@dataclasses.dataclass(kw_only=True)
-class _Run:
-    """One run of the benchmark and what it found so far."""
-
-    console: Console
-    out: Path
-    target: Path
-    drafter: Path
-    modes: list[ModeName]
-    concurrency: list[int]
-    temperatures: list[float]
-    blocks: int
-    warm_s: float
-    window_s: float
-    slice_s: float
-    max_tokens: int
-    command: str = ""
-    cells: dict[str, Any] = dataclasses.field(default_factory=dict)
-    about: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-    def measure(self, dtype: str) -> None:
-        """All cells of one dtype, on servers of their own."""
-        prompts, ports = list(load_prompts()[:BALANCED]), free_ports(len(self.modes))
-        with ExitStack() as stack:
-            servers = {
-                name: make_server(
-                    mode(name),
-                    target=self.target,
-                    drafter=self.drafter,
-                    dtype=dtype,
-                    port=port,
-                    requests=max(self.concurrency),
-                    log=self.out / "logs" / f"{name}-{dtype}.log",
-                )
-                for name, port in zip(self.modes, ports, strict=True)
-            }
-            missing = _start(stack, self.console, servers)
-            bar = stack.enter_context(Progress(*_COLUMNS, console=self.console))
-            turns = len(self.temperatures) * len(self.concurrency) * self.blocks
-            task = bar.add_task(dtype, total=turns)
-            for heat in self.temperatures:
-                if all(cell_name(heat, c, dtype) in self.cells for c in self.concurrency):
-                    continue
-                able = {name: own for name, own in servers.items() if name not in missing}
-                missing |= _try(able, prompts, heat)
-                able = {name: own for name, own in servers.items() if name not in missing}
-                for users in self.concurrency:
-                    self._cell(able, prompts, (heat, users, dtype), missing, (bar, task))
-            if "dspark" in servers:
-                with running(servers["dspark"]) as server:
-                    self.about[dtype] = server.record()
-
-    def _cell(
-        self,
-        servers: dict[ModeName, Server],
-        prompts: list[Prompt],
-        cell: tuple[float, int, str],
-        missing: dict[ModeName, str],
-        shown: tuple[Progress, TaskID],
-    ) -> None:
-        (heat, users, dtype), (bar, task) = cell, shown
-        name = cell_name(heat, users, dtype)
-        if name in self.cells:
-            bar.update(task, advance=self.blocks)
-            return
-        found = run_cell(
-            servers,
-            prompts,
-            Load(
-                settings=RequestSettings(
-                    model="default", temperature=heat, max_tokens=self.max_tokens
-                ),
-                users=users,
-                warm_s=self.warm_s,
-                window_s=self.window_s,
-            ),
-            blocks=self.blocks,
-            slice_s=self.slice_s,
-            each=lambda number: bar.update(
-                task, advance=min(1, number), description=f"{name} {number + 1}"
-            ),
-        )
-        bar.update(task, advance=1)
-        self.cells[name] = summarise_cell(found, missing)
-        self.write()
-
-    def setting(self) -> dict[str, Any]:
-        """What cells of one summary have in common."""
-        return {
-            "drafter_sha256": weights_digest(self.drafter),
-            "modes": self.modes,
-            "blocks": self.blocks,
-            "warm_s": self.warm_s,
-            "window_s": self.window_s,
-            "slice_s": self.slice_s,
-            "max_tokens": self.max_tokens,
-            "machine": machine(),
-            "versions": versions(),
-        }
-
-    def write(self) -> dict[str, Any]:
-        """What is known so far; a run that is cut off leaves its finished cells."""
-        summary = {
-            "schema_version": SCHEMA_VERSION,
-            "cells": self.cells,
-            "server": self.about,
-            **self.setting(),
-            "command": self.command,
-        }
-        write_json(self.out / "summary.json", summary)
-        for heat, dtype in itertools.product(self.temperatures, _DTYPES):
-            found = frontier_of(
-                self.cells,
-                model=self.target.name,
-                hardware=machine(),
-                temperature=heat,
+def _measure(
+    given: argparse.Namespace, dtype: str, console: Console, found: dict[str, Any]
+) -> None:
+    """Add all cells of one dtype, measured on servers of their own, to ``found``; write it after each."""
+    prompts, missing = list(load_prompts()[:BALANCED]), dict[ModeName, str]()
+    with ExitStack() as stack:
+        servers = {
+            name: make_server(
+                mode(name),
+                target=given.target,
+                drafter=given.drafter,
                 dtype=dtype,
+                port=port,
+                requests=max(given.concurrency),
+                log=given.out / "logs" / f"{name}-{dtype}.log",
             )
-            if found.series:
-                write_json(self.out / f"frontier-T{heat:g}-{dtype}.json", found)
-        return summary
+            for name, port in zip(given.modes, free_ports(len(given.modes)), strict=True)
+        }
+        missing |= _start(stack, console, servers)
+        bar = stack.enter_context(Progress(*_COLUMNS, console=console))
+        cells = list(itertools.product(given.temperatures, given.concurrency))
+        task = bar.add_task(dtype, total=len(cells) * given.blocks)
+        for number, (heat, users) in enumerate(cells):
+            name = cell_name(heat, users, dtype)
+            if users == given.concurrency[0]:
+                able = {mode: own for mode, own in servers.items() if mode not in missing}
+                missing |= _try(able, prompts[0], heat)
+            settings = RequestSettings(
+                model="default", temperature=heat, max_tokens=given.max_tokens
+            )
+            blocks = run_cell(
+                {mode: own for mode, own in servers.items() if mode not in missing},
+                prompts,
+                Load(settings=settings, users=users, warm_s=given.warm_s, window_s=given.window_s),
+                blocks=given.blocks,
+                slice_s=given.slice_s,
+                each=lambda block, done=number * given.blocks, name=name: bar.update(  # type: ignore[misc]
+                    task, completed=done + block, description=f"{name} {block + 1}"
+                ),
+            )
+            found["cells"][name] = summarise_cell(blocks, missing)
+            _write(given, found)
+        if "dspark" in servers:
+            with running(servers["dspark"]) as server:
+                found["server"][dtype] = server.record()
 
 
-def _finished(out: Path, setting: dict[str, Any]) -> dict[str, Any]:
-    """Cells of an earlier run with the same setting.
-
-    Raises:
-        ConfigError: the summary there is of another setting, or damaged.
-    """
-    path = out / "summary.json"
-    if not path.is_file():
-        return {}
-    try:
-        known = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
-        other = [name for name, value in setting.items() if known.get(name) != value]
-        cells: dict[str, Any] = known["cells"]
-    except (msgspec.DecodeError, KeyError) as error:
-        other, cells = [repr(error)], {}
-    if other:
-        raise ConfigError(
-            f"{path} was measured with another {', '.join(other)}.",
-            expected="the same setting",
-            fix="Leave --resume out, or choose another --out.",
+def _write(given: argparse.Namespace, found: dict[str, Any]) -> None:
+    """What is known so far; a run that is cut off leaves its finished cells."""
+    write_json(given.out / "summary.json", found)
+    for heat, dtype in itertools.product(given.temperatures, _DTYPES):
+        frontier = frontier_of(
+            found["cells"],
+            model=given.target.name,
+            hardware=machine(),
+            temperature=heat,
+            dtype=dtype,
         )
-    return cells
+        if frontier.series:
+            write_json(given.out / f"frontier-T{heat:g}-{dtype}.json", frontier)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -271,32 +177,32 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--window-s", type=float, default=7.0, help="seconds of a window")
     add("--slice-s", type=float, default=1.5, help="seconds one mode runs before the next one")
     add("--max-tokens", type=int, default=96, help="tokens of each answer")
-    add("--resume", action="store_true", help="keep the cells that an earlier run finished")
     given = parser.parse_args(arguments)
     if given.blocks < 2:
         parser.error(f"--blocks is {given.blocks}: expected two at least")
-    own = {f.name for f in dataclasses.fields(_Run)}
-    chosen = {name: value for name, value in vars(given).items() if name in own}
-    run = _Run(
-        **chosen
-        | {
-            "console": Console(),
-            "target": targets.of_drafter(given.drafter, given.target),
-            "modes": _names(given.modes, "--modes", MODES),
-            "concurrency": read_numbers(given.concurrency, "--concurrency", int),
-            "temperatures": read_numbers(given.temperatures, "--temperatures", float, zero=True),
-            "command": shlex.join(
-                ["python", "-m", "benchmarks.load", *(arguments or sys.argv[1:])]
-            ),
-        }
-    )
-    if given.resume:
-        run.cells = _finished(given.out, run.setting())
-    for dtype in _names(given.dtypes, "--dtypes", _DTYPES):
-        run.measure(dtype)
-    draw(run.write(), given.out / "load.png")
-    run.console.print(table(run.cells))
-    run.console.print(f"Written: {given.out / 'summary.json'}, {given.out / 'load.png'}")
+    given.modes = _names(given.modes, "--modes", MODES)
+    given.dtypes = _names(given.dtypes, "--dtypes", _DTYPES)
+    given.concurrency = read_numbers(given.concurrency, "--concurrency", int)
+    given.temperatures = read_numbers(given.temperatures, "--temperatures", float, zero=True)
+    given.target = targets.of_drafter(given.drafter, given.target)
+    console = Console()
+    found: dict[str, Any] = {
+        "schema_version": SCHEMA_VERSION,
+        "cells": {},
+        "server": {},
+        "drafter_sha256": weights_digest(given.drafter),
+        **{name: getattr(given, name) for name in (
+            "modes", "blocks", "warm_s", "window_s", "slice_s", "max_tokens")},
+        "machine": machine(),
+        "versions": versions(),
+        "command": shlex.join(["python", "-m", "benchmarks.load", *(arguments or sys.argv[1:])]),
+    }  # fmt: skip
+    for dtype in given.dtypes:
+        _measure(given, dtype, console, found)
+    _write(given, found)
+    draw(found["cells"], given.out / "load.png")
+    console.print(table(found["cells"]))
+    console.print(f"Written: {given.out / 'summary.json'}, {given.out / 'load.png'}")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.nn.functional import linear
@@ -19,68 +20,52 @@ SHAPES = ((576, 960), (576, 576), (576, 3072), (1536, 576))
 LAYERS = 30
 
 
-def best_ms(run: Callable[[], None], *, repetitions: int = 9) -> float:
-    """The fastest of several runs in milliseconds, the first one left out."""
-    run()
-    times = []
-    for _ in range(repetitions):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return 1e3 * min(times)
+def forward_ms(
+    multiply: Callable[[torch.Tensor, Any], object],
+    weights: list[tuple[int, Any]],
+    inputs: dict[int, torch.Tensor],
+    rows: list[int],
+) -> list[float]:
+    """Milliseconds through all projections for each number of rows; a first pass over all is left out."""
+    for _ in range(2):
+        spent = []
+        for count in rows:
+            start = time.perf_counter()
+            for width, weight in weights:
+                multiply(inputs[width][:count], weight)
+            spent.append(1e3 * (time.perf_counter() - start))
+    return spent
 
 
 @torch.inference_mode()
 def main() -> None:
     """Print milliseconds of one forward through all projections by type, rows and layout."""
+    changing = (torch.randperm(284, generator=torch.Generator().manual_seed(0)) + 17).tolist()
     for dtype in (torch.bfloat16, torch.float32):
-        weights = [
-            torch.randn(out, width).to(dtype) for _ in range(LAYERS) for width, out in SHAPES
-        ]
-        size = sum(weight.nbytes for weight in weights) / 1e6
+        plain = [(i, torch.randn(o, i).to(dtype)) for _ in range(LAYERS) for i, o in SHAPES]
+        packed = [(width, pack(weight)) for width, weight in plain]
+        inputs = {width: torch.randn(300, width).to(dtype) for width, _ in SHAPES}
+        size = sum(weight.nbytes for _, weight in plain) / 1e6
         print(f"{torch.get_num_threads()} threads, {size:.0f} MB, {dtype}")
-        compare(weights)
-        changing(weights)
 
+        def ours(x: torch.Tensor, layout: Any) -> object:
+            return packed_linear(x, layout, None)
 
-def compare(weights: list[torch.Tensor]) -> None:
-    """Print the times of one set of weights."""
-    packed = [pack(weight) for weight in weights]
-    for rows in (1, 2, 6, 16, 64):
-        inputs = {width: torch.randn(rows, width).to(weights[0].dtype) for width, _ in SHAPES}
+        def as_it_comes(x: torch.Tensor, layout: Any) -> object:
+            return torch.ops.mkldnn._linear_pointwise(x, layout, None, "none", [], "")
 
-        def plain(inputs: dict[int, torch.Tensor] = inputs) -> None:
-            for weight in weights:
-                linear(inputs[weight.shape[1]], weight)
-
-        def ours(inputs: dict[int, torch.Tensor] = inputs) -> None:
-            for weight, layout in zip(weights, packed, strict=True):
-                packed_linear(inputs[weight.shape[1]], layout, None)
-
-        print(f"{rows:3d} rows: plain {best_ms(plain):6.2f} ms, packed {best_ms(ours):6.2f} ms")
-
-
-def changing(weights: list[torch.Tensor]) -> None:
-    """Print the mean time of forwards of which hardly two have as many rows, as they come and padded."""
-    packed = [pack(weight) for weight in weights]
-    counts = torch.randperm(284, generator=torch.Generator().manual_seed(0)) + 17
-    inputs = {width: torch.randn(300, width).to(weights[0].dtype) for width, _ in SHAPES}
-
-    def mean_ms(multiply: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> float:
-        lasted = 0.0
-        for _ in range(2):  # once around to meet all of them
-            start = time.perf_counter()
-            for rows in counts.tolist():
-                for weight, layout in zip(weights, packed, strict=True):
-                    multiply(inputs[weight.shape[1]][:rows], layout)
-            lasted = time.perf_counter() - start
-        return 1e3 * lasted / len(counts)
-
-    as_they_come = mean_ms(
-        lambda x, layout: torch.ops.mkldnn._linear_pointwise(x, layout, None, "none", [], "")
-    )
-    padded = mean_ms(lambda x, layout: packed_linear(x, layout, None))
-    print(f"17 to 300 rows in turn: as they come {as_they_come:6.2f} ms, padded {padded:6.2f} ms")
+        for rows in (1, 2, 6, 16, 64):
+            best = [
+                min(forward_ms(multiply, weights, inputs, [rows] * 9))
+                for multiply, weights in ((linear, plain), (ours, packed))
+            ]
+            print(f"{rows:3d} rows: plain {best[0]:6.2f} ms, packed {best[1]:6.2f} ms")
+        # Hardly two forwards have as many rows.
+        mean = [
+            sum(forward_ms(multiply, packed, inputs, changing)) / len(changing)
+            for multiply in (as_it_comes, ours)
+        ]
+        print(f"17 to 300 rows in turn: as they come {mean[0]:6.2f} ms, padded {mean[1]:6.2f} ms")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import functools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -135,7 +135,6 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     @contextmanager
     def watching(self) -> Iterator[None]:
         """While kernels are interpreted."""
-        hooks = {name: self._watched(name, *where) for name, where in _ACCESSES.items()}
         call = GridExecutor.__call__
 
         def launch(executor: Any, *arguments: Any, **named: Any) -> Any:
@@ -152,10 +151,11 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             finally:
                 self._launching = False
 
-        with (
-            patch.multiple(InterpreterBuilder, **hooks),
-            patch.object(GridExecutor, "__call__", launch),
-        ):
+        with ExitStack() as hooks:
+            hooks.enter_context(patch.object(GridExecutor, "__call__", launch))
+            for name, where in _ACCESSES.items():
+                watched = self._watched(name, *where)
+                hooks.enter_context(patch.object(InterpreterBuilder, name, watched))
             yield
 
     def _watched(

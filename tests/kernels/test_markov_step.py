@@ -435,7 +435,7 @@ def given(kind, columns, rank, dtype, rows=63, base=None, recorded=True, mapped=
     bias = torch.empty(parts * rank, dtype=dtype) if parts else None
     table = torch.empty(columns, rank, dtype=dtype)
     long = torch.empty(rows, dtype=torch.int64)
-    flags = torch.empty(rows, dtype=torch.bool) if recorded else None
+    flags = torch.empty(rows, dtype=torch.uint8) if recorded else None
     found = {
         "base": torch.empty(rows, 1, columns, dtype=base or dtype),
         "anchors": long,

@@ -380,12 +380,12 @@ def test_the_figure_is_drawn(tmp_path: Path) -> None:
     from matplotlib import image
 
     path = tmp_path / "load.png"
-    summary.draw({"cells": cells()}, path)
+    summary.draw(cells(), path)
     pixels = image.imread(path)
     assert pixels.shape[0] > 500 and pixels.shape[1] > 1500  # four columns
     assert pixels[..., :3].std() > 0.05
     one = tmp_path / "one.png"
-    summary.draw({"cells": {"T1-c8": cells()["T1-c8"]}}, one)
+    summary.draw({"T1-c8": cells()["T1-c8"]}, one)
     assert image.imread(one).shape[1] < pixels.shape[1] / 2
 
 

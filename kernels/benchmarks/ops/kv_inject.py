@@ -56,7 +56,10 @@ class Case(ops.Case):
         slots[torch.arange(rows) % window >= self.accepted] = -1
         weight = (1 + 0.1 * torch.randn(layers, self.dim, generator=random)).bfloat16()
         table = rope_table(_POSITIONS, self.rotary, 1e6)
-        fused, *rest = ops.on(device, (fused, positions, slots, weight, table))
+        fused, positions, slots, weight, table = ops.on(
+            device, (fused, positions, slots, weight, table)
+        )
+        k, v = fused[:, :, 0], fused[:, :, 1]
 
         def fresh(dtype: torch.dtype) -> list[torch.Tensor]:
             shape = (_SLOTS, self.heads, self.dim)
@@ -65,14 +68,12 @@ class Case(ops.Case):
         into = pools(fresh(torch.bfloat16), fresh(torch.bfloat16))
 
         def run() -> None:
-            kv_inject(fused[:, :, 0], fused[:, :, 1], *rest, into, eps=1e-6, backend="triton")
+            kv_inject(k, v, positions, slots, weight, table, into, eps=1e-6, backend="triton")
 
         def max_error(result: None) -> float:
             keys, values = fresh(torch.float64), fresh(torch.float64)
-            exact = fused.double()
-            reference(
-                exact[:, :, 0], exact[:, :, 1], *rest, keys, values, eps=1e-6, dtype=torch.float64
-            )
+            exact = (k.double(), v.double(), positions, slots, weight, table)
+            reference(*exact, keys, values, eps=1e-6, dtype=torch.float64)
             pairs = zip((*into.keys, *into.values), (*keys, *values), strict=True)
             return max(float((a.double() - b).abs().max()) for a, b in pairs)
 

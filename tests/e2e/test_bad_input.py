@@ -78,8 +78,8 @@ def damaged(drafter: Path) -> None:
 @pytest.mark.parametrize(
     ("break_it", "says"),
     [
-        (foreign, "num_target_layers is 12"),
-        (headless, "no confidence head"),
+        pytest.param(foreign, "num_target_layers is 12", marks=pytest.mark.slow),
+        pytest.param(headless, "no confidence head", marks=pytest.mark.slow),
         (damaged, "is damaged"),
     ],
     ids=["foreign", "headless", "damaged"],

@@ -10,7 +10,8 @@ import pytest
 from tests.golden import record, scenario, servers, simulated, trace
 from tests.golden.trace import Line
 
-FAMILIES = ("dense", "v4")
+#: ``make golden`` records V4 too.
+FAMILIES = ("dense", pytest.param("v4", marks=pytest.mark.slow))
 
 
 def require_as_recorded(name: str, now: str) -> None:

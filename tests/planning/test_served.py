@@ -12,7 +12,10 @@ pytestmark = pytest.mark.server
 #: Per cent.
 TOLERANCE = 3.0
 DRAFTER = Path(__file__).resolve().parents[2] / "model_cards" / "smollm2-135m-instruct-dspark"
-NAMES = ("smollm2-135m-instruct", *(f"tiny {family}" for family in tiny.FAMILIES))
+NAMES = (
+    "smollm2-135m-instruct",
+    *(pytest.param(f"tiny {family}", marks=pytest.mark.slow) for family in tiny.FAMILIES),
+)
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,10 @@ ROOT = Path(__file__).resolve().parents[2]
 DRAFTER = ROOT / "model_cards" / "smollm2-135m-instruct-dspark"
 
 
+#: A pool that sixteen short requests fill: the servers of two groups of tests lie in memory at once.
+SMALL = ["--max-total-tokens", "8192"]
+
+
 class Pair(NamedTuple):
     """The same target in float32, without speculation and with DSPARK."""
 
@@ -44,7 +48,7 @@ def servers(
         for name, draft in (("plain", None), ("dspark", drafter)):
             port = free_port()
             # a small model at temperature 1 can fill its answer with the white space JSON allows
-            extra = ["--enable-metrics", "--constrained-json-disable-any-whitespace"]
+            extra = [*SMALL, "--enable-metrics", "--constrained-json-disable-any-whitespace"]
             command = serve_command(target, port, dtype="float32", drafter=draft, extra=extra)
             started.append(Server(command, port=port, log=logs / f"{name}.log").start())
         for server in started:

@@ -79,7 +79,7 @@ def test_greedy_tokens_are_plain_decodings(tiny: Tiny) -> None:
 def test_a_request_that_nothing_can_be_drawn_for_ends_alone(tiny: Tiny) -> None:
     size = int(json.loads((tiny.folder / "config.json").read_text())["vocab_size"])
     prompts = [tuple(prompt) for prompt in PROMPTS]
-    require_undecidable_requests_end_alone(tiny.kernels, tiny.plain, prompts, size)
+    require_undecidable_requests_end_alone(tiny.kernels, tiny.plain, prompts, size, 10)
 
 
 def test_penalties_and_bias_are_plain_decodings(tiny: Tiny) -> None:

@@ -17,6 +17,7 @@ from dspark_loadtests.closed_loop import wait_idle
 from dspark_loadtests.prompts import load_prompts
 from dspark_sglang.demo.measure import NEAR_TIE, tie_gap
 from dspark_sglang.server import Server, free_port, serve_command
+from tests.serving.conftest import SMALL
 
 pytestmark = pytest.mark.server
 PROMPTS = load_prompts()
@@ -34,7 +35,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def start(target: Path, drafter: Path, cache: Path, log: Path) -> Server:
     port = free_port()
-    extra = ["--enable-metrics", "--max-running-requests", "8"]
+    extra = [*SMALL, "--enable-metrics", "--max-running-requests", "8"]
     command = serve_command(target, port, dtype="float32", drafter=drafter, extra=extra)
     environment = {"DSPARK_CACHE_DIR": str(cache)}
     return Server(command, port=port, log=log, environment=environment).start()

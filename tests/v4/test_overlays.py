@@ -10,7 +10,7 @@ from dspark_sglang.layouts.v4 import tiny
 from dspark_sglang.layouts.v4.reference import Reference
 from tests.v4 import overlays
 
-pytestmark = [pytest.mark.server, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def test_an_overlay_of_two_nodes(tmp_path: Path) -> None:

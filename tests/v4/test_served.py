@@ -128,7 +128,7 @@ def test_the_draft_reads_what_steps_without_it_left(servers: Pair) -> None:
     of.update(dspark_speculation=0)
     try:
         decoded, pairs = spent(of, "step:decode"), []
-        for n in range(4):
+        for n in range(3):
             flush()
             generate(of, prompt(300, seed=50 + n), 20)  # its slots go to the next request
             start, sampled = prompt(150, seed=60 + n), {"temperature": 1.0}
@@ -138,8 +138,8 @@ def test_the_draft_reads_what_steps_without_it_left(servers: Pair) -> None:
             again, after_prefill = accepted(context)
             assert text == again
             pairs.append((after_decoding, after_prefill))
-        assert spent(of, "step:decode") - decoded > 400
-        assert sum(one == other for one, other in pairs) >= 3, pairs
+        assert spent(of, "step:decode") - decoded > 300
+        assert sum(one == other for one, other in pairs) >= 2, pairs
     finally:
         of.update(dspark_speculation=1)
 

@@ -2,13 +2,16 @@
 
 Plain decoding penalises each step by the output so far. In a block the output so far grows by one
 drafted token a row, so row ``j`` counts the request's output and its first ``j`` drafted tokens.
+
+:class:`OutputCounts` keeps the output of requests as counts on the device of their logits: where steps are launched
+before the host knows the tokens of the last one, the device does.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -46,18 +49,129 @@ class Penalties:
             output: tokens generated before the block.
             drafted: tokens of the block.
         """
-        counts = Counter(output)
-        for position in range(rows.shape[0]):
-            if position:
-                counts[drafted[position - 1]] += 1
-            self._apply_row(rows[position], counts, len(output) + position)
+        counts = OutputCounts(rows.shape[1], rows.device)
+        counts.begin(0, output)
+        place = torch.arange(len(rows), device=rows.device)
+        block = torch.tensor([list(drafted)], dtype=torch.int64, device=rows.device)
+        counts.penalise(
+            rows, Terms.of([self], [0], rows.device), place.new_zeros(len(rows)), place, block
+        )
 
-    def _apply_row(self, row: torch.Tensor, counts: Counter[int], length: int) -> None:
-        if counts and (self.frequency or self.presence or self.repetition != 1.0):
-            tokens = torch.tensor(list(counts), device=row.device)
-            times = torch.tensor(list(counts.values()), device=row.device, dtype=row.dtype)
-            values = row[tokens] - (self.frequency * times + self.presence)
-            scaled = torch.where(values > 0, values / self.repetition, values * self.repetition)
-            row[tokens] = scaled
-        if length < self.min_new_tokens and self.stop_tokens:
-            row[torch.tensor(self.stop_tokens, device=row.device)] = float("-inf")
+
+class Terms(NamedTuple):
+    """Penalties of ``R`` requests as tensors; a request without any has neutral ones."""
+
+    #: ``[R]`` int64 rows of :class:`OutputCounts`.
+    slot: torch.Tensor
+    #: ``[R]`` bool: the others' rows of counts are not theirs.
+    active: torch.Tensor
+    #: ``[3, R]`` float64 frequency, presence and repetition.
+    weights: torch.Tensor
+    #: ``[R]`` int64.
+    min_new_tokens: torch.Tensor
+    #: ``[R, S]`` int64, padded with a request's first one, or with 0 where it has none.
+    stops: torch.Tensor
+
+    @classmethod
+    def of(
+        cls, penalties: Sequence[Penalties], slots: Sequence[int], device: torch.device
+    ) -> Terms:
+        """Args:
+        slots: of each request; anything where its penalties are not active.
+        """
+        width = max((len(own.stop_tokens) for own in penalties if own.min_new_tokens), default=0)
+        stops = [
+            (*own.stop_tokens, *(own.stop_tokens or (0,))[:1] * width)[:width] for own in penalties
+        ]
+        # Without a stop token there is nothing to exclude.
+        least = [own.min_new_tokens if own.stop_tokens else 0 for own in penalties]
+        integers = torch.tensor(
+            [(slot, own.active, few, *some) for slot, own, few, some in zip(slots, penalties, least, stops, strict=True)],
+            dtype=torch.int64,
+        )  # fmt: skip
+        weights = torch.tensor(
+            [[own.frequency, own.presence, own.repetition] for own in penalties],
+            dtype=torch.float64,
+        ).T.contiguous()
+        if device.type == "cuda":
+            integers, weights = integers.pin_memory(), weights.pin_memory()
+        integers = integers.to(device, non_blocking=True)
+        weights = weights.to(device, non_blocking=True)
+        return cls(integers[:, 0], integers[:, 1].bool(), weights, integers[:, 2], integers[:, 3:])
+
+
+class OutputCounts:
+    """How often each token occurs in the output of requests, a row a request; grows when it has to."""
+
+    def __init__(self, vocabulary: int, device: torch.device) -> None:
+        #: ``[P, V]`` int32 occurrences, and ``[P]`` int64 tokens of the output.
+        self._counts = torch.zeros((0, vocabulary), dtype=torch.int32, device=device)
+        self._length = torch.zeros(0, dtype=torch.int64, device=device)
+
+    def __len__(self) -> int:
+        return len(self._length)
+
+    def begin(self, slot: int, output: Sequence[int]) -> None:
+        """Let a row stand for a request with this output."""
+        missing = max(slot + 1 - len(self), 0)
+        if missing:
+            missing = max(missing, len(self))
+            self._counts = torch.cat(
+                [self._counts, self._counts.new_zeros((missing, self._counts.shape[1]))]
+            )
+            self._length = torch.cat([self._length, self._length.new_zeros(missing)])
+        else:
+            self._counts[slot].zero_()
+        self._length[slot].fill_(len(output))
+        if output:
+            tokens = torch.tensor(output, dtype=torch.int64)
+            if self._counts.is_cuda:
+                tokens = tokens.pin_memory()
+            tokens = tokens.to(self._counts.device, non_blocking=True)
+            self._counts[slot].index_add_(0, tokens, torch.ones_like(tokens, dtype=torch.int32))
+
+    def penalise(
+        self,
+        logits: torch.Tensor,
+        terms: Terms,
+        owner: torch.Tensor,
+        place: torch.Tensor,
+        block: torch.Tensor,
+    ) -> None:
+        """Change logits in place; nothing waits for the device.
+
+        Args:
+            logits: ``[N, V]`` rows of blocks.
+            owner: ``[N]`` int64 request of each row.
+            place: ``[N]`` int64 how many of the block's tokens come before the row.
+            block: ``[R, W]`` int64 tokens that may become output.
+        """
+        active = terms.active[owner, None]
+        counts = self._counts[torch.where(terms.active, terms.slot, 0)[owner]]
+        before = torch.arange(block.shape[1], device=block.device) < place[:, None]
+        counts.scatter_add_(1, block[owner], (before & active).int())
+        counts = torch.where(active, counts, 0)
+        weights = terms.weights[:, owner, None].to(logits.dtype)
+        frequency, presence, repetition = weights.unbind(0)
+        lower = logits - (frequency * counts + presence)
+        scaled = torch.where(lower > 0, lower / repetition, lower * repetition)
+        logits.copy_(torch.where(counts > 0, scaled, logits))
+        if terms.stops.shape[1]:
+            length = self._length[torch.where(terms.active, terms.slot, 0)[owner]] + place
+            short = (length < terms.min_new_tokens[owner])[:, None]
+            stops = terms.stops[owner]
+            logits.scatter_(1, stops, torch.where(short, float("-inf"), logits.gather(1, stops)))
+
+    def extend(self, terms: Terms, block: torch.Tensor, kept: torch.Tensor) -> None:
+        """Add what a block has brought to the output.
+
+        Args:
+            block: ``[R, W]`` int64.
+            kept: ``[R]`` int64 how many of its tokens, from the first.
+        """
+        slot = torch.where(terms.active, terms.slot, 0)
+        new = torch.arange(block.shape[1], device=block.device) < kept[:, None]
+        new &= terms.active[:, None]
+        flat = slot[:, None] * self._counts.shape[1] + block
+        self._counts.view(-1).index_add_(0, flat.flatten(), new.int().flatten())
+        self._length.index_add_(0, slot, torch.where(terms.active, kept, 0))

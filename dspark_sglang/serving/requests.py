@@ -133,15 +133,11 @@ def validate(original: Callable[..., str | None], req: Req, enable_overlap: bool
     Args:
         original: ``validate_dflash_request``.
     """
-    return original(req, enable_overlap) or refusal(req, enable_overlap)
+    return original(req, enable_overlap) or refusal(req)
 
 
-def refusal(req: Req, enable_overlap: bool) -> str | None:
-    """Why a request cannot be served exactly, or None when it can.
-
-    Under overlap scheduling the host does not know the last step's tokens while it prepares the
-    next, and penalties depend on them.
-    """
+def refusal(req: Req) -> str | None:
+    """Why a request cannot be served exactly, or None when it can."""
     wrong = _impossible(req)
     if wrong is not None:
         return wrong
@@ -165,12 +161,6 @@ def refusal(req: Req, enable_overlap: bool) -> str | None:
         return (
             "min_p is not exact under DSPARK with this sampling backend. Expected a request "
             "without it, or a server started with --sampling-backend pytorch."
-        )
-    if enable_overlap and request_penalties(req).active:
-        return (
-            "Penalties and min_new_tokens are not exact under DSPARK with overlap scheduling. "
-            "Expected a request without them, or a server started with "
-            "--disable-overlap-schedule."
         )
     return None
 

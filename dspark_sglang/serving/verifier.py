@@ -22,6 +22,7 @@ from dspark_sglang.core.accept import stop_at
 from dspark_sglang.serving.cpu.packing import pad_index
 from dspark_sglang.serving.draft_kv import DeferredStates, States
 from dspark_sglang.serving.ops import Ops, Verified, WriteKv
+from dspark_sglang.serving.penalties import RunningPenalties
 from dspark_sglang.serving.planner import Planner
 from dspark_sglang.serving.proposer import OurDraftBlock
 from dspark_sglang.serving.requests import batch_stops, request_penalties, told
@@ -63,6 +64,7 @@ class Verifier(TargetVerifyExecutor):
         self.deferred = DeferredStates(self._write)
         #: Whether plain decoding would adjust the running step's logits.
         self._adjusting = False
+        self.penalties = RunningPenalties()
         self._requests: Sequence[Req] = ()
         #: ``[R, gamma + 1]`` int64 tokens of the last step as the scheduler is told them.
         self.reported: torch.Tensor | None = None
@@ -88,12 +90,12 @@ class Verifier(TargetVerifyExecutor):
         index = self._planner.rows
         if index is None:  # every row of every block
             index = torch.arange(bs * width, device=layout.verify_lens.device)
-        ids = torch.cat([draft_block_ids[:, :1], draft_tokens], dim=1).view(-1)
+        block = torch.cat([draft_block_ids[:, :1], draft_tokens], dim=1)
         window = self._pad(
             RaggedVerifyWindow(
                 positions=verify_window.positions_2d.reshape(-1)[index],
                 verify_cache_loc=verify_window.verify_cache_loc[index],
-                verify_ids=ids[index],
+                verify_ids=block.view(-1)[index],
                 window_index=index,
             ),
             layout.graph_num_tokens,
@@ -119,7 +121,7 @@ class Verifier(TargetVerifyExecutor):
         self._gather(batch, output, sampling_info)
         if self._needs_strided(batch, sampling_info):
             self._spread(output, layout)
-        self._penalise(batch, output.next_token_logits, draft_tokens, layout)
+        self._penalise(batch, output.next_token_logits, block)
         return result, output.hidden_states
 
     def run_non_compact(
@@ -144,7 +146,7 @@ class Verifier(TargetVerifyExecutor):
         )
         self._gather(batch, result.logits_output, sampling_info)
         logits = result.logits_output.next_token_logits
-        self._penalise(batch, logits, verify_ids_2d[:, 1:], None)
+        self._penalise(batch, logits, verify_ids_2d)
         return result
 
     def _batch_stops(self, batch: ScheduleBatch, device: torch.device | str) -> torch.Tensor | None:
@@ -227,26 +229,17 @@ class Verifier(TargetVerifyExecutor):
         self,
         batch: ScheduleBatch,
         logits: torch.Tensor,
-        drafted: torch.Tensor,
-        layout: VerifyLayout | None,
+        block: torch.Tensor,
     ) -> None:
-        """What plain decoding does to logits before a grammar masks them, at every row of the blocks."""
+        """What plain decoding does to logits before a grammar masks them, at every row of the blocks.
+
+        Args:
+            block: ``[R, gamma + 1]`` int64 anchors and drafted tokens.
+        """
         self._requests = batch.reqs
-        if not self._adjusting:
-            return
-        self._telemetry.ran["adjust:exact"] += 1
-        # Read from the requests: the batch's own penalty state may have been dropped on the way.
-        penalties = [request_penalties(request) for request in batch.reqs]
-        if not any(own.active for own in penalties):
-            return
-        lens = self._drafted_lens(layout, len(batch.reqs), logits.device)
-        starts, sizes = self._first_rows(lens).tolist(), (lens + 1).tolist()
-        blocks = drafted.tolist()
-        for index, request in enumerate(batch.reqs):
-            if penalties[index].active:
-                rows = logits[starts[index] : starts[index] + sizes[index]]
-                drafts = blocks[index][: sizes[index] - 1]
-                penalties[index].apply(rows, request.output_ids, drafts)
+        if self._adjusting:
+            self._telemetry.ran["adjust:exact"] += 1
+            self.penalties.apply(batch.reqs, logits, block, self._packed)
 
     def _bias(
         self, logits: torch.Tensor, lens: torch.Tensor, info: SamplingBatchInfo | None
@@ -316,6 +309,8 @@ class Verifier(TargetVerifyExecutor):
         packed = torch.stack([outcome.count, outcome.token])
         count, token = self._sharding.ranks.broadcast(packed, "outcome").unbind(0)
         self._rounds.outcome(torch.stack([lens, count]))
+        if self._adjusting:
+            self.penalties.extend(count)
         commit = (count + 1).to(torch.int32)
         out = torch.cat([draft_tokens, draft_tokens.new_zeros((bs, 1))], dim=1)
         self.reported = out.scatter(1, count[:, None], told(token, self._requests)[:, None])

@@ -278,6 +278,8 @@ class DSparkWorker(DSparkWorkerV2):
 
     def forward_batch_generation(self, batch: ScheduleBatch, *args: Any, **kwargs: Any) -> Any:
         prefills = batch.forward_mode.is_extend()  # a decode step leaves another mode behind
+        if prefills and self._hosts_draft:
+            self._verify_executor.penalties.prefilled(batch.reqs)
         result = super().forward_batch_generation(batch, *args, **kwargs)
         if prefills and result.logits_output is not None:
             result.next_token_ids = requests.told_sampled(result, batch)

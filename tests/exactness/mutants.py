@@ -128,11 +128,10 @@ def _filters_renormalise_in_turn(module: ModuleType, original: Callable[..., Any
 
 
 def _penalties_frozen_at_the_anchor(module: ModuleType, original: Callable[..., Any]) -> Any:
-    """Every row of a block counts the output before the block only."""
+    """Every row of a block counts the output up to the anchor only."""
 
-    def mutated(self: Any, rows: Any, output: Any, drafted: Any) -> None:
-        for row in range(len(rows)):
-            original(self, rows[row : row + 1], output, ())
+    def mutated(self: Any, logits: Any, terms: Any, owner: Any, place: Any, block: Any) -> None:
+        original(self, logits, terms, owner, place.clamp(max=1), block)
 
     return mutated
 
@@ -140,7 +139,7 @@ def _penalties_frozen_at_the_anchor(module: ModuleType, original: Callable[..., 
 def _penalties_ignored(module: ModuleType, original: Callable[..., Any]) -> Any:
     """Verification drops penalties."""
 
-    def mutated(self: Any, rows: Any, output: Any, drafted: Any) -> None:
+    def mutated(self: Any, *args: Any) -> None:
         return None
 
     return mutated
@@ -149,9 +148,8 @@ def _penalties_ignored(module: ModuleType, original: Callable[..., Any]) -> Any:
 def _penalties_one_row_late(module: ModuleType, original: Callable[..., Any]) -> Any:
     """Every row of a block misses the drafted token right before it."""
 
-    def mutated(self: Any, rows: Any, output: Any, drafted: Any) -> None:
-        for row in range(len(rows)):
-            original(self, rows[row : row + 1], [*output, *drafted[: max(0, row - 1)]], ())
+    def mutated(self: Any, logits: Any, terms: Any, owner: Any, place: Any, block: Any) -> None:
+        original(self, logits, terms, owner, (place - 1).clamp(min=1), block)
 
     return mutated
 
@@ -159,8 +157,9 @@ def _penalties_one_row_late(module: ModuleType, original: Callable[..., Any]) ->
 def _min_new_tokens_ignored(module: ModuleType, original: Callable[..., Any]) -> Any:
     """Stop tokens can be drawn in verification at any length."""
 
-    def mutated(self: Any, rows: Any, output: Any, drafted: Any) -> None:
-        original(dataclasses.replace(self, min_new_tokens=0), rows, output, drafted)
+    def mutated(self: Any, logits: Any, terms: Any, *args: Any) -> None:
+        none = terms.min_new_tokens.new_zeros(len(terms.min_new_tokens))
+        original(self, logits, terms._replace(min_new_tokens=none), *args)
 
     return mutated
 
@@ -209,12 +208,12 @@ MUTANTS: Mapping[str, tuple[str, str, Make]] = {
     "filters_renormalise_in_turn": (SAMPLING, "target_weights", _filters_renormalise_in_turn),
     "penalties_frozen_at_the_anchor": (
         PENALTIES,
-        "Penalties.apply",
+        "OutputCounts.penalise",
         _penalties_frozen_at_the_anchor,
     ),
-    "penalties_ignored": (PENALTIES, "Penalties.apply", _penalties_ignored),
-    "penalties_one_row_late": (PENALTIES, "Penalties.apply", _penalties_one_row_late),
-    "min_new_tokens_ignored": (PENALTIES, "Penalties.apply", _min_new_tokens_ignored),
+    "penalties_ignored": (PENALTIES, "OutputCounts.penalise", _penalties_ignored),
+    "penalties_one_row_late": (PENALTIES, "OutputCounts.penalise", _penalties_one_row_late),
+    "min_new_tokens_ignored": (PENALTIES, "OutputCounts.penalise", _min_new_tokens_ignored),
     "logit_bias_ignored": (VERIFIER, "Verifier._bias", _logit_bias_ignored),
     "runs_not_cut_at_a_stop": (
         REQUESTS,

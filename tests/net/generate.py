@@ -83,12 +83,8 @@ def _penalties(rng: random.Random) -> dict[str, Any]:
     return rng.choice(kinds)()
 
 
-def request(rng: random.Random, *, penalties: bool) -> dict[str, Any]:
-    """One request body.
-
-    Args:
-        penalties: whether it may have penalties or ``min_new_tokens``, which the overlapped loop refuses.
-    """
+def request(rng: random.Random) -> dict[str, Any]:
+    """One request body."""
     given: dict[str, Any] = {
         "temperature": rng.choice((0.0, 0.0, 0.0, 1e-4, 1.0, 10.0)),
         "max_new_tokens": rng.choice((1, 2, 3, 5, 8, 13, 24)),
@@ -99,7 +95,7 @@ def request(rng: random.Random, *, penalties: bool) -> dict[str, Any]:
         given |= _bias(rng)
     if rng.random() < 0.3:
         given |= _stops(rng)
-    if penalties and rng.random() < 0.3:
+    if rng.random() < 0.3:
         given |= _penalties(rng)
     if given["temperature"] and rng.random() < 0.3:
         given |= rng.choice(({"top_k": 5}, {"top_p": 0.8}, {"min_p": 0.1}, {"top_k": 1}))
@@ -118,7 +114,7 @@ def greedy(body: dict[str, Any]) -> bool:
     return given["temperature"] == 0.0 or given.get("top_k") == 1
 
 
-def batches(seed: int, requests: int, *, penalties: bool) -> list[list[dict[str, Any]]]:
+def batches(seed: int, requests: int) -> list[list[dict[str, Any]]]:
     """Requests in groups that are sent at once: of one to eight, now and then many equal ones."""
     rng = random.Random(seed)
     found: list[list[dict[str, Any]]] = []
@@ -126,8 +122,8 @@ def batches(seed: int, requests: int, *, penalties: bool) -> list[list[dict[str,
     while left:
         size = min(left, rng.choice((1, 2, 4, 8, 8, 16)))
         if rng.random() < 0.15:
-            found.append([request(rng, penalties=penalties)] * size)
+            found.append([request(rng)] * size)
         else:
-            found.append([request(rng, penalties=penalties) for _ in range(size)])
+            found.append([request(rng) for _ in range(size)])
         left -= size
     return found

@@ -182,7 +182,7 @@ def test_the_net(servers: Pair) -> None:
     """Random requests in random company; `make net` sends two thousand."""
     print(f"seed {NET_SEED}")
     drafting(servers.dspark, 1)
-    groups = batches(NET_SEED, 2000, penalties=True)
+    groups = batches(NET_SEED, 2000)
     found = catch(servers.plain, servers.dspark, groups, enough=NET_COMPARED)
     drafting(servers.dspark, -1)
     assert not found.ended

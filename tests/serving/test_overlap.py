@@ -13,7 +13,6 @@ from benchmarks.placement import PROMPTS
 from dspark_sglang.server import Server
 from tests.serving.tiny import (
     Models,
-    generate,
     ran,
     require_the_distribution,
     require_undecidable_requests_end_alone,
@@ -97,7 +96,19 @@ def test_the_step_cost_was_measured_before_the_first_request(servers: Servers) -
     assert "step cost measured under" in servers.overlap.log.read_text(errors="replace")
 
 
-@pytest.mark.parametrize("sampling", [{}, {"logit_bias": {"40": 3.0, "150": -100.0}}], ids=str)
+#: Sampling options whose greedy text needs the tokens of the steps before.
+ADJUSTED: dict[str, dict[str, Any]] = {
+    "nothing": {},
+    "bias": {"logit_bias": {"40": 3.0, "150": -100.0}},
+    "frequency": {"frequency_penalty": 0.5},
+    "all": {
+        "presence_penalty": 0.6, "repetition_penalty": 1.3, "frequency_penalty": 0.2,
+        "min_new_tokens": 20, "logit_bias": {"40": 3.0},
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("sampling", ADJUSTED.values(), ids=ADJUSTED)
 def test_greedy_text_is_plain_decodings(
     servers: Servers, server: Server, sampling: dict[str, Any]
 ) -> None:
@@ -148,7 +159,7 @@ def test_every_step_is_counted_once(server: Server) -> None:
     assert record(server)["steps"] == found["steps"], "nothing runs"
 
 
-@pytest.mark.parametrize("options", ["temperature,all_filters,min_p"])
+@pytest.mark.parametrize("options", ["temperature,all_filters,min_p,frequency_penalty"])
 def test_sampled_outputs_follow_plain_decodings_law(
     server: Server, models: Models, options: str
 ) -> None:
@@ -160,17 +171,6 @@ def test_a_request_that_nothing_can_be_drawn_for_ends_alone(
 ) -> None:
     size = int(json.loads((models[0] / "config.json").read_text())["vocab_size"])
     require_undecidable_requests_end_alone(server, servers.plain, PROMPTS, size)
-
-
-def test_penalties_are_refused_under_overlap_alone(servers: Servers) -> None:
-    answer = generate(servers.overlap, PROMPTS[0], check=False, frequency_penalty=0.5)
-    assert "--disable-overlap-schedule" in str(answer)
-
-
-@pytest.mark.slow
-def test_penalties_are_served_ahead_in_the_plain_loop(servers: Servers, lagged: Server) -> None:
-    wanted = tokens(servers.plain, PROMPTS[0], frequency_penalty=0.5)
-    assert tokens(lagged, PROMPTS[0], frequency_penalty=0.5) == wanted
 
 
 def test_kernels_admit_on_the_device(servers: Servers, models: Models, tmp_path: Any) -> None:

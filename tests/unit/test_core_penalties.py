@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dspark_sglang.core.penalties import Penalties
+from dspark_sglang.core.penalties import OutputCounts, Penalties, Terms
 
 VOCAB = 7
 tokens = st.lists(st.integers(0, VOCAB - 1), max_size=6)
@@ -83,3 +83,43 @@ def test_the_callers_output_is_not_changed() -> None:
     output = [1, 2]
     Penalties(frequency=1.0).apply(torch.zeros(3, VOCAB), output, [3, 4])
     assert output == [1, 2]
+
+
+steps = st.lists(
+    st.tuples(st.lists(st.integers(0, VOCAB - 1), min_size=4, max_size=4), st.integers(1, 4)),
+    min_size=1,
+    max_size=4,
+)
+
+
+@given(first=tokens, others=tokens, of_first=steps, of_others=steps)
+def test_counts_grow_by_what_each_step_keeps(
+    first: list[int],
+    others: list[int],
+    of_first: list[tuple[list[int], int]],
+    of_others: list[tuple[list[int], int]],
+) -> None:
+    """Two penalised requests and one without penalties between them, step after step, in rows that were used before."""
+    device = torch.device("cpu")
+    mine, theirs = Penalties(0.7, 1.1, 1.3, 9, (2, 5)), Penalties(repetition=0.8)
+    counts = OutputCounts(VOCAB, device)
+    for slot, output in ((1, [3, 3, 4]), (0, others), (1, first)):
+        counts.begin(slot, output)
+    terms = Terms.of([theirs, Penalties(stop_tokens=(1,)), mine], [0, 0, 1], device)
+    outputs = {0: list(others), 2: list(first)}
+    owner, place = torch.arange(3).repeat_interleave(5), torch.arange(5).repeat(3)
+    for (a, kept_a), (b, kept_b) in zip(of_others, of_first, strict=False):
+        block, kept = torch.tensor([a, [6, 6, 6, 6], b]), torch.tensor([kept_a, 4, kept_b])
+        rows = torch.linspace(-3, 3, 15 * VOCAB).view(15, VOCAB)
+        untouched = rows[5:10].clone()
+        expected = {
+            index: [plain_step(row, outputs[index] + own[:j], p) for j, row in enumerate(rows[5 * index :][:5].tolist())]
+            for index, own, p in ((0, a, theirs), (2, b, mine))
+        }  # fmt: skip
+        counts.penalise(rows, terms, owner, place, block)
+        for index, wanted in expected.items():
+            torch.testing.assert_close(rows[5 * index :][:5], torch.tensor(wanted))
+        assert torch.equal(rows[5:10], untouched)
+        counts.extend(terms, block, kept)
+        outputs[0] += a[:kept_a]
+        outputs[2] += b[:kept_b]

@@ -34,11 +34,11 @@ def asking(**options: Any) -> Any:
 def test_only_an_unmeasured_server_takes_the_measurements_requests(scheduler: Scheduler) -> None:
     for taken in (True, False):
         scheduler.measurement.running = taken
-        says = requests.refusal(asking(profile=True), False)
+        says = requests.refusal(asking(profile=True))
         assert (says is None) == taken
         if says is not None:
             assert "profile" in says and "max_draft_tokens" in says
-        assert requests.refusal(asking(profile=False, max_draft_tokens=1), False) is None
+        assert requests.refusal(asking(profile=False, max_draft_tokens=1)) is None
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_only_an_unmeasured_server_takes_the_measurements_requests(scheduler: Sc
     ids=str,
 )  # fmt: skip
 def test_wrong_options_of_a_request_are_refused(options: dict[str, Any]) -> None:
-    says = requests.refusal(asking(**options), False) or ""
+    says = requests.refusal(asking(**options)) or ""
     assert "custom_params.dspark cannot be used" in says and "max_draft_tokens" in says
 
 
@@ -56,14 +56,14 @@ def test_hidden_states_are_refused(wanted: Any) -> None:
     """Verification captures the states the drafter reads; plain decoding's would be an empty list."""
     request = asking()
     request.return_hidden_states = wanted
-    assert "return_hidden_states" in (requests.refusal(request, False) or "")
+    assert "return_hidden_states" in (requests.refusal(request) or "")
 
 
 def test_an_empty_prompt_is_refused() -> None:
     """The target's forward over no rows would end the scheduler, and with it the server."""
     request = asking()
     request.origin_input_ids = []
-    assert "no tokens" in (requests.refusal(request, False) or "")
+    assert "no tokens" in (requests.refusal(request) or "")
 
 
 @pytest.mark.parametrize("token", [-1, 9, 10**9])
@@ -71,23 +71,23 @@ def test_a_token_that_does_not_exist_is_refused(token: int) -> None:
     """Its embedding would end the scheduler."""
     request = asking()
     request.origin_input_ids = [1, token]
-    assert f"token {token}." in (requests.refusal(request, False) or "")
+    assert f"token {token}." in (requests.refusal(request) or "")
     request.multimodal_inputs = object()
-    assert requests.refusal(request, False) is None
+    assert requests.refusal(request) is None
 
 
 def test_log_probabilities_of_tokens_that_do_not_exist_are_refused() -> None:
     request = asking()
     request.logprob.token_ids_logprob = [3, 9]
-    assert "token_ids_logprob has token 9." in (requests.refusal(request, False) or "")
+    assert "token_ids_logprob has token 9." in (requests.refusal(request) or "")
     request.logprob.token_ids_logprob = [3]
     request.logprob.top_logprobs_num = 9
-    assert requests.refusal(request, False) is None
+    assert requests.refusal(request) is None
     request.logprob.top_logprobs_num = 10
-    assert "at most 9" in (requests.refusal(request, False) or "")
+    assert "at most 9" in (requests.refusal(request) or "")
 
 
 def test_without_a_worker_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(requests, "_process", None)
-    assert requests.refusal(asking(profile=True), False) is not None
-    assert requests.refusal(asking(workload="code"), False) is None
+    assert requests.refusal(asking(profile=True)) is not None
+    assert requests.refusal(asking(workload="code")) is None

@@ -22,10 +22,9 @@ from dspark_sglang.core.accept import stop_at
 from dspark_sglang.serving.cpu.packing import pad_index
 from dspark_sglang.serving.draft_kv import DeferredStates, States
 from dspark_sglang.serving.ops import Ops, Verified, WriteKv
-from dspark_sglang.serving.penalties import RunningPenalties
 from dspark_sglang.serving.planner import Planner
 from dspark_sglang.serving.proposer import OurDraftBlock
-from dspark_sglang.serving.requests import batch_stops, request_penalties, told
+from dspark_sglang.serving.requests import RunningPenalties, batch_stops, request_penalties, told
 from dspark_sglang.serving.rounds import Rounds
 from dspark_sglang.serving.sglang_types import (
     DraftInput,

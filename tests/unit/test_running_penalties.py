@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from dspark_sglang.serving.penalties import RunningPenalties
+from dspark_sglang.serving.requests import RunningPenalties
 
 VOCABULARY, GAMMA = 11, 3
 

@@ -10,7 +10,7 @@ PARALLEL := $(BIN)/python -m pytest -q -n logical --maxprocesses 4 --dist loadfi
 unexport PYTHONDONTWRITEBYTECODE
 SOURCES := dspark_sglang kernels packaging loadtests tests requirements
 
-.PHONY: help install demo test test-fast test-unit test-kernels test-all test-server lint format typecheck bench bench-kernels bench-load bench-load-full bench-faults bench-placement bench-selfcheck exactness simulate-fit simulate-check simulate-published net never-ends golden structure reference results v4 v4-cuda package-check deploy-check drill plan layouts deploy-arguments deploy-rendered gpu lock wheel clean
+.PHONY: help install demo test test-fast test-unit test-kernels test-all test-server lint format typecheck bench bench-kernels bench-load bench-load-full bench-faults bench-placement bench-selfcheck exactness simulate-fit simulate-check simulate-published net never-ends golden structure reference results v4 v4-cuda cuda-lab package-check deploy-check drill plan layouts deploy-arguments deploy-rendered gpu lock wheel clean
 
 help:  ## Show what can be made
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -110,6 +110,9 @@ v4: install  ## DeepSeek-V4's tiny bundle against plain decoding and its referen
 
 v4-cuda: install  ## Compile SGLang's CUDA and Triton sources of V4's leaves for Hopper; needs nvcc, no GPU (about 10 minutes)
 	$(BIN)/python -m pytest -q -s tests/v4/test_cuda_sources.py
+
+cuda-lab: install  ## Count what a step asks of a CUDA device, without one, beside the builtin: docs/results/cuda.json
+	$(BIN)/python -m tests.cuda_lab.record
 
 RESULTS := docs/results
 

@@ -11,6 +11,8 @@ pytest.importorskip("sglang")
 
 from tests.cuda_lab import capture
 
+pytestmark = pytest.mark.costly  # attention backends are imported
+
 #: What SGLang 0.5.23 does; compact is what our plugin asks for.
 KNOWN = {
     "fa3 static": [],

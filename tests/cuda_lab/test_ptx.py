@@ -75,6 +75,7 @@ def found() -> dict[str, dict[str, list[str]]]:
     return result
 
 
+@pytest.mark.costly
 def test_our_kernels_have_no_such_fault(found: dict[str, dict[str, list[str]]]) -> None:
     for kernels in found.values():
         for name, faults in kernels.items():

@@ -89,6 +89,7 @@ def test_representatives_keep_what_keys_depend_on() -> None:
     assert {shape.requests for shape in found} >= {1, 2, 3, 4, 8, 16}
 
 
+@pytest.mark.costly
 def test_no_more_variants_appear_after_start_than_are_known() -> None:
     from tests.cuda_lab import record
 

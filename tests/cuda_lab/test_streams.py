@@ -131,6 +131,7 @@ def test_what_is_ordered_is_not_blamed(code: Code) -> None:
     assert faults(code) == []
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("drafts", [1.0, 0.0])
 def test_the_overlapped_loop_is_ordered(drafts: float) -> None:
     pytest.importorskip("sglang")

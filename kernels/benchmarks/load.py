@@ -139,6 +139,7 @@ def _measure(
                     task, completed=done + block, description=f"{name} {block + 1}"
                 ),
             )
+            bar.update(task, completed=(number + 1) * given.blocks)
             found["cells"][name] = summarise_cell(blocks, missing)
             _write(given, found)
         if "dspark" in servers:

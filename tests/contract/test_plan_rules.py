@@ -13,8 +13,6 @@ import pytest
 
 pytest.importorskip("sglang")
 
-from sglang_source import sglang_environment, sglang_flags
-
 from dspark_sglang.layouts import memory as tensors
 from dspark_sglang.layouts.dense.memory import ARCHITECTURES as DENSE
 from dspark_sglang.layouts.memory import CompressedKv, DraftKv, FullKv, Ranks, SlidingKv
@@ -23,6 +21,7 @@ from dspark_sglang.planning import hardware, kv, plan, sizing
 from dspark_sglang.planning.kv import Serving
 from dspark_sglang.planning.options import Options
 from dspark_sglang.planning.rules import RAGGED_BACKENDS, RULES
+from tests.deploy.sglang_source import sglang_environment, sglang_flags
 
 ROOT = Path(__file__).resolve().parents[2]
 (SGLANG,) = map(Path, importlib.util.find_spec("sglang").submodule_search_locations)  # type: ignore[union-attr, arg-type]

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "tests/unit"), str(ROOT / "tests/deploy")]
+sys.path.insert(0, str(ROOT / "tests/deploy"))
 
 import apiserver  # noqa: E402
 import kubernetes_validate  # noqa: E402

@@ -1,6 +1,6 @@
 """Flags of the overlays that serve DeepSeek-V4: which of them a tiny bundle can be started with on CPU cores.
 
-Read from ``deploy/rendered``, which ``tests/unit`` holds against the overlays. A flag that is in neither table
+Read from ``deploy/rendered``, which ``test_observability.py`` holds against the overlays. A flag that is in neither table
 fails ``test_v4_flags.py``, so that a new one has to be thought about.
 """
 
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tests" / "unit"))
+sys.path.insert(0, str(ROOT / "tests" / "deploy"))
 
 from manifest_model import Context, arguments, environment, serves  # noqa: E402
 

@@ -18,12 +18,12 @@ from typing import Any
 
 import pytest
 import typer
-from sglang_source import sglang_flags
 
 from dspark_sglang.cli.main import app
 from dspark_sglang.config import Settings
 from dspark_sglang.serving import admin
 from tests import structure
+from tests.deploy.sglang_source import sglang_flags
 from tests.docs.reference import PAGES, targets
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -14,10 +14,10 @@ import httpx
 import psutil
 import pytest
 import yaml
-from manifest_lint import Context, environment, expand
 
 from dspark_sglang import diagnosis, targets
 from dspark_sglang.server import Server, free_port
+from tests.deploy.manifest_lint import Context, environment, expand
 
 pytestmark = pytest.mark.server
 ROOT = Path(__file__).resolve().parents[2]

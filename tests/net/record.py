@@ -40,7 +40,7 @@ PLANTED = (
     f"{NEVER}::test_a_fault_of_the_drafter_is_contained",
     f"{NEVER}::test_a_request_whose_logits_are_nan_ends_alone",
     f"{NEVER}::test_a_drafter_with_broken_weights_serves_plain_decoding",
-    "tests/unit/test_faults.py::test_with_several_ranks_an_exception_ends_the_server",
+    "tests/serving/test_contained.py::test_with_several_ranks_an_exception_ends_the_server",
 )
 
 
@@ -57,12 +57,12 @@ def passed(nodes: tuple[str, ...]) -> tuple[int, int]:
 
 def kit() -> dict[str, Any]:
     """The four faults of the kit, looked for again."""
-    sys.path[:0] = [str(ROOT / "tests" / "unit"), str(ROOT / "tests" / "deploy")]
-    import manifest_network
+    sys.path.insert(0, str(ROOT / "tests" / "deploy"))
     import router
     import tools
     import yaml
 
+    from tests.deploy import manifest_network
     from tests.packaging import test_push
     from tests.packaging.cases import CASES as FOLDERS
     from tests.packaging.cases import run_case

@@ -10,7 +10,6 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from simulated_times import Fixed
 
 from dspark_sglang.artifacts import Provenance, write_json
 from dspark_sglang.core.schedule.cost_model import CostModel
@@ -18,6 +17,7 @@ from dspark_sglang.core.sts import BINS
 from dspark_sglang.errors import ArtifactError, ConfigError
 from dspark_sglang.provenance import machine
 from dspark_sglang.simulate.costs import Overheads, learned
+from tests.simulate.simulated_times import Fixed
 from tests.simulation import __main__ as command
 from tests.simulation import published, twin
 from tests.simulation.published import rows

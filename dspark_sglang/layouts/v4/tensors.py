@@ -8,7 +8,7 @@ What the list rests on. The published indexes themselves could not be read here.
 0.5.23's loader (``models/deepseek_v4.py``, ``models/deepseek_v4_dspark.py``) and was compared with what
 others published of the files' headers: a listing of V4-Pro's by pattern, with dtype and shape of
 every tensor, 145,116 in all; and of V4-Flash-DSpark's 72,317 names, 4,705 under ``mtp.*``, the
-latter counted by dtype. ``tests/unit/test_v4_names.py`` holds those facts. V4-Flash-0731 has the
+latter counted by dtype. ``tests/layouts/test_v4_names.py`` holds those facts. V4-Flash-0731 has the
 names, dtypes and shapes of V4-Flash-DSpark. Of V4-Pro-DSpark no listing was found.
 """
 

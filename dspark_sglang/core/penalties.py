@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 import torch
 
+from dspark_sglang.core.device import to_device
+
 
 @dataclass(frozen=True, slots=True)
 class Penalties:
@@ -93,10 +95,7 @@ class Terms(NamedTuple):
             [[own.frequency, own.presence, own.repetition] for own in penalties],
             dtype=torch.float64,
         ).T.contiguous()
-        if device.type == "cuda":
-            integers, weights = integers.pin_memory(), weights.pin_memory()
-        integers = integers.to(device, non_blocking=True)
-        weights = weights.to(device, non_blocking=True)
+        integers, weights = to_device(integers, device), to_device(weights, device)
         return cls(integers[:, 0], integers[:, 1].bool(), weights, integers[:, 2], integers[:, 3:])
 
 
@@ -124,10 +123,7 @@ class OutputCounts:
             self._counts[slot].zero_()
         self._length[slot].fill_(len(output))
         if output:
-            tokens = torch.tensor(output, dtype=torch.int64)
-            if self._counts.is_cuda:
-                tokens = tokens.pin_memory()
-            tokens = tokens.to(self._counts.device, non_blocking=True)
+            tokens = to_device(torch.tensor(output, dtype=torch.int64), self._counts.device)
             self._counts[slot].index_add_(0, tokens, torch.ones_like(tokens, dtype=torch.int32))
 
     def penalise(

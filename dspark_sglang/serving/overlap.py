@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from dspark_sglang.core.device import to_device, to_host
 from dspark_sglang.core.round import Drafted, Load, StepPlan, StepResult
 from dspark_sglang.core.schedule.scheduler import ADMISSIBLE, Scheduler, before_all
 from dspark_sglang.core.sts import BINS
@@ -77,10 +78,10 @@ class DeviceSurvival:
         """
         known = np.stack([plan.limits, plan.load.sampled, np.zeros_like(plan.limits)])
         known[2, plan.first] = 1
-        limits, kind, first = torch.from_numpy(known).to(self._device, non_blocking=True)
+        limits, kind, first = to_device(torch.from_numpy(known), self._device)
         if self._age >= _REFRESH:
             correction = torch.from_numpy(self._reliability.shift()).float()
-            self._shift, self._age = correction.to(self._device, non_blocking=True), 0
+            self._shift, self._age = to_device(correction, self._device), 0
         bins = (confidence * BINS).long().clamp_(0, BINS - 1)
         shift = self._shift[kind[:, None], self._position, bins]
         # What is no confidence ranks last; the host finds out when it arrives.
@@ -160,7 +161,7 @@ class OverlappedRounds(Rounds):
             self.decoded(pair.shape[1])
             return
         assert self._confidence is not None
-        self._pair, self._confidence = _to_host(pair), _to_host(self._confidence)
+        self._pair, self._confidence = to_host(pair), to_host(self._confidence)
 
     def ended(self) -> None:
         drafted = self._pair is not None
@@ -238,11 +239,3 @@ class OverlappedRounds(Rounds):
 
     def _over(self, running: Round, seconds: float, now: float) -> None:
         raise AssertionError("an overlapped step is over when it arrives")
-
-
-def _to_host(values: torch.Tensor) -> torch.Tensor:
-    """``values`` on the host, once the device has come so far."""
-    if values.device.type == "cpu":
-        return values
-    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-    return host.copy_(values, non_blocking=True)

@@ -79,7 +79,7 @@ class Proposer(DraftBlockProposer):
     ) -> SampledRows | None:
         """Which requests sample and how; read again only when the batch changes."""
         if batch.reqs != self._requests:
-            self._requests, self._rows = list(batch.reqs), SampledRows.of(sampling_info)
+            self._requests, self._rows = list(batch.reqs), SampledRows.of(sampling_info, batch.reqs)
         return self._rows
 
     def attach_draft_sampler(self, draft_sampler: object) -> None:

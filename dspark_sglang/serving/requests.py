@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from sglang.srt.runtime_context import get_exec
 
+from dspark_sglang.core.device import to_device
 from dspark_sglang.core.penalties import OutputCounts, Penalties, Terms
 from dspark_sglang.core.sampling import UNDECIDED
 from dspark_sglang.core.schedule.scheduler import Scheduler
@@ -158,7 +159,7 @@ def batch_stops(requests: Sequence[Req], device: torch.device | str) -> torch.Te
     if not width:
         return None
     padded = [(*own, *(-1,) * (width - len(own))) for own in stops]
-    return torch.tensor(padded, device=device)
+    return to_device(torch.tensor(padded), device)
 
 
 def told(token: torch.Tensor, requests: Sequence[Req]) -> torch.Tensor:
@@ -169,7 +170,7 @@ def told(token: torch.Tensor, requests: Sequence[Req]) -> torch.Tensor:
     parsed = [request.grammar is not None for request in requests]
     if not any(parsed):
         return token
-    return torch.where(torch.tensor(parsed, device=token.device), token.clamp(min=0), token)
+    return torch.where(to_device(torch.tensor(parsed), token.device), token.clamp(min=0), token)
 
 
 def told_sampled(result: GenerationBatchResult, batch: ScheduleBatch) -> torch.Tensor:

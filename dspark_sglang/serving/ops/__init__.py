@@ -10,7 +10,7 @@ import abc
 import dataclasses
 import importlib.util
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
@@ -20,13 +20,14 @@ import torch
 
 from dspark_sglang.config import Kernels, Verification
 from dspark_sglang.core.accept import Accepted
+from dspark_sglang.core.device import to_device
 from dspark_sglang.core.draft import DraftBlock, undrafted
 from dspark_sglang.core.heads import ConfidenceHead, MarkovHead
 from dspark_sglang.core.sampling import Filters
 from dspark_sglang.core.seeded import Noise
 from dspark_sglang.core.tensor_parallel import Exchange
 from dspark_sglang.errors import CompatibilityError
-from dspark_sglang.serving.sglang_types import DenseDraft, KvPool, SamplingBatchInfo
+from dspark_sglang.serving.sglang_types import DenseDraft, KvPool, Req, SamplingBatchInfo
 from dspark_sglang.serving.telemetry import Telemetry
 
 #: Kind to ``module:class``.
@@ -53,12 +54,13 @@ class SampledRows(msgspec.Struct, frozen=True):
     seeds: torch.Tensor | None = None
 
     @classmethod
-    def of(cls, info: SamplingBatchInfo | None) -> SampledRows | None:
-        """The sampled rows of SGLang's sampling information; None when every row is greedy."""
+    def of(cls, info: SamplingBatchInfo | None, requests: Sequence[Req]) -> SampledRows | None:
+        """The sampled rows of a batch and its sampling information; None when every row is greedy."""
         if info is None or info.is_all_greedy:
             return None
         # SGLang expresses temperature 0 as top_k = 1.
-        index = (info.top_ks.view(-1) > 1).nonzero().view(-1)
+        sampled = [row for row, r in enumerate(requests) if r.sampling_params.top_k > 1]
+        index = to_device(torch.tensor(sampled, dtype=torch.int64), info.top_ks.device)
 
         def rows(values: torch.Tensor) -> torch.Tensor:
             return values.view(-1)[index]

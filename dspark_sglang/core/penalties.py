@@ -110,6 +110,11 @@ class OutputCounts:
     def __len__(self) -> int:
         return len(self._length)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the counts are."""
+        return self._counts.device
+
     def begin(self, slot: int, output: Sequence[int]) -> None:
         """Let a row stand for a request with this output."""
         missing = max(slot + 1 - len(self), 0)

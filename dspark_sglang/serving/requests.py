@@ -97,7 +97,7 @@ class RunningPenalties:
         if self._counts is None:
             self._counts = OutputCounts(logits.shape[1], logits.device)
         if requests != self._requests:
-            self._requests, self._terms = list(requests), self._renewed(requests, logits.device)
+            self._requests, self._terms = list(requests), self._renewed(requests, self._counts)
         self._block = None
         if self._terms is None:
             return
@@ -115,7 +115,7 @@ class RunningPenalties:
             self._counts.extend(self._terms, self._block, count + 1)
         self._block = None
 
-    def _renewed(self, requests: Sequence[Req], device: torch.device) -> Terms | None:
+    def _renewed(self, requests: Sequence[Req], counts: OutputCounts) -> Terms | None:
         penalties = [request_penalties(request) for request in requests]
         here = {id(request) for request in requests}
         for request, _ in list(self._slots.values()):
@@ -124,21 +124,20 @@ class RunningPenalties:
         if not any(own.active for own in penalties):
             return None
         slots = [
-            self._slot(request) if own.active else 0
+            self._slot(request, counts) if own.active else 0
             for request, own in zip(requests, penalties, strict=True)
         ]
-        return Terms.of(penalties, slots, device)
+        return Terms.of(penalties, slots, counts.device)
 
-    def _slot(self, request: Req) -> int:
+    def _slot(self, request: Req, counts: OutputCounts) -> int:
         known = self._slots.get(id(request))
         if known is not None:
             return known[1]
-        assert self._counts is not None
         slot = self._free.pop() if self._free else len(self._slots)
         # Only the first step after a prefill may be launched before the host knows the anchor.
         output = getattr(request, _PREFILLED, None)
         setattr(request, _PREFILLED, None)
-        self._counts.begin(slot, request.output_ids[:-1] if output is None else output)
+        counts.begin(slot, request.output_ids[:-1] if output is None else output)
         self._slots[id(request)] = (request, slot)
         return slot
 

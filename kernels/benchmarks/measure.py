@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +11,7 @@ import triton
 from benchmarks import ops, traffic
 from benchmarks.aot import Resources, compile_sm90
 from benchmarks.ops import Example
+from dspark_kernels.support.interpreter import patch_once
 from dspark_kernels.support.rounding import round_as_a_gpu
 
 #: Batches counted in the interpreter, and batches on the line through them.
@@ -35,14 +36,19 @@ class Counted(NamedTuple):
     max_error: float
 
 
-def compile_op(op: str) -> dict[str, list[Resources]]:
+def compile_op(op: str, names: Collection[str] | None = None) -> dict[str, list[Resources]]:
     """Resources of every configuration of an op, one entry for each of its launches in order.
+
+    Args:
+        names: of configurations; None: all of them.
 
     Raises:
         RuntimeError: called in the interpreter.
     """
     return {
-        case.name: compile_sm90(case.example(case.compiled_batch).run) for case in ops.cases(op)
+        case.name: compile_sm90(case.example(case.compiled_batch).run)
+        for case in ops.cases(op)
+        if names is None or case.name in names
     }
 
 
@@ -78,6 +84,7 @@ def count(make: Callable[[int], Example]) -> Counted:
         RuntimeError: a kernel reached outside its tensors, or bytes are not linear in the batch.
     """
     round_as_a_gpu()
+    patch_once()
     seen: dict[int, traffic.Traffic] = {}
     errors = []
     for batch in COUNTED:

@@ -209,6 +209,7 @@ def failing_step(module: str, function: str, *of: str) -> Any:
     return answer(module, function, *of)
 
 
+@pytest.mark.costly
 def test_the_round_is_counted_where_both_its_ops_are_asked_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -219,6 +220,7 @@ def test_the_round_is_counted_where_both_its_ops_are_asked_for(
     assert (set(one.resources), one.parts, one.step) == ({"kv_inject"}, {}, STEP)
 
 
+@pytest.mark.costly
 def test_a_step_that_fails_ends_the_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

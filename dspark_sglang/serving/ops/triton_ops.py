@@ -20,6 +20,7 @@ from dspark_kernels.kv_inject import kv_inject, pools
 from dspark_kernels.markov_step import Head, Sampling, draft_shortlist, successor_table
 from dspark_kernels.support.backend import LAUNCHES, interpreting
 from dspark_kernels.support.errors import OperandError
+from dspark_kernels.support.interpreter import patch_once
 from dspark_kernels.support.rounding import round_as_a_gpu
 from dspark_kernels.vocab_parallel_accept import Shard, begin
 from dspark_sglang.core.accept import Accepted
@@ -126,6 +127,7 @@ class TritonOps(Ops):
                     fix="Unset DSPARK_KERNELS, or set TRITON_INTERPRET=1 (slow, for tests).",
                 )
             round_as_a_gpu()
+            patch_once()
         selfcheck.check_kernels(device)
 
     def renew(self, markov: MarkovHead, confidence: ConfidenceHead) -> None:

@@ -19,8 +19,9 @@ import argparse
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
+from unittest import mock
 
 _LABEL = re.compile(r"^(\$?[\w$]+):")
 _ACCESS = re.compile(r"\b(ld|st|atom|red)\.(?:[\w:]+\.)*?global\b([\w.:]*)\s")
@@ -215,52 +216,35 @@ def _short(text: str) -> str:
     return re.sub(r"^@!?%p\d+\s+", "", text).split()[0]
 
 
-def compiled(build: Any) -> str:
-    """The PTX of a configuration of ``benchmarks.report``."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+def compiled(run: Callable[[], object]) -> list[Any]:
+    """Triton's compiled kernels of a call, in order of their launches."""
+    from benchmarks import aot
 
-    kernel, constants = build.kernel, dict(build.constants)
-    types = {
-        name: "constexpr" if name in constants else build.signature[name]
-        for name in kernel.arg_names
-    }
-    hinted = [n for n, kind in types.items() if kind.startswith("*") or n in build.aligned]
-    source = ASTSource(
-        kernel,
-        types,
-        constexprs=constants,
-        attrs={(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in hinted},
-    )
-    made = triton.compile(
-        source,
-        target=GPUTarget("cuda", 90, 32),
-        options={"num_warps": build.num_warps, "num_stages": build.num_stages},
-    )
-    return str(made.asm["ptx"])
+    with mock.patch.object(aot, "_resources", lambda kernel: kernel):
+        found: list[Any] = aot.compile_sm90(run)
+    return found
 
 
-def parameters(ptx: str, build: Any) -> dict[str, str]:
+def parameters(kernel: Any) -> dict[str, str]:
     """Names of a kernel's parameters by those of its PTX."""
-    entry = re.search(r"\.entry\s+(\w+)", ptx)
+    entry = re.search(r"\.entry\s+(\w+)", kernel.asm["ptx"])
     assert entry is not None
-    runtime = [name for name in build.kernel.arg_names if name not in build.constants]
+    given = kernel.src.signature
+    runtime = [name for name in kernel.src.fn.arg_names if given[name] != "constexpr"]
     return {f"{entry.group(1)}_param_{i}": name for i, name in enumerate(runtime)}
 
 
 def check_op(op: str, most: int | None = None) -> dict[str, list[str]]:
     """Faults of an op's configurations, by kernel and configuration; those without are left out."""
-    from benchmarks import report
+    from benchmarks import ops
 
     found: dict[str, list[str]] = {}
-    for case in report.bench(op).cases()[:most]:
-        for build in case.builds:
-            ptx = compiled(build)
-            names = parameters(ptx, build)
-            faults = [str(fault.named(names)) for fault in check(ptx)]
+    for case in ops.cases(op)[:most]:
+        for kernel in compiled(case.example(case.compiled_batch).run):
+            names = parameters(kernel)
+            faults = [str(fault.named(names)) for fault in check(kernel.asm["ptx"])]
             if faults:
-                found[f"{build.kernel.fn.__name__} {case.name}"] = faults
+                found[f"{kernel.name} {case.name}"] = faults
     return found
 
 
@@ -269,9 +253,9 @@ def main() -> None:
     parser.add_argument("--ops", default="")
     parser.add_argument("--most", type=int, default=None, help="configurations an op")
     given = parser.parse_args()
-    from benchmarks import report
+    from benchmarks import ops as known
 
-    ops = given.ops.split(",") if given.ops else report.ops()
+    ops = given.ops.split(",") if given.ops else known.names()
     print(json.dumps({op: check_op(op, given.most) for op in ops}))
 
 

@@ -29,7 +29,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver, jit
 
-from tests.cuda_lab.fake_device import CUDA, FakeDevice
+from tests.cuda_lab.fake_device import FakeDevice
+from tests.cuda_lab.fake_torch import CUDA
 
 VOCABULARY, HIDDEN, RANK, GAMMA = 151_936, 4096, 256, 7
 LAYERS, HEADS, HEAD = 5, 8, 128
@@ -147,7 +148,7 @@ def classes(shapes: Iterable[Shape]) -> list[Shape]:
 def operations(verification: Any = "rejection") -> Any:
     """The kernels' operations of a served drafter, inside a :class:`FakeDevice`."""
     from dspark_sglang.core.heads import ConfidenceHead, MarkovHead
-    from dspark_sglang.serving.ops import choose, selfcheck
+    from dspark_sglang.serving.ops import make, selfcheck
     from dspark_sglang.serving.telemetry import Telemetry
 
     def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -157,7 +158,7 @@ def operations(verification: Any = "rejection") -> Any:
     with mock.patch.object(
         selfcheck, "_compare", lambda name, check, device: check(device, "triton")
     ):
-        return choose.make(
+        return make(
             "triton",
             device=CUDA,
             markov=MarkovHead(w1=empty(VOCABULARY, RANK), w2=empty(VOCABULARY, RANK)),
@@ -175,7 +176,7 @@ def operations(verification: Any = "rejection") -> Any:
 
 def sampled(kind: str, requests: int, device: FakeDevice) -> Any:
     """``SampledRows`` of a batch, half of whose requests sample."""
-    from dspark_sglang.serving.ops.rows import SampledRows
+    from dspark_sglang.serving.ops import SampledRows
 
     if kind == "greedy":
         return None
@@ -193,7 +194,7 @@ def sampled(kind: str, requests: int, device: FakeDevice) -> Any:
 
 def step(ops: Any, write: Callable[..., None], device: FakeDevice, shape: Shape) -> None:
     """The operations of one step, on operands as serving lays them out."""
-    from dspark_sglang.serving.ops.rows import Verified
+    from dspark_sglang.serving.ops import Verified
 
     requests, depth, kind, count = shape
     rows = sampled(kind, requests, device)
@@ -214,7 +215,7 @@ def step(ops: Any, write: Callable[..., None], device: FakeDevice, shape: Shape)
             logits=device.empty(count + 8, VOCABULARY)[:count],
             drafted=tokens[:, : max(1, depth)],
             rows=rows,
-            laws=block.probs,
+            probs=block.probs,
             support=block.support,
             lse=block.lse,
             lens=lens,

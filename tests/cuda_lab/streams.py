@@ -27,7 +27,8 @@ from unittest import mock
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from tests.cuda_lab.fake_device import Event, FakeDevice, Stream, caller, is_view
+from tests.cuda_lab.fake_device import FakeDevice, caller, is_view
+from tests.cuda_lab.fake_torch import Event, Stream
 
 HOST = "host"
 Clock = dict[Any, int]

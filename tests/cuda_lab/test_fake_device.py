@@ -15,7 +15,8 @@ pytest.importorskip("triton")
 import torch
 
 from tests.cuda_lab import record
-from tests.cuda_lab.fake_device import CUDA, FakeDevice
+from tests.cuda_lab.fake_device import FakeDevice
+from tests.cuda_lab.fake_torch import CUDA
 
 #: Cases that are measured in every test run; ``make cuda-lab`` measures all of them.
 FAST: tuple[record.Case, ...] = (

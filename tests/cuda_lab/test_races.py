@@ -101,6 +101,15 @@ def test_a_planted_dependence_on_the_order_of_programs_is_found() -> None:
 
 
 @pytest.mark.slow
+def test_a_planted_kernel_without_its_barriers_is_found() -> None:
+    """Our kernels as they would be if barriers were left out."""
+    from tests.cuda_lab import record
+
+    found = record.in_a_process("races", "--without-barriers", interpreted=True)
+    assert any(one["conflicts"] for one in found.values())
+
+
+@pytest.mark.slow
 def test_our_kernels_have_no_conflicts() -> None:
     from tests.cuda_lab import record
 

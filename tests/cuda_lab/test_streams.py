@@ -11,7 +11,8 @@ pytest.importorskip("triton")
 
 import torch
 
-from tests.cuda_lab.fake_device import CUDA, FakeDevice
+from tests.cuda_lab.fake_device import FakeDevice
+from tests.cuda_lab.fake_torch import CUDA
 from tests.cuda_lab.streams import Observer, observe, overlapped
 
 Code = Callable[[FakeDevice, Observer], object]
@@ -141,3 +142,21 @@ def test_the_overlapped_loop_is_ordered(drafts: float) -> None:
         world.worker.commands.prepare("dspark_speculation", drafts)()
         overlapped(world, seen, kind="sampled", requests=4, steps=4)
         assert [str(fault) for fault in seen.faults] == []
+
+
+@pytest.mark.costly
+def test_a_planted_view_of_the_graphs_output_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What steps without a draft leave for the draft, if it were not copied."""
+    pytest.importorskip("sglang")
+    from dspark_sglang.serving.draft_kv import DeferredStates, States
+    from tests.cuda_lab.world import World
+
+    def keep(deferred: DeferredStates, states: States) -> None:
+        deferred._kept.append(states)
+
+    monkeypatch.setattr(DeferredStates, "keep", keep)
+    with World(FakeDevice(), ours=True) as world, observe(world.device) as seen:
+        world.worker.commands.prepare("dspark_speculation", 0.0)()
+        overlapped(world, seen, kind="greedy", requests=4, steps=3)
+        world.worker._verify_executor.deferred.flush()
+        assert "stale" in {fault.kind for fault in seen.faults}

@@ -1,7 +1,7 @@
 """Configurations of ``accept``.
 
 In the example every request keeps ``(gamma + 1) // 2`` drafted tokens, the least that is half of them, and
-rejects the next, so one row more is read; block verification reads all.
+rejects the next. Logits are float32, as they arrive; dense drafted laws bfloat16.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from dspark_kernels.accept.reference import judge
 
 #: Tokens with an adjustment in the example.
 ADJUSTED = 256
+#: What top-k keeps in the example.
+TOP_K = 50
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Case(ops.Case):
 
     width: int
     gamma: int = 5
-    dtype: torch.dtype = torch.bfloat16
+    dtype: torch.dtype = torch.float32
     law: Literal["certain", "dense", "listed"] = "listed"
     coupled: bool = False
     filtered: bool = False
@@ -54,12 +56,11 @@ class Case(ops.Case):
         return (self.gamma + 1) // 2
 
     def floor_bytes(self, batch: int) -> int:
-        """Rows up to the deciding one, the drafted laws that decide, tokens, uniforms and outcome."""
-        row = self.width * self.dtype.itemsize
-        rows = self.gamma + 1 if self.joint else self.kept + 1
-        each = rows * row + 8 * self.gamma + 8 * (self.kept + 2) + 12 + 16
+        """Every row, the drafted laws that decide (of a filtered row what it keeps), tokens, uniforms, outcome."""
+        each = (self.gamma + 1) * self.width * self.dtype.itemsize
+        each += 8 * self.gamma + 8 * (self.kept + 2) + 12 + 16
         if not self.coupled and self.law == "dense":
-            each += (self.gamma if self.joint else 1) * row
+            each += (self.gamma if self.joint else 1) * (TOP_K if self.filtered else self.width) * 2
         if not self.coupled and self.law == "listed":
             each += (self.gamma if self.joint else self.kept + 1) * LISTED * 12
         if self.adjusted:
@@ -91,7 +92,7 @@ class Case(ops.Case):
         # Before the rejection the laws are equal, so that block verification keeps these tokens too.
         q_logits = logits[:gamma].float().clone()
         q_logits[torch.arange(kept, gamma), drafted[kept:]] += 3.0
-        q_logits = q_logits.to(self.dtype)
+        q_logits = q_logits.to(torch.bfloat16 if self.law == "dense" else self.dtype)
         if self.coupled:
             drafted = self._coupled_draft()
         uniforms = torch.full((gamma + 1,), 0.4321, dtype=torch.float64)
@@ -127,7 +128,7 @@ class Case(ops.Case):
         }
         if self.filtered:
             given["filters"] = Filters(
-                torch.full((batch,), 50, dtype=torch.int32),
+                torch.full((batch,), TOP_K, dtype=torch.int32),
                 torch.full((batch,), 0.95),
                 torch.zeros(batch),
             )
@@ -175,15 +176,15 @@ def _adjustments(width: int, batch: int) -> Adjustments:
 VOCABULARIES = (32000, 49152, 129280, 151936, 262144)
 CASES = (
     *map(Case, VOCABULARIES),
-    Case(151936, gamma=7),
-    Case(129280, dtype=torch.float32),
+    Case(129280, dtype=torch.bfloat16),
     Case(129280, law="dense"),
-    Case(129280, dtype=torch.float32, law="dense"),
-    Case(262144, dtype=torch.float32, law="dense"),
+    Case(151936, gamma=7, law="dense"),
+    Case(151936, gamma=7, law="dense", filtered=True),
     Case(129280, law="certain"),
-    Case(129280, coupled=True),
+    Case(129280, law="certain", coupled=True),
     Case(32000, filtered=True),
-    Case(129280, dtype=torch.float32, adjusted=True),
+    Case(32000, law="certain", coupled=True, filtered=True),
+    Case(129280, adjusted=True),
     Case(129280, joint=True),
-    Case(129280, dtype=torch.float32, law="dense", joint=True),
+    Case(129280, law="dense", joint=True),
 )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from dspark_kernels.accept.kernel import accept_kernel
+from dspark_kernels.accept import kernel
 from dspark_kernels.accept.operands import (
     Accepted,
     Adjustments,
@@ -14,8 +16,9 @@ from dspark_kernels.accept.operands import (
     ListedDraft,
     Rows,
 )
-from dspark_kernels.accept.plan import Plan, arguments, check
+from dspark_kernels.accept.plan import OPTIONS, Plan, arguments, check
 from dspark_kernels.accept.reference import judge
+from dspark_kernels.accept.warm import Variant, padded, variants
 from dspark_kernels.support.backend import Backend, launched, resolve
 
 __all__ = [
@@ -26,8 +29,18 @@ __all__ = [
     "Keys",
     "ListedDraft",
     "Rows",
+    "Variant",
     "accept",
+    "padded",
+    "variants",
 ]
+
+KERNELS: dict[str, Any] = {
+    "scan": kernel.scan_kernel,
+    "cut": kernel.cut_kernel,
+    "residual": kernel.residual_kernel,
+    "accept": kernel.accept_kernel,
+}
 
 
 def accept(
@@ -43,7 +56,10 @@ def accept(
     backend: Backend = "auto",
     out: Accepted | None = None,
 ) -> Accepted:
-    """Judge a ragged batch in one launch; greedy, coupled and sampled requests mix freely.
+    """Judge a ragged batch; greedy, coupled and sampled requests mix freely.
+
+    Two launches; filters add one, and a dense drafted law another. Every row of a request is read once,
+    and of the deciding one what the token after needs.
 
     With ``p_j`` the law of a request's row ``j`` (temperature and filters applied) and ``q_j`` the
     drafted law of token ``x_{j+1}``:
@@ -54,7 +70,7 @@ def accept(
       ``argmax log p_j(x) + g(seed, position + j, x)``, then that draw;
     - sampled: ``x_{j+1}`` is kept iff ``u_j q_j(x_{j+1}) < p_j(x_{j+1})``; the token after comes from
       ``max(0, p_j - q_j)`` normalised, after the last row from ``p``. With ``block``, block verification
-      (Sun et al. 2024, algorithm 2) instead, which reads every row.
+      (Sun et al. 2024, algorithm 2) instead.
 
     A token is drawn by inverting the cumulative sum in token order with the last uniform. Where ``p = q`` up
     to rounding leaves no residual mass, ``p`` itself is drawn from. Among tokens tied at a filter's
@@ -64,15 +80,15 @@ def accept(
     filters leave of it) is not finite and positive. Tokens before it are kept as ever; a decision
     that comes to such a row ends in token -1. A drafted law that is NaN at one of its tokens says nothing:
     the block ends before the token it drafted, and the token there comes from ``p`` itself. With ``block``
-    it also ends before the first row without a law, whose token is then -1; rows behind are not read.
-    A dense law with a NaN but a finite ``lse`` is noticed only where that token was drafted or a residual
-    is taken, which is then ``p``.
+    it also ends before the first row without a law, whose token is then -1.
+    A dense law with a NaN but a finite ``lse`` is noticed only where that token was drafted, or where a
+    residual is taken from a ``p`` that has the token: ``p`` is taken then.
 
     Decisions follow float32 probabilities: those within about 1e-6 of a boundary may fall on
     either side of it. A seeded draw compares float64 scores.
 
     Args:
-        rows: the target's logits and the drafted tokens. With ``adjustments`` every row that is read
+        rows: the target's logits and the drafted tokens. With ``adjustments`` every row of a request
             is **changed in place** (as plain decoding's own logits are), so it must be judged once
             only; by the ``torch`` backend it is left alone.
         temperature: ``[R]`` float32.
@@ -139,5 +155,8 @@ def _launch(
     out: Accepted,
 ) -> None:
     given = arguments(rows, temperature, uniforms, draft, filters, keys, adjustments, out)
-    launched("accept")
-    accept_kernel[(plan.requests,)](**given, **plan.constants, num_warps=plan.warps)
+    given |= plan.constants | plan.workspace(rows.logits.device) | {"chunks": plan.chunks}
+    for name, grid in plan.kernels.items():
+        launched(f"accept.{name}" if name != "accept" else name)
+        run = KERNELS[name]
+        run[grid](**{key: given[key] for key in run.arg_names}, **OPTIONS[name])

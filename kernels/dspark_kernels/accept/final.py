@@ -18,17 +18,17 @@ from dspark_kernels.accept.parts import LOG2E
 CERTAIN = tl.constexpr(0)
 DENSE = tl.constexpr(1)
 LISTED = tl.constexpr(2)
-#: Listed tokens worked on at a time, and tokens in the search for the final one.
+#: Listed tokens worked on at a time, and those compared with many columns.
 LIST = tl.constexpr(16)
-SEARCH = tl.constexpr(512)
+FEW = tl.constexpr(4)
 #: A probability that no draw reaches, which float32 still holds shared out over a block.
 NOTHING = tl.constexpr(1e-30)
 
 
 @triton.jit
-def _listed(law, tokens, size, start, LAW: tl.constexpr):
-    """Tokens and probabilities ``start .. start + LIST`` of a listed law, padded with token -1."""
-    entry = start + tl.arange(0, LIST)
+def _listed(law, tokens, size, start, MANY: tl.constexpr, LAW: tl.constexpr):
+    """Tokens and probabilities ``start .. start + MANY`` of a listed law, padded with token -1."""
+    entry = start + tl.arange(0, MANY)
     token = tl.load(tokens + entry, mask=entry < size, other=-1)
     if LAW == CERTAIN:
         chance = tl.where(token >= 0, 1.0, 0.0)
@@ -38,37 +38,43 @@ def _listed(law, tokens, size, start, LAW: tl.constexpr):
 
 
 @triton.jit
-def drafted_chance(law, lse, tokens, size, token, scale, LAW: tl.constexpr):
-    """``q(token)``, float32; NaN where the law is, at whichever of its tokens.
+def drafted_chances(
+    law, lse, tokens, size, place, known, token, scale, LAW: tl.constexpr, PLACES: tl.constexpr
+):
+    """``[PLACES]`` float32 ``q(token)``; NaN where the law is, at whichever of its tokens.
 
     A dense one is by its log-sum-exp: that is finite unless a logit is NaN or ``+inf`` or all are ``-inf``.
 
     Args:
-        law, lse, tokens: pointers to this position's law (see :data:`DENSE` and the others).
-        size: entries of the law.
+        law, lse, tokens: all positions' laws (see :data:`DENSE` and the others), of ``size`` entries each.
+        place: ``[PLACES]`` which of them each token was drawn from; known: where there is one.
     """
     if LAW == CERTAIN:
-        return tl.full([], 1.0, tl.float32)
+        return tl.full([PLACES], 1.0, tl.float32)
     elif LAW == DENSE:
-        logit = tl.load(law + token).to(tl.float32)
-        total = tl.load(lse)
+        logit = tl.load(law + place * size + token, mask=known, other=0.0).to(tl.float32)
+        total = tl.load(lse + place, mask=known, other=0.0)
         chance = tl.exp2(logit * scale - total * LOG2E)
         return tl.where(tl.abs(total) < float("inf"), chance, float("nan"))
     else:
-        chance = tl.zeros([LIST], tl.float32)
+        chance = tl.zeros([PLACES, LIST], tl.float32)
         for start in tl.range(0, size, LIST):
-            entry, each = _listed(law, tokens, size, start, LAW)
+            entry = start + tl.arange(0, LIST)
+            inside = known[:, None] & (entry < size)[None, :]
+            at = place[:, None] * size + entry[None, :]
+            each = tl.load(tokens + at, mask=inside, other=-1)
+            weight = tl.load(law + at, mask=inside & (each >= 0), other=0.0).to(tl.float32)
             # A product: 0 times NaN is NaN.
-            chance += each * (entry == token).to(tl.float32)
-        return tl.sum(chance)
+            chance += weight * (each == token[:, None]).to(tl.float32)
+        return tl.sum(chance, 1)
 
 
 @triton.jit
-def target_chance(row, token, top, scale, mass, cut, last, min_p, SHIFT: tl.constexpr):
-    """``p(token)`` of a filtered row, float64."""
-    x = tl.load(row + token).to(tl.float32)
-    weight = kept_weight(x, token.to(tl.int32), top, scale, cut, last, min_p, SHIFT)
-    return weight.to(tl.float64) / mass.to(tl.float64)
+def dense_residual(weight, offs, inside, scale, law, lse):
+    """Float32 ``max(0, w - q)`` of columns with weights ``w = f p``; NaN where ``q`` is and ``w`` is not 0."""
+    drafted = tl.load(law + offs, mask=inside & (weight > 0), other=-float("inf")).to(tl.float32)
+    chance = tl.exp2(drafted * scale - tl.load(lse) * LOG2E)
+    return tl.where(chance == chance, tl.maximum(weight - chance, 0.0), float("nan"))
 
 
 @triton.jit
@@ -78,7 +84,7 @@ def residual_sums(
 ):  # fmt: skip
     """``[SLOTS]`` float64 sums of ``max(0, f p - q)`` by block, from below by rounding only.
 
-    NaN where the drafted law is NaN.
+    NaN where the drafted law is NaN, a dense one at a token that ``p`` may draw.
 
     A listed law changes few tokens: ``f p - min(f p, q)`` needs the row at those only. A dense law
     needs both read through.
@@ -95,15 +101,13 @@ def residual_sums(
             offs = block * BLOCK + tl.arange(0, BLOCK)
             inside = offs < width
             x = tl.load(row + offs, mask=inside, other=-float("inf")).to(tl.float32)
-            drafted = tl.load(law + offs, mask=inside, other=-float("inf")).to(tl.float32)
-            chance = tl.exp2(drafted * scale - tl.load(lse) * LOG2E)
             weight = kept_weight(x, offs, top, scale, cut, last, min_p, SHIFT) * share
-            over = tl.where(chance == chance, tl.maximum(weight - chance, 0.0), float("nan"))
+            over = dense_residual(weight, offs, inside, scale, law, lse)
             left = tl.where(slot == block, tl.sum(over).to(tl.float64), left)
     else:
         left = sums.to(tl.float64) * share.to(tl.float64)
         for start in tl.range(0, size, LIST):
-            entry, chance = _listed(law, tokens, size, start, LAW)
+            entry, chance = _listed(law, tokens, size, start, LIST, LAW)
             entry = entry - base
             own = (entry >= 0) & (entry < width)
             x = tl.load(row + entry, mask=own, other=-float("inf")).to(tl.float32)
@@ -126,11 +130,10 @@ def _weights(
     weight = kept_weight(x, offs, top, scale, cut, last, min_p, SHIFT) * share
     if minus:
         if LAW == DENSE:
-            drafted = tl.load(law + offs, mask=inside, other=-float("inf")).to(tl.float32)
-            weight -= tl.exp2(drafted * scale - tl.load(lse) * LOG2E)
+            weight = dense_residual(weight, offs, inside, scale, law, lse)
         else:
-            for start in tl.range(0, size, LIST):
-                entry, chance = _listed(law, tokens, size, start, LAW)
+            for start in tl.range(0, size, FEW):
+                entry, chance = _listed(law, tokens, size, start, FEW, LAW)
                 same = (entry - base)[None, :] == offs[:, None]
                 weight -= tl.sum(tl.where(same, chance[None, :], 0.0), 1)
     return tl.where(inside, tl.maximum(weight, 0.0), 0.0)
@@ -149,6 +152,7 @@ def invert(
         wanted: float64 in [0, total of ``left``].
         minus: whether the weights are a residual.
     """
+    SEARCH: tl.constexpr = BLOCK // 4
     slot = tl.arange(0, SLOTS)
     total = tl.cumsum(left, 0)
     after = tl.min(tl.where((total > wanted) & (left > 0), slot, 2147483647))
@@ -178,7 +182,7 @@ def invert(
 
 @triton.jit
 def final_token(
-    row, width, top, scale, mass, cut, last, min_p, sums, factor, minus, uniform,
+    row, width, top, scale, mass, cut, last, min_p, sums, left, factor, minus, uniform,
     law, lse, tokens, size,
     BLOCK: tl.constexpr, SLOTS: tl.constexpr, SHIFT: tl.constexpr, LAW: tl.constexpr,
 ):  # fmt: skip
@@ -186,21 +190,17 @@ def final_token(
 
     It comes from ``p`` itself where the residual has no mass (``p = q`` up to rounding) and where it is
     NaN: nothing of such a drafted law can be judged.
+
+    Args:
+        left: ``[SLOTS]`` float64 sums of the residual by block; read with ``minus`` only.
     """
-    plain = sums.to(tl.float64) / mass.to(tl.float64)
+    plain = sums.to(tl.float64) * (1.0 / mass)
     # A block lighter than this may have no weight at all when it is read again.
     plain = tl.where(plain > NOTHING, plain, 0.0)
-    left = plain
-    share = 1.0 / mass
-    if minus:
-        share = factor / mass
-        left = residual_sums(
-            row, width, 0, top, scale, share, cut, last, min_p, sums, law, lse, tokens, size,
-            BLOCK, SLOTS, SHIFT, LAW,
-        )  # fmt: skip
-        # A difference of sums can fall below 0 by rounding; NaN stays.
-        left = tl.where(left < 0.0, 0.0, left)
+    # A difference of sums can fall below 0 by rounding; NaN stays.
+    left = tl.where(left < 0.0, 0.0, left)
     total = tl.sum(left)
+    share = factor / mass
     token = -1
     rest = minus & (total > 0)
     tries = 0

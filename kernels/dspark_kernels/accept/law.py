@@ -7,6 +7,9 @@ described by the key of its last logit, the last token kept of that logit, and `
 
 ``cut`` is the least key ``t`` with ``#{key > t} < top_k`` and ``mass{key > t} <= top_p * mass``;
 of the tokens tied at it as many are kept as satisfy both conditions one by one.
+
+It is searched among candidates: the largest logits of each chunk of the vocabulary, in registers. Where they
+do not reach as far as the filters (a top-p of a flat law), the row itself is bisected.
 """
 
 from __future__ import annotations
@@ -19,17 +22,9 @@ from dspark_kernels.accept.parts import LOWEST, gumbel, hash_column, key_value, 
 
 @triton.jit
 def masses_above(
-    row,
-    width,
-    top,
-    scale,
-    t0,
-    t1,
-    t2,
-    STAGES: tl.constexpr,
-    SHIFT: tl.constexpr,
-    TILE: tl.constexpr,
-):
+    row, width, top, scale, t0, t1, t2,
+    STAGES: tl.constexpr, SHIFT: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
     """Counts and masses of the keys above three thresholds, and the count equal to the first."""
     n0 = tl.zeros([TILE], tl.int32)
     n1 = tl.zeros([TILE], tl.int32)
@@ -56,16 +51,9 @@ def masses_above(
 
 @triton.jit
 def bisect(
-    row,
-    width,
-    top,
-    scale,
-    most,
-    limit,
-    STAGES: tl.constexpr,
-    SHIFT: tl.constexpr,
-    TILE: tl.constexpr,
-):
+    row, width, top, scale, most, limit,
+    STAGES: tl.constexpr, SHIFT: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
     """The least key above which fewer than ``most`` tokens and at most ``limit`` mass lie.
 
     Four intervals a pass: about 17 passes over 32 bits, 9 over bfloat16's 16.
@@ -131,37 +119,82 @@ def nth_tie(row, width, key, which, STAGES: tl.constexpr, SHIFT: tl.constexpr, T
 
 
 @triton.jit
+def _key_above(
+    row, width, top, scale, most, limit, keys, weights, enough,
+    STAGES: tl.constexpr, SHIFT: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """:func:`bisect` of a row by its candidates where they are ``enough``."""
+    low = tl.full([], LOWEST >> SHIFT, tl.int64)
+    high = order_key(top, SHIFT).to(tl.int64)
+    count = 0
+    mass = tl.full([], 0.0, tl.float32)
+    ties = 0
+    if enough:
+        while low < high:
+            middle = (low + (high - low) // 2).to(tl.int32)
+            above = keys > middle
+            fits = (tl.sum(above.to(tl.int32)) < most) & (
+                tl.sum(tl.where(above, weights, 0.0)) <= limit
+            )
+            low = tl.where(fits, low, middle.to(tl.int64) + 1)
+            high = tl.where(fits, middle.to(tl.int64), high)
+        above = keys > low.to(tl.int32)
+        count = tl.sum(above.to(tl.int32))
+        mass = tl.sum(tl.where(above, weights, 0.0))
+        ties = tl.sum((keys == low.to(tl.int32)).to(tl.int32))
+        key = low.to(tl.int32)
+    else:
+        key, count, mass, ties = bisect(row, width, top, scale, most, limit, STAGES, SHIFT, TILE)
+    return key, count, mass, ties
+
+
+@triton.jit
+def _tie(
+    row, width, key, which, keys, enough,
+    STAGES: tl.constexpr, SHIFT: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """:func:`nth_tie` of a row; where its candidates are ``enough``, the place among these."""
+    token = width - 1
+    if enough:
+        tie = (keys == key).to(tl.int32)
+        here = (tie > 0) & (tl.cumsum(tie, 0) - 1 == which)
+        token = tl.min(tl.where(here, tl.arange(0, keys.shape[0]), 2147483647))
+    else:
+        token = nth_tie(row, width, key, which, STAGES, SHIFT, TILE)
+    return token
+
+
+@triton.jit
 def cut_row(
-    row,
-    width,
-    top,
-    scale,
-    mass,
-    top_k,
-    top_p,
-    STAGES: tl.constexpr,
-    SHIFT: tl.constexpr,
-    TILE: tl.constexpr,
-):
+    row, width, top, scale, mass, top_k, top_p, keys, weights, enough,
+    STAGES: tl.constexpr, SHIFT: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
     """Where top-k and top-p end a row.
 
     Args:
         mass: float32 sum of all ``exp((x - top) / T)``.
+        keys, weights: the row's candidates in the order of their columns; places without one have the lowest
+            key and weight 0.
+        enough: whether all that the filters keep are among them.
 
     Returns:
-        key of the last kept logit and the last token kept of that logit.
+        key of the last kept logit, and the last token kept of that logit: its place among candidates where
+        these are enough, ``width`` where all are kept.
     """
     key = tl.full([], LOWEST, tl.int32)
     last = width
     if (top_k < width) | (top_p < 1.0):
         limit = tl.where(top_p < 1.0, top_p * mass, float("inf"))
         most = tl.minimum(top_k, width)
-        key, count, above, ties = bisect(row, width, top, scale, most, limit, STAGES, SHIFT, TILE)
+        key, count, above, ties = _key_above(
+            row, width, top, scale, most, limit, keys, weights, enough, STAGES, SHIFT, TILE
+        )
         each = tl.exp2((key_value(key, SHIFT) - top) * scale)
         fit = tl.where(top_p < 1.0, (limit - above) / tl.maximum(each, 1e-37), float("inf"))
         room = tl.minimum(most - count, tl.minimum(fit, width * 1.0).to(tl.int32) + 1)
-        if room < ties:
-            last = nth_tie(row, width, key, room - 1, STAGES, SHIFT, TILE)
+        # As many ties as there is room for: candidates may have left out others.
+        if room <= ties:
+            last = _tie(row, width, key, room - 1, keys, enough, STAGES, SHIFT, TILE)
     return key, last
 
 
@@ -185,17 +218,9 @@ def kept_sums(
 
 @triton.jit
 def ranked_draw(
-    row,
-    width,
-    top,
-    scale,
-    inverse,
-    kept,
-    state,
-    STAGES: tl.constexpr,
-    SHIFT: tl.constexpr,
-    TILE: tl.constexpr,
-):
+    row, width, top, scale, inverse, kept, state, keys, weights, enough,
+    STAGES: tl.constexpr, SHIFT: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
     """Seeded draw of a filtered row, whose noise is keyed by rank in the sorted law.
 
     Probabilities fall with rank, so only a rank whose noise is a record (above the noise of every
@@ -203,9 +228,10 @@ def ranked_draw(
 
     Args:
         kept: tokens that the filters keep.
+        keys, weights, enough: as for :func:`cut_row`.
 
     Returns:
-        int32 token.
+        int32 token, or its place among candidates that are enough.
     """
     record = tl.full([], -float("inf"), tl.float64)
     best = tl.full([], -float("inf"), tl.float64)
@@ -221,13 +247,14 @@ def ranked_draw(
             record = tl.max(tl.where(rank == place, noise, -float("inf")))
             # The logit of a later rank is at most the last one found.
             if record + (level - top).to(tl.float64) * inverse.to(tl.float64) > best:
-                key, count, _mass, _ties = bisect(
-                    row, width, top, scale, place + 1, float("inf"), STAGES, SHIFT, TILE
-                )
+                key, count, _mass, _ties = _key_above(
+                    row, width, top, scale, place + 1, float("inf"), keys, weights, enough,
+                    STAGES, SHIFT, TILE,
+                )  # fmt: skip
                 level = key_value(key, SHIFT)
                 score = record + (level - top).to(tl.float64) * inverse.to(tl.float64)
                 if score > best:
                     best = score
                     winner = key
                     which = place - count
-    return nth_tie(row, width, winner, which, STAGES, SHIFT, TILE)
+    return _tie(row, width, winner, which, keys, enough, STAGES, SHIFT, TILE)

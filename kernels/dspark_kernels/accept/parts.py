@@ -1,6 +1,7 @@
 """Pieces of acceptance in Triton: row statistics, noise, and keys that order logits.
 
-All are inlined into the kernels of :mod:`.kernel` and of ``vocab_parallel_accept``.
+All are inlined into the kernels of :mod:`.kernel` and of ``vocab_parallel_accept``; :func:`row_pass` into the
+latter only.
 
 - *Key* of a logit: its float32 bits as a signed integer, with the lower 31 bits of negative values
   inverted, so that keys order as the logits do (``-0.0`` and ``0.0`` share one). The bits that
@@ -91,41 +92,68 @@ def rough_gumbel(hashed):
 def seeded_best(x, offs, inside, inverse, state, best, token):
     """The better of (``best``, ``token``) and the seeded scores of a tile.
 
-    Scores are ``g + x / T`` in float64; the first of equals wins. They are computed only for
-    tiles in which a float32 estimate, with ten times its error added, passes the best so far.
+    Scores are ``g + x / T`` in float64; the lower token of equals wins. A float32 estimate of all of them
+    says which can be the best: one or two, whose scores are then computed.
 
     Args:
         x: float32 tile of logits; offs: int32 tokens; inside: which of them exist.
         inverse: float32 ``1 / T``; state: :func:`noise_state`.
         best: float64 score; token: int32.
     """
-    hashed = hash_column(state, offs)
-    rough = tl.where(inside, rough_gumbel(hashed) + x * inverse, -float("inf"))
+    rough = tl.where(inside, rough_gumbel(hash_column(state, offs)) + x * inverse, -float("inf"))
     top = tl.max(rough)
-    if top + 2e-3 + 1e-5 * tl.abs(top) > best:
-        score = gumbel(hashed) + x.to(tl.float64) * inverse.to(tl.float64)
-        score = tl.where(inside & (x > -float("inf")), score, -float("inf"))
-        exact = tl.max(score)
-        if exact > best:
-            best = exact
-            token = tl.min(tl.where(score == exact, offs, 2147483647))
+    # Ten times the error of an estimate, for each of two.
+    slack = 4e-3 + 2e-5 * tl.abs(top)
+    least = tl.maximum(top - slack, (best - slack).to(tl.float32))
+    while (top >= least) & (tl.abs(top) < float("inf")):
+        lane = tl.min(tl.where(rough == top, offs, 2147483647))
+        logit = tl.max(tl.where(offs == lane, x, -float("inf"))).to(tl.float64)
+        score = gumbel(hash_column(state, lane)) + logit * inverse.to(tl.float64)
+        if (score > best) | ((score == best) & (lane < token)):
+            best = score
+            token = lane
+        rough = tl.where(offs == lane, -float("inf"), rough)
+        top = tl.max(rough)
     return best, token
 
 
 @triton.jit
+def heat_of(temperature, request):
+    """Whether a request samples at all, ``1 / T`` and ``log2(e) / T``."""
+    heat = tl.load(temperature + request).to(tl.float32)
+    inverse = 1.0 / tl.where(heat <= 0.0, 1.0, heat)
+    # A NaN is no temperature of a greedy request: its rows have no law.
+    return (heat <= 0.0) == 0, inverse, inverse * LOG2E
+
+
+@triton.jit
+def filters_of(top_k, top_p, min_p, request, vocabulary):
+    """A request's filters, and whether they filter anything."""
+    most = tl.maximum(tl.load(top_k + request).to(tl.int32), 1)
+    nucleus = tl.load(top_p + request).to(tl.float32)
+    least = tl.load(min_p + request).to(tl.float32)
+    return most, nucleus, least, (most < vocabulary) | (nucleus < 1.0) | (least > 0.0)
+
+
+@triton.jit
+def fits_inside(first, lens, drafted, request, rows, vocabulary, gamma, PLACES: tl.constexpr):
+    """A request's first row, drafted tokens, and whether both are inside the operands."""
+    length = tl.load(lens + request).to(tl.int32)
+    start = tl.load(first + request).to(tl.int64)
+    place = tl.arange(0, PLACES)
+    block = tl.load(
+        drafted + request * gamma + place, mask=place < tl.minimum(length, gamma), other=0
+    )
+    outside = tl.max(((block < 0) | (block >= vocabulary)).to(tl.int32)) > 0
+    fits = (length <= gamma) & (start >= 0) & (start + length < rows)
+    return start, length, fits & (outside == 0)
+
+
+@triton.jit
 def row_pass(
-    row,
-    width,
-    base,
-    scale,
-    inverse,
-    state,
-    coupled,
-    BLOCK: tl.constexpr,
-    SLOTS: tl.constexpr,
-    STAGES: tl.constexpr,
-    COUPLED: tl.constexpr,
-):
+    row, width, base, scale, inverse, state, coupled,
+    BLOCK: tl.constexpr, SLOTS: tl.constexpr, STAGES: tl.constexpr, COUPLED: tl.constexpr,
+):  # fmt: skip
     """Read a row once: its maximum, argmax, sums of exponentials by block, seeded draw.
 
     Args:

@@ -19,8 +19,16 @@ from dspark_kernels.accept.operands import (
 from dspark_kernels.support.checks import operand
 from dspark_kernels.support.errors import OperandError
 
-#: A program's warps. With 16 a thread has 128 registers.
-WARPS = 16
+#: How each kernel is compiled: warps a program, and registers a thread where ptxas would rather spill some
+#: so that more programs fit.
+OPTIONS: dict[str, dict[str, int]] = {
+    "scan": {"num_warps": 8},
+    "cut": {"num_warps": 16},
+    "residual": {"num_warps": 16},
+    "accept": {"num_warps": 8, "maxnreg": 255},
+}
+#: Columns of a chunk, and the most candidates it gives: so many tokens kept by top-k are always among them.
+SPAN, CAP = 8192, 256
 FLOATS = (torch.float32, torch.bfloat16)
 INTEGERS = (torch.int32, torch.int64)
 #: Dtypes by name of the operand.
@@ -28,11 +36,45 @@ Types = Mapping[str, torch.dtype | tuple[torch.dtype, ...]]
 
 
 class Plan(NamedTuple):
-    """A launch: its grid and configuration, from shapes only."""
+    """The launches of one call, from shapes only."""
 
     requests: int
-    warps: int
+    gamma: int
+    chunks: int
     constants: dict[str, Any]
+
+    @property
+    def kernels(self) -> dict[str, tuple[int, ...]]:
+        """Kernels in order, and the grid of each."""
+        rows, chunks, c = self.requests * (self.gamma + 1), self.chunks, self.constants
+        grids: dict[str, tuple[int, ...]] = {"scan": (rows, chunks)}
+        if c["FILTERED"]:
+            grids["cut"] = (rows,)
+        if c["LAW"] == 1:
+            grids["residual"] = (self.requests, chunks)
+        return grids | {"accept": (self.requests,)}
+
+    def workspace(self, device: torch.device) -> dict[str, torch.Tensor]:
+        """What the kernels hand to each other; one number where a configuration has none."""
+        rows, c = self.requests * (self.gamma + 1), self.constants
+        each = rows * self.chunks
+        sizes = {
+            "tops": (torch.float32, each),
+            "sums": (torch.float32, each),
+            "choices": (torch.int32, each),
+            "scores": (torch.float64, each if c["COUPLED"] else 1),
+            "draws": (torch.int32, each if c["COUPLED"] else 1),
+            "values": (torch.float32, each * c["CAP"] if c["FILTERED"] else 1),
+            "lanes": (torch.int16, each * c["CAP"] if c["FILTERED"] else 1),
+            "counts": (torch.int32, each if c["FILTERED"] else 1),
+            "bounds": (torch.int32, each if c["FILTERED"] else 1),
+            "cuts": (torch.int32, 2 * rows if c["FILTERED"] else 1),
+            "left": (torch.float64, each if c["LAW"] == 1 else 1),
+        }
+        return {
+            name: torch.empty(size, dtype=dtype, device=device)
+            for name, (dtype, size) in sizes.items()
+        }
 
 
 def power(n: int) -> int:
@@ -50,31 +92,25 @@ def constants(
     filtered: bool = False,
     adjusted: bool = False,
     joint: bool = False,
-    sampled: bool = True,
 ) -> dict[str, Any]:
-    """The kernel's compile-time constants.
-
-    One feature leaves registers for blocks of 16 bytes a thread (bfloat16) with three more in flight;
-    several together are compiled with smaller blocks that are not prefetched, so that nothing spills.
+    """The kernels' compile-time constants; each takes those it has.
 
     Args:
-        width: ``V``; small ones get small blocks, so that there are several.
+        width: ``V``; small ones get small chunks, so that there are several.
         law: how the drafted law is given, see ``final.py``.
     """
-    features = coupled + filtered + adjusted + joint
-    plain = features <= 1
-    columns = 4096 if plain else 2048 if features < 4 else 1024
-    block = min(columns, max(64, power(width) // 4))
+    block = min(SPAN, max(64, power(width) // 16))
     return {
-        "GAMMA": gamma,
-        "PLACES": power(gamma + 1),
+        # Every step of up to 7 drafted tokens runs the same kernels.
+        "PLACES": max(8, power(gamma + 1)),
         "BLOCK": block,
         "SLOTS": power(-(-width // block)),
-        "TILE": min(1024 if plain else 512, block),
-        "STAGES": 4 if plain else 1,
+        "CAP": min(CAP, block // 4),
+        # Of a row that is bisected; ranks take registers.
+        "TILE": min(512 if coupled else 2048, block),
+        "STAGES": 1,
         "SHIFT": 16 if bfloat16 else 0,
         "LAW": law,
-        "SAMPLED": sampled,
         "COUPLED": coupled,
         "FILTERED": filtered,
         "ADJUSTED": adjusted,
@@ -125,7 +161,7 @@ def check(
         adjusted=adjustments is not None,
         joint=block,
     )
-    return Plan(requests, WARPS, chosen)
+    return Plan(requests, gamma, -(-width // chosen["BLOCK"]), chosen)
 
 
 FILTER_TYPES = {"top_k": torch.int32, "top_p": torch.float32, "min_p": torch.float32}
@@ -230,11 +266,11 @@ def arguments(
     adjustments: Adjustments | None,
     out: Accepted,
 ) -> dict[str, Any]:
-    """The kernel's run-time arguments; a tensor stands in for those a configuration does not read."""
+    """The kernels' run-time arguments; a tensor stands in for those a configuration does not read."""
     idle = temperature
     law, lse, listed, size = idle, idle, rows.drafted, 1
     if isinstance(draft, DenseDraft):
-        law, lse, size = draft.logits, draft.lse, draft.logits.shape[2]
+        law, lse = draft.logits, draft.lse
     elif isinstance(draft, ListedDraft):
         law, listed, size = draft.probs, draft.tokens, draft.probs.shape[2]
     named: dict[str, Any] = {
@@ -242,6 +278,7 @@ def arguments(
         "logits_stride": rows.logits.stride(0),
         "rows": rows.logits.shape[0],
         "width": rows.logits.shape[1],
+        "gamma": rows.drafted.shape[1],
         "first": rows.first,
         "lens": rows.lens,
         "drafted": rows.drafted,

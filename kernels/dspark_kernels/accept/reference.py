@@ -221,7 +221,7 @@ class _Request:
             test = float(self.uniforms[j] * q[x] - p[x])
             self.margin.add(test)
             if not test < 0:
-                return j, self._invert((p - q).clamp(min=0), p)
+                return j, self._invert(_residual(p, q), p)
         return len(self.drafted), self._bonus(self._law(len(self.drafted)))
 
     def _bonus(self, law: _Law | None) -> int:
@@ -248,7 +248,7 @@ class _Request:
         for k in range(1, length + 1):
             chance = survives[k]
             if k < length:
-                left = float((survives[k] * laws[k] - offers[k]).clamp(min=0).sum())
+                left = float(_residual(survives[k] * laws[k], offers[k]).sum())
                 if not math.isnan(left):
                     chance = left / max(left + 1 - survives[k], 1e-300)
             self.margin.add(float(self.uniforms[k - 1]) - chance)
@@ -257,7 +257,7 @@ class _Request:
         if kept == length:
             return kept, self._bonus(last)
         p = laws[kept]
-        return kept, self._invert((survives[kept] * p - offers[kept]).clamp(min=0), p)
+        return kept, self._invert(_residual(survives[kept] * p, offers[kept]), p)
 
     def _invert(self, weights: torch.Tensor, otherwise: torch.Tensor) -> int:
         """The first token whose cumulative weight exceeds ``u * total``.
@@ -290,6 +290,11 @@ class _Request:
         if len(tokens) > 1 and float(near.values[1]) > -math.inf:
             self.margin.add(float(near.values[0] - near.values[1]))
         return int(tokens[near.indices[0]])
+
+
+def _residual(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """``max(0, p - q)``; of a token without ``p`` nothing is left, whatever ``q`` says."""
+    return torch.where(p > 0, (p - q).clamp(min=0), 0.0)
 
 
 def _adjust(row: torch.Tensor, given: Adjustments, r: int, before: list[int]) -> None:

@@ -29,8 +29,16 @@ import triton
 import triton.language as tl
 
 from dspark_kernels.accept.adjust import adjust_row
-from dspark_kernels.accept.final import NOTHING, drafted_chance, invert, residual_sums
-from dspark_kernels.accept.parts import LOG2E, LOWEST, noise_state, order_key, row_pass
+from dspark_kernels.accept.final import NOTHING, drafted_chances, invert, residual_sums
+from dspark_kernels.accept.parts import (
+    LOG2E,
+    LOWEST,
+    fits_inside,
+    heat_of,
+    noise_state,
+    order_key,
+    row_pass,
+)
 
 #: Fields of a row's local record (float64): largest logit, mass, argmax, seeded score, seeded draw,
 #: logit of the drafted token, its drafted logit; -inf where the shard does not hold it.
@@ -43,31 +51,6 @@ COUNTS = tl.constexpr(7)
 #: What is known of a request's outcome: kept tokens, own choice, flag.
 OUTCOME = tl.constexpr(3)
 BROKEN_LAYOUT = tl.constexpr(2)
-
-
-@triton.jit
-def heat_of(temperature, request):
-    """Whether a request samples at all, ``1 / T`` and ``log2(e) / T``."""
-    heat = tl.load(temperature + request).to(tl.float32)
-    inverse = 1.0 / tl.where(heat <= 0.0, 1.0, heat)
-    # A NaN is no temperature of a greedy request: its rows have no law.
-    return (heat <= 0.0) == 0, inverse, inverse * LOG2E
-
-
-@triton.jit
-def fits_inside(
-    first, lens, drafted, request, rows, vocabulary, GAMMA: tl.constexpr, PLACES: tl.constexpr
-):
-    """A request's first row and drafted tokens, and whether both are inside the operands."""
-    length = tl.load(lens + request).to(tl.int32)
-    start = tl.load(first + request).to(tl.int64)
-    place = tl.arange(0, PLACES)
-    block = tl.load(
-        drafted + request * GAMMA + place, mask=place < tl.minimum(length, GAMMA), other=0
-    )
-    outside = tl.max(((block < 0) | (block >= vocabulary)).to(tl.int32)) > 0
-    fits = (length <= GAMMA) & (start >= 0) & (start + length < rows)
-    return start, length, fits & (outside == 0)
 
 
 @triton.jit
@@ -152,13 +135,9 @@ def _decide(
         offered = tl.exp2(q.to(tl.float32) * scale - share * LOG2E).to(tl.float64)
         offered = tl.where(tl.abs(share) < float("inf"), offered, float("nan"))
     if LAW == 2:
-        for step in tl.range(0, length):
-            at = request * GAMMA + step
-            each = drafted_chance(
-                law + at * law_size, lse, listed + at * law_size, law_size,
-                tl.load(drafted + at), scale, LAW,
-            )  # fmt: skip
-            offered = tl.where(position == step, each.to(tl.float64), offered)
+        offered = drafted_chances(
+            law, lse, listed, law_size, request * GAMMA + position, inside, token, scale, LAW, PLACES
+        ).to(tl.float64)  # fmt: skip
     kept = tl.where(sampled, uniform.to(tl.float64) * offered < wanted, choice == token)
     count = tl.min(tl.where(inside & kept & decides, PLACES, position))
     final = tl.sum(tl.where(position == count, tl.where(decides, choice, -1), 0))

@@ -11,23 +11,8 @@ import triton
 import triton.language as tl
 
 from dspark_kernels.accept.law import kept_sums, kept_weight, masses_above, nth_tie
-from dspark_kernels.accept.parts import LOWEST, key_value
-from dspark_kernels.vocab_parallel_accept.kernel import (
-    COUNTS,
-    LAW_FIELDS,
-    STATS,
-    fits_inside,
-    heat_of,
-)
-
-
-@triton.jit
-def _filters(top_k, top_p, min_p, request, vocabulary):
-    """A request's filters, and whether they filter anything."""
-    most = tl.maximum(tl.load(top_k + request).to(tl.int32), 1)
-    nucleus = tl.load(top_p + request).to(tl.float32)
-    least = tl.load(min_p + request).to(tl.float32)
-    return most, nucleus, least, (most < vocabulary) | (nucleus < 1.0) | (least > 0.0)
+from dspark_kernels.accept.parts import LOWEST, filters_of, fits_inside, heat_of, key_value
+from dspark_kernels.vocab_parallel_accept.kernel import COUNTS, LAW_FIELDS, STATS
 
 
 @triton.jit
@@ -44,7 +29,7 @@ def narrow_kernel(
         first, lens, drafted, request, rows, vocabulary, GAMMA, PLACES
     )
     hot, _inverse, scale = heat_of(temperature, request)
-    most, nucleus, _least, _any = _filters(top_k, top_p, min_p, request, vocabulary)
+    most, nucleus, _least, _any = filters_of(top_k, top_p, min_p, request, vocabulary)
     place = request * (GAMMA + 1) + position
     n0 = tl.full([], 0, tl.int32)
     n1 = tl.full([], 0, tl.int32)
@@ -86,7 +71,7 @@ def settle_kernel(
 ):  # fmt: skip
     """One program a request: the next interval of the search of every row."""
     request = tl.program_id(0).to(tl.int64)
-    most, nucleus, _least, _any = _filters(top_k, top_p, min_p, request, vocabulary)
+    most, nucleus, _least, _any = filters_of(top_k, top_p, min_p, request, vocabulary)
     position = tl.arange(0, PLACES)
     rank = tl.arange(0, RANKS)
     real = position <= GAMMA
@@ -134,7 +119,7 @@ def kept_kernel(
         first, lens, drafted, request, rows, vocabulary, GAMMA, PLACES
     )
     hot, _inverse, scale = heat_of(temperature, request)
-    most, nucleus, least, filtered = _filters(top_k, top_p, min_p, request, vocabulary)
+    most, nucleus, least, filtered = filters_of(top_k, top_p, min_p, request, vocabulary)
     place = request * (GAMMA + 1) + position
     slot = tl.arange(0, SLOTS)
     top = tl.load(laws + place * LAW_FIELDS).to(tl.float32)

@@ -189,7 +189,7 @@ def refused_under_overlap() -> list[str]:
             asked = request("sampled", 0)
             vars(asked.sampling_params).update(fields)
             asked.logprob = SimpleNamespace(token_ids_logprob=None, top_logprobs_num=0)
-            if refusal(asked, enable_overlap=True) is not None:
+            if refusal(asked) is not None:
                 found.append(option)
     return found
 
@@ -271,10 +271,10 @@ def in_a_process(module: str, *arguments: str, interpreted: bool = False) -> Any
 def everything() -> dict[str, Any]:
     """The whole file."""
     lines: dict[str, Any] = {}
+    refused = refused_under_overlap()
     own = ledger(EVERY, ours=True, lines=lines)
     theirs = ledger(EVERY, ours=False)
     exact = {key: one for key, one in own.items() if "penalised" not in key}
-    refused = refused_under_overlap()
     keys, few = in_a_process("specialisations"), in_a_process("specialisations", "--few")
     return {
         "source": "computed",

@@ -78,7 +78,7 @@ _WAITS = {
     "is_nonzero": "reads a value",
 }
 #: Files that are on the way to every operation.
-_OWN = ("fake_device.py", "fake_torch.py")
+_OWN = ("fake_device.py", "fake_torch.py", "streams.py")
 _PROJECT = ("dspark_sglang", "dspark_kernels", "sglang", "cuda_lab")
 
 

@@ -319,4 +319,6 @@ def overlapped(world: Any, seen: Observer, *, kind: Any, requests: int, steps: i
             last[1].synchronize()
             last[0].tolist()
         last = (tokens, done)
+    if last is not None:
+        last[1].synchronize()  # before the last batches are dropped
     assert device is seen.device

@@ -43,7 +43,7 @@ test-all: install lint typecheck  ## Every test, the slow ones too (hours)
 	$(BIN)/python -m pytest -q -m server
 
 test-server: install
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "server and not slow"
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "server and not slow"
 
 lint: install  ## Check style
 	$(BIN)/ruff check $(SOURCES)

@@ -20,16 +20,8 @@ settings.load_profile("repeatable")
 TOGETHER = "tests/kernels/test_aot.py"
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Group server tests by the servers that they share; skip ``gpu`` where torch sees no CUDA device.
-
-    With ``--dist loadgroup`` a group runs in one worker: its servers are started once.
-    """
-    # pytest-xdist 3.8 writes the group of a mark where pytest 9.2 no longer reads it.
-    grouped = config.getoption("loadgroup", default=False)
-    for item in items:
-        if grouped and item.get_closest_marker("server") is not None:
-            item._id = type(item.id).parse(f"{item.nodeid}@{_servers_of(item)}")
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked ``gpu`` where torch sees no CUDA device."""
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="no CUDA device")
@@ -52,15 +44,6 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             return nodeid if alone else file
 
     return Filling(config, log)
-
-
-def _servers_of(item: pytest.Item) -> str:
-    """The folder of a fixture ``servers`` that a whole folder shares, or else the test's file."""
-    fixtures = item._fixtureinfo.name2fixturedefs.get("servers", ())
-    shared = [found for found in fixtures if found.scope == "session"]
-    if len(shared) == len(fixtures) > 0:
-        return str(item.path.parent)
-    return str(item.path)
 
 
 @pytest.fixture(autouse=True)

@@ -65,9 +65,9 @@ RAISES = (
           "schedule/test_steps.py"),
     # The drafter's: drafting goes off. With several ranks an exception ends the server, for others would wait.
     Raise(f"{_CORE}.draft.draft_block", "no uniforms were given", "plugin", "contained",
-          "serving/test_never_ends.py::test_a_fault_of_the_drafter_is_contained"),
+          "serving/test_planted.py::test_a_fault_of_the_drafter_is_contained"),
     Raise(f"{_CORE}.heads.MarkovHead.latent", "an rnn head without its state", "plugin", "contained",
-          "serving/test_never_ends.py::test_a_fault_of_the_drafter_is_contained"),
+          "serving/test_planted.py::test_a_fault_of_the_drafter_is_contained"),
     Raise("dspark_kernels.markov_step", "operands that do not fit together", "plugin", "contained",
           "kernels/test_markov_step_edges.py"),
     Raise("dspark_kernels.confidence", "operands that do not fit together", "plugin", "contained",

@@ -1,4 +1,4 @@
-"""Real SGLang servers, started once for all tests that need them."""
+"""Real SGLang servers, started once for the tests of a file: more than a few do not lie in memory at once."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def drafter() -> Path:
     return DRAFTER
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def servers(
     target: Path, drafter: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Pair]:

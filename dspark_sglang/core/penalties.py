@@ -63,9 +63,9 @@ class Penalties:
 class Terms(NamedTuple):
     """Penalties of ``R`` requests as tensors; a request without any has neutral ones."""
 
-    #: ``[R]`` int64 rows of :class:`OutputCounts`.
+    #: ``[R]`` int64 rows of :class:`OutputCounts`; 0 where a request has no penalties.
     slot: torch.Tensor
-    #: ``[R]`` bool: the others' rows of counts are not theirs.
+    #: ``[R]`` bool: the others' rows are not theirs, and they add nothing to them.
     active: torch.Tensor
     #: ``[3, R]`` float64 frequency, presence and repetition.
     weights: torch.Tensor
@@ -79,7 +79,7 @@ class Terms(NamedTuple):
         cls, penalties: Sequence[Penalties], slots: Sequence[int], device: torch.device
     ) -> Terms:
         """Args:
-        slots: of each request; anything where its penalties are not active.
+        slots: of each request; 0 where its penalties are not active.
         """
         width = max((len(own.stop_tokens) for own in penalties if own.min_new_tokens), default=0)
         stops = [
@@ -147,18 +147,18 @@ class OutputCounts:
             place: ``[N]`` int64 how many of the block's tokens come before the row.
             block: ``[R, W]`` int64 tokens that may become output.
         """
-        active = terms.active[owner, None]
-        counts = self._counts[torch.where(terms.active, terms.slot, 0)[owner]]
+        # Neutral terms leave a row as it is, whatever is counted there.
+        slot = terms.slot[owner]
+        counts = self._counts[slot]
         before = torch.arange(block.shape[1], device=block.device) < place[:, None]
-        counts.scatter_add_(1, block[owner], (before & active).int())
-        counts = torch.where(active, counts, 0)
+        counts.scatter_add_(1, block[owner], before.int())
         weights = terms.weights[:, owner, None].to(logits.dtype)
         frequency, presence, repetition = weights.unbind(0)
         lower = logits - (frequency * counts + presence)
         scaled = torch.where(lower > 0, lower / repetition, lower * repetition)
         logits.copy_(torch.where(counts > 0, scaled, logits))
         if terms.stops.shape[1]:
-            length = self._length[torch.where(terms.active, terms.slot, 0)[owner]] + place
+            length = self._length[slot] + place
             short = (length < terms.min_new_tokens[owner])[:, None]
             stops = terms.stops[owner]
             logits.scatter_(1, stops, torch.where(short, float("-inf"), logits.gather(1, stops)))
@@ -170,9 +170,8 @@ class OutputCounts:
             block: ``[R, W]`` int64.
             kept: ``[R]`` int64 how many of its tokens, from the first.
         """
-        slot = torch.where(terms.active, terms.slot, 0)
         new = torch.arange(block.shape[1], device=block.device) < kept[:, None]
         new &= terms.active[:, None]
-        flat = slot[:, None] * self._counts.shape[1] + block
+        flat = terms.slot[:, None] * self._counts.shape[1] + block
         self._counts.view(-1).index_add_(0, flat.flatten(), new.int().flatten())
-        self._length.index_add_(0, slot, torch.where(terms.active, kept, 0))
+        self._length.index_add_(0, terms.slot, new.sum(1))

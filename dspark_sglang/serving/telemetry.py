@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from dspark_sglang import __version__
+from dspark_sglang.core.device import to_host
 from dspark_sglang.core.schedule.depth import WORKLOADS
 from dspark_sglang.serving.faults import KINDS
 
@@ -84,8 +85,7 @@ class Telemetry:
             lens, counts = round_.numpy()
             self.observe_round(lens, counts, depth)
             return
-        host = torch.empty(round_.shape, dtype=round_.dtype, pin_memory=True)
-        host.copy_(round_, non_blocking=True)
+        host = to_host(round_)
         arrived: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
         arrived.record()
         self._pending.append((arrived, host, depth))

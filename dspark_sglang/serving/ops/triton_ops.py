@@ -24,6 +24,7 @@ from dspark_kernels.support.interpreter import patch_once
 from dspark_kernels.support.rounding import round_as_a_gpu
 from dspark_kernels.vocab_parallel_accept import Shard, begin
 from dspark_sglang.core.accept import Accepted
+from dspark_sglang.core.device import to_host
 from dspark_sglang.core.draft import FOLLOWING, SHORTLIST, DraftBlock
 from dspark_sglang.core.heads import ConfidenceHead, MarkovHead
 from dspark_sglang.core.tensor_parallel import Exchange
@@ -313,8 +314,7 @@ class TritonOps(Ops):
             self._flags.append((None, flag))
             self._check_flags()
             return
-        host = torch.empty(flag.shape, dtype=flag.dtype, pin_memory=True)
-        host.copy_(flag, non_blocking=True)
+        host = to_host(flag)
         arrived: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
         arrived.record()
         self._flags.append((arrived, host))

@@ -198,7 +198,9 @@ def run(python: Path, docs: list[Doc]) -> dict[str, Any]:
 
 
 def _ask(url: str, rogue: str, log: Path) -> dict[str, Any]:
-    with httpx.Client(base_url=url, timeout=10, trust_env=False) as http:
+    # A connection a request: the router closes idle ones, and what is posted is not posted again.
+    fresh = httpx.Limits(max_keepalive_connections=0)
+    with httpx.Client(base_url=url, timeout=10, trust_env=False, limits=fresh) as http:
         deadline = time.monotonic() + _READY_S
         while True:
             with contextlib.suppress(httpx.TransportError):

@@ -161,6 +161,8 @@ sglang.srt.models.dflash.DFlashDraftModel.project_target_hidden
 {_DSPARK}.dspark_worker_v2.DSparkWorkerV2.__init__(server_args gpu_id nccl_port target_worker draft_worker_cls)
 {_DSPARK}.dspark_worker_v2.DSparkWorkerV2._forward_decode(batch on_publish grammar_barrier coordination_plan)
 {_DSPARK}.dspark_worker_v2.DSparkWorkerV2._maybe_build_draft_sampler()
+{_DSPARK}.dspark_worker_v2.DSparkWorkerV2._prepare_inputs_once
+{_DSPARK}.dspark_worker_v2.DSparkWorkerV2._block_accept_lens(accept folded_accept bs)
 {_DSPARK}.dspark_worker_v2.DSparkWorkerV2.dump_info_records()
 {_DSPARK}.dspark_draft.DraftBlockProposer.__init__(draft_model draft_model_runner gamma mask_token_id draft_block_spec_info tp_sync random_seed greedy_draft dp_moe_sync)
 {_DSPARK}.dspark_draft.DraftBlockProposer.propose(batch draft_input verify_window bs device target_model sampling_info anchor_prepared)
@@ -175,6 +177,7 @@ sglang.srt.models.dflash.DFlashDraftModel.project_target_hidden
 {_DSPARK}.dspark_planner.DSparkVerifyPlanner.resolve_verify_token_budget(draft_input confidence prefix_lens req_pool_indices)
 {_DSPARK}.dspark_planner.DSparkVerifyPlanner.confidence_budget_prepare()
 {_DSPARK}.dspark_planner.ragged_capture_num_tokens(model_runner)
+sglang.srt.mem_cache.kv_loc_plan.KVLocPlan._cols(ids cols)
 sglang.srt.mem_cache.memory_pool.ReqToTokenPool.__init__
 {_DSPARK}.dspark_verify.TargetVerifyExecutor.__init__(target_worker gamma verify_num_draft_tokens model_runner kv_injector tp_sync verify_epilogue simulate_acc_len simulated_correct_len block_verification rejection_noise)
 {_DSPARK}.dspark_verify.TargetVerifyExecutor.run_compact(batch layout draft_block_ids draft_tokens bs device sampling_info verify_window inject_gate)

@@ -62,7 +62,7 @@ class States(NamedTuple):
 
     #: ``[N, layers read * d]``.
     hidden: torch.Tensor
-    #: ``[N]`` int64 slots of the draft's pool.
+    #: ``[N]`` int64 slots of the draft's pool; -1: not to be written.
     slots: torch.Tensor
     #: ``[N]`` int64 absolute positions.
     places: torch.Tensor
@@ -88,9 +88,9 @@ def latest(slots: torch.Tensor) -> torch.Tensor:
 class DeferredStates:
     """States that are not in the draft's KV yet."""
 
-    def __init__(self, write: Callable[[States, torch.Tensor | None], None]) -> None:
+    def __init__(self, write: Callable[[States], None]) -> None:
         """Args:
-        write: puts states into the draft's KV, all or those of a ``[N]`` bool mask.
+        write: puts states into the draft's KV.
         """
         self._write = write
         self._kept: list[States] = []
@@ -122,7 +122,10 @@ class DeferredStates:
             return
         parts, self._kept, self._rows = self._kept, [], 0
         together = States(*(torch.cat(part) for part in zip(*parts, strict=True)))
-        self._write(together, latest(together.slots) if len(parts) > 1 else None)
+        if len(parts) > 1:
+            slots = torch.where(latest(together.slots), together.slots, -1)
+            together = together._replace(slots=slots)
+        self._write(together)
 
 
 def contain_prefills(injector: KvInjector, faults: Faults) -> None:

@@ -92,7 +92,7 @@ class DraftModel:
         return injector.swa_ring_size is None
 
     def slots(self, injector: KvInjector, slots: torch.Tensor) -> torch.Tensor:
-        """``[N]`` int64 places in the draft's KV of what the target has at ``slots`` ``[N]``, as they are now."""
+        """``[N]`` int64 places in the draft's KV of what the target has at ``slots`` ``[N]``, as they are now; -1 stays."""
         return slots
 
     def write(
@@ -166,7 +166,7 @@ class V4DraftModel(DraftModel):
         # The window's pool gives places to others once a request has moved on.
         pool = injector.draft_model_runner.token_to_kv_pool
         found: torch.Tensor = pool.translate_loc_from_full_to_swa(slots)
-        return found.to(torch.int64)
+        return torch.where(slots >= 0, found.to(torch.int64), -1)
 
     def write(
         self,

@@ -17,9 +17,9 @@ import torch
 
 from dspark_sglang.core.device import to_device, to_host
 from dspark_sglang.core.round import Drafted, Load, StepPlan, StepResult
-from dspark_sglang.core.schedule.scheduler import ADMISSIBLE, Scheduler, before_all
+from dspark_sglang.core.schedule.scheduler import Scheduler, before_all
 from dspark_sglang.core.sts import BINS
-from dspark_sglang.serving.ops import Admitted
+from dspark_sglang.serving.ops import Admitted, Ops
 from dspark_sglang.serving.rounds import Block, Round, Rounds, pack, unpack
 from dspark_sglang.serving.sglang_types import ScheduleBatch
 
@@ -58,13 +58,13 @@ class _Device:
 class DeviceSurvival:
     """Survivals of a draft as tokens are admitted by, without a wait for the device; constant memory."""
 
-    def __init__(self, scheduler: Scheduler, device: torch.device) -> None:
+    def __init__(self, scheduler: Scheduler, ops: Ops, device: torch.device) -> None:
+        self._ops = ops
         self._reliability = scheduler.reliability
         self._device = device
         #: ``[2, gamma, BINS]`` float32 correction of confidences on the device, and rounds since it was copied.
         self._shift = torch.zeros((2, scheduler.gamma, BINS), device=device)
         self._age = 0
-        self._position = torch.arange(scheduler.gamma, device=device)
         self._before_all = torch.from_numpy(before_all(scheduler.gamma)).to(device)
 
     def of(self, confidence: torch.Tensor, plan: StepPlan) -> torch.Tensor:
@@ -76,23 +76,13 @@ class DeviceSurvival:
         Returns:
             ``[R, gamma]`` float64, 0 where nothing may be verified.
         """
-        known = np.stack([plan.limits, plan.load.sampled, np.zeros_like(plan.limits)])
-        known[2, plan.first] = 1
-        limits, kind, first = to_device(torch.from_numpy(known), self._device)
+        of = np.stack([plan.limits, plan.load.sampled, np.zeros_like(plan.limits)])
+        of[2, plan.first] = 1
+        known = to_device(torch.from_numpy(of), self._device)
         if self._age >= _REFRESH:
             correction = torch.from_numpy(self._reliability.shift()).float()
             self._shift, self._age = to_device(correction, self._device), 0
-        bins = (confidence * BINS).long().clamp_(0, BINS - 1)
-        shift = self._shift[kind[:, None], self._position, bins]
-        # What is no confidence ranks last; the host finds out when it arrives.
-        chances = (confidence.double() + shift).nan_to_num_(nan=0.0).clamp_(0.0, 1.0)
-        # One product after the other: a scan in another order could rise along a request.
-        columns = [chances[:, 0]]
-        for column in chances.unbind(1)[1:]:
-            columns.append(columns[-1] * column)
-        values = torch.stack(columns, dim=1).clamp_(min=ADMISSIBLE)
-        values = torch.where(first[:, None] > 0, self._before_all, values)
-        return torch.where(self._position < limits[:, None], values, 0.0)
+        return self._ops.survival(confidence, known, self._shift, self._before_all)
 
     def learned(self) -> None:
         """One more round was learned from."""
@@ -111,7 +101,7 @@ class _Arriving(NamedTuple):
     #: ``[2, R]`` int64 drafted tokens verified and kept, and ``[2, R, gamma]`` float32 calibrated confidences and
     #: their logits, on their way to the host; None: a decode step.
     pair: torch.Tensor | None
-    confidence: torch.Tensor | None
+    scores: torch.Tensor | None
     start: Any
     end: Any
     now: float
@@ -129,16 +119,16 @@ class OverlappedRounds(Rounds):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.device_survival = DeviceSurvival(self.scheduler, self._device)
+        self.device_survival = DeviceSurvival(self.scheduler, self._ops, self._device)
         self._moment: Callable[[], Any] = _Device if self._device.type == "cuda" else _Host
         self._began: Any = None
         #: ``[R, gamma]`` float64 on the device: survival by which the running step admits.
         self.survival: torch.Tensor | None = None
-        self._confidence: torch.Tensor | None = None
+        self._scores: torch.Tensor | None = None
         self._pair: torch.Tensor | None = None
 
     def begin(self, batch: ScheduleBatch) -> StepPlan:
-        self.survival = self._confidence = self._pair = None
+        self.survival = self._scores = self._pair = None
         return super().begin(batch)
 
     def started(self) -> None:
@@ -152,16 +142,14 @@ class OverlappedRounds(Rounds):
         running = self.running
         if self.survival is not None and running.depth:
             return self._ops.admit_there(self.survival, running.plan.budget)
-        requests = len(running.requests)  # nothing was drafted: anchors alone
-        rows = torch.arange(requests, device=device) * (self.gamma + 1)
-        return Admitted(torch.zeros(requests, dtype=torch.int32, device=device), rows)
+        return self._ops.anchors(len(running.requests), device)  # nothing was drafted
 
     def outcome(self, pair: torch.Tensor) -> None:
         if not self.running.depth:
             self.decoded(pair.shape[1])
             return
-        assert self._confidence is not None
-        self._pair, self._confidence = to_host(pair), to_host(self._confidence)
+        assert self._scores is not None
+        self._pair, self._scores = to_host(pair), to_host(self._scores)
 
     def ended(self) -> None:
         drafted = self._pair is not None
@@ -169,7 +157,7 @@ class OverlappedRounds(Rounds):
             rounds=self,
             running=self.running,
             pair=self._pair,
-            confidence=self._confidence if drafted else None,
+            scores=self._scores if drafted else None,
             start=self._began,
             end=self._moment(),
             now=time.perf_counter(),
@@ -181,7 +169,7 @@ class OverlappedRounds(Rounds):
         running = step.running
         seconds = step.end.since(step.start)
         self.telemetry.took(seconds, running.depth > 0)
-        if step.pair is None or step.confidence is None:
+        if step.pair is None or step.scores is None:
             return StepResult(
                 plan=running.plan,
                 lens=running.lens,
@@ -194,7 +182,7 @@ class OverlappedRounds(Rounds):
         self.device_survival.learned()
         everybody = np.ones(len(lens), dtype=bool)
         confidence, unsound = self.faults.screened(
-            step.confidence[0].double().numpy(), everybody, running.requests
+            step.scores[0].double().numpy(), everybody, running.requests
         )
         return StepResult(
             plan=running.plan,
@@ -203,7 +191,7 @@ class OverlappedRounds(Rounds):
             ),
             lens=lens,
             counts=counts,
-            logits=step.confidence[1].numpy(),
+            logits=step.scores[1].numpy(),
             seconds=seconds,
             now=step.now,
         )
@@ -227,8 +215,8 @@ class OverlappedRounds(Rounds):
         return unpack(self._ranks.broadcast_host(pack(plan), "plan"), plan)
 
     def _taken(self, running: Round, block: Block) -> torch.Tensor:
-        self._confidence = torch.stack([block.confidence, block.logits])
-        self.survival = self.device_survival.of(block.confidence, running.plan)
+        self._scores = block.scores
+        self.survival = self.device_survival.of(block.scores[0], running.plan)
         if self._ranks.count == 1:
             return block.tokens
         # Rank 0's survivals are what every rank admits by.

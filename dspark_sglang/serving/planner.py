@@ -15,6 +15,7 @@ from sglang.srt.speculative.dspark_components.dspark_planner import (
 )
 
 from dspark_sglang.serving.cpu.packing import is_packed, row_counts
+from dspark_sglang.serving.ops import Admitted
 from dspark_sglang.serving.rounds import Rounds
 from dspark_sglang.serving.sglang_types import ModelRunner
 
@@ -31,10 +32,8 @@ class Planner(DSparkVerifyPlanner):
         """
         super().__init__(**sglang)
         self._rounds = rounds
-        #: Cells of the window that the running step verifies; None: all of them.
-        self.rows: torch.Tensor | None = None
-        #: ``[R]`` int32 drafted tokens of each request that it verifies; None: all.
-        self.lens: torch.Tensor | None = None
+        #: What the running step verifies; None: every drafted token.
+        self.admitted: Admitted | None = None
         self._is_verify_all = not rounds.scheduler.adaptive
         if self._is_verify_all:
             # Without it SGLang plans no budget, and no rank waits for another's.
@@ -56,15 +55,12 @@ class Planner(DSparkVerifyPlanner):
         confidence: torch.Tensor | None,
         budget: int | None,
     ) -> torch.Tensor | None:
-        self.rows = self.lens = None
-        found = self._rounds.admitted(torch.device(device))
+        self.admitted = found = self._rounds.admitted(torch.device(device))
         if found is None:
             return None
-        self.rows, self.lens = found.rows, found.lens
-        verify_lens: torch.Tensor = (found.lens + 1).to(torch.int32)
         form = self._rounds.form if self._rounds.running.depth else "plain"
         self._rounds.telemetry.ran[f"schedule:{form}"] += 1
-        return verify_lens
+        return found.sent
 
 
 def buckets(model_runner: ModelRunner, gamma: int) -> Callable[[int], npt.NDArray[np.int64] | None]:

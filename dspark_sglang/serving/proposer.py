@@ -64,6 +64,8 @@ class Proposer(DraftBlockProposer):
         #: Requests of the last step, and those of them that sample.
         self._requests: list[Req] = []
         self._rows: SampledRows | None = None
+        #: ``[R]`` bool the others of them, made when they are first needed.
+        self._greedy: torch.Tensor | None = None
         #: What the running step can copy although it does not draft.
         self._found: Copies | None = None
 
@@ -80,6 +82,7 @@ class Proposer(DraftBlockProposer):
         """Which requests sample and how; read again only when the batch changes."""
         if batch.reqs != self._requests:
             self._requests, self._rows = list(batch.reqs), SampledRows.of(sampling_info, batch.reqs)
+            self._greedy = None
         return self._rows
 
     def attach_draft_sampler(self, draft_sampler: object) -> None:
@@ -146,18 +149,19 @@ class Proposer(DraftBlockProposer):
             states = self._sharding.received(ids, self.gamma)
         hidden = states.view(bs, self.gamma, -1)[:, :depth]
         with self._telemetry.timed("draft_head"):
-            block = self._block(hidden, ids[:, 0], verify_window.positions_2d[:, 0], rows)
-            confidence, raw = self._ops.confidence(hidden, block.previous)
+            anchors = draft_input.bonus_tokens.view(-1).to(torch.int64)
+            block = self._block(hidden, anchors, batch.seq_lens, rows)
+            scores = self._ops.confidence(hidden, block.previous)
         tokens, missing = block.tokens, self.gamma - depth
         if missing:  # never verified: the plan admits no more than it drafts
-            tokens, confidence, raw = (
-                torch.nn.functional.pad(part, (0, missing)) for part in (tokens, confidence, raw)
+            tokens, scores = (
+                torch.nn.functional.pad(part, (0, missing)) for part in (tokens, scores)
             )
         if copies is not None and len(copies.rows):
-            copies = copies.better(confidence.cpu().numpy())
-            tokens, confidence = self._replaced(copies, tokens, confidence)
-        tokens = self._rounds.take(Block(tokens, confidence, raw, depth, copies))
-        return self._proposal(ids, tokens, block, rows, raw)
+            copies = copies.better(scores[0].cpu().numpy())
+            tokens, scores = self._replaced(copies, tokens, scores)
+        tokens = self._rounds.take(Block(tokens, scores, depth, copies))
+        return self._proposal(ids, tokens, block, rows, scores[1])
 
     def _block(
         self,
@@ -190,11 +194,12 @@ class Proposer(DraftBlockProposer):
         return copies.suffice(requests) if known is None else known
 
     def _replaced(
-        self, copies: Copies, tokens: torch.Tensor, confidence: torch.Tensor
+        self, copies: Copies, tokens: torch.Tensor, scores: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Drafted ``[R, gamma]`` tokens and confidences with copies in their requests' places."""
+        """Drafted ``[R, gamma]`` tokens and ``[2, R, gamma]`` scores with copies in their requests' places."""
         self._telemetry.ran["draft:copied-requests"] += len(copies.rows)
-        return copies.replace(tokens, confidence)
+        tokens, confidence = copies.replace(tokens, scores[0])
+        return tokens, torch.stack([confidence, scores[1]])
 
     def _without_draft(
         self, draft_input: DraftInput, bs: int, rows: SampledRows | None
@@ -210,10 +215,12 @@ class Proposer(DraftBlockProposer):
         """A proposal of prompt lookup alone, counted as ``depth`` tokens a request: the draft forward is skipped."""
         given = self._nothing(draft_input, bs, rows)
         nothing = given.confidence_raw
-        tokens, confidence = self._replaced(copies, given.draft_block.draft_tokens, nothing)
+        tokens, scores = self._replaced(
+            copies, given.draft_block.draft_tokens, nothing.expand(2, *nothing.shape)
+        )
         self._telemetry.ran["draft:copies-alone"] += 1
         block = self._ops.nothing(rows, bs, self.gamma)
-        tokens = self._rounds.take(Block(tokens, confidence, nothing, depth, copies, alone=True))
+        tokens = self._rounds.take(Block(tokens, scores, depth, copies, alone=True))
         return self._proposal(given.draft_block_ids, tokens, block, rows, nothing)
 
     def _nothing(self, draft_input: DraftInput, bs: int, rows: SampledRows | None) -> DraftProposal:
@@ -241,9 +248,10 @@ class Proposer(DraftBlockProposer):
             block: the distributions they were drawn from.
             logits: ``[R, gamma]`` float32 of the confidences.
         """
-        greedy = torch.ones(len(tokens), dtype=torch.bool, device=ids.device)
-        if rows is not None:
-            greedy[rows.index] = False
+        greedy = self._greedy
+        if greedy is None or len(greedy) != len(tokens):
+            greedy = torch.ones(len(tokens), dtype=torch.bool, device=ids.device)
+            self._greedy = greedy if rows is None else greedy.index_fill_(0, rows.index, False)
         return DraftProposal(
             draft_block_ids=ids[:, : self.gamma],
             draft_block=OurDraftBlock(

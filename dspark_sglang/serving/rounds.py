@@ -42,9 +42,8 @@ class Block(NamedTuple):
 
     #: ``[R, gamma]`` int64.
     tokens: torch.Tensor
-    #: ``[R, gamma]`` float32, calibrated and as logits; 0 beyond the depth.
-    confidence: torch.Tensor
-    logits: torch.Tensor
+    #: ``[2, R, gamma]`` float32: calibrated confidences, and their logits; 0 beyond the depth.
+    scores: torch.Tensor
     #: Tokens drafted a request.
     depth: int
     #: Requests whose block repeats their own text, and whether there are only those: no draft forward ran.
@@ -273,7 +272,7 @@ class SynchronousRounds(Rounds):
         self._learning = {True: 0.0, False: 0.0}
 
     def _taken(self, running: Round, block: Block) -> torch.Tensor:
-        running.logits = block.logits
+        running.logits = block.scores[1]
         with self.telemetry.timed("plan"):
             running.drafted = drafted = self._seen(running, block)
             running.admission = admission = self.scheduler.admit(running.plan, drafted)
@@ -298,7 +297,7 @@ class SynchronousRounds(Rounds):
         copied = block.copied
         own = np.zeros_like(copied) if block.alone else ~copied
         confidence, unsound = self.faults.screened(
-            block.confidence.cpu().numpy(), own, running.requests
+            block.scores[0].cpu().numpy(), own, running.requests
         )
         return Drafted(
             confidence=confidence,

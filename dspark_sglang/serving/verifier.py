@@ -12,13 +12,14 @@ from sglang.kernels.ops.speculative.dspark.dspark_verify_window import (
     ScatterCompactToStrided,
 )
 from sglang.srt.layers.sampler import apply_custom_logit_processor
+from sglang.srt.mem_cache.kv_loc_plan import KVLocPlan
 from sglang.srt.speculative.dspark_components.dspark_verify import (
     AcceptOuts,
     TargetVerifyExecutor,
     TargetVerifyResult,
 )
 
-from dspark_sglang.core.accept import stop_at
+from dspark_sglang.core.accept import Accepted
 from dspark_sglang.serving.cpu.packing import pad_index
 from dspark_sglang.serving.draft_kv import DeferredStates, States
 from dspark_sglang.serving.ops import Ops, Verified, WriteKv
@@ -36,6 +37,21 @@ from dspark_sglang.serving.sglang_types import (
     VerifyWindow,
 )
 from dspark_sglang.serving.tensor_parallel import DraftSharding
+
+
+class _PackedPlan(KVLocPlan):
+    """SGLang's slots of a step, with those of the packed rows looked up already."""
+
+    def __init__(self, plan: KVLocPlan, window: RaggedVerifyWindow) -> None:
+        self.__dict__.update(plan.__dict__)
+        self._window = window
+
+    def _cols(self, ids: torch.Tensor | None, cols: object) -> torch.Tensor | None:
+        if ids is self.write_virtual and cols is self._window.window_index:
+            found: torch.Tensor = self._window.verify_cache_loc
+            return found
+        looked_up: torch.Tensor | None = super()._cols(ids, cols)
+        return looked_up
 
 
 class Verifier(TargetVerifyExecutor):
@@ -67,6 +83,8 @@ class Verifier(TargetVerifyExecutor):
         self._requests: Sequence[Req] = ()
         #: ``[R, gamma + 1]`` int64 tokens of the last step as the scheduler is told them.
         self.reported: torch.Tensor | None = None
+        #: See :meth:`_nothing`.
+        self._zeros: torch.Tensor | None = None
         #: Stop tokens of the running step's requests; those of the last requests, and whose they are.
         self._stops: torch.Tensor | None = None
         self._known_stops: torch.Tensor | None = None
@@ -85,26 +103,32 @@ class Verifier(TargetVerifyExecutor):
         verify_window: VerifyWindow,
         inject_gate: bool = False,
     ) -> tuple[TargetVerifyResult, torch.Tensor]:
-        width = self.verify_num_draft_tokens
-        index = self._planner.rows
-        if index is None:  # every row of every block
+        admitted = self._planner.admitted
+        if admitted is None:  # every row of every block
+            width = self.verify_num_draft_tokens
             index = torch.arange(bs * width, device=layout.verify_lens.device)
-        block = torch.cat([draft_block_ids[:, :1], draft_tokens], dim=1)
-        window = self._pad(
-            RaggedVerifyWindow(
-                positions=verify_window.positions_2d.reshape(-1)[index],
-                verify_cache_loc=verify_window.verify_cache_loc[index],
-                verify_ids=block.view(-1)[index],
-                window_index=index,
-            ),
-            layout.graph_num_tokens,
+        else:
+            index = admitted.rows
+        window = self._ops.window(
+            index,
+            draft_block_ids[:, 0],
+            draft_tokens,
+            verify_window.positions_2d.reshape(-1),
+            verify_window.verify_cache_loc,
+            rows=layout.graph_num_tokens,
+        )
+        window = RaggedVerifyWindow(
+            positions=window.positions,
+            verify_cache_loc=window.slots,
+            verify_ids=window.ids,
+            window_index=window.cells,
         )
         result = self._run_ragged(
             batch=batch,
             layout=layout,
             ragged_window=window,
             sampling_info=sampling_info,
-            kv_loc_plan=verify_window.kv_loc_plan,
+            kv_loc_plan=_PackedPlan(verify_window.kv_loc_plan, window),
         )
         output = result.logits_output
         if output.hidden_states is None:
@@ -120,7 +144,7 @@ class Verifier(TargetVerifyExecutor):
         self._gather(batch, output, sampling_info)
         if self._needs_strided(batch, sampling_info):
             self._spread(output, layout)
-        self._penalise(batch, output.next_token_logits, block)
+        self._penalise(batch, output.next_token_logits, draft_block_ids, draft_tokens)
         return result, output.hidden_states
 
     def run_non_compact(
@@ -145,7 +169,7 @@ class Verifier(TargetVerifyExecutor):
         )
         self._gather(batch, result.logits_output, sampling_info)
         logits = result.logits_output.next_token_logits
-        self._penalise(batch, logits, verify_ids_2d)
+        self._penalise(batch, logits, verify_ids_2d, verify_ids_2d[:, 1:])
         return result
 
     def _batch_stops(self, batch: ScheduleBatch, device: torch.device | str) -> torch.Tensor | None:
@@ -153,20 +177,6 @@ class Verifier(TargetVerifyExecutor):
         if batch.reqs != self._stopping:
             self._stopping, self._known_stops = list(batch.reqs), batch_stops(batch.reqs, device)
         return self._known_stops
-
-    @staticmethod
-    def _pad(window: RaggedVerifyWindow, rows: int) -> RaggedVerifyWindow:
-        """Pad to the rows of the graph that will run; padded lanes write to the dummy slot 0."""
-        missing = rows - window.window_index.shape[0]
-        if missing <= 0:
-            return window
-        pad = torch.nn.functional.pad
-        return RaggedVerifyWindow(
-            positions=pad(window.positions, (0, missing)),
-            verify_cache_loc=pad(window.verify_cache_loc, (0, missing)),
-            verify_ids=pad(window.verify_ids, (0, missing)),
-            window_index=pad(window.window_index, (0, missing), value=-1),
-        )
 
     @staticmethod
     def _needs_strided(batch: ScheduleBatch, sampling_info: SamplingBatchInfo | None) -> bool:
@@ -216,28 +226,23 @@ class Verifier(TargetVerifyExecutor):
         self._packed = None
         self._telemetry.ran["rows:strided"] += 1
 
-    def _first_rows(self, lens: torch.Tensor) -> torch.Tensor:
-        """``[R]`` logits row of each request's anchor, in the layout of this step."""
-        if self._packed is None:
-            return torch.arange(len(lens), device=lens.device) * int(self.verify_num_draft_tokens)
-        rows = lens + 1
-        first: torch.Tensor = rows.cumsum(0) - rows
-        return first
-
     def _penalise(
         self,
         batch: ScheduleBatch,
         logits: torch.Tensor,
-        block: torch.Tensor,
+        anchors: torch.Tensor,
+        drafted: torch.Tensor,
     ) -> None:
         """What plain decoding does to logits before a grammar masks them, at every row of the blocks.
 
         Args:
-            block: ``[R, gamma + 1]`` int64 anchors and drafted tokens.
+            anchors: ``[R, >= 1]`` int64, in the first column.
+            drafted: ``[R, gamma]`` int64.
         """
         self._requests = batch.reqs
         if self._adjusting:
             self._telemetry.ran["adjust:exact"] += 1
+            block = torch.cat([anchors[:, :1], drafted], dim=1)
             self.penalties.apply(batch.reqs, logits, block, self._packed)
 
     def _bias(
@@ -280,8 +285,7 @@ class Verifier(TargetVerifyExecutor):
         simulate_bonus_sampling_info: object = None,
     ) -> AcceptOuts:
         assert not folded_accept, "SGLang's folded acceptance must stay off"
-        lens = self._drafted_lens(layout, bs, target_logits.device)
-        first = self._first_rows(lens)
+        lens, first = self._sent(layout, bs, target_logits.device)
         if self._adjusting:
             self._bias(target_logits, lens, sampling_info)
         # Beyond the depth drafted there are no distributions, and nothing was verified.
@@ -302,37 +306,46 @@ class Verifier(TargetVerifyExecutor):
                     anchors=prefix_lens,
                 )
             )
-            if self._stops is not None:
-                # SGLang prefers a stop string anywhere in a run to a stop token before it.
-                outcome = stop_at(outcome, drafted, self._stops)
-        packed = torch.stack([outcome.count, outcome.token])
-        count, token = self._sharding.ranks.broadcast(packed, "outcome").unbind(0)
-        self._rounds.outcome(torch.stack([lens, count]))
+            if self._sharding.ranks.count > 1:
+                packed = torch.stack([outcome.count, outcome.token])
+                outcome = Accepted(*self._sharding.ranks.broadcast(packed, "outcome").unbind(0))
+            # SGLang prefers a stop string anywhere in a run to a stop token before it.
+            found = self._ops.finish(outcome, draft_tokens, self._stops, lens, prefix_lens)
+        self._rounds.outcome(found.pair)
         if self._adjusting:
-            self.penalties.extend(count)
-        commit = (count + 1).to(torch.int32)
-        out = torch.cat([draft_tokens, draft_tokens.new_zeros((bs, 1))], dim=1)
-        self.reported = out.scatter(1, count[:, None], told(token, self._requests)[:, None])
-        token = token.clamp(min=0)
+            self.penalties.extend(found.pair[1])
+        self.reported = told(found.reported, self._requests)
         return AcceptOuts(
-            correct_len=count.to(torch.int32),
-            bonus=token,
-            cap_trim_lens=torch.zeros_like(commit),
-            commit_lens=commit,
-            new_seq_lens=prefix_lens + commit.to(prefix_lens.dtype),
-            out_tokens=out.scatter_(1, count[:, None], token[:, None]),
+            correct_len=found.correct,
+            bonus=found.bonus,
+            cap_trim_lens=self._nothing(bs, target_logits.device),
+            commit_lens=found.committed,
+            new_seq_lens=found.lens,
+            out_tokens=found.tokens,
         )
 
-    def _drafted_lens(
-        self, layout: VerifyLayout | None, bs: int, device: torch.device | str
-    ) -> torch.Tensor:
-        if layout is None:  # more requests than graphs were captured for: whole blocks run
-            admitted = self._planner.lens
-            if admitted is not None:
-                return admitted.to(device=device, dtype=torch.int64)
-            return torch.full((bs,), self.gamma, dtype=torch.int64, device=device)
-        lens: torch.Tensor = layout.verify_lens[:bs].to(device=device, dtype=torch.int64) - 1
-        return lens
+    def _nothing(self, requests: int, device: torch.device) -> torch.Tensor:
+        """``[R]`` int32 zeros that nobody writes."""
+        if self._zeros is None or len(self._zeros) < requests:
+            self._zeros = torch.zeros(max(64, requests), dtype=torch.int32, device=device)
+        return self._zeros[:requests]
+
+    def _sent(
+        self, layout: VerifyLayout | None, bs: int, device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """``[R]`` drafted tokens of each request that ran, and the logits row of its anchor."""
+        admitted, width = self._planner.admitted, int(self.verify_num_draft_tokens)
+        if admitted is not None:
+            lens = admitted.lens
+            if self._packed is not None:
+                return lens, admitted.first
+        elif layout is None:  # more requests than graphs were captured for: whole blocks run
+            lens = torch.full((bs,), self.gamma, dtype=torch.int64, device=device)
+        else:
+            lens = layout.verify_lens[:bs].to(device=device, dtype=torch.int64) - 1
+        if self._packed is not None:
+            return lens, (lens + 1).cumsum(0) - (lens + 1)
+        return lens, torch.arange(bs, device=device) * width
 
     def commit_hidden(
         self,
@@ -365,21 +378,21 @@ class Verifier(TargetVerifyExecutor):
                     run_compact=run_compact,
                 )
             return
-        width = self.verify_num_draft_tokens
-        row = torch.div(self._packed, width, rounding_mode="floor")
-        accepted = self._packed - row * width < commit_lens[row]
-        packed = self._packed
-        slots = injector.ids_for(verify_window.kv_loc_plan)[packed]
-        positions = verify_window.positions_2d.reshape(-1)[packed]
-        slots = self._sharding.draft.slots(injector, slots)
+        slots, positions = self._ops.kept(
+            self._packed,
+            commit_lens,
+            injector.ids_for(verify_window.kv_loc_plan),
+            verify_window.positions_2d.reshape(-1),
+        )
         states = States(logits_output.hidden_states, slots, positions)
         running = self._rounds.running
+        if running.alone:  # a decode step keeps every row
+            states = States(*(part[slots >= 0] for part in states))
+        states = states._replace(slots=self._sharding.draft.slots(injector, states.slots))
         if running.depth and not running.alone:
-            self._write(states, accepted)
+            self._write(states)
             return
         # Nothing reads it before the next draft; many steps at once cost little more than one.
-        if running.alone:  # a decode step keeps every row
-            states = States(*(part[accepted] for part in states))
         self.deferred.keep(states)
 
     @functools.cached_property
@@ -392,28 +405,23 @@ class Verifier(TargetVerifyExecutor):
         """Whether states may be left in :attr:`deferred`: the draft's KV is here, and written here."""
         return self._sharding.drafts and self._writes
 
-    def _write(self, states: States, chosen: torch.Tensor | None) -> None:
-        """Write the draft's KV of target states: of all, or of a ``[N]`` bool mask."""
+    def _write(self, states: States) -> None:
+        """Write the draft's KV of target states that have a slot."""
         faults = self._rounds.faults
         if not faults.broken:
             with faults.contained("writing the draft's KV"):
-                self._put(states, chosen)
+                self._put(states)
 
-    def _put(self, states: States, chosen: torch.Tensor | None) -> None:
+    def _put(self, states: States) -> None:
         hidden, slots, places = states
         self._telemetry.ran["commit:torch" if self._kv_writer is None else "commit:triton"] += 1
         with self._telemetry.timed("commit"):
             if self._kv_writer is not None:
-                if chosen is not None:
-                    slots = torch.where(chosen, slots, -1)
                 self._kv_writer(hidden, places, slots)
                 return
-            on_cpu = hidden.device.type == "cpu"
-            if chosen is not None or on_cpu:
-                rows = torch.arange(len(slots)) if chosen is None else chosen.nonzero().view(-1)
-                rows = pad_index(rows) if on_cpu else rows
-                hidden, slots, places = hidden[rows], slots[rows], places[rows]
-            self._sharding.draft.write(self.kv_injector, hidden, slots, places)
+            rows = (slots >= 0).nonzero().view(-1)
+            rows = pad_index(rows) if hidden.device.type == "cpu" else rows
+            self._sharding.draft.write(self.kv_injector, hidden[rows], slots[rows], places[rows])
 
     @functools.cached_property
     def _kv_writer(self) -> WriteKv | None:

@@ -208,6 +208,8 @@ class DSparkWorker(DSparkWorkerV2):
             if isinstance(processor, LogitsProcessor):
                 keep_shards(processor)
         self._install_steps(seed)
+        # Positions, slots and anchors of a step in one launch of SGLang's own kernel.
+        self._prepare_inputs_once = torch.device(self.device).type == "cuda"
 
     def _install_steps(self, seed: int) -> None:
         """Put our parts of a step in the place of SGLang's."""
@@ -311,6 +313,11 @@ class DSparkWorker(DSparkWorkerV2):
         if self._metrics is not None:
             self._metrics.update(time.perf_counter(), rounds)
         return result
+
+    def _block_accept_lens(self, *, accept: Any, folded_accept: bool, bs: int) -> torch.Tensor:
+        """Tokens committed of each request: none are trimmed."""
+        lens: torch.Tensor = accept.commit_lens
+        return lens
 
     def _draft_up_to_date(self) -> None:
         """Commit what prefills and decode steps left for the draft, under the draft's own placement."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 
 from benchmarks.traffic import Traffic, count
@@ -31,7 +30,7 @@ def _operations(generator: torch.Generator) -> Any:
 
 
 def count_step() -> Traffic:
-    """Draft, confidence, admission and acceptance of sampled requests, in Triton's interpreter.
+    """Everything between the forwards of a step of sampled requests, in Triton's interpreter.
 
     Writing KV, whose one kernel sits in the draft model's own step, is not in it.
     """
@@ -42,16 +41,17 @@ def count_step() -> Traffic:
     base = torch.randn(_REQUESTS, _GAMMA, _VOCABULARY, generator=random).bfloat16()
     logits = torch.randn(_REQUESTS * (_GAMMA + 1), _VOCABULARY, generator=random)
     anchors, positions = torch.arange(_REQUESTS), torch.arange(_REQUESTS) + 50
-    survival = np.linspace(0.9, 0.1, _REQUESTS * _GAMMA).reshape(_REQUESTS, _GAMMA)
-    order = np.arange(survival.size)
-    first = torch.arange(_REQUESTS) * (_GAMMA + 1)
-    lens = torch.full((_REQUESTS,), _GAMMA)
+    known = torch.tensor([[_GAMMA] * _REQUESTS, [1] * _REQUESTS, [0] * _REQUESTS])
+    shift, whole = torch.zeros(2, _GAMMA, 10), torch.ones(_GAMMA, dtype=torch.float64)
+    places = torch.arange(_REQUESTS * (_GAMMA + 1))
 
     def step() -> None:
         block = ops.draft(base, hidden, anchors, positions, sampled, None)
-        ops.confidence(hidden, block.previous)
-        ops.admit(survival, order, survival.size, base.device)
-        ops.accept(
+        scores = ops.confidence(hidden, block.previous)
+        survival = ops.survival(scores[0], known, shift, whole)
+        admitted = ops.admit_there(survival, survival.numel())
+        ops.window(admitted.rows, anchors, block.tokens, places, places, rows=len(places))
+        outcome = ops.accept(
             Verified(
                 logits=logits,
                 drafted=block.tokens,
@@ -59,11 +59,13 @@ def count_step() -> Traffic:
                 probs=block.probs,
                 support=block.support,
                 lse=block.lse,
-                lens=lens,
-                first=first,
+                lens=admitted.lens,
+                first=admitted.first,
                 anchors=positions,
             )
         )
+        done = ops.finish(outcome, block.tokens, None, admitted.lens, positions)
+        ops.kept(admitted.rows, done.committed, places, places)
 
     step()  # what is made once, and what is drawn for many steps at once
     return count(step)

@@ -192,7 +192,7 @@ class Serving:
         self._head, _ = self._head_of(features, previous)
         rows = [[self._confidence(t, j) for j, t in enumerate(row)] for row in previous.tolist()]
         stated = torch.tensor(rows, dtype=torch.float64)
-        return stated.float(), torch.logit(stated).float()
+        return torch.stack([stated.float(), torch.logit(stated).float()])
 
     def know(self, steps: list[tuple[int, int, int, float]]) -> None:
         """Start with this step cost: requests, drafted tokens (0: a decode step), context and seconds of steps."""
@@ -268,7 +268,7 @@ class Serving:
             survival, order, budget = found.survival, found.order, found.budget
         else:
             return np.zeros((requests, 0)), [], 0, [0] * requests
-        return survival, order, int(budget), self._worker._verify_planner.lens.tolist()
+        return survival, order, int(budget), self._worker._verify_planner.admitted.lens.tolist()
 
 
 # --- the simulator --------------------------------------------------------------------------------

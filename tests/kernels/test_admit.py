@@ -41,6 +41,7 @@ def run(survival: torch.Tensor, budget: int) -> Admission:
     requests, gamma = survival.shape
     out = Admission(
         torch.full((requests,), -7, dtype=torch.int32, device=DEVICE),
+        torch.full((requests,), -7, dtype=torch.int32, device=DEVICE),
         torch.full((requests + 1,), -7, dtype=torch.int32, device=DEVICE),
         torch.full((requests * (gamma + 1),), -7, dtype=torch.int64, device=DEVICE),
     )
@@ -73,7 +74,8 @@ def test_the_reference_on_a_case_worked_by_hand() -> None:
         [3, 2, 2],
         [3, 3, 2],
     ]
-    _, offsets, rows = reference(survival, 4)
+    _, sent, offsets, rows = reference(survival, 4)
+    assert sent.tolist() == [2, 3, 2]
     assert offsets.tolist() == [0, 2, 5, 7]
     assert rows.tolist() == [0, 1, 4, 5, 6, 8, 9, -1, -1, -1, -1, -1]
 
@@ -83,7 +85,8 @@ def test_the_reference_on_a_case_worked_by_hand() -> None:
 def test_the_reference_keeps_its_promises(requests: int, gamma: int, kind: str) -> None:
     survival = chances(requests, gamma, kind)
     for budget in range(-1, requests * gamma + 2):
-        lens, offsets, rows = reference(survival, budget)
+        lens, sent, offsets, rows = reference(survival, budget)
+        assert torch.equal(sent, lens + 1)
         assert int(lens.sum()) == min(max(budget, 0), requests * gamma)
         assert torch.equal(offsets.diff(), lens + 1) or not requests
         admitted = torch.arange(gamma) < lens[:, None]

@@ -29,8 +29,8 @@ class Pool:
         self.found: dict[int, tuple[float, int]] = {}
         self.writes: list[int] = []
 
-    def write(self, given: States, chosen: torch.Tensor | None) -> None:
-        rows = range(len(given.slots)) if chosen is None else chosen.nonzero().view(-1).tolist()
+    def write(self, given: States) -> None:
+        rows = [row for row, slot in enumerate(given.slots.tolist()) if slot >= 0]
         taken = [int(given.slots[row]) for row in rows]
         assert len(set(taken)) == len(taken), "two rows of one slot in one write"
         self.writes.append(len(taken))

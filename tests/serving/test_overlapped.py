@@ -18,7 +18,7 @@ from dspark_sglang.core.schedule.admission import survival
 from dspark_sglang.core.schedule.scheduler import Overlapped, Scheduler
 from dspark_sglang.serving.faults import Faults
 from dspark_sglang.serving.ops import Admitted
-from dspark_sglang.serving.ops.torch_ops import TorchOps
+from dspark_sglang.serving.ops.torch_ops import TorchOps, packed
 from dspark_sglang.serving.overlap import OverlappedRounds
 from dspark_sglang.serving.rounds import Block, Rounds, SynchronousRounds, pack, unpack
 from dspark_sglang.serving.telemetry import Telemetry
@@ -45,6 +45,7 @@ def operations(gamma: int = GAMMA) -> TorchOps:
     """What a server admits with; nothing else of its operations is used."""
     ops = TorchOps.__new__(TorchOps)
     ops._telemetry = Telemetry(gamma=gamma)
+    ops._gamma, ops._anchors = gamma, {}
     return ops
 
 
@@ -143,7 +144,9 @@ class Server:
             stated = stated.to(self.device)
             tokens = torch.zeros((count, GAMMA), dtype=torch.int64, device=self.device)
             with unwaited(self.device):
-                rounds.take(Block(tokens, stated, torch.logit(stated, eps=1e-6), plan.depth))
+                rounds.take(
+                    Block(tokens, torch.stack([stated, torch.logit(stated, eps=1e-6)]), plan.depth)
+                )
                 given = rounds.admitted(self.device)
             assert given is not None
             lens = given.lens.cpu().numpy().astype(np.int64)
@@ -370,7 +373,7 @@ def answered(own: Rounds, requests: list[Any], confidence: np.ndarray) -> np.nda
     count, lens = len(requests), np.zeros(len(requests), dtype=np.int64)
     if plan.drafts:
         stated = torch.from_numpy(confidence).float()
-        own.take(Block(torch.zeros((count, GAMMA)).long(), stated, stated, plan.depth))
+        own.take(Block(torch.zeros((count, GAMMA)).long(), stated.expand(2, -1, -1), plan.depth))
         found = own.admitted(CPU)
         assert found is not None
         lens = found.lens.numpy().astype(np.int64)
@@ -432,7 +435,7 @@ def test_a_draft_that_failed_leaves_a_decode_step() -> None:
         own.begin(batch([request(Asked())] * 2))
         own.started()
         half = torch.full((2, GAMMA), 0.9)
-        own.take(Block(torch.zeros((2, GAMMA)).long(), half, half, GAMMA))
+        own.take(Block(torch.zeros((2, GAMMA)).long(), half.expand(2, -1, -1), GAMMA))
         own.running.decodes()
         found = own.admitted(CPU)
         assert found is not None and found.lens.tolist() == [0, 0] and own.budget == 0
@@ -484,7 +487,11 @@ def test_batches_beyond_captured_graphs_verify_what_was_admitted() -> None:
     """SGLang then runs whole blocks, whatever was scheduled: more than was drafted must not count."""
     verifier = Verifier.__new__(Verifier)
     verifier.gamma = GAMMA
-    verifier._planner = SimpleNamespace(lens=torch.tensor([2, 0, 1], dtype=torch.int32))
-    assert verifier._drafted_lens(None, 3, CPU).tolist() == [2, 0, 1]
-    verifier._planner.lens = None  # everything is verified
-    assert verifier._drafted_lens(None, 3, CPU).tolist() == [GAMMA] * 3
+    verifier.verify_num_draft_tokens, verifier._packed = GAMMA + 1, None
+    rows = torch.tensor([0, 1, 2, GAMMA + 1, 2 * GAMMA + 2, 2 * GAMMA + 3])
+    known = packed(torch.tensor([2, 0, 1]), rows)
+    verifier._planner = SimpleNamespace(admitted=known)
+    every = [0, GAMMA + 1, 2 * GAMMA + 2]
+    assert [part.tolist() for part in verifier._sent(None, 3, CPU)] == [[2, 0, 1], every]
+    verifier._planner.admitted = None  # everything is verified
+    assert [part.tolist() for part in verifier._sent(None, 3, CPU)] == [[GAMMA] * 3, every]

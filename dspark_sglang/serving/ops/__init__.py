@@ -19,12 +19,15 @@ import numpy.typing as npt
 import torch
 
 from dspark_sglang.config import Kernels, Verification
+from dspark_sglang.core import step
 from dspark_sglang.core.accept import Accepted
 from dspark_sglang.core.device import to_device
 from dspark_sglang.core.draft import DraftBlock, undrafted
 from dspark_sglang.core.heads import ConfidenceHead, MarkovHead
 from dspark_sglang.core.sampling import Filters
+from dspark_sglang.core.schedule.scheduler import ADMISSIBLE
 from dspark_sglang.core.seeded import Noise
+from dspark_sglang.core.step import Finished, Window
 from dspark_sglang.core.tensor_parallel import Exchange
 from dspark_sglang.errors import CompatibilityError
 from dspark_sglang.serving.sglang_types import DenseDraft, KvPool, Req, SamplingBatchInfo
@@ -103,8 +106,11 @@ class SampledRows(msgspec.Struct, frozen=True):
 class Admitted(NamedTuple):
     """What is sent to verification."""
 
-    #: ``[R]`` int32 drafted tokens of each request.
+    #: ``[R]`` integer drafted tokens of each request, and its first packed row, as :class:`Verified` has them.
     lens: torch.Tensor
+    first: torch.Tensor
+    #: ``[R]`` int32 rows of each request: its anchor's beside them.
+    sent: torch.Tensor
     #: ``[R + budget]`` int64 cells ``r * (gamma + 1) + j`` of the ``[R, gamma + 1]`` window, request
     #: after request.
     rows: torch.Tensor
@@ -124,7 +130,7 @@ class Verified(NamedTuple):
     probs: torch.Tensor | None
     support: torch.Tensor | None
     lse: torch.Tensor | None
-    #: ``[R]`` int64 drafted tokens that were sent, and logits row of each request's anchor.
+    #: ``[R]`` integer drafted tokens that were sent, and logits row of each request's anchor.
     lens: torch.Tensor
     first: torch.Tensor
     #: ``[R]`` int64 position of each request's anchor.
@@ -159,6 +165,8 @@ class Ops(abc.ABC):
         self._generator = generator
         self._verification = verification
         self._telemetry = telemetry
+        self._gamma = len(confidence.temperatures)
+        self._anchors: dict[int, Admitted] = {}
 
     @classmethod  # noqa: B027 - PyTorch is right anywhere
     def check(cls, device: torch.device) -> None:
@@ -206,10 +214,8 @@ class Ops(abc.ABC):
         return undrafted(requests, sampled=count, device=self.markov.w1.device, depth=depth)
 
     @abc.abstractmethod
-    def confidence(
-        self, features: torch.Tensor, previous: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Calibrated confidences and their raw logits, ``[R, gamma]`` float32.
+    def confidence(self, features: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
+        """``[2, R, gamma]`` float32: calibrated confidences, and their raw logits.
 
         Args:
             features: ``[R, gamma, d]`` draft hidden states.
@@ -256,6 +262,60 @@ class Ops(abc.ABC):
             survival: ``[R, gamma]`` float64, non-increasing along each row.
             budget: tokens over all requests, no more than have a survival above 0.
         """
+
+    def anchors(self, requests: int, device: torch.device) -> Admitted:
+        """What is verified where no drafted token is: made once for every number of requests."""
+        known = self._anchors.get(requests)
+        if known is None:
+            row = torch.arange(requests, device=device)
+            one = torch.ones(requests, dtype=torch.int32, device=device)
+            known = Admitted(torch.zeros_like(row), row, one, row * (self._gamma + 1))
+            self._anchors[requests] = known
+        return known
+
+    def survival(
+        self,
+        confidence: torch.Tensor,
+        known: torch.Tensor,
+        shift: torch.Tensor,
+        whole: torch.Tensor,
+    ) -> torch.Tensor:
+        """As :func:`dspark_sglang.core.step.survival`; what may be verified is :data:`ADMISSIBLE` at least."""
+        return step.survival(confidence, known, shift, whole, least=ADMISSIBLE)
+
+    def window(
+        self,
+        cells: torch.Tensor,
+        anchors: torch.Tensor,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        slots: torch.Tensor,
+        *,
+        rows: int,
+    ) -> Window:
+        """As :func:`dspark_sglang.core.step.window`."""
+        return step.window(cells, anchors, tokens, positions, slots, rows=rows)
+
+    def finish(
+        self,
+        outcome: Accepted,
+        drafted: torch.Tensor,
+        stops: torch.Tensor | None,
+        lens: torch.Tensor,
+        before: torch.Tensor,
+    ) -> Finished:
+        """As :func:`dspark_sglang.core.step.finish`."""
+        return step.finish(outcome, drafted, stops, lens, before)
+
+    def kept(
+        self,
+        cells: torch.Tensor,
+        committed: torch.Tensor,
+        slots: torch.Tensor,
+        positions: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As :func:`dspark_sglang.core.step.kept`."""
+        return step.kept(cells, committed, slots, positions)
 
     @abc.abstractmethod
     def accept(self, given: Verified) -> Accepted:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from dspark_kernels import step as kernels
 from dspark_kernels.accept import Filters, Keys, ListedDraft, Rows, accept
 from dspark_kernels.admit import admit
 from dspark_kernels.confidence import confidence
@@ -17,6 +18,8 @@ from dspark_kernels.kv_inject import kv_inject, pools, rope_table
 from dspark_kernels.markov_step import Head, Sampling, draft_shortlist
 from dspark_kernels.support.backend import Backend
 from dspark_kernels.vocab_parallel_accept import Shard, begin
+from dspark_sglang.core import step
+from dspark_sglang.core.accept import Accepted
 from dspark_sglang.errors import CompatibilityError
 
 _VOCAB, _HIDDEN, _RANK, _REQUESTS, _GAMMA, _LISTED = 1000, 64, 32, 6, 3, 32
@@ -169,11 +172,33 @@ def _kv_inject(device: torch.device, backend: Backend) -> Sequence[torch.Tensor]
     return into
 
 
+def _step(device: torch.device, backend: Backend) -> Sequence[torch.Tensor]:
+    confidence = _random(device, _REQUESTS, _GAMMA, seed=23).sigmoid()
+    ones = torch.ones(_REQUESTS, dtype=torch.int64, device=device)
+    known = torch.stack([_GAMMA * ones, _integers(device, 2, _REQUESTS, seed=24), 0 * ones])
+    shift = _random(device, 2, _GAMMA, 10, seed=25, scale=0.1)
+    whole = torch.arange(_GAMMA, 0, -1, dtype=torch.float64, device=device)
+    count = _integers(device, _GAMMA + 1, _REQUESTS, seed=26)
+    tokens = _integers(device, 8, _REQUESTS, _GAMMA, seed=27)
+    places = torch.arange(_REQUESTS * (_GAMMA + 1), device=device)
+    stops = _integers(device, 8, _REQUESTS, 2, seed=28)
+    of = step if backend == "torch" else kernels
+    outcome = (Accepted(count, ones),) if backend == "torch" else (count, ones)
+    done = of.finish(*outcome, tokens, stops, _GAMMA * ones, ones)
+    return (
+        of.survival(confidence, known, shift, whole, least=1e-300),
+        *of.window(places[1:], ones, tokens, places + 5, places + 7, rows=len(places) + 3),
+        *done,
+        *of.kept(places, done.committed, places + 5, places + 7),
+    )
+
+
 CHECKS: dict[str, Check] = {
     "markov_step": _draft,
     "confidence": _confidence,
     "admit": _admit,
     "accept": _accept,
+    "step": _step,
     "kv_inject": _kv_inject,
 }
 

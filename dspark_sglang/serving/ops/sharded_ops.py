@@ -13,6 +13,7 @@ from dspark_sglang.core.accept import Accepted
 from dspark_sglang.core.draft import DraftBlock
 from dspark_sglang.core.heads import ConfidenceHead, MarkovHead
 from dspark_sglang.core.sampling import Filters
+from dspark_sglang.core.step import Finished, Window
 from dspark_sglang.core.tensor_parallel import (
     HeldHeads,
     Keys,
@@ -116,16 +117,14 @@ class ShardedOps(Ops):
         )
         return self._vocabulary.ranks.run(drafting, "draft")
 
-    def confidence(
-        self, features: torch.Tensor, previous: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def confidence(self, features: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
         if self._held is None:
             return self._inner.confidence(features, previous)
         head = self.confidence_head
         self._telemetry.ran["confidence:sharded"] += 1
         scoring = confidence_logits(head, features, previous, self._head.w1, self._held)
         raw = self._vocabulary.ranks.run(scoring, "confidence")
-        return head.calibrate(raw), raw
+        return torch.stack([head.calibrate(raw), raw])
 
     def admit(
         self,
@@ -138,6 +137,49 @@ class ShardedOps(Ops):
 
     def admit_there(self, survival: torch.Tensor, budget: int) -> Admitted:
         return self._inner.admit_there(survival, budget)
+
+    def anchors(self, requests: int, device: torch.device) -> Admitted:
+        return self._inner.anchors(requests, device)
+
+    def survival(
+        self,
+        confidence: torch.Tensor,
+        known: torch.Tensor,
+        shift: torch.Tensor,
+        whole: torch.Tensor,
+    ) -> torch.Tensor:
+        return self._inner.survival(confidence, known, shift, whole)
+
+    def window(
+        self,
+        cells: torch.Tensor,
+        anchors: torch.Tensor,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        slots: torch.Tensor,
+        *,
+        rows: int,
+    ) -> Window:
+        return self._inner.window(cells, anchors, tokens, positions, slots, rows=rows)
+
+    def finish(
+        self,
+        outcome: Accepted,
+        drafted: torch.Tensor,
+        stops: torch.Tensor | None,
+        lens: torch.Tensor,
+        before: torch.Tensor,
+    ) -> Finished:
+        return self._inner.finish(outcome, drafted, stops, lens, before)
+
+    def kept(
+        self,
+        cells: torch.Tensor,
+        committed: torch.Tensor,
+        slots: torch.Tensor,
+        positions: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._inner.kept(cells, committed, slots, positions)
 
     def accept(self, given: Verified) -> Accepted:
         rows = given.rows
@@ -154,7 +196,8 @@ class ShardedOps(Ops):
             sampling = self._sampling(given, rows)
             how = "seeded" if rows.seeds is not None else self._verification
         self._telemetry.ran[f"accept:sharded-{how}"] += 1
-        deciding = accept(logits, given.drafted, given.lens, given.first, shard, sampling)
+        lens, first = given.lens.long(), given.first.long()
+        deciding = accept(logits, given.drafted, lens, first, shard, sampling)
         return ranks.run(deciding, "accept")
 
     def _sampling(self, given: Verified, rows: SampledRows) -> Sampling:

@@ -73,12 +73,10 @@ class TorchOps(Ops):
             self._gathered = vocabulary, self.markov.w2[vocabulary]
         return self._gathered[1]
 
-    def confidence(
-        self, features: torch.Tensor, previous: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def confidence(self, features: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
         self._telemetry.ran["confidence:torch"] += 1
         raw = self.confidence_head.logits(features, previous, self.markov)
-        return self.confidence_head.calibrate(raw), raw
+        return torch.stack([self.confidence_head.calibrate(raw), raw])
 
     def admit(
         self,
@@ -92,7 +90,7 @@ class TorchOps(Ops):
         self._telemetry.ran["admit:numpy"] += 1
         sent = np.arange(gamma + 1) <= lens[:, None]
         rows = torch.from_numpy(np.flatnonzero(sent))
-        return Admitted(torch.from_numpy(lens).to(device, torch.int32), rows.to(device))
+        return packed(torch.from_numpy(lens).to(device), rows.to(device))
 
     def admit_there(self, survival: torch.Tensor, budget: int) -> Admitted:
         requests, gamma = survival.shape
@@ -104,7 +102,7 @@ class TorchOps(Ops):
         sent = torch.arange(gamma + 1, device=survival.device) <= lens[:, None]
         # As many as are sent, in their order: their number is known without asking the device.
         rows = torch.sort(~sent.view(-1), stable=True).indices[: requests + budget]
-        return Admitted(lens.to(torch.int32), rows)
+        return packed(lens, rows)
 
     def accept(self, given: Verified) -> Accepted:
         rows = given.rows
@@ -169,6 +167,12 @@ class TorchOps(Ops):
             device=self._generator.device,
             generator=self._generator,
         )
+
+
+def packed(lens: torch.Tensor, rows: torch.Tensor) -> Admitted:
+    """What is verified, of ``[R]`` int64 drafted tokens of each request and the cells of all."""
+    sent = lens + 1
+    return Admitted(lens, sent.cumsum(0) - sent, sent.to(torch.int32), rows)
 
 
 def _seeded_choice(given: Verified, rows: SampledRows) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,10 +12,11 @@ import numpy.typing as npt
 import torch
 from torch.nn.functional import linear
 
+from dspark_kernels import step
 from dspark_kernels.accept import Accepted as Outcome
 from dspark_kernels.accept import DenseDraft, Filters, Keys, ListedDraft, Rows, accept
 from dspark_kernels.admit import admit
-from dspark_kernels.confidence import confidence
+from dspark_kernels.confidence import Confidence, confidence
 from dspark_kernels.kv_inject import kv_inject, pools
 from dspark_kernels.markov_step import Head, Sampling, draft_shortlist, successor_table
 from dspark_kernels.support.backend import LAUNCHES, interpreting
@@ -27,6 +28,8 @@ from dspark_sglang.core.accept import Accepted
 from dspark_sglang.core.device import to_host
 from dspark_sglang.core.draft import FOLLOWING, SHORTLIST, DraftBlock
 from dspark_sglang.core.heads import ConfidenceHead, MarkovHead
+from dspark_sglang.core.schedule.scheduler import ADMISSIBLE
+from dspark_sglang.core.step import Finished, Window
 from dspark_sglang.core.tensor_parallel import Exchange
 from dspark_sglang.errors import CompatibilityError, NumericsError
 from dspark_sglang.serving.ops import (
@@ -205,21 +208,23 @@ class TritonOps(Ops):
             self._batch = known = Batch.of(rows, requests, self._head.w1.device)
         return known
 
-    def confidence(
-        self, features: torch.Tensor, previous: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def confidence(self, features: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
         head = self.confidence_head
-        found = confidence(
+        requests, depth, _ = features.shape
+        scores = features.new_empty((2, requests, depth), dtype=torch.float32)
+        survival = features.new_empty((requests, depth), dtype=torch.float64)
+        confidence(
             features,
             previous.contiguous(),
             head.weight,
             head.bias,
-            head.temperatures[: features.shape[1]],
+            head.temperatures[:depth],
             w1=self._head.w1 if head.with_markov else None,
             backend="triton",
+            out=Confidence(logits=scores[1], confidence=scores[0], survival=survival),
         )
         self._telemetry.ran["confidence:triton"] += 1
-        return found.confidence, found.logits
+        return scores
 
     def admit(
         self,
@@ -236,7 +241,58 @@ class TritonOps(Ops):
         given = self._supply.budget(most, survival.device)
         found = admit(survival.contiguous(), given, backend="triton")
         self._telemetry.ran["admit:triton"] += 1
-        return Admitted(found.lens, found.rows[: len(survival) + most])
+        rows = found.rows[: len(survival) + most]
+        return Admitted(found.lens, found.offsets[:-1], found.sent, rows)
+
+    def anchors(self, requests: int, device: torch.device) -> Admitted:
+        if requests not in self._anchors:
+            made = super().anchors(requests, device)
+            lens, first = made.lens.to(torch.int32), made.first.to(torch.int32)
+            self._anchors[requests] = made._replace(lens=lens, first=first)
+        return self._anchors[requests]
+
+    def survival(
+        self,
+        confidence: torch.Tensor,
+        known: torch.Tensor,
+        shift: torch.Tensor,
+        whole: torch.Tensor,
+    ) -> torch.Tensor:
+        return step.survival(confidence.contiguous(), known, shift, whole, least=ADMISSIBLE)
+
+    def window(
+        self,
+        cells: torch.Tensor,
+        anchors: torch.Tensor,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        slots: torch.Tensor,
+        *,
+        rows: int,
+    ) -> Window:
+        rows = max(rows, len(cells))
+        return Window(*step.window(cells, anchors, tokens, positions, slots, rows=rows))
+
+    def finish(
+        self,
+        outcome: Accepted,
+        drafted: torch.Tensor,
+        stops: torch.Tensor | None,
+        lens: torch.Tensor,
+        before: torch.Tensor,
+    ) -> Finished:
+        drafted, before = drafted.contiguous(), before.to(torch.int64)
+        found = step.finish(outcome.count, outcome.token, drafted, stops, lens, before)
+        return Finished(*found)
+
+    def kept(
+        self,
+        cells: torch.Tensor,
+        committed: torch.Tensor,
+        slots: torch.Tensor,
+        positions: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return step.kept(cells, committed, slots, positions)
 
     def accept(self, given: Verified) -> Accepted:
         """As :meth:`dspark_sglang.serving.ops.Ops.accept` says.
@@ -300,7 +356,8 @@ class TritonOps(Ops):
             keys = Keys(batch.seeds, positions, batch.coupled)
         count, token = (torch.empty(requests, dtype=torch.int64, device=device) for _ in range(2))
         out = Outcome(count, token, torch.empty(requests, dtype=torch.int32, device=device))
-        rows = Rows(given.logits, given.first, given.lens, given.drafted.contiguous())
+        first, lens = given.first.to(torch.int32), given.lens.to(torch.int32)
+        rows = Rows(given.logits, first, lens, given.drafted.contiguous())
         return rows, batch, keys, out
 
     def _outcome(self, found: Outcome, rows: SampledRows | None, how: str) -> Accepted:

@@ -28,10 +28,9 @@ class Case(ops.Case):
         return self.capacity
 
     def floor_bytes(self, batch: int) -> int:
-        """Survivals and the budget in; lengths, offsets and row indices out."""
-        return (
-            batch * self.gamma * 8 + 4 + batch * 4 + (batch + 1) * 4 + batch * (self.gamma + 1) * 8
-        )
+        """Survivals and the budget in; lengths, rows, offsets and row indices out."""
+        numbers = batch * 2 * 4 + (batch + 1) * 4
+        return batch * self.gamma * 8 + 4 + numbers + batch * (self.gamma + 1) * 8
 
     def example(self, batch: int, device: torch.device = CPU) -> Example:
         """Random survivals, some of them tied, and half of the candidates admitted."""

@@ -23,6 +23,8 @@ class Admission(NamedTuple):
 
     #: ``[R]`` int32 admitted tokens of each request, 0..gamma.
     lens: torch.Tensor
+    #: ``[R]`` int32 rows of each request: its anchor's beside them.
+    sent: torch.Tensor
     #: ``[R + 1]`` int32: request ``r`` owns packed rows ``offsets[r]`` to ``offsets[r + 1] - 1``.
     offsets: torch.Tensor
     #: ``[R * (gamma + 1)]`` int64: the cell ``r * (gamma + 1) + j`` of each packed row, then -1.
@@ -74,10 +76,12 @@ def admit(
     if out is None:
         out = Admission(
             lens=torch.empty(requests, dtype=torch.int32, device=device),
+            sent=torch.empty(requests, dtype=torch.int32, device=device),
             offsets=torch.empty(requests + 1, dtype=torch.int32, device=device),
             rows=torch.empty(cells, dtype=torch.int64, device=device),
         )
     operand("out.lens", out.lens, shape=(requests,), dtype=torch.int32, device=device)
+    operand("out.sent", out.sent, shape=(requests,), dtype=torch.int32, device=device)
     operand("out.offsets", out.offsets, shape=(requests + 1,), dtype=torch.int32, device=device)
     operand("out.rows", out.rows, shape=(cells,), dtype=torch.int64, device=device)
     if chosen == "torch":

@@ -65,6 +65,7 @@ def admit_kernel(
     survival,
     budget,
     lens,
+    sent_rows,
     offsets,
     rows,
     requests,
@@ -94,6 +95,7 @@ def admit_kernel(
     tl.store(lens + request, length, mask=real)
 
     sent = tl.where(real, 1 + length, 0)
+    tl.store(sent_rows + request, sent, mask=real)
     end = tl.cumsum(sent, axis=0)
     total = tl.sum(sent, axis=0)
     tl.store(offsets + request, end - sent, mask=real)

@@ -7,7 +7,7 @@ import torch
 
 def reference(
     survival: torch.Tensor, budget: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Admit the ``budget`` candidates most likely to survive and lay out what is verified.
 
     Args:
@@ -15,7 +15,7 @@ def reference(
         budget: tokens to admit over all requests.
 
     Returns:
-        ``[R]`` int32 admitted tokens of each request, ``[R + 1]`` int32 offsets of its rows (the
+        ``[R]`` int32 admitted tokens of each request and its rows, ``[R + 1]`` int32 offsets of its rows (the
         anchor and what is admitted), and ``[R * (gamma + 1)]`` int64: for each packed row its
         place in the ``[R, gamma + 1]`` window, then -1.
     """
@@ -36,6 +36,7 @@ def reference(
     device = survival.device
     return (
         torch.tensor(lens, dtype=torch.int32, device=device),
+        torch.tensor([1 + count for count in lens], dtype=torch.int32, device=device),
         torch.tensor(offsets, dtype=torch.int32, device=device),
         torch.tensor(rows, dtype=torch.int64, device=device),
     )

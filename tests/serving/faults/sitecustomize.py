@@ -102,8 +102,7 @@ def change_verifier(module: ModuleType) -> None:
 
     def accepted(self: Any, *, layout: Any, bs: int, target_logits: Any, **given: Any) -> Any:
         if fault() == "target":
-            lens = self._drafted_lens(layout, bs, target_logits.device)
-            first = self._first_rows(lens)
+            lens, first = self._sent(layout, bs, target_logits.device)
             for row, request in enumerate(self._requests):
                 if module.read_options(request).workload == "spoilt":
                     target_logits[first[row] : first[row] + lens[row] + 1] = float("nan")

@@ -9,7 +9,7 @@ before the host knows the tokens of the last one, the device does.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -52,7 +52,7 @@ class Penalties:
             drafted: tokens of the block.
         """
         counts = OutputCounts(rows.shape[1], rows.device)
-        counts.begin(0, output)
+        counts.begin({0: output})
         place = torch.arange(len(rows), device=rows.device)
         block = torch.tensor([list(drafted)], dtype=torch.int64, device=rows.device)
         counts.penalise(
@@ -103,7 +103,7 @@ class OutputCounts:
     """How often each token occurs in the output of requests, a row a request; grows when it has to."""
 
     def __init__(self, vocabulary: int, device: torch.device) -> None:
-        #: ``[P, V]`` int32 occurrences, and ``[P]`` int64 tokens of the output.
+        #: ``[P, V]`` int32 occurrences, and ``[P]`` int64 tokens of the output; others read them by :attr:`tensors`.
         self._counts = torch.zeros((0, vocabulary), dtype=torch.int32, device=device)
         self._length = torch.zeros(0, dtype=torch.int64, device=device)
 
@@ -115,21 +115,30 @@ class OutputCounts:
         """Where the counts are."""
         return self._counts.device
 
-    def begin(self, slot: int, output: Sequence[int]) -> None:
-        """Let a row stand for a request with this output."""
-        missing = max(slot + 1 - len(self), 0)
-        if missing:
+    @property
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """``[P, V]`` int32 occurrences and ``[P]`` int64 tokens of each output, as they are now."""
+        return self._counts, self._length
+
+    def begin(self, outputs: Mapping[int, Sequence[int]]) -> None:
+        """Let rows stand for requests, each with its output; as many launches for many as for one."""
+        missing = max(outputs, default=-1) + 1 - len(self)
+        if missing > 0:
             missing = max(missing, len(self))
             self._counts = torch.cat(
                 [self._counts, self._counts.new_zeros((missing, self._counts.shape[1]))]
             )
             self._length = torch.cat([self._length, self._length.new_zeros(missing)])
-        else:
-            self._counts[slot].zero_()
-        self._length[slot].fill_(len(output))
-        if output:
-            tokens = to_device(torch.tensor(output, dtype=torch.int64), self._counts.device)
-            self._counts[slot].index_add_(0, tokens, torch.ones_like(tokens, dtype=torch.int32))
+        width, device = self._counts.shape[1], self._counts.device
+        rows = torch.tensor([(slot, len(output)) for slot, output in outputs.items()])
+        slots, lengths = to_device(rows.view(-1, 2).T.contiguous(), device)
+        self._counts.index_fill_(0, slots, 0)
+        self._length.index_copy_(0, slots, lengths)
+        places = [slot * width + token for slot, output in outputs.items() for token in output]
+        if places:
+            flat = to_device(torch.tensor(places), device)
+            ones = torch.ones_like(flat, dtype=torch.int32)
+            self._counts.view(-1).index_add_(0, flat, ones)
 
     def penalise(
         self,

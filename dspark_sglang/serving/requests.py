@@ -14,6 +14,7 @@ from dspark_sglang.core.penalties import OutputCounts, Penalties, Terms
 from dspark_sglang.core.sampling import UNDECIDED
 from dspark_sglang.core.schedule.scheduler import Scheduler
 from dspark_sglang.serving.faults import Faults
+from dspark_sglang.serving.ops import Ops
 from dspark_sglang.serving.options import KEY, read_options
 from dspark_sglang.serving.sglang_types import GenerationBatchResult, Req, ScheduleBatch
 
@@ -62,7 +63,8 @@ class RunningPenalties:
     knows the last one's tokens. The device does: counts of each output are kept there, and grow by what a step commits.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, ops: Ops) -> None:
+        self._ops = ops
         self._counts: OutputCounts | None = None
         #: Requests whose output is counted, by identity, and their rows; rows to be used again.
         self._slots: dict[int, tuple[Req, int]] = {}
@@ -104,15 +106,12 @@ class RunningPenalties:
         self._block = block
         if rows is None:
             rows = torch.arange(len(logits), device=logits.device)
-        owner = torch.div(rows, block.shape[1], rounding_mode="floor")
-        # The anchor comes before every row.
-        place = rows - owner * block.shape[1] + 1
-        self._counts.penalise(logits, self._terms, owner, place, block)
+        self._ops.penalise(logits, self._counts, self._terms, rows, block)
 
     def extend(self, count: torch.Tensor) -> None:
         """The running step keeps its anchors and ``[R]`` int64 drafted tokens; what it draws is the next one's anchor."""
         if self._block is not None and self._terms is not None and self._counts is not None:
-            self._counts.extend(self._terms, self._block, count + 1)
+            self._ops.extend(self._counts, self._terms, self._block, count)
         self._block = None
 
     def _renewed(self, requests: Sequence[Req], counts: OutputCounts) -> Terms | None:
@@ -123,13 +122,17 @@ class RunningPenalties:
                 self._forget(request)
         if not any(own.active for own in penalties):
             return None
+        begun: dict[int, Sequence[int]] = {}
         slots = [
-            self._slot(request, counts) if own.active else 0
+            self._slot(request, begun) if own.active else 0
             for request, own in zip(requests, penalties, strict=True)
         ]
+        if begun:
+            counts.begin(begun)
         return Terms.of(penalties, slots, counts.device)
 
-    def _slot(self, request: Req, counts: OutputCounts) -> int:
+    def _slot(self, request: Req, begun: dict[int, Sequence[int]]) -> int:
+        """The row of a request; one that it has not had yet is added to ``begun``, with its output."""
         known = self._slots.get(id(request))
         if known is not None:
             return known[1]
@@ -137,7 +140,7 @@ class RunningPenalties:
         # Only the first step after a prefill may be launched before the host knows the anchor.
         output = getattr(request, _PREFILLED, None)
         setattr(request, _PREFILLED, None)
-        counts.begin(slot, request.output_ids[:-1] if output is None else output)
+        begun[slot] = request.output_ids[:-1] if output is None else output
         self._slots[id(request)] = (request, slot)
         return slot
 

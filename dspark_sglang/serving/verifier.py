@@ -79,7 +79,7 @@ class Verifier(TargetVerifyExecutor):
         self.deferred = DeferredStates(self._write)
         #: Whether plain decoding would adjust the running step's logits.
         self._adjusting = False
-        self.penalties = RunningPenalties()
+        self.penalties = RunningPenalties(ops)
         self._requests: Sequence[Req] = ()
         #: ``[R, gamma + 1]`` int64 tokens of the last step as the scheduler is told them.
         self.reported: torch.Tensor | None = None

@@ -104,7 +104,7 @@ def test_counts_grow_by_what_each_step_keeps(
     mine, theirs = Penalties(0.7, 1.1, 1.3, 9, (2, 5)), Penalties(repetition=0.8)
     counts = OutputCounts(VOCAB, device)
     for slot, output in ((1, [3, 3, 4]), (0, others), (1, first)):
-        counts.begin(slot, output)
+        counts.begin({slot: output})
     terms = Terms.of([theirs, Penalties(stop_tokens=(1,)), mine], [0, 0, 1], device)
     outputs = {0: list(others), 2: list(first)}
     owner, place = torch.arange(3).repeat_interleave(5), torch.arange(5).repeat(3)

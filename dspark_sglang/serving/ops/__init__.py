@@ -24,6 +24,7 @@ from dspark_sglang.core.accept import Accepted
 from dspark_sglang.core.device import to_device
 from dspark_sglang.core.draft import DraftBlock, undrafted
 from dspark_sglang.core.heads import ConfidenceHead, MarkovHead
+from dspark_sglang.core.penalties import OutputCounts, Terms
 from dspark_sglang.core.sampling import Filters
 from dspark_sglang.core.schedule.scheduler import ADMISSIBLE
 from dspark_sglang.core.seeded import Noise
@@ -316,6 +317,32 @@ class Ops(abc.ABC):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As :func:`dspark_sglang.core.step.kept`."""
         return step.kept(cells, committed, slots, positions)
+
+    def penalise(
+        self,
+        logits: torch.Tensor,
+        counts: OutputCounts,
+        terms: Terms,
+        cells: torch.Tensor,
+        block: torch.Tensor,
+    ) -> None:
+        """Change logits ``[N, V]`` float32 in place as plain decoding's penalties do.
+
+        Args:
+            counts: of the outputs that ``terms`` name.
+            cells: ``[N]`` int64 place of each row in the flattened block.
+            block: ``[R, W]`` int64 anchors, and the tokens drafted after them.
+        """
+        owner = torch.div(cells, block.shape[1], rounding_mode="floor")
+        # The anchor comes before every row.
+        place = cells - owner * block.shape[1] + 1
+        counts.penalise(logits, terms, owner, place, block)
+
+    def extend(
+        self, counts: OutputCounts, terms: Terms, block: torch.Tensor, kept: torch.Tensor
+    ) -> None:
+        """Add anchors and ``[R]`` int64 kept drafted tokens of a block to the outputs."""
+        counts.extend(terms, block, kept + 1)
 
     @abc.abstractmethod
     def accept(self, given: Verified) -> Accepted:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from dspark_kernels import penalise
 from dspark_kernels import step as kernels
 from dspark_kernels.accept import Filters, Keys, ListedDraft, Rows, accept
 from dspark_kernels.admit import admit
@@ -20,6 +21,7 @@ from dspark_kernels.support.backend import Backend
 from dspark_kernels.vocab_parallel_accept import Shard, begin
 from dspark_sglang.core import step
 from dspark_sglang.core.accept import Accepted
+from dspark_sglang.core.penalties import OutputCounts, Penalties, Terms
 from dspark_sglang.errors import CompatibilityError
 
 _VOCAB, _HIDDEN, _RANK, _REQUESTS, _GAMMA, _LISTED = 1000, 64, 32, 6, 3, 32
@@ -193,12 +195,34 @@ def _step(device: torch.device, backend: Backend) -> Sequence[torch.Tensor]:
     )
 
 
+def _penalise(device: torch.device, backend: Backend) -> Sequence[torch.Tensor]:
+    penalties = [Penalties(0.5, 0.25, 1.25, 4, (3, 9)), Penalties(), Penalties(repetition=0.75)] * 2
+    terms = Terms.of(penalties, [0, 0, 1, 2, 0, 3], device)
+    counts = OutputCounts(_VOCAB, device)
+    counts.begin({slot: [3, 5, 5 + slot] for slot in range(4)})
+    block = _integers(device, 12, _REQUESTS, _GAMMA + 1, seed=29)
+    rows = torch.arange(1, block.numel(), 2, device=device)
+    logits = _random(device, len(rows), _VOCAB, seed=30, scale=2.0)
+    kept = _integers(device, _GAMMA + 1, _REQUESTS, seed=31)
+    if backend == "torch":
+        owner = rows // (_GAMMA + 1)
+        counts.penalise(logits, terms, owner, rows - owner * (_GAMMA + 1) + 1, block)
+        counts.extend(terms, block, kept + 1)
+    else:
+        given = penalise.Counts(*counts.tensors), penalise.Terms(*terms)
+        penalise.penalise(logits, rows, *given, block)
+        penalise.extend(*given, block, kept)
+    # Infinite where a stop token is excluded, in both alike.
+    return logits.nan_to_num(neginf=-1e9), *counts.tensors
+
+
 CHECKS: dict[str, Check] = {
     "markov_step": _draft,
     "confidence": _confidence,
     "admit": _admit,
     "accept": _accept,
     "step": _step,
+    "penalise": _penalise,
     "kv_inject": _kv_inject,
 }
 

@@ -12,6 +12,7 @@ from dspark_sglang.config import Verification
 from dspark_sglang.core.accept import Accepted
 from dspark_sglang.core.draft import DraftBlock
 from dspark_sglang.core.heads import ConfidenceHead, MarkovHead
+from dspark_sglang.core.penalties import OutputCounts, Terms
 from dspark_sglang.core.sampling import Filters
 from dspark_sglang.core.step import Finished, Window
 from dspark_sglang.core.tensor_parallel import (
@@ -180,6 +181,21 @@ class ShardedOps(Ops):
         positions: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return self._inner.kept(cells, committed, slots, positions)
+
+    def penalise(
+        self,
+        logits: torch.Tensor,
+        counts: OutputCounts,
+        terms: Terms,
+        cells: torch.Tensor,
+        block: torch.Tensor,
+    ) -> None:
+        self._inner.penalise(logits, counts, terms, cells, block)
+
+    def extend(
+        self, counts: OutputCounts, terms: Terms, block: torch.Tensor, kept: torch.Tensor
+    ) -> None:
+        self._inner.extend(counts, terms, block, kept)
 
     def accept(self, given: Verified) -> Accepted:
         rows = given.rows

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch.nn.functional import linear
 
-from dspark_kernels import step
+from dspark_kernels import penalise, step
 from dspark_kernels.accept import Accepted as Outcome
 from dspark_kernels.accept import DenseDraft, Filters, Keys, ListedDraft, Rows, accept
 from dspark_kernels.admit import admit
@@ -28,6 +28,7 @@ from dspark_sglang.core.accept import Accepted
 from dspark_sglang.core.device import to_host
 from dspark_sglang.core.draft import FOLLOWING, SHORTLIST, DraftBlock
 from dspark_sglang.core.heads import ConfidenceHead, MarkovHead
+from dspark_sglang.core.penalties import OutputCounts, Terms
 from dspark_sglang.core.schedule.scheduler import ADMISSIBLE
 from dspark_sglang.core.step import Finished, Window
 from dspark_sglang.core.tensor_parallel import Exchange
@@ -293,6 +294,27 @@ class TritonOps(Ops):
         positions: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return step.kept(cells, committed, slots, positions)
+
+    def penalise(
+        self,
+        logits: torch.Tensor,
+        counts: OutputCounts,
+        terms: Terms,
+        cells: torch.Tensor,
+        block: torch.Tensor,
+    ) -> None:
+        if logits.dtype != torch.float32 or not logits.is_contiguous():
+            super().penalise(logits, counts, terms, cells, block)
+            return
+        kernels = penalise.Counts(*counts.tensors), penalise.Terms(*terms)
+        penalise.penalise(logits, cells, *kernels, block)
+
+    def extend(
+        self, counts: OutputCounts, terms: Terms, block: torch.Tensor, kept: torch.Tensor
+    ) -> None:
+        penalise.extend(
+            penalise.Counts(*counts.tensors), penalise.Terms(*terms), block, kept.contiguous()
+        )
 
     def accept(self, given: Verified) -> Accepted:
         """As :meth:`dspark_sglang.serving.ops.Ops.accept` says.

@@ -106,9 +106,11 @@ class DraftModel:
 
         Args:
             hidden: ``[N, layers read * d]`` target states.
-            slots: ``[N]`` int64 of :meth:`slots`.
+            slots: ``[N]`` int64 of :meth:`slots`; -1: nothing reads what is written of this row.
             positions: ``[N]`` int64.
         """
+        # Some of SGLang's writers have no rows to skip; every pool has the dummy slot 0.
+        slots = slots.clamp(min=0)
         injector.inject_target_hidden(target_hidden=hidden, cache_loc=slots, positions=positions)
 
     def take_parts(self) -> None:

@@ -419,9 +419,10 @@ class Verifier(TargetVerifyExecutor):
             if self._kv_writer is not None:
                 self._kv_writer(hidden, places, slots)
                 return
-            rows = (slots >= 0).nonzero().view(-1)
-            rows = pad_index(rows) if hidden.device.type == "cpu" else rows
-            self._sharding.draft.write(self.kv_injector, hidden[rows], slots[rows], places[rows])
+            if hidden.device.type == "cpu":  # on CUDA to select rows would wait for the device
+                rows = pad_index((slots >= 0).nonzero().view(-1))
+                hidden, slots, places = hidden[rows], slots[rows], places[rows]
+            self._sharding.draft.write(self.kv_injector, hidden, slots, places)
 
     @functools.cached_property
     def _kv_writer(self) -> WriteKv | None:

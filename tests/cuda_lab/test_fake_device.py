@@ -197,6 +197,12 @@ def test_no_step_asks_more_than_the_ledger_says(
 
 
 @pytest.mark.costly
+def test_nothing_waits_where_sglang_writes_the_draft_kv() -> None:
+    """A11: a quantised drafter, scaled RoPE, an fp8 pool."""
+    assert record.waits_without_the_kv_kernel() == 0
+
+
+@pytest.mark.costly
 def test_the_builtin_is_counted_in_the_same_way(committed: dict[str, Any]) -> None:
     case: record.Case = (1, "greedy", 8)
     found = record.ledger([case], ours=False)[record.name(case)]

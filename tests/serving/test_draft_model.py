@@ -54,6 +54,14 @@ def test_dense() -> None:
     assert torch.equal(found.head_input(states), states / 2)
 
 
+def test_rows_that_nothing_reads_go_to_the_dummy_slot() -> None:
+    written: dict[str, Any] = {}
+    injector: Any = SimpleNamespace(inject_target_hidden=written.update)
+    slots = torch.tensor([4, -1, 6])
+    draft_model(dense()).write(injector, torch.ones(3, 8), slots, torch.arange(3))
+    assert written["cache_loc"].tolist() == [4, 0, 6]
+
+
 def test_v4() -> None:
     found = draft_model(v4())
     assert isinstance(found, V4DraftModel) and not found.embeds_by_module

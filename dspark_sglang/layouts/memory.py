@@ -230,8 +230,6 @@ class Loading(msgspec.Struct, frozen=True, kw_only=True):
     config_only: bool = False
     #: This plugin's CPU platform, which unpacks quantised weights of DeepSeek-V4.
     on_cpu: bool = False
-    #: This plugin drafts: a rank keeps the rows of the Markov head's W2 that its LM head has.
-    cuts_heads: bool = True
 
 
 class TargetMemory(msgspec.Struct, frozen=True, kw_only=True):

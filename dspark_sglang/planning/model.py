@@ -38,7 +38,6 @@ from dspark_sglang.layouts.memory import (
     DraftKv,
     Kv,
     Loading,
-    Split,
     TargetMemory,
     Tensor,
     disk_bytes,
@@ -49,7 +48,6 @@ from dspark_sglang.planning.kv import COMPRESSED_PAGE, DEFAULT_PAGE
 #: Tensors that a checkpoint may have besides: SGLang skips them when it loads.
 _LEFT = (*COPIES, "rotary_emb.inv_freq")
 _PROVENANCE = "provenance.json"
-_W2 = "markov_head.markov_w2.weight"
 
 
 class Source(msgspec.Struct, frozen=True):
@@ -156,7 +154,7 @@ def load(target: str, drafter: str | None, loading: Loading) -> Model:
         _check_stored(source, [*model.tensors, *inside])
         if drafting is not None and not bundled:
             _check_stored(drafting, model.draft_tensors, "model.")
-    return _with_cut_head(model) if loading.cuts_heads else model
+    return model
 
 
 def _inside(target: Source) -> Source | None:
@@ -206,18 +204,6 @@ def _stored(directory: Path) -> tuple[dict[str, Header | None], int | None]:
     if index is None or index.files <= here:
         return {**read_shards(directory).headers}, None
     return dict.fromkeys(index.files_of), index.total
-
-
-def _with_cut_head(model: Model) -> Model:
-    """With the vocabulary of W2 shared as the LM head's is, unless a draft vocabulary reads any row of it."""
-    if has_draft_vocabulary(model.drafter):
-        return model
-    draft = [
-        msgspec.structs.replace(tensor, split=Split.ROWS)
-        if tensor.name.endswith(_W2) else tensor
-        for tensor in model.draft_tensors
-    ]  # fmt: skip
-    return msgspec.structs.replace(model, draft_tensors=draft)
 
 
 def has_draft_vocabulary(drafter: Source | None) -> bool:

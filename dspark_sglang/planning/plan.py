@@ -97,7 +97,6 @@ def make(
         kv_element=given.kv_element(options),
         config_only=config_only,
         on_cpu=machine.on_cpu,
-        cuts_heads=not options.builtin,
     )
     model = load(target, drafter, loading)
     if options.tp is not None and options.tp > machine.ranks:

@@ -307,6 +307,8 @@ class DraftSharding(msgspec.Struct, frozen=True):
     #: Where W1 and the confidence head live, and what this rank has of them; None: all of both.
     heads: Placement = "replicate"
     held: HeldHeads | None = None
+    #: Whether this rank keeps the rows of W2 of its own tokens only.
+    cuts_w2: bool = True
 
     @property
     def tokens(self) -> torch.Tensor | None:
@@ -364,7 +366,9 @@ class DraftSharding(msgspec.Struct, frozen=True):
     def _cut_heads(self, markov: Any) -> None:
         if self.vocabulary is None or self.head is not None:  # the draft vocabulary reads any row
             return
-        cuts = [(markov.markov_w2.weight, self.vocabulary.shard)]
+        cuts = []
+        if self.cuts_w2:
+            cuts.append((markov.markov_w2.weight, self.vocabulary.shard))
         if self.held is not None:
             cuts.append((markov.markov_w1.weight, self.held.rows))
         for weight, shard in cuts:
@@ -379,6 +383,7 @@ def shard_draft(
     mask: int,
     width: int,
     heads: config.Placement = "replicate",
+    lists: bool = False,
 ) -> DraftSharding:
     """What this rank has; the draft model then embeds with what is found here.
 
@@ -388,6 +393,7 @@ def shard_draft(
         mask: the mask token.
         width: rows of the draft forward a request.
         heads: where W1 and the confidence head are wanted.
+        lists: drafting reads rows of W2 of every rank's tokens, where a rank has the rest of the heads.
 
     Raises:
         CompatibilityError: an LM head sharded in an unknown way.
@@ -421,4 +427,5 @@ def shard_draft(
         embedding=embedding,
         heads=heads,
         held=held,
+        cuts_w2=not lists or held is not None,
     )

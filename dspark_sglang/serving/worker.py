@@ -39,7 +39,7 @@ from dspark_sglang.serving.decode import Decoder
 from dspark_sglang.serving.draft_kv import contain_prefills, keep_prefills, may_defer
 from dspark_sglang.serving.draft_model import draft_model
 from dspark_sglang.serving.faults import Faults
-from dspark_sglang.serving.ops import Ops, make
+from dspark_sglang.serving.ops import Ops, make, resolve
 from dspark_sglang.serving.ops.sharded_ops import ShardedOps
 from dspark_sglang.serving.overlap import OverlappedRounds
 from dspark_sglang.serving.planner import Planner, buckets, must_verify_all
@@ -183,6 +183,7 @@ class DSparkWorker(DSparkWorkerV2):
             mask=self._mask_token_id,
             width=self.query_token_num,
             heads=settings.heads,
+            lists=resolve(settings.kernels, torch.device(self.device)) == "triton",
         )
         self._sharding.forget(self._kv_injector)
         self._ops: Ops = make(

@@ -153,20 +153,82 @@ def one_round(
 
 
 def same_draws(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Uniforms of a request, whether they are asked for all requests or for the sampling ones."""
+    """Draws of a request, whether they are asked for all requests or for the sampling ones."""
     table = torch.rand((REQUESTS, GAMMA + 1), generator=torch.Generator().manual_seed(9))
     sampling = torch.tensor([1, 2, 4])
 
     def uniforms(self: Supply, count: int, width: int) -> torch.Tensor:
         return (table if count == REQUESTS else table[sampling]).double()
 
+    def seeds(self: Supply, count: int) -> torch.Tensor:
+        every = torch.arange(REQUESTS) * 977 + 5
+        return every if count == REQUESTS else every[sampling]
+
     monkeypatch.setattr(Supply, "uniforms", uniforms)
+    monkeypatch.setattr(Supply, "seeds", seeds)
 
 
 def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the check at start, which every rank makes and the interpreter makes slowly."""
     for name in ("check_kernels", "check_sharded"):
         monkeypatch.setattr(selfcheck, name, lambda device: None)
+
+
+@pytest.mark.parametrize("kind", ["greedy", "sampled", "seeded"])
+@pytest.mark.parametrize("widths", [(72, 48), (40, 50, 30)])
+def test_blocks_are_drafted_from_the_best_of_every_rank(
+    kind: str, widths: tuple[int, ...], device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on one rank from the same candidates, found there one by one; in one exchange."""
+    same_draws(monkeypatch)
+    unchecked(monkeypatch)
+    size = 16
+    made = torch.Generator().manual_seed(8)
+    base = torch.randn((REQUESTS, GAMMA, VOCAB), generator=made).to(device) * 2
+    hidden = torch.zeros((REQUESTS, GAMMA, HIDDEN), device=device)
+    anchors = torch.randint(VOCAB, (REQUESTS,), generator=made).to(device)
+    positions = torch.arange(REQUESTS, device=device) * 9
+    wanted, lockstep = rows(kind, device), Lockstep(len(widths))
+    starts = [sum(widths[:rank]) for rank in range(len(widths))]
+
+    def work(rank: int) -> DraftBlock:
+        ops = one_rank("triton", device, "rejection")
+        shard = Shard(rank, starts[rank], widths[rank], VOCAB)
+        own = base[..., starts[rank] : starts[rank] + widths[rank]]
+        given = (own, hidden, anchors, positions, wanted, shard, size)
+        found: DraftBlock = drive(lockstep, rank, ops.sharded_draft(*given))
+        return found
+
+    found = lockstep.run(work)
+    best = [
+        base[..., start : start + width].topk(size).indices + start
+        for start, width in zip(starts, widths, strict=True)
+    ]
+    allowed = torch.zeros(base.shape, dtype=torch.bool).scatter_(2, torch.cat(best, 2), True)
+    alone = one_rank("torch", device, "rejection")
+    logits, previous = base.masked_fill(~allowed, -torch.inf), anchors
+    for step in range(GAMMA):
+        z = logits[:, step] + alone.markov.w1[previous] @ alone.markov.w2.T
+        for block in found:
+            assert torch.equal(block.previous[:, step], previous)
+            assert allowed[torch.arange(REQUESTS), step, block.tokens[:, step]].all()
+        greedy = torch.ones(REQUESTS, dtype=torch.bool)
+        if wanted is not None:
+            greedy[wanted.index] = False
+            law = (z[wanted.index] / wanted.temperatures[:, None]).softmax(-1)
+        for block in found:
+            tokens = block.tokens[:, step]
+            assert torch.equal(tokens, found[0].tokens[:, step])
+            assert torch.equal(tokens[greedy], z.argmax(-1)[greedy])
+            if kind == "sampled":
+                assert wanted is not None and block.probs is not None and block.support is not None
+                spread = torch.zeros(len(law), VOCAB).scatter_add_(
+                    1, block.support[wanted.index, step], block.probs[wanted.index, step]
+                )
+                torch.testing.assert_close(spread, law, atol=1e-5, rtol=1e-4)
+            else:
+                assert block.probs is None
+        previous = found[0].tokens[:, step]
 
 
 @pytest.mark.parametrize("kind", ["greedy", "sampled", "filtered", "seeded"])

@@ -346,19 +346,13 @@ def test_the_cpu_keeps_projections_twice(llama: Path) -> None:
     assert wide.weights_by_part["packed copies"] == 4 * projections
 
 
-def test_a_rank_has_its_rows_of_w2_and_the_whole_of_w1(
-    bundle: Path, llama: Path, tmp_path: Path
-) -> None:
+def test_a_rank_has_the_whole_of_both_tables(bundle: Path) -> None:
+    """Drafting reads rows of candidates that other ranks have found."""
     config = small_v4()
     table = config["vocab_size"] * config["dspark_markov_rank"] * 2
-    for tp in (1, 4):
-        ours, theirs = make(bundle, tp=tp), make(bundle, tp=tp, builtin=True)
-        assert ours.weights_by_part["drafter: markov_head"] == table + table // tp
-        assert theirs.weights_by_part["drafter: markov_head"] == 2 * table
-    # With attention data parallelism every rank has the whole LM head, and so W2.
-    whole = make(bundle, tp=4, attention_dp=4).weights_by_part
-    assert whole["drafter: markov_head"] == 2 * table
-    # A draft vocabulary reads any row, and every rank copies the LM head's rows of it.
+    for options in ({"tp": 1}, {"tp": 4}, {"tp": 4, "builtin": True}, {"tp": 4, "attention_dp": 4}):
+        assert make(bundle, **options).weights_by_part["drafter: markov_head"] == 2 * table
+    # Every rank copies the LM head's rows of a draft vocabulary.
     (bundle / "draft_vocab.json").write_text(json.dumps({"tokens": [1, 2, 3]}))
     parts = make(bundle, tp=4).weights_by_part
     assert parts["drafter: markov_head"] == 2 * table

@@ -29,7 +29,7 @@ from dspark_sglang.core.sampling import Filters
 from dspark_sglang.core.schedule.scheduler import ADMISSIBLE
 from dspark_sglang.core.seeded import Noise
 from dspark_sglang.core.step import Finished, Window
-from dspark_sglang.core.tensor_parallel import Exchange
+from dspark_sglang.core.tensor_parallel import Exchange, Shard
 from dspark_sglang.errors import CompatibilityError
 from dspark_sglang.serving.sglang_types import DenseDraft, KvPool, Req, SamplingBatchInfo
 from dspark_sglang.serving.telemetry import Telemetry
@@ -350,6 +350,24 @@ class Ops(abc.ABC):
 
     def shards(self, device: torch.device) -> ShardedAccept | None:
         """Acceptance over shards of the vocabulary, checked on this device; None: these have none of their own."""
+        return None
+
+    def sharded_draft(
+        self,
+        base: torch.Tensor,
+        hidden: torch.Tensor,
+        anchors: torch.Tensor,
+        positions: torch.Tensor,
+        rows: SampledRows | None,
+        shard: Shard,
+        size: int,
+    ) -> Exchange[DraftBlock] | None:
+        """:meth:`draft` from this rank's base logits, in one exchange, over the ``size`` best a rank; every rank has
+        the whole heads. None: these operations have none of their own.
+
+        Args:
+            base: ``[R, gamma, width]`` base logits of the shard.
+        """
         return None
 
     def kv_writer(self, draft: DenseDraft, pool: KvPool) -> WriteKv | None:

@@ -29,6 +29,9 @@ from dspark_sglang.serving.sglang_types import DenseDraft, KvPool
 from dspark_sglang.serving.telemetry import Telemetry
 from dspark_sglang.serving.tensor_parallel import Vocabulary
 
+#: Candidates of all ranks together for a position of a block, as many as a program holds.
+_CANDIDATES = 256
+
 
 class ShardedOps(Ops):
     """Over shards: drafting and acceptance here, the rest inside.
@@ -71,6 +74,10 @@ class ShardedOps(Ops):
         self._accepts = None if verification == "block" else inner.shards(own.device)
         widths = torch.tensor([shard.width], device=own.device)
         self._widths = tuple(vocabulary.ranks.gather(widths, "start").view(-1).tolist())
+        #: Candidates of each rank for a position of a block; 0: a rank has not all rows of the heads.
+        self._listed = 0
+        if held is None and len(inner.markov.w2) == shard.vocabulary:
+            self._listed = min(_CANDIDATES // len(self._widths), *self._widths)
 
     def renew(self, markov: MarkovHead, confidence: ConfidenceHead) -> None:
         super().renew(markov, confidence)
@@ -99,6 +106,12 @@ class ShardedOps(Ops):
     ) -> DraftBlock:
         if vocabulary is not None:
             return self._inner.draft(base, hidden, anchors, positions, rows, vocabulary)
+        shard, ranks = self._vocabulary.shard, self._vocabulary.ranks
+        if self._listed:
+            given = (base, hidden, anchors, positions, rows, shard, self._listed)
+            listing = self._inner.sharded_draft(*given)
+            if listing is not None:
+                return ranks.run(listing, "draft")
         keys = None
         if rows is not None:
             seeds = self._supply.seeds(len(rows.index)) if rows.seeds is None else rows.seeds
@@ -109,14 +122,14 @@ class ShardedOps(Ops):
             anchors,
             hidden,
             self._head,
-            self._vocabulary.shard,
+            shard,
             temperatures=None if rows is None else rows.temperatures,
             sampled=None if rows is None else rows.index,
             keys=keys,
             logits_of_all=self._accepts is not None,
             held=self._held,
         )
-        return self._vocabulary.ranks.run(drafting, "draft")
+        return ranks.run(drafting, "draft")
 
     def confidence(self, features: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
         if self._held is None:

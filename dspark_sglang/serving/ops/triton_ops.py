@@ -18,7 +18,15 @@ from dspark_kernels.accept import DenseDraft, Filters, Keys, ListedDraft, Rows, 
 from dspark_kernels.admit import admit
 from dspark_kernels.confidence import Confidence, confidence
 from dspark_kernels.kv_inject import kv_inject, pools
-from dspark_kernels.markov_step import Head, Sampling, draft_shortlist, successor_table
+from dspark_kernels.markov_step import (
+    Candidates,
+    Head,
+    Sampling,
+    draft_among,
+    draft_shortlist,
+    find_candidates,
+    successor_table,
+)
 from dspark_kernels.support.backend import LAUNCHES, interpreting
 from dspark_kernels.support.errors import OperandError
 from dspark_kernels.support.interpreter import patch_once
@@ -32,6 +40,7 @@ from dspark_sglang.core.penalties import OutputCounts, Terms
 from dspark_sglang.core.schedule.scheduler import ADMISSIBLE
 from dspark_sglang.core.step import Finished, Window
 from dspark_sglang.core.tensor_parallel import Exchange
+from dspark_sglang.core.tensor_parallel import Shard as Columns
 from dspark_sglang.errors import CompatibilityError, NumericsError
 from dspark_sglang.serving.ops import (
     Admitted,
@@ -139,6 +148,8 @@ class TritonOps(Ops):
         super().renew(markov, confidence)
         joint = markov.gate or markov.joint or (None, None)
         self._head = Head(markov.w1.detach(), markov.w2.detach(), *joint)
+        #: ``[width]`` int64 tokens of this rank's columns.
+        self._columns: torch.Tensor | None = None
         #: Made of them when it is first needed.
         self._following: torch.Tensor | None = None
 
@@ -180,6 +191,49 @@ class TritonOps(Ops):
             probs=found.logits if dense else found.probs if listed else None,
             support=found.support if listed else None,
             lse=found.lse if dense else None,
+        )
+
+    def sharded_draft(
+        self,
+        base: torch.Tensor,
+        hidden: torch.Tensor,
+        anchors: torch.Tensor,
+        positions: torch.Tensor,
+        rows: SampledRows | None,
+        shard: Columns,
+        size: int,
+    ) -> Exchange[DraftBlock]:
+        requests, depth, _ = base.shape
+        shape = (requests, depth, size)
+        cells = requests * depth * size
+        if self._columns is None or len(self._columns) != shard.width:
+            self._columns = shard.columns(base.device)
+        # Tokens, then logits: one record, and so one exchange.
+        record = base.new_empty(cells + -(-cells * base.element_size() // 4), dtype=torch.int32)
+        tokens = record[:cells].view(shape)
+        logits = record[cells:].view(base.dtype)[:cells].view(shape)
+        find_candidates(base, self._columns, Candidates(logits, tokens))
+        every = yield record
+        ranks = len(every)
+        tokens = every[:, :cells].view(ranks, *shape).permute(1, 2, 0, 3)
+        logits = (
+            every[:, cells:].view(base.dtype)[:, :cells].view(ranks, *shape).permute(1, 2, 0, 3)
+        )
+        among = (requests, depth, ranks * size)
+        found = draft_among(
+            Candidates(logits.reshape(among), tokens.to(torch.int64).reshape(among)),
+            anchors.contiguous(),
+            self._head,
+            hidden=None if self._head.weight is None else hidden.contiguous(),
+            sampling=None if rows is None else self._sampling(rows, positions),
+        )
+        self._telemetry.ran[f"draft:sharded-triton-{self.markov.kind}"] += 1
+        listed = rows is not None and rows.seeds is None
+        return DraftBlock(
+            tokens=found.tokens,
+            previous=found.previous,
+            probs=found.probs if listed else None,
+            support=found.support if listed else None,
         )
 
     def _successors(self, vocabulary: torch.Tensor | None) -> torch.Tensor | None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from dspark_kernels.markov_step import launch, reference
 from dspark_kernels.markov_step.operands import (
+    FLOATS,
     MAX_SHORTLIST,
     Draft,
     Head,
@@ -22,13 +25,16 @@ from dspark_kernels.support.checks import operand
 from dspark_kernels.support.errors import OperandError
 
 __all__ = [
+    "Candidates",
     "Draft",
     "Head",
     "Sampling",
     "ShortlistDraft",
     "Step",
+    "draft_among",
     "draft_block",
     "draft_shortlist",
+    "find_candidates",
     "markov_step",
     "successor_table",
 ]
@@ -238,6 +244,73 @@ def draft_shortlist(
     if not base.shape[0] or not base.shape[1]:
         return _no_shortlist(base, anchors, sampling, size, support_dtype, successors, out)
     return launch.draft_shortlist(*operands)
+
+
+class Candidates(NamedTuple):
+    """The best of each position, of one rank's columns or of all."""
+
+    #: ``[B, gamma, M]`` base logits.
+    logits: torch.Tensor
+    #: ``[B, gamma, M]`` tokens: int32 of one rank, int64 of all.
+    tokens: torch.Tensor
+
+
+def find_candidates(base: torch.Tensor, tokens: torch.Tensor, out: Candidates) -> None:
+    """The best base logits of each position, those of ``torch.topk``: what a rank has to offer.
+
+    Launches: 2.
+
+    Args:
+        base: ``[B, gamma, V]`` logits of this rank's columns, as in :func:`draft_block`.
+        tokens: ``[V]`` int64 token of each column.
+        out: as many as are wanted, no more than the columns and 256; of base's dtype.
+
+    Raises:
+        OperandError: an operand of the wrong shape, dtype, device or strides.
+    """
+    resolve("triton", base)
+    operand("base", base, shape=(None, None, None), dtype=FLOATS, contiguous=False)
+    rows, steps, columns = base.shape
+    operand("tokens", tokens, shape=(columns,), dtype=torch.int64, device=base.device)
+    shape = (rows, steps, None)
+    operand("out.logits", out.logits, shape=shape, dtype=base.dtype, device=base.device)
+    operand("out.tokens", out.tokens, shape=out.logits.shape, dtype=torch.int32, device=base.device)
+    size = out.logits.shape[2]
+    if not 1 <= size <= min(MAX_SHORTLIST, columns):
+        raise OperandError(
+            f"{size} candidates are wanted of {columns} columns.",
+            expected=f"1..{MAX_SHORTLIST}, and no more than the columns",
+            fix="Pass a smaller out.",
+        )
+    if rows and steps:
+        launch.candidates(base, tokens, size, *out)
+
+
+def draft_among(
+    candidates: Candidates,
+    anchors: torch.Tensor,
+    head: Head,
+    *,
+    hidden: torch.Tensor | None = None,
+    sampling: Sampling | None = None,
+) -> ShortlistDraft:
+    """Draft as :func:`draft_shortlist` does without successors, over candidates that are known.
+
+    Launches: 1; 2 for gated and rnn heads.
+
+    Args:
+        candidates: the same on every rank, up to 256 a position.
+
+    Raises:
+        OperandError: as :func:`draft_shortlist`.
+    """
+    best, tokens = candidates
+    resolve("triton", best)
+    check(best, anchors, head, hidden, sampling, tokens.view(-1)[: best.shape[2]])
+    operand("candidates.tokens", tokens, shape=best.shape, dtype=torch.int64, device=best.device)
+    if not best.shape[0] or not best.shape[1]:
+        return _no_shortlist(best, anchors, sampling, best.shape[2], torch.int64, None, None)
+    return launch.draft_among(best, tokens, anchors, head, hidden, sampling)
 
 
 def _no_shortlist(

@@ -267,6 +267,29 @@ class Shortlist:
         return ShortlistDraft(tokens, previous, support, best, probs, out, lse)
 
 
+def candidates(
+    base: torch.Tensor, tokens: torch.Tensor, size: int, best: torch.Tensor, names: torch.Tensor
+) -> None:
+    """The ``size`` best of each position, their logits to ``best`` and tokens to ``names``; two launches."""
+    unread = Head(base[0], base[0])
+    block = Shortlist(base, tokens, unread, None, tokens, size, None, None, plans.SPAN)
+    block.merge(block.select(), best, names)
+
+
+def draft_among(
+    best: torch.Tensor,
+    names: torch.Tensor,
+    anchors: torch.Tensor,
+    head: Head,
+    hidden: torch.Tensor | None,
+    sampling: Sampling | None,
+) -> ShortlistDraft:
+    """One launch over candidates that are known, two for gated and rnn heads."""
+    size = best.shape[2]
+    block = Shortlist(best, anchors, head, sampling, None, size, None, None, plans.SPAN)
+    return block.chain(best, names, names, _context(hidden, head, block.weight, anchors))
+
+
 def draft_shortlist(
     base: torch.Tensor,
     anchors: torch.Tensor,

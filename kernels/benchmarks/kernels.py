@@ -54,7 +54,7 @@ TARGETS = {
     "accept_shortlist_gb": 0.26,
     "draft_accept_gb": 0.85,
     "draft_accept_shortlist_gb": 0.40,
-    "launches_per_step": 9,
+    "launches_per_step": 13,
 }
 #: Bytes a second of an H100's memory, by its data sheet.
 BANDWIDTH = 3.35e12

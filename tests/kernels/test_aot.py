@@ -53,7 +53,9 @@ def compiled(
 
 
 def test_every_op_has_a_bench() -> None:
-    assert {"accept", "admit", "confidence", "kv_inject", "markov_step"} <= set(ops.names())
+    assert {"accept", "admit", "confidence", "kv_inject", "markov_step", "penalise", "step"} <= set(
+        ops.names()
+    )
 
 
 @pytest.mark.parametrize(

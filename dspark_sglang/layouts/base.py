@@ -64,6 +64,14 @@ class Stored(NamedTuple):
     shape: Shape
 
 
+class Obstacle(NamedTuple):
+    """One reason why a drafter cannot be served, as an error says it."""
+
+    found: str
+    expected: str
+    fix: str
+
+
 class About(Protocol):
     """What a tensor belongs to: in brackets behind one that is missing, a sentence before one that is wrong."""
 
@@ -113,13 +121,23 @@ class Layout(ABC):
             CheckpointError: a tensor is missing, left over, of another shape, or of a type that nothing loads.
         """
 
-    @abstractmethod
+    def unserved(self, config: Config, target: Config | None = None) -> list[Obstacle]:
+        """Every reason why SGLang 0.5.23 or this plugin cannot serve a drafter for a target; empty where both can."""
+        return []
+
     def check_served(self, config: Config, target: Config | None = None) -> None:
-        """Check that SGLang 0.5.23 can run a drafter of this kind for a target at all.
+        """Check that a drafter of this kind can be served for a target at all.
 
         Raises:
-            CheckpointError: it cannot.
+            CheckpointError: it cannot; says every reason.
         """
+        found = self.unserved(config, target)
+        if found:
+            raise CheckpointError(
+                " ".join(one.found for one in found),
+                expected="; ".join(one.expected for one in found),
+                fix=" ".join(dict.fromkeys(one.fix for one in found)),
+            )
 
     def fits(self, target: Config) -> bool:
         """Whether drafters of this layout can be bundled with a target."""
@@ -262,10 +280,13 @@ def check_drafter(drafter: Path, target: Config | None, *, name: str) -> Drafter
     Raises:
         CheckpointError: it is damaged or incomplete, does not fit the target, or SGLang cannot run it.
     """
+    raw = read_config(drafter, role="drafter")
+    layout_of(raw).check_served(
+        raw, target
+    )  # before its tensors, which another architecture has others of
     opened = open_drafter(drafter)
     if target is not None:
         check_fits(opened.config, target, name=name)
-    opened.layout.check_served(opened.raw, target)
     return opened.config
 
 

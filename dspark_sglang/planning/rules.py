@@ -18,6 +18,7 @@ from dspark_sglang.layouts.v4.memory import is_quantised
 from dspark_sglang.planning.hardware import Hardware
 from dspark_sglang.planning.model import Model
 from dspark_sglang.planning.options import Options, expert_width, needs_marlin
+from dspark_sglang.serving.verify_mode import Server, why_whole
 
 Verdict = Literal["refused", "added", "note"]
 
@@ -69,8 +70,6 @@ class Finding(msgspec.Struct, frozen=True):
     source: str
 
 
-#: Backends of multi-head targets that verify requests of different lengths in one graph.
-RAGGED_BACKENDS = ("fa3", "fa4", "trtllm_mha")
 _SPECULATIVE = "srt/arg_groups/speculative_hook.py"
 _PARALLEL = "srt/arg_groups/parallel_hook.py"
 _ARGUMENTS = "dspark_sglang/serving/arguments.py"
@@ -79,6 +78,22 @@ _ARGUMENTS = "dspark_sglang/serving/arguments.py"
 def _narrow(case: Case, multiple: int) -> bool:
     width = expert_width(case.model, case.layout)
     return width is not None and width % multiple != 0
+
+
+def _whole(case: Case) -> list[str]:
+    """Why this plugin's server verifies whole blocks; empty where it may verify any."""
+    if not case.ours or case.machine.on_cpu:
+        return []
+    return why_whole(
+        Server(
+            backend=case.options.attention_backend,
+            xqa=case.machine.architecture == "sm90",
+            lora=case.options.lora,
+            attention_dp=case.options.attention_dp,
+            moe_a2a=case.options.moe_a2a,
+            bundled=case.model.bundled,
+        )
+    )
 
 
 def _marlin(case: Case) -> bool:
@@ -95,11 +110,6 @@ RULES = (
              and case.options.moe_a2a not in ("none", "megamoe", "mori")),
          "DSPARK with attention data parallelism takes --moe-a2a-backend none, megamoe or mori.",
          _SPECULATIVE, 679, "DSpark with dp attention supports moe_a2a_backend"),
-    Rule("dp-a2a-static", "refused",
-         lambda case: case.ours and case.options.attention_dp > 1 and case.options.moe_a2a in ("megamoe", "mori"),
-         "With attention data parallelism and an expert all-to-all, DSPARK verifies whole blocks only "
-         "(SGLANG_RAGGED_VERIFY_MODE=static), which this plugin does not. Use --moe-a2a-backend none.",
-         _SPECULATIVE, 694, "DSpark DP MoE or prefill coordination requires"),
     Rule("dp-divides", "refused", lambda case: case.layout.tp % case.options.attention_dp != 0,
          "--attn-dp-size has to divide --tp-size.",
          _PARALLEL, 326, "assert cfg.tp_size % cfg.attn_dp_size == 0"),
@@ -118,10 +128,6 @@ RULES = (
     Rule("eplb-copies", "note", lambda case: case.options.eplb,
          "Redundant experts (--ep-num-redundant-experts) are not in these figures.",
          "srt/models/deepseek_v2.py", 751, "get_exec().moe.ep_num_redundant_experts"),
-    Rule("lora", "refused", lambda case: case.ours and case.options.lora,
-         "LoRA with DSPARK needs SGLANG_RAGGED_VERIFY_MODE=static; this plugin verifies ragged blocks. Serve "
-         "adapters without DSPARK, or with DSPARK_PLUGIN=off and that mode.",
-         "srt/arg_groups/lora_hook.py", 272, 'cfg.speculative_algorithm == "DSPARK" and ragged_mode'),
     Rule("v4-page", "refused",
          lambda case: (case.model.architecture == V4 and case.options.page_size not in (None, case.model.page_size)),
          "DeepSeek-V4 takes --page-size 256. Leave it out.",
@@ -164,20 +170,19 @@ RULES = (
          "This plugin drafts with the bundled drafter. That was never run on a GPU: it is tested on a CPU with a "
          "tiny bundle.",
          "dspark_sglang/serving/draft_model.py", None, "class V4DraftModel"),
-    Rule("ragged-backend", "refused",
-         lambda case: (case.ours and case.model.architecture != V4 and not case.machine.on_cpu
-             and case.options.attention_backend not in (None, *RAGGED_BACKENDS)),
-         "This plugin verifies ragged blocks in CUDA graphs, which this attention backend cannot. "
-         f"Choose --attention-backend {' or '.join(RAGGED_BACKENDS)}.",
+    Rule("whole-blocks", "note", lambda case: bool(_whole(case)),
+         "SGLang verifies whole blocks here (SGLANG_RAGGED_VERIFY_MODE=static): every step drafts, and verifies all of it. "
+         "Steps that verify what pays need --attention-backend fa3, fa4 or, on Blackwell, trtllm_mha, and no LoRA, nor "
+         "attention data parallelism with a drafter of its own or an expert all-to-all.",
          "srt/layers/attention/base_attn_backend.py", 65, "supports_ragged_verify_graph: bool = False"),
     Rule("capture", "refused", lambda case: case.drafts and case.model.architecture == GEMMA3,
          "SGLang's Gemma 3 cannot hand its states to a drafter. Serve it without DSPARK.",
          "srt/model_executor/model_runner_components/attention_backend_setup.py", 70, "set_dspark_layers_to_capture nor set_dflash_layers_to_capture"),
-    Rule("gemma4-backend", "refused",
+    Rule("gemma4-backend", "note",
          lambda case: (case.ours and case.model.architecture == GEMMA4 and not case.machine.on_cpu
              and case.options.attention_backend is None),
-         "For Gemma 4 SGLang may choose Triton, which cannot verify ragged blocks. Pass --attention-backend fa4 or "
-         "trtllm_mha.",
+         "For Gemma 4 SGLang may choose Triton, which verifies whole blocks only. With --attention-backend fa4 or "
+         "trtllm_mha steps verify what pays.",
          "srt/arg_groups/model_hook.py", 658, "Gemma4 only supports"),
     Rule("gemma4-cpu", "refused", lambda case: case.machine.on_cpu and case.model.architecture == GEMMA4,
          "SGLang does not take this plugin's CPU attention for Gemma 4. Choose --hardware with GPUs.",

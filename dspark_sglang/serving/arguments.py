@@ -7,6 +7,7 @@ of a minute and a traceback.
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import socket
 import sys
@@ -19,11 +20,19 @@ import psutil
 from dspark_sglang.checkpoint import read_config, read_headers
 from dspark_sglang.config import COST_AUTO, read_settings
 from dspark_sglang.errors import CheckpointError, ConfigError, DSparkError
-from dspark_sglang.layouts.base import DrafterConfig, check_drafter, drafter_at
-from dspark_sglang.serving import placement, warmup
+from dspark_sglang.layouts.base import (
+    DrafterConfig,
+    check_drafter,
+    drafter_at,
+    is_bundle,
+    layout_of,
+)
+from dspark_sglang.serving import placement, verify_mode, warmup
 
 if TYPE_CHECKING:
     from dspark_sglang.serving.sglang_types import ServerArgs
+
+logger = logging.getLogger(__name__)
 
 _WIDTHS = {"float32": 4, "float": 4, "float16": 2, "half": 2, "bfloat16": 2}
 #: What a server process needs beside weights and KV (Python, torch, tokenizer, buffers).
@@ -119,10 +128,8 @@ def check(argv: Sequence[str]) -> None:
 
 
 _RESOLVER = "_handle_dspark"
-_MODE = "SGLANG_RAGGED_VERIFY_MODE"
 _FOLDED = "SGLANG_DSPARK_FOLDED_PROPOSAL"
 _DUMP_WAIT = "SGLANG_CUDA_COREDUMP_BEFORE_CRASH_WAIT_SECS"
-_EMBED = "SGLANG_DSPARK_EMBED_IN_GRAPH"
 _SHARDED_HEAD = "SGLANG_DSPARK_OPT_MARKOV_W2_TP_SHARD"
 
 
@@ -150,7 +157,7 @@ def resolve(original: Callable[[Any], None], server_args: ServerArgs) -> None:
         drafter = _check_drafter(view)
         check_memory(view)
         _check_placement(view, drafter)
-        _require_compact_mode()
+        _choose_mode(server_args, view)
     except DSparkError as error:
         stop(error)
     _check_at_start(server_args, view)
@@ -171,6 +178,11 @@ def resolve(original: Callable[[Any], None], server_args: ServerArgs) -> None:
         # Our sampler and acceptance run after the graphs, not folded into them.
         os.environ[_FOLDED] = "0"
         original(server_args)
+        if drafter is None:
+            try:
+                _check_downloaded(view)
+            except DSparkError as error:
+                stop(error)
 
 
 def resolve_builtin(original: Callable[[Any], None], server_args: ServerArgs) -> None:
@@ -238,24 +250,53 @@ def _check_placement(view: ServerArgs, drafter: DrafterConfig | None) -> None:
         os.environ[_SHARDED_HEAD] = "0"  # where W2 is cut, it is by us
     if view.tp_size == 1 or view.attn_dp_size > 1:
         return
-    if (drafter is None or not drafter.bundled) and not view.device.startswith("cpu"):
-        # The draft's embedding is an exchange of our own over the target's ranks: not in its graph.
-        os.environ[_EMBED] = "0"
     if drafter is not None:
         placement.decide(
             read_settings(), drafter, ranks=int(view.tp_size), requests=1, device=str(view.device)
         )
 
 
-def _require_compact_mode() -> None:
-    chosen = os.environ.get(_MODE)
-    if chosen not in (None, "compact"):
-        raise ConfigError(
-            f"{_MODE} is {chosen!r}.",
-            expected="compact or unset: this plugin schedules ragged verification",
-            fix=f"Unset {_MODE}, or run SGLang's builtin with DSPARK_PLUGIN=off.",
+def _choose_mode(server_args: ServerArgs, view: ServerArgs) -> None:
+    """Tell SGLang whether it verifies whole blocks; the attention backend is known by now.
+
+    Raises:
+        ConfigError: the mode asked for cannot be.
+    """
+    whole = (
+        [] if view.device.startswith("cpu") else verify_mode.why_whole(_server(server_args, view))
+    )
+    mode = verify_mode.choose(os.environ.get(verify_mode.VARIABLE), whole)
+    os.environ[verify_mode.VARIABLE] = mode
+    if mode == verify_mode.WHOLE:
+        logger.warning(
+            "dspark: blocks are verified whole: %s.",
+            ", ".join(whole) or f"{verify_mode.VARIABLE} is {mode}",
         )
-    os.environ[_MODE] = "compact"
+
+
+def _server(server_args: ServerArgs, view: ServerArgs) -> verify_mode.Server:
+    from sglang.srt.arg_groups.model_override_base import attention_backends_of, model_config_of
+    from sglang.srt.configs.hybrid_arch import mambaish_config
+    from sglang.srt.configs.model_config import AttentionArch
+    from sglang.srt.environ import envs
+    from sglang.srt.runtime_context import get_platform
+
+    prefill, decode = attention_backends_of(view)
+    model, gpu = model_config_of(server_args), get_platform()
+    return verify_mode.Server(
+        backend=decode if view.speculative_attention_mode == "decode" else prefill,
+        xqa=bool(gpu.is_sm90 or gpu.is_sm120),
+        latent=model.attention_arch == AttentionArch.MLA,
+        recurrent=mambaish_config(model) is not None,
+        lora=bool(view.enable_lora or view.lora_paths),
+        two_batch_overlap=bool(view.enable_two_batch_overlap),
+        padded=not view.disable_cuda_graph_padding,
+        attention_cp=int(view.attn_cp_size),
+        attention_dp=int(view.attn_dp_size),
+        moe_a2a=str(view.moe_a2a_backend),
+        coordinated=bool(envs.SGLANG_ENABLE_DP_SPEC_PREFILL_COORDINATION.get()),
+        bundled=is_bundle(model.hf_config.to_dict()),
+    )
 
 
 def _drafter_directory(view: ServerArgs) -> Path | None:
@@ -285,6 +326,27 @@ def _check_drafter(view: ServerArgs) -> DrafterConfig | None:
         config = check_drafter(directory, target, name=str(view.model_path))
         _check_gamma(view, config)
     return config
+
+
+def _check_downloaded(view: ServerArgs) -> None:
+    """Refuse a drafter of the Hub that cannot be served; SGLang has looked at its configuration by now.
+
+    Raises:
+        CheckpointError: it cannot be.
+    """
+    from sglang.srt.utils.hf_transformers_utils import get_config
+
+    try:
+        found = get_config(
+            view.speculative_draft_model_path,
+            trust_remote_code=view.trust_remote_code,
+            revision=view.speculative_draft_model_revision,
+        )
+    except (OSError, ValueError) as error:
+        logger.warning("dspark: the drafter's configuration cannot be read yet: %s", error)
+        return
+    raw = found.to_dict()
+    layout_of(raw).check_served(raw)
 
 
 def _check_gamma(view: ServerArgs, config: DrafterConfig) -> None:

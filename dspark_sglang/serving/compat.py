@@ -62,6 +62,7 @@ HOOKS = {
     # The worker's own name for it.
     "placement": "sglang.srt.speculative.dspark_components.dspark_worker_v2."
     "resolve_draft_parallel_layout",
+    "draft": "sglang.srt.speculative.dspark_components.dspark_worker_v2.build_draft_tp_worker",
     "rank_death": "sglang.srt.managers.tokenizer_manager.SignalHandler."
     "running_phase_sigquit_handler",
     "worker": "sglang.srt.speculative.spec_info.SpeculativeAlgorithm.create_worker",
@@ -148,7 +149,6 @@ sglang.srt.managers.tp_worker.TpModelWorker.forward_batch_generation(batch forwa
 sglang.srt.model_executor.forward_batch_info.CaptureHiddenMode
 sglang.srt.runtime_context.get_memory
 sglang.srt.runtime_context.get_disagg
-sglang.srt.environ.envs.SGLANG_DSPARK_EMBED_IN_GRAPH
 sglang.srt.arg_groups.overrides.resolving_view(server_args)
 sglang.srt.arg_groups.overrides.declare_resolution
 sglang.srt.runtime_context.get_exec
@@ -158,6 +158,8 @@ sglang.srt.runtime_context.get_parallel
 sglang.srt.runtime_context.get_schedule
 sglang.srt.models.dspark.DSparkDraftMixin._stacked_ctx_kv_params
 sglang.srt.models.dflash.DFlashDraftModel.project_target_hidden
+{HOOKS["draft"]}(server_args gpu_id nccl_port target_model_config algo_label attention_backend_override draft_worker_cls random_seed load_group)
+sglang.srt.speculative.ragged_verify.read_ragged_verify_mode()
 {_DSPARK}.dspark_worker_v2.DSparkWorkerV2.__init__(server_args gpu_id nccl_port target_worker draft_worker_cls)
 {_DSPARK}.dspark_worker_v2.DSparkWorkerV2._forward_decode(batch on_publish grammar_barrier coordination_plan)
 {_DSPARK}.dspark_worker_v2.DSparkWorkerV2._maybe_build_draft_sampler()

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
+from sglang.srt.environ import envs
 from sglang.srt.models.dspark import DSparkDraftMixin
 
 from dspark_sglang.errors import CompatibilityError
 from dspark_sglang.layouts.base import layouts, resolve
 from dspark_sglang.serving.sglang_types import DenseDraft, KvInjector, V4Draft
+from dspark_sglang.serving.verify_mode import RAGGED
+
+
+def built(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Stand in for SGLang's making of the draft worker: with a confidence head also where whole blocks are verified."""
+    with envs.SGLANG_RAGGED_VERIFY_MODE.override(RAGGED):
+        return original(*args, **kwargs)
 
 
 class DraftModel:
@@ -112,6 +123,17 @@ class DraftModel:
         # Some of SGLang's writers have no rows to skip; every pool has the dummy slot 0.
         slots = slots.clamp(min=0)
         injector.inject_target_hidden(target_hidden=hidden, cache_loc=slots, positions=positions)
+
+    def embed_with(self, embedding: torch.nn.Module) -> None:
+        """Let the draft forward embed by ``embedding``, outside its graph.
+
+        SGLang captures the embedding of every draft that has ``forward_embed``. An exchange in a graph that one rank
+        captures alone would wait for the others for ever.
+        """
+        model = self.module
+        model.embed_tokens = embedding  # type: ignore[assignment]  # called like SGLang's
+        kind = type(model)
+        model.__class__ = type(kind.__name__, (kind,), {"forward_embed": property()})
 
     def take_parts(self) -> None:
         """Let an update bring some tensors: SGLang's loader wants the confidence head's in every load."""

@@ -32,6 +32,7 @@ AROUND = {
     "arguments": "arguments:resolve",
     "rank_death": "faults:tell",
     "placement": "placement:layout",
+    "draft": "draft_model:built",
 }
 
 _installed: dict[str, str] = {}

@@ -8,16 +8,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from sglang.srt.runtime_context import get_context, get_parallel, get_schedule
+from sglang.srt.runtime_context import get_parallel, get_schedule
 from sglang.srt.speculative.dspark_components.dspark_planner import (
     DSparkVerifyPlanner,
     ragged_capture_num_tokens,
 )
+from sglang.srt.speculative.ragged_verify import RaggedVerifyMode, read_ragged_verify_mode
 
 from dspark_sglang.serving.cpu.packing import is_packed, row_counts
 from dspark_sglang.serving.ops import Admitted
 from dspark_sglang.serving.rounds import Rounds
-from dspark_sglang.serving.sglang_types import ModelRunner
+from dspark_sglang.serving.sglang_types import ModelRunner, VerifyLayout
 
 
 class Planner(DSparkVerifyPlanner):
@@ -46,6 +47,14 @@ class Planner(DSparkVerifyPlanner):
         """The budget of this step, which is decided by now."""
         return self._rounds.budget
 
+    def schedule_layout(self, **step: Any) -> VerifyLayout | None:
+        layout: VerifyLayout | None = super().schedule_layout(**step)
+        if not self.is_compact_mode and not self._is_verify_all:
+            # Whole blocks run whatever is verified of them.
+            kept = {name: step[name] for name in ("req_pool_indices", "prefix_lens", "device")}
+            self._schedule_verify_lens(**kept, confidence=None, budget=None)
+        return layout
+
     def _schedule_verify_lens(
         self,
         *,
@@ -66,8 +75,11 @@ class Planner(DSparkVerifyPlanner):
 def buckets(model_runner: ModelRunner, gamma: int) -> Callable[[int], npt.NDArray[np.int64] | None]:
     """Gives the ascending numbers of rows that verify forwards of so many requests run with; None: any."""
     packed = is_packed(model_runner.model)
+    whole = read_ragged_verify_mode() is RaggedVerifyMode.STATIC
 
     def of(requests: int) -> npt.NDArray[np.int64] | None:
+        if whole:
+            return np.array([requests * (gamma + 1)])
         captured = ragged_capture_num_tokens(model_runner=model_runner)
         if captured is not None:
             return np.asarray(captured, dtype=np.int64)
@@ -76,15 +88,19 @@ def buckets(model_runner: ModelRunner, gamma: int) -> Callable[[int], npt.NDArra
     return of
 
 
-def must_verify_all(device: str) -> str | None:
-    """Why every drafted token has to be verified here; None where a step may verify some.
+def must_verify_all(*, graphs: bool) -> str | None:
+    """Why every step has to draft, and to verify all of it; None where a step may do less.
 
     Args:
-        device: SGLang's device of the target.
+        graphs: whether SGLang captures CUDA graphs of steps.
     """
-    if not get_schedule().disable_overlap_schedule and get_parallel().attn_dp_enabled:
+    parallel = get_parallel()
+    if read_ragged_verify_mode() is RaggedVerifyMode.STATIC:
+        # What is left to decide is whether to draft. A step that does not is faster where it decodes.
+        if graphs:
+            return "whole blocks are verified here, and SGLang captures no graph of a decode step beside"
+        if parallel.tp_size > 1:
+            return "whole blocks are verified here, and several ranks do not decode beside"
+    if not get_schedule().disable_overlap_schedule and parallel.attn_dp_enabled:
         return "with attention data parallelism and overlap scheduling ranks would have to agree on every step"
-    backend = get_context().resolved_server_args_dict().get("attention_backend")
-    if not device.startswith("cpu") and backend == "triton":
-        return "SGLang's Triton attention reads blocks of one length only"
     return None

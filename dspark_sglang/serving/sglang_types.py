@@ -400,11 +400,18 @@ class ServerArgs(Protocol):
     device: str
     dtype: str
     model_path: str
+    trust_remote_code: bool
     attention_backend: str | None
     tp_size: int
     pp_size: int
     attn_dp_size: int
+    attn_cp_size: int
+    moe_a2a_backend: str
     enable_dp_attention: bool
+    enable_two_batch_overlap: bool
+    enable_lora: bool | None
+    lora_paths: object
+    disable_cuda_graph_padding: bool
     enable_hierarchical_cache: bool
     enable_memory_saver: bool
     disaggregation_mode: str
@@ -414,7 +421,9 @@ class ServerArgs(Protocol):
     min_free_slots_delay: int | None
     #: Names, separated by commas.
     warmups: str | None
+    speculative_attention_mode: str
     speculative_draft_model_path: str | None
+    speculative_draft_model_revision: str | None
     speculative_num_draft_tokens: int | None
     speculative_dspark_block_size: int | None
     speculative_dspark_sps_table_path: str | None

@@ -405,7 +405,7 @@ def shard_draft(
     embedding = None
     if vocabulary is not None and int(getattr(embed, "tp_size", 1)) > 1 and draft.embeds_by_module:
         embedding = DraftEmbedding(embed, mask, width, ranks)
-        draft.module.embed_tokens = embedding  # type: ignore[assignment]  # called like SGLang's
+        draft.embed_with(embedding)
     head = None if folder is None else DraftHead.beside(folder, draft, vocabulary)
     if vocabulary is None or heads == "auto":
         heads = "replicate"

@@ -20,6 +20,7 @@ from sglang.srt.runtime_context import (
     get_spec,
 )
 from sglang.srt.speculative.dspark_components.dspark_worker_v2 import DSparkWorkerV2
+from sglang.srt.speculative.ragged_verify import read_ragged_verify_mode
 
 from dspark_sglang import __version__
 from dspark_sglang.config import Settings, Verification, read_settings
@@ -111,7 +112,8 @@ class DSparkWorker(DSparkWorkerV2):
 
     def _strategy(self) -> type[Scheduler]:
         """How this server schedules: as it is set, as far as SGLang can run it."""
-        reason = must_verify_all(str(self.device))
+        graphs = self._decode_graph_allowed and not str(self.device).startswith("cpu")
+        reason = must_verify_all(graphs=graphs)
         if reason is not None:
             logger.warning("dspark: every drafted token is verified: %s.", reason)
         if reason is not None or self._settings.schedule == VerifyAll.name:
@@ -344,6 +346,7 @@ class DSparkWorker(DSparkWorkerV2):
             heads=self._sharding.heads,
             gamma=self.gamma,
             timed="by the device, ahead" if overlaps else "by the host",
+            blocks=read_ragged_verify_mode().value,
             sglang=importlib.metadata.version("sglang"),
             plugin=__version__,
         )

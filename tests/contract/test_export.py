@@ -33,7 +33,8 @@ from sglang.srt.utils.hf_transformers_utils import get_config
 from transformers import LlamaConfig
 
 from dspark_sglang.checkpoint import read_config
-from dspark_sglang.layouts.dense.config import DrafterSpec, check_served, parse_drafter_config
+from dspark_sglang.layouts.dense.config import DrafterSpec, parse_drafter_config
+from dspark_sglang.layouts.dense.layout import DENSE
 from dspark_sglang.layouts.dense.read import read_drafter
 from dspark_sglang.layouts.dense.reference import DenseDrafter
 from dspark_sglang.layouts.dense.tensors import check_tensors
@@ -252,7 +253,7 @@ def test_our_loaders_take_the_same_files(name: str, tmp_path: Path) -> None:
     model = written(tmp_path, SPECS[name])
     config, tensors = read_drafter(tmp_path)
     check_tensors(tmp_path, parse_drafter_config(read_config(tmp_path, role="drafter")))
-    check_served(config)
+    DENSE.check_served(read_config(tmp_path, role="drafter"))
     embedding = torch.randn(VOCAB, HIDDEN)
     reference = DenseDrafter(tensors, config, embedding)
     states = torch.randn(LENGTH, len(config.target_layer_ids) * HIDDEN)

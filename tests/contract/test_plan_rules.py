@@ -20,7 +20,8 @@ from dspark_sglang.layouts.v4.config import ARCHITECTURE as V4
 from dspark_sglang.planning import hardware, kv, plan, sizing
 from dspark_sglang.planning.kv import Serving
 from dspark_sglang.planning.options import Options
-from dspark_sglang.planning.rules import RAGGED_BACKENDS, RULES
+from dspark_sglang.planning.rules import RULES
+from dspark_sglang.serving.verify_mode import RAGGED_BACKENDS, RAGGED_LATENT
 from tests.deploy.sglang_source import sglang_environment, sglang_flags
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,8 +56,11 @@ def test_planned_targets_exist_and_all_but_one_can_be_drafted_for(name: str) -> 
 
 
 def test_backends_that_verify_ragged_blocks() -> None:
-    files = {"fa3": "flashattention", "fa4": "flashattention", "trtllm_mha": "trtllm_mha"}
-    assert files.keys() == set(RAGGED_BACKENDS)
+    files = {
+        "fa3": "flashattention", "fa4": "flashattention", "trtllm_mha": "trtllm_mha", "dsv4": "deepseek_v4",
+        "flashinfer": "flashinfer_mla", "trtllm_mla": "trtllm_mla",
+    }  # fmt: skip
+    assert files.keys() == {*RAGGED_BACKENDS, *RAGGED_LATENT}
     for name in files.values():
         text = (SGLANG / f"srt/layers/attention/{name}_backend.py").read_text()
         assert "supports_ragged_verify_graph: bool = True" in text

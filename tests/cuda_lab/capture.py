@@ -31,12 +31,14 @@ import torch
 
 GAMMA, MOST = 7, 16
 WIDTH, SIZES = GAMMA + 1, (1, 2, 4, 8, 16)
-#: Attention backends that a target may be served with on CUDA, by SGLang's names, and their classes.
+#: Attention backends that a target may be served with on CUDA, by SGLang's names, and their classes; on sm90 and sm120
+#: ``trtllm_mha`` runs its other kernel (``xqa``).
 BACKENDS = {
     "fa3": "sglang.srt.layers.attention.flashattention_backend.FlashAttentionBackend",
     "flashinfer": "sglang.srt.layers.attention.flashinfer_backend.FlashInferAttnBackend",
     "triton": "sglang.srt.layers.attention.triton_backend.TritonAttnBackend",
     "trtllm_mha": "sglang.srt.layers.attention.trtllm_mha_backend.TRTLLMHAAttnBackend",
+    "trtllm_mha xqa": "sglang.srt.layers.attention.trtllm_mha_backend.TRTLLMHAAttnBackend",
 }
 MODES = ("static", "compact")
 
@@ -72,23 +74,42 @@ def backend_class(name: str) -> Any:
     return getattr(importlib.import_module(module), kind)
 
 
-def takes_ragged(name: str) -> bool:
-    """``supports_ragged_verify_graph`` of a backend's class, read from its source."""
+def _members(name: str) -> list[ast.stmt]:
+    """What a backend's class has, read from its source: its module may need CUDA."""
     module, _, kind = BACKENDS[name].rpartition(".")
     spec = importlib.util.find_spec(module)
     assert spec is not None and spec.origin is not None
     for node in ast.walk(ast.parse(Path(spec.origin).read_text())):
         if isinstance(node, ast.ClassDef) and node.name == kind:
-            for line in node.body:
-                if (
-                    isinstance(line, ast.AnnAssign)
-                    and isinstance(line.target, ast.Name)
-                    and line.target.id == "supports_ragged_verify_graph"
-                ):
-                    assert line.value is not None
-                    return bool(ast.literal_eval(line.value))
-            return False  # the base class's
+            return node.body
     raise LookupError(f"{module} has no class {kind}")
+
+
+def takes_ragged(name: str) -> bool:
+    """``supports_ragged_verify_graph`` of a backend's class."""
+    for line in _members(name):
+        if (
+            isinstance(line, ast.AnnAssign)
+            and isinstance(line.target, ast.Name)
+            and line.target.id == "supports_ragged_verify_graph"
+        ):
+            assert line.value is not None
+            return bool(ast.literal_eval(line.value))
+    return False  # the base class's
+
+
+def assert_ragged(name: str) -> None:
+    """``_assert_ragged_verify_supported`` of a backend's class that has it, as SGLang wrote it.
+
+    Raises:
+        NotImplementedError: what the backend raises.
+    """
+    wanted = "_assert_ragged_verify_supported"
+    for line in _members(name):
+        if isinstance(line, ast.FunctionDef) and line.name == wanted:
+            made: dict[str, Any] = {}
+            exec(compile(ast.Module([line], []), name, "exec"), made)
+            made[wanted](SimpleNamespace(is_xqa_impl=name.endswith("xqa")))
 
 
 class Recording:
@@ -109,6 +130,8 @@ class Recording:
         if self.name == "flashinfer" and layout is not None:
             # Raises before it reads anything of itself.
             self.kind.init_forward_metadata_out_graph(self, batch, in_capture)
+        elif layout is not None:
+            assert_ragged(self.name)
         if self.name == "triton":
             self.rows = self._triton_rows(batch)
         elif layout is not None:
@@ -336,14 +359,16 @@ def same_exchanges(ranks: Sequence[Sequence[str]]) -> list[Fault]:
     ]
 
 
-def draft_exchanges(*, placement: str, embed_in_graph: bool, ranks: int = 2) -> list[list[str]]:
+def draft_exchanges(*, placement: str, ours: bool, ranks: int = 2) -> list[list[str]]:
     """What each rank exchanges while the draft's graphs are captured.
 
     Args:
         placement: of the draft: with ``single`` rank 0 alone captures it.
-        embed_in_graph: whether the draft model embeds in its forward, as SGLang's does while it has
-            ``forward_embed``, through the target's sharded embedding.
+        ours: whether it embeds as our worker has it; else in its forward, through the target's sharded embedding, as
+            SGLang's does while it has ``forward_embed``.
     """
+    from dspark_sglang.serving.draft_model import DraftModel
+
     found = []
     for rank in range(ranks):
         group = Exchanges()
@@ -351,16 +376,16 @@ def draft_exchanges(*, placement: str, embed_in_graph: bool, ranks: int = 2) -> 
         class Draft:
             """The draft's forward, with the target's sharded embedding."""
 
-            if embed_in_graph:
-
-                def forward_embed(self, ids: torch.Tensor) -> torch.Tensor:
-                    return group.all_reduce(ids)  # noqa: B023
+            def forward_embed(self, ids: torch.Tensor) -> torch.Tensor:
+                return group.all_reduce(ids)  # noqa: B023
 
         model = Draft()
+        if ours:
+            DraftModel.embed_with(SimpleNamespace(module=model), torch.nn.Identity())  # type: ignore[arg-type]
 
         def forward(input_ids: Any, positions: Any, batch: Any, input_embeds: Any = None) -> Any:
             if input_embeds is None:
-                model.forward_embed(input_ids)  # type: ignore[attr-defined]  # noqa: B023
+                model.forward_embed(input_ids)  # noqa: B023
             return SimpleNamespace(next_token_logits=None, hidden_states=None)
 
         if placement != "single" or rank == 0:
@@ -373,10 +398,11 @@ def draft_exchanges(*, placement: str, embed_in_graph: bool, ranks: int = 2) -> 
     return found
 
 
-def matrix() -> dict[str, list[str]]:
-    """Faults of every attention backend and mode."""
-    return {
-        f"{name} {mode}": [fault.kind for fault in check(name, mode)]
-        for name in BACKENDS
-        for mode in MODES
-    }
+def chosen(name: str) -> str:
+    """The mode that our servers are started in with a backend."""
+    from dspark_sglang.serving import verify_mode
+
+    backend, _, kernel = name.partition(" ")
+    return verify_mode.choose(
+        None, verify_mode.why_whole(verify_mode.Server(backend=backend, xqa=bool(kernel)))
+    )

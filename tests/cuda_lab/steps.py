@@ -130,7 +130,7 @@ class Step(NamedTuple):
 
 def measure(world: World, kind: Kind, requests: int, *, drafts: bool = True) -> tuple[Step, Step]:
     """A step of a standing batch, and the first one after its requests have changed."""
-    if world.ours:
+    if world.ours and world.worker.scheduler.adaptive:
         world.worker.commands.prepare("dspark_speculation", 1.0 if drafts else 0.0)()
     standing = batch(world, kind, requests)
     for _ in range(WARM):

@@ -13,7 +13,7 @@ from tests.cuda_lab import capture
 
 pytestmark = pytest.mark.costly  # attention backends are imported
 
-#: What SGLang 0.5.23 does; compact is what our plugin asks for.
+#: What SGLang 0.5.23 does.
 KNOWN = {
     "fa3 static": [],
     "fa3 compact": [],
@@ -23,28 +23,43 @@ KNOWN = {
     "triton compact": ["rows", "never"],
     "trtllm_mha static": [],
     "trtllm_mha compact": [],
+    "trtllm_mha xqa static": [],
+    "trtllm_mha xqa compact": ["refused"],
 }
 
 
 @pytest.mark.parametrize("name", [name for name in KNOWN if KNOWN[name]])
 def test_a_planted_mode_is_found_wanting(name: str) -> None:
     """A1 and A2: the modes that a server may not be started in."""
-    backend, mode = name.split()
-    assert list(dict.fromkeys(f.kind for f in capture.check(backend, mode))) == KNOWN[name]
+    backend, mode = name.rsplit(maxsplit=1)
+    found = capture.check(backend, mode)
+    assert list(dict.fromkeys(fault.kind for fault in found)) == KNOWN[name]
 
 
 @pytest.mark.parametrize("name", [name for name in KNOWN if not KNOWN[name]])
 def test_a_sound_mode_captures(name: str) -> None:
-    assert capture.check(*name.split()) == []
+    assert capture.check(*name.rsplit(maxsplit=1)) == []
+
+
+@pytest.mark.parametrize("name", capture.BACKENDS)
+def test_the_mode_that_is_chosen_captures(name: str) -> None:
+    """A1 and A2: blocks of any length where they can be, and whole ones elsewhere."""
+    mode = capture.chosen(name)
+    assert capture.check(name, mode) == []
+    assert mode == "compact" or capture.check(name, "compact")
 
 
 def test_planted_ranks_that_embed_apart_are_found() -> None:
-    """A5: ``SGLANG_DSPARK_EMBED_IN_GRAPH=0`` does not keep the embedding out while there is ``forward_embed``."""
-    apart = capture.draft_exchanges(placement="single", embed_in_graph=True)
+    """A5: SGLang captures the embedding of every draft that has ``forward_embed``."""
+    apart = capture.draft_exchanges(placement="single", ours=False)
     assert capture.same_exchanges(apart)
-    for placement, inside in (("replicate", True), ("single", False)):
-        given = capture.draft_exchanges(placement=placement, embed_in_graph=inside)
-        assert not capture.same_exchanges(given)
+    together = capture.draft_exchanges(placement="replicate", ours=False)
+    assert any(together) and not capture.same_exchanges(together)
+
+
+@pytest.mark.parametrize("placement", ["single", "replicate", "shard"])
+def test_no_draft_graph_holds_an_exchange_of_the_embedding(placement: str) -> None:
+    assert not any(capture.draft_exchanges(placement=placement, ours=True))
 
 
 def test_planted_differences_of_order_are_found() -> None:

@@ -17,6 +17,8 @@ import torch
 from tests.cuda_lab import record
 from tests.cuda_lab.fake_device import FakeDevice
 from tests.cuda_lab.fake_torch import CUDA
+from tests.cuda_lab.steps import measure
+from tests.cuda_lab.world import World
 
 #: Cases that are measured in every test run; ``make cuda-lab`` measures all of them.
 FAST: tuple[record.Case, ...] = (
@@ -200,6 +202,17 @@ def test_no_step_asks_more_than_the_ledger_says(
 def test_nothing_waits_where_sglang_writes_the_draft_kv() -> None:
     """A11: a quantised drafter, scaled RoPE, an fp8 pool."""
     assert record.waits_without_the_kv_kernel() == 0
+
+
+@pytest.mark.costly
+@pytest.mark.parametrize("kind", ["greedy", "filtered", "penalised"])
+def test_whole_blocks_run_and_wait_for_nothing(kind: Any) -> None:
+    """A1 to A3: where SGLang verifies no others."""
+    with World(FakeDevice(), ours=True, mode="static", attention="flashinfer") as world:
+        assert world.worker.scheduler.name == "all"
+        steady, first = measure(world, kind, 8)
+        assert world.worker.telemetry.ran["rows:strided"] == 0
+    assert steady.waits == first.waits == steady.pageable == 0
 
 
 @pytest.mark.costly

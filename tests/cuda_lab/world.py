@@ -277,14 +277,15 @@ class World:
         ours: our worker; else SGLang's own.
         ranks: tensor-parallel ranks.
         settings: of this package, by field.
+        mode: in which SGLang verifies; None: each worker's own.
     """
 
     def __init__(
         self, device: FakeDevice, *, ours: bool, ranks: int = 1, overlap: bool = True,
-        settings: dict[str, str] | None = None, attention: str = "fa3",
+        settings: dict[str, str] | None = None, attention: str = "fa3", mode: str | None = None,
     ) -> None:  # fmt: skip
         self.device, self.ours, self.ranks, self.overlap = device, ours, ranks, overlap
-        self.mode = "compact" if ours else "static"
+        self.mode = mode or ("compact" if ours else "static")
         self.group = Group(device, ranks)
         self._stack = contextlib.ExitStack()
         self._settings = {"DSPARK_COST": "online"} | (settings or {})
@@ -307,15 +308,7 @@ class World:
     # -- SGLang's process ------------------------------------------------------------------------
 
     def _environment(self) -> dict[str, str]:
-        given = {"SGLANG_RAGGED_VERIFY_MODE": self.mode}
-        if self.ours:
-            from dspark_sglang.serving import arguments
-
-            given["SGLANG_DSPARK_EMBED_IN_GRAPH"] = os.environ.get(
-                "SGLANG_DSPARK_EMBED_IN_GRAPH", "1"
-            )
-            assert arguments
-        return given | self._settings
+        return {"SGLANG_RAGGED_VERIFY_MODE": self.mode} | self._settings
 
     def _publish(self, enter: Callable[[Any], Any]) -> None:
         from sglang.srt.runtime_context import get_context, get_parallel
@@ -349,7 +342,7 @@ class World:
 
         device = self.device
         self._make_outputs()
-        self.draft = draft_module(device, self.ranks, confidence=self.mode == "compact")
+        self.draft = draft_module(device, self.ranks, confidence=self.ours)
         self.translator = Translator(device)
         config = SimpleNamespace(
             hf_text_config=SimpleNamespace(model_type="qwen3"),

@@ -13,7 +13,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from dspark_sglang.checkpoint import read_config
 from dspark_sglang.errors import CheckpointError, ConfigError
-from dspark_sglang.layouts.dense.config import DrafterSpec, check_served, parse_drafter_config
+from dspark_sglang.layouts.dense.config import DrafterSpec, parse_drafter_config
+from dspark_sglang.layouts.dense.layout import DENSE
 from dspark_sglang.layouts.dense.read import read_drafter, read_existing
 from dspark_sglang.layouts.dense.reference import DenseDrafter
 from dspark_sglang.layouts.dense.tensors import check_tensors, dense_tensors
@@ -247,7 +248,7 @@ def test_a_gemma4_target_with_dense_layers() -> None:
     config = parse_drafter_config(drafter_config(DrafterSpec(), gemma4_config(), TOKENIZER))
     assert (config.num_heads, config.num_kv_heads, config.head_dim) == (4, 2, 8)
     assert not config.gemma4 and config.rope_theta == 1e6
-    check_served(config)
+    DENSE.check_served(drafter_config(DrafterSpec(), gemma4_config(), TOKENIZER))
 
 
 @pytest.mark.parametrize(
@@ -277,16 +278,49 @@ def test_what_could_not_be_exported_is_not_trained(other: dict[str, Any]) -> Non
 def test_serving_refuses_what_sglang_has_no_class_for() -> None:
     raw, _ = make(DrafterSpec(layout="gemma4"), gemma4_config())
     with pytest.raises(CheckpointError) as caught:
-        check_served(parse_drafter_config(raw))
+        DENSE.check_served(raw)
     assert "Gemma4DSparkModel" in caught.value.found and "qwen3" in caught.value.fix
     raw, _ = make(DrafterSpec())
     with pytest.raises(CheckpointError, match="embedding"):
-        check_served(parse_drafter_config(raw | {"target_layer_ids": [-1, 2]}))
-    last = parse_drafter_config(raw | {"target_layer_ids": [1, 3]})
-    check_served(last, {"num_hidden_layers": 5})
+        DENSE.check_served(raw | {"target_layer_ids": [-1, 2]})
+    last = raw | {"target_layer_ids": [1, 3]}
+    DENSE.check_served(last, {"num_hidden_layers": 5})
     with pytest.raises(CheckpointError, match="last") as caught:
-        check_served(last, {"text_config": {"num_hidden_layers": 4}})
+        DENSE.check_served(last, {"text_config": {"num_hidden_layers": 4}})
     assert "layers up to 2" in caught.value.expected
+
+
+@pytest.mark.parametrize(
+    ("fields", "found"),
+    [
+        ({"architectures": ["DSparkMiniMaxDraftModel"]}, "DSparkMiniMaxDraftModel"),
+        ({"enable_confidence_head": False}, "no confidence head"),
+        (
+            {
+                "has_embed_tokens": True,
+                "quantization_config": {"quant_algo": "W4A16_NVFP4"},
+            },
+            "Nemotron 3.5",
+        ),
+    ],
+)
+def test_what_only_the_builtin_serves_is_refused_before_weights(
+    fields: dict[str, Any], found: str
+) -> None:
+    raw, _ = make(DrafterSpec())
+    for name in ("Qwen3DSparkModel", "LingDSparkModel", "DSparkDraftModel"):
+        DENSE.check_served(raw | {"architectures": [name]})
+    with pytest.raises(CheckpointError, match=found) as caught:
+        DENSE.check_served(raw | fields)
+    assert "DSPARK_PLUGIN=off" in caught.value.fix
+
+
+def test_every_reason_against_serving_at_once() -> None:
+    raw, _ = make(DrafterSpec())
+    wrong = {"architectures": ["Other"], "enable_confidence_head": False, "target_layer_ids": [-1]}
+    assert len(DENSE.unserved(raw | wrong)) == 3
+    with pytest.raises(CheckpointError, match=r"Other.*no confidence head.*\[-1\]"):
+        DENSE.check_served(raw | wrong)
 
 
 # --- round trips ----------------------------------------------------------------------------------

@@ -386,14 +386,12 @@ GEMMA3 = LLAMA | {"architectures": ["Gemma3ForCausalLM"]}
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "dp-lm-head": ("v4", "small", {"attention_dp": 2, "tp": 2}),
     "dp-a2a": ("v4", "small", {"attention_dp": 2, "tp": 2, "moe_a2a": "deepep"}),
-    "dp-a2a-static": ("llama", "small", {"attention_dp": 2, "tp": 2, "moe_a2a": "megamoe"}),
     "dp-divides": ("v4", "small", {"attention_dp": 3, "tp": 4}),
     "ep-divides": ("v4", "small", {"ep": 3, "tp": 4}),
     "a2a-ep": ("v4", "small", {"moe_a2a": "megamoe", "tp": 2}),
     "pd-plugin": ("llama", "small", {"pd": "decode", "tp": 1}),
     "eplb-needs-ep": ("v4", "small", {"eplb": True}),
     "eplb-copies": ("v4", "small", {"eplb": True, "ep": 2, "tp": 2}),
-    "lora": ("llama", "small", {"lora": True, "tp": 1}),
     "v4-page": ("v4", "small", {"page_size": 64}),
     "v4-backend": ("v4", "small", {"attention_backend": "fa3"}),
     "v4-groups": ("v4", "wide", {"tp": 16}),
@@ -403,7 +401,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "shared-experts-whole": ("v4", "wide", {"tp": 32, "attention_dp": 4}),
     "v4-plain": ("v4plain", "small", {}),
     "v4-plugin": ("v4", "small", {}),
-    "ragged-backend": ("llama", "small", {"attention_backend": "flashinfer", "tp": 1}),
+    "whole-blocks": ("llama", "small", {"attention_backend": "flashinfer", "tp": 1}),
     "capture": ("gemma3", "small", {"tp": 1}),
     "gemma4-backend": ("gemma4", "small", {"tp": 1}),
     "gemma4-cpu": ("gemma4", "cpu", {}),
@@ -459,17 +457,25 @@ def test_nothing_is_refused_without_a_reason(llama: Path, drafter: Path) -> None
     assert made.fits and [f.rule for f in made.findings if f.verdict != "note"] == []
 
 
-def test_the_builtin_verifies_whole_blocks_and_so_takes_more(
-    bundle: Path, llama: Path, drafter: Path
-) -> None:
-    assert make(bundle, lora=True, builtin=True).fits
-    assert [f.rule for f in make(bundle, lora=True).refused] == ["lora"]
-    to_all = make(bundle, tp=2, attention_dp=2, moe_a2a="megamoe", builtin=True)
-    assert not to_all.refused and to_all.ep == 2
+def test_whole_blocks_where_sglang_has_no_others(bundle: Path, llama: Path, drafter: Path) -> None:
+    def noted(made: plan.Plan) -> list[str]:
+        assert made.fits and not made.refused
+        return [finding.rule for finding in made.findings if finding.rule == "whole-blocks"]
+
+    def dense(**options: Any) -> plan.Plan:
+        return make(llama, drafter=drafter, tp=1, **options)
+
+    assert noted(make(bundle, lora=True)) == noted(dense(lora=True)) == ["whole-blocks"]
+    assert noted(make(bundle, lora=True, builtin=True)) == []
+    assert noted(dense(attention_backend="fa3")) == noted(dense()) == []
+    assert noted(dense(attention_backend="triton")) == ["whole-blocks"]
+    assert noted(dense(attention_backend="trtllm_mha")) == [
+        "whole-blocks"
+    ]  # Hopper's is another kernel
+    to_all = make(bundle, tp=2, attention_dp=2, moe_a2a="megamoe")
+    assert noted(to_all) == ["whole-blocks"] and to_all.ep == 2
     one = make(bundle, tp=1).weights_by_part["shared_experts"]
     assert to_all.weights_by_part["shared_experts"] == one
-    assert make(llama, drafter=drafter, tp=1, lora=True, builtin=True).fits
-    assert not make(llama, drafter=drafter, tp=1, lora=True).fits
 
 
 def test_commands_on_two_nodes_name_the_first() -> None:
@@ -506,7 +512,7 @@ def test_exit_codes(llama: Path, drafter: Path) -> None:
     common = (str(llama), "--drafter", str(drafter), "--hardware", "h100x1")
     assert run(*common).exit_code == 0
     assert run(*common, "--max-total-tokens", "4").exit_code == 1
-    assert run(*common, "--lora").exit_code == 2
+    assert run(*common, "--pd", "decode").exit_code == 2
     assert isinstance(run(str(llama), "--hardware", "nonsense").exception, ConfigError)
     assert isinstance(run(str(llama)).exception, ConfigError)
 

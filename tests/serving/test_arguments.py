@@ -10,12 +10,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 
 from dspark_sglang.checkpoint import read_header
 from dspark_sglang.errors import CheckpointError, ConfigError
 from dspark_sglang.layouts.v4 import tiny
 from dspark_sglang.serving import arguments
+from dspark_sglang.serving.verify_mode import Server, choose, why_whole
 from tests.layouts.drafter_samples import FLAT, SHAPES, TARGET, actionable, write
 
 MODE = "SGLANG_RAGGED_VERIFY_MODE"
@@ -113,20 +115,76 @@ def test_a_damaged_drafter(tmp_path: Path, drafter: Path) -> None:
 # --- mode --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("chosen", [None, "compact"])
-def test_compact_mode_is_set(monkeypatch: pytest.MonkeyPatch, chosen: str | None) -> None:
-    monkeypatch.setenv(MODE, "restored afterwards")
-    monkeypatch.delenv(MODE) if chosen is None else monkeypatch.setenv(MODE, chosen)
-    arguments._require_compact_mode()
-    assert os.environ[MODE] == "compact"
+FREE = Server(backend="fa3")
+WHOLE: dict[str, dict[str, Any]] = {
+    "the attention backend flashinfer": {"backend": "flashinfer"},
+    "the attention backend triton": {"backend": "triton", "latent": True},
+    "the attention backend trtllm_mha": {"backend": "trtllm_mha", "xqa": True},
+    "the target's recurrent layers": {"recurrent": True},
+    "--enable-lora": {"lora": True},
+    "--enable-two-batch-overlap": {"two_batch_overlap": True},
+    "--disable-cuda-graph-padding": {"padded": False},
+    "context parallelism": {"attention_cp": 2},
+    "attention data parallelism with a drafter of its own": {"attention_dp": 2},
+    "attention data parallelism with --moe-a2a-backend megamoe": {
+        "attention_dp": 2, "moe_a2a": "megamoe", "bundled": True,
+    },
+    "prefills coordinated over attention data parallelism": {
+        "attention_dp": 2, "coordinated": True, "bundled": True,
+    },
+}  # fmt: skip
 
 
-def test_another_mode_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(MODE, "static")
+@pytest.mark.parametrize("reason", WHOLE)
+def test_whole_blocks_where_sglang_verifies_no_others(reason: str) -> None:
+    whole = why_whole(msgspec.structs.replace(FREE, **WHOLE[reason]))
+    assert whole == [reason]
+    assert choose(None, whole) == choose("static", whole) == "static"
     with pytest.raises(ConfigError) as caught:
-        arguments._require_compact_mode()
-    actionable(caught.value, found=f"{MODE} is 'static'", expected="compact or unset")
+        choose("compact", whole)
+    actionable(caught.value, found=reason, expected="static or unset")
+    assert MODE in caught.value.fix and "--attention-backend fa3" in caught.value.fix
+
+
+@pytest.mark.parametrize(
+    "server",
+    [
+        FREE,
+        Server(backend="fa4"),
+        Server(backend="trtllm_mha"),
+        Server(backend="flashinfer", latent=True),
+        Server(backend="dsv4", attention_dp=8, bundled=True),
+        Server(backend="fa3", moe_a2a="deepep"),
+    ],
+)
+def test_blocks_of_any_length_where_it_can(server: Server) -> None:
+    assert choose(None, why_whole(server)) == choose("compact", why_whole(server)) == "compact"
+    assert choose("static", why_whole(server)) == "static"
+
+
+def test_every_reason_at_once() -> None:
+    assert why_whole(Server(backend="triton", lora=True)) == [
+        "the attention backend triton",
+        "--enable-lora",
+    ]
+
+
+def test_a_mode_that_there_is_not() -> None:
+    with pytest.raises(ConfigError) as caught:
+        choose("cap-accept", [])
+    actionable(caught.value, found=f"{MODE} is 'cap-accept'", expected="compact, static or unset")
     assert "DSPARK_PLUGIN=off" in caught.value.fix
+
+
+@pytest.mark.parametrize(("asked", "mode"), [(None, "compact"), ("static", "static")])
+def test_the_mode_is_set_for_every_process(
+    asked: str | None, mode: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv(MODE, "restored afterwards")
+    monkeypatch.delenv(MODE) if asked is None else monkeypatch.setenv(MODE, asked)
+    given: Any = view(tmp_path, None)
+    arguments._choose_mode(given, given)
+    assert os.environ[MODE] == mode
 
 
 def test_a_refusal_is_one_line_and_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:

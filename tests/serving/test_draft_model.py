@@ -54,6 +54,16 @@ def test_dense() -> None:
     assert torch.equal(found.head_input(states), states / 2)
 
 
+def test_another_embedding_stays_out_of_the_graph() -> None:
+    model, embedding = dense(), torch.nn.Identity()
+    assert hasattr(model, "forward_embed")
+    found = draft_model(model)
+    found.embed_with(embedding)
+    # SGLang asks whether the model has it before it captures.
+    assert not hasattr(model, "forward_embed") and model.embed_tokens is embedding
+    assert isinstance(model, DSparkDraftMixin) and found.reads_target_head
+
+
 def test_rows_that_nothing_reads_go_to_the_dummy_slot() -> None:
     written: dict[str, Any] = {}
     injector: Any = SimpleNamespace(inject_target_hidden=written.update)

@@ -12,10 +12,13 @@ from typing import Any, Literal
 import msgspec
 
 from dspark_sglang.errors import CheckpointError
-from dspark_sglang.layouts.base import DrafterConfig, text_config
+from dspark_sglang.layouts.base import DrafterConfig, Obstacle, text_config
 
 MARKOV_HEADS = ("vanilla", "gated", "rnn")
 GEMMA4 = "Gemma4DSparkModel"
+#: Architectures that SGLang has and this plugin reads.
+SERVED = ("Qwen3DSparkModel", "LingDSparkModel", "DSparkDraftModel")
+_BUILTIN = "Serve it with SGLang's builtin: DSPARK_PLUGIN=off."
 MarkovKind = Literal["vanilla", "gated", "rnn", "none"]
 
 
@@ -171,34 +174,59 @@ def attention_shape(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def check_served(config: DenseConfig, target: Mapping[str, Any] | None = None) -> None:
-    """Check that SGLang 0.5.23 can run a stand-alone drafter of this kind at all.
+def is_nemotron(config: Mapping[str, Any]) -> bool:
+    """Whether a drafter is Nemotron 3.5's, whose Markov head is quantised, as SGLang recognises it by its fields."""
+    quantised = config.get("quantization_config")
+    return (
+        isinstance(quantised, Mapping)
+        and quantised.get("quant_algo") == "W4A16_NVFP4"
+        and bool(config.get("has_embed_tokens"))
+        and not config.get("has_lm_head")
+    )
+
+
+def unserved(config: Mapping[str, Any], target: Mapping[str, Any] | None = None) -> list[Obstacle]:
+    """Every reason why SGLang 0.5.23 or this plugin cannot serve a stand-alone drafter.
+
+    The target's last layer is never captured: the first request would end the server.
 
     Args:
-        config: the drafter.
-        target: the target's ``config.json``, where it is known.
+        config: the drafter's ``config.json``.
+        target: the target's, where it is known.
 
     Raises:
-        CheckpointError: Gemma 4 layers, for which it has no class, the target's embedding among
-            the layers read, which its loader refuses, or the target's last layer, whose output it
-            never captures (the first request would end the server).
+        CheckpointError: ``config`` is no DSpark drafter's.
     """
+    found = []
+    architectures = list(config.get("architectures") or ())
+    if architectures and not set(architectures) & set(SERVED):
+        builtin = "DSparkMiniMaxDraftModel" in architectures
+        found.append(
+            Obstacle(
+                f"The drafter is a {' or '.join(architectures)}.",
+                f"an architecture that this plugin serves ({', '.join(SERVED)})",
+                _BUILTIN
+                if builtin
+                else "Train one for this target with drafter.layout qwen3, or serve this one with vLLM.",
+            )
+        )
+    if is_nemotron(config):
+        found.append(
+            Obstacle(
+                "The drafter's Markov head is quantised (Nemotron 3.5).", "plain floats", _BUILTIN
+            )
+        )
+    if not config.get("enable_confidence_head", True):
+        found.append(
+            Obstacle("The drafter has no confidence head.", "one: it says what to verify", _BUILTIN)
+        )
+    read = parse_drafter_config(config).target_layer_ids
     layers = None if target is None else text_config(target).get("num_hidden_layers")
-    if layers is not None and max(config.target_layer_ids) == int(layers) - 1:
-        raise CheckpointError(
-            f"The drafter reads target layers {list(config.target_layer_ids)}.",
-            expected=f"layers up to {int(layers) - 2}: SGLang does not capture the last one",
-            fix="Train one with other drafter.target_layer_ids.",
-        )
-    if min(config.target_layer_ids) < 0:
-        raise CheckpointError(
-            f"The drafter reads target layers {list(config.target_layer_ids)}.",
-            expected="outputs of decoder layers (0 and up): SGLang cannot capture the embedding",
-            fix="Train one with other drafter.target_layer_ids.",
-        )
-    if config.gemma4:
-        raise CheckpointError(
-            f"The drafter is a {GEMMA4}.",
-            expected="an architecture that SGLang has (Qwen3DSparkModel, DSparkDraftModel, ...)",
-            fix="Train one for this target with drafter.layout qwen3, or serve this one with vLLM.",
-        )
+    other = "Train one with other drafter.target_layer_ids."
+    if layers is not None and max(read) == int(layers) - 1:
+        most = f"layers up to {int(layers) - 2}: SGLang does not capture the last one"
+        found.append(Obstacle(f"The drafter reads target layers {list(read)}.", most, other))
+    if min(read) < 0:
+        least = "outputs of decoder layers (0 and up): SGLang cannot capture the embedding"
+        found.append(Obstacle(f"The drafter reads target layers {list(read)}.", least, other))
+    return found

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from dspark_sglang.checkpoint import Tensor
-from dspark_sglang.layouts.base import Config, Layout
+from dspark_sglang.layouts.base import Config, Layout, Obstacle
 from dspark_sglang.layouts.dense import config as configs
 from dspark_sglang.layouts.dense.config import DenseConfig
 from dspark_sglang.layouts.dense.tensors import check_headers, check_tensors
@@ -36,8 +36,8 @@ class Dense(Layout):
     def check_stored(self, stored: Mapping[str, Tensor], config: Config, where: str) -> None:
         check_headers(stored, self.read(config), where=where, strict=True)
 
-    def check_served(self, config: Config, target: Config | None = None) -> None:
-        configs.check_served(self.read(config), target)
+    def unserved(self, config: Config, target: Config | None = None) -> list[Obstacle]:
+        return configs.unserved(config, target)
 
 
 DENSE = Dense()

@@ -85,9 +85,6 @@ class DeepSeekV4(Layout):
     def check_stored(self, stored: Mapping[str, Tensor], config: Config, where: str) -> None:
         _compare(stored, v4_tensors(V4Shape.from_config(config)), config, where)
 
-    def check_served(self, config: Config, target: Config | None = None) -> None:
-        """What :meth:`check` takes is served."""
-
     def obstacle(self, target: Config) -> str | None:
         width = target.get("head_dim")
         if width == _HEAD:

@@ -1,0 +1,85 @@
+"""Where SGLang verifies whole blocks only, on the real server: the target's own text, drafting or not."""
+
+from __future__ import annotations
+
+import concurrent.futures
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import pytest
+
+from benchmarks.placement import PROMPTS
+from dspark_sglang.server import Server
+from tests.serving.tiny import Models, ran, require_the_distribution, start, tokens
+
+pytestmark = pytest.mark.server
+STATIC = {"SGLANG_RAGGED_VERIFY_MODE": "static"}
+
+
+class Servers(NamedTuple):
+    """Without speculation; deciding whether to draft; drafting and verifying always."""
+
+    plain: Server
+    adaptive: Server
+    all: Server
+
+
+@pytest.fixture(scope="module")
+def servers(tmp_path_factory: pytest.TempPathFactory, models: Models) -> Iterator[Servers]:
+    folder = tmp_path_factory.mktemp("whole")
+    started = [
+        start(folder, "plain", (models[0], None), 1),
+        start(folder, "adaptive", models, 1, **STATIC),
+        start(folder, "all", models, 1, **STATIC, DSPARK_SCHEDULE="all"),
+    ]
+    try:
+        for server in started:
+            server.wait_ready()
+        yield Servers(*started)
+    finally:
+        for server in started:
+            server.stop()
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [{}, {"frequency_penalty": 0.6}, {"logit_bias": {"40": 3.0, "150": -100.0}}],
+    ids=["greedy", "penalties", "bias"],
+)
+@pytest.mark.parametrize("drafting", [1, 0, -1], ids=["on", "off", "auto"])
+def test_the_targets_own_text(servers: Servers, drafting: int, sampling: dict[str, Any]) -> None:
+    servers.adaptive.update(dspark_speculation=drafting)
+    wanted = [tokens(servers.plain, prompt, **sampling) for prompt in PROMPTS]
+    for server in servers[1:]:
+        with concurrent.futures.ThreadPoolExecutor(len(PROMPTS)) as pool:
+            found = list(pool.map(lambda p, s=server: tokens(s, p, **sampling), PROMPTS))
+        assert found == wanted
+
+
+def test_a_step_drafts_and_verifies_everything_or_decodes(servers: Servers) -> None:
+    def spent(drafting: int) -> dict[str, int]:
+        servers.adaptive.update(dspark_speculation=drafting)
+        before = ran(servers.adaptive)
+        tokens(servers.adaptive, PROMPTS[0])
+        return {name: n - before.get(name, 0) for name, n in ran(servers.adaptive).items()}
+
+    drafted, plain = spent(1), spent(0)
+    assert drafted["schedule:early-stop"] > 0 and drafted.get("step:decode", 0) == 0
+    assert plain["step:decode"] > 0 and plain.get("schedule:early-stop", 0) == 0
+    record = servers.all.dspark()
+    assert record is not None and record["schedule"] == "all"
+
+
+def test_a_part_of_the_blocks_may_count(servers: Servers) -> None:
+    servers.adaptive.update(dspark_speculation=1, dspark_budget=0.4)
+    try:
+        for prompt in PROMPTS:
+            assert tokens(servers.adaptive, prompt) == tokens(servers.plain, prompt)
+    finally:
+        servers.adaptive.update(dspark_budget=-1)
+
+
+def test_samples_follow_plain_decodings_law(servers: Servers, models: Models) -> None:
+    servers.adaptive.update(dspark_speculation=1)
+    for server in servers[1:]:
+        require_the_distribution(server, models[0], "temperature,all_filters,frequency_penalty")

@@ -127,8 +127,10 @@ def _platform() -> list[Finding]:
     if entry.accelerator_present():
         import torch
 
-        name = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "an accelerator"
-        return [Finding("ok", f"device: {name}")]
+        if not torch.cuda.is_available():
+            return [Finding("ok", "device: an accelerator")]
+        name, (major, _) = torch.cuda.get_device_name(0), torch.cuda.get_device_capability(0)
+        return [Finding("ok", f"device: {name}"), judge_attention(major)]
     if entry.activate_platform() is not None:
         return [Finding("ok", "device: no accelerator found, the CPU platform will be used")]
     return [
@@ -138,6 +140,18 @@ def _platform() -> list[Finding]:
             "Unset it to use the CPU platform of this package.",
         )
     ]
+
+
+def judge_attention(major: int) -> Finding:
+    """What SGLang's attention verifies by default on a GPU of compute capability ``major``, for multi-head targets."""
+    known = {9: "fa3", 10: "trtllm_mha"}
+    if major in known:
+        return Finding("ok", f"attention: {known[major]}, any part of a block can be verified")
+    return Finding(
+        "warning",
+        "attention: flashinfer by default, with which only whole blocks are verified",
+        "Pass --attention-backend fa3, which can verify parts." if major == 8 else "",
+    )
 
 
 def _contract() -> list[Finding]:

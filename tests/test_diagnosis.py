@@ -79,3 +79,13 @@ def test_everything_is_looked_at_here(monkeypatch: pytest.MonkeyPatch, tmp_path:
     said = " ".join(finding.what for finding in diagnosis.look(29_999))
     assert all(word in said for word in ("driver", "shared memory", str(tmp_path), "29999"))
     assert "port " not in " ".join(f.what for f in diagnosis.look(None)).lower()
+
+
+def test_attention_that_verifies_whole_blocks_is_said() -> None:
+    assert [diagnosis.judge_attention(major).level for major in (9, 10, 8, 12)] == [
+        "ok",
+        "ok",
+        "warning",
+        "warning",
+    ]
+    assert "fa3" in diagnosis.judge_attention(8).fix and not diagnosis.judge_attention(12).fix

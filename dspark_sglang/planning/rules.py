@@ -171,7 +171,8 @@ RULES = (
          "tiny bundle.",
          "dspark_sglang/serving/draft_model.py", None, "class V4DraftModel"),
     Rule("whole-blocks", "note", lambda case: bool(_whole(case)),
-         "SGLang verifies whole blocks here (SGLANG_RAGGED_VERIFY_MODE=static): every step drafts, and verifies all of it. "
+         "SGLang verifies whole blocks here (SGLANG_RAGGED_VERIFY_MODE=static): a step drafts and verifies all of it, or, on one "
+         "rank without LoRA, decodes. "
          "Steps that verify what pays need --attention-backend fa3, fa4 or, on Blackwell, trtllm_mha, and no LoRA, nor "
          "attention data parallelism with a drafter of its own or an expert all-to-all.",
          "srt/layers/attention/base_attn_backend.py", 65, "supports_ragged_verify_graph: bool = False"),

@@ -269,8 +269,9 @@ def _choose_mode(server_args: ServerArgs, view: ServerArgs) -> None:
     os.environ[verify_mode.VARIABLE] = mode
     if mode == verify_mode.WHOLE:
         logger.warning(
-            "dspark: blocks are verified whole: %s.",
+            "dspark: blocks are verified whole: %s. Parts can be verified with --attention-backend %s.",
             ", ".join(whole) or f"{verify_mode.VARIABLE} is {mode}",
+            verify_mode.ADVICE,
         )
 
 

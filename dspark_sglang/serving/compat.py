@@ -178,6 +178,13 @@ sglang.srt.speculative.ragged_verify.read_ragged_verify_mode()
 {_DSPARK}.dspark_planner.DSparkVerifyPlanner._schedule_verify_lens(req_pool_indices prefix_lens device confidence budget)
 {_DSPARK}.dspark_planner.DSparkVerifyPlanner.resolve_verify_token_budget(draft_input confidence prefix_lens req_pool_indices)
 {_DSPARK}.dspark_planner.DSparkVerifyPlanner.confidence_budget_prepare()
+{_DSPARK}.dspark_planner.DSparkVerifyPlanner.schedule_layout(req_pool_indices prefix_lens device confidence budget global_num_reqs dp_tier_num_tokens)
+{_DSPARK}.dspark_planner.DSparkVerifyPlanner.is_compact_mode
+sglang.srt.environ.envs.SGLANG_RAGGED_VERIFY_MODE
+sglang.srt.arg_groups.model_override_base.attention_backends_of(cfg)
+sglang.srt.arg_groups.model_override_base.model_config_of(server_args)
+sglang.srt.configs.hybrid_arch.mambaish_config(model_config)
+sglang.srt.runtime_context.get_platform
 {_DSPARK}.dspark_planner.ragged_capture_num_tokens(model_runner)
 sglang.srt.mem_cache.kv_loc_plan.KVLocPlan._cols(ids cols)
 sglang.srt.mem_cache.memory_pool.ReqToTokenPool.__init__

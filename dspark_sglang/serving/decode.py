@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
 class Decoder:
     """Runs a step as a server without speculation would: SGLang's decode forward and sampler.
 
-    A verification of anchors alone computes the same, and costs more. Where SGLang captures graphs
-    it captures verification only, so there that stays the way.
+    A verification of anchors alone computes the same, and costs more. SGLang captures graphs of verification only:
+    where one may hold anchors alone, that stays the way; where it holds whole blocks, a step decodes without a graph.
     """
 
     def __init__(self, worker: DSparkWorker, verifier: Verifier, rounds: Rounds) -> None:
@@ -44,7 +45,10 @@ class Decoder:
         worker, runner = self._worker, self._worker.model_runner
         return bool(
             self._rounds.scheduler.adaptive
-            and runner.decode_cuda_graph_runner is None
+            and (
+                runner.decode_cuda_graph_runner is None
+                or not worker._verify_planner.is_compact_mode
+            )
             and get_parallel().tp_size == 1
             and not get_parallel().attn_dp_enabled
             and not worker._need_mamba_verify_commit
@@ -59,6 +63,16 @@ class Decoder:
         way: SGLang keeps no state of penalties for speculative batches, and expects its rows.
         """
         return self._served and self._verifier.untouched(batch, batch.sampling_info)
+
+    @contextlib.contextmanager
+    def _without_graphs(self) -> Iterator[None]:
+        """SGLang would replay a graph of verification for a decode step of as many requests."""
+        runner = self._worker.model_runner
+        graphs, runner.decode_cuda_graph_runner = runner.decode_cuda_graph_runner, None
+        try:
+            yield
+        finally:
+            runner.decode_cuda_graph_runner = graphs
 
     def decode(
         self, batch: ScheduleBatch, on_publish: Callable[[torch.Tensor], None] | None
@@ -83,9 +97,10 @@ class Decoder:
         if batch.seq_lens_cpu is not None:  # under overlap, where attention needs none
             batch.seq_lens_cpu = batch.seq_lens_cpu + 1
         batch.seq_lens_sum = None
-        result = worker.target_worker.forward_batch_generation(
-            batch, capture_hidden_mode=CaptureHiddenMode.FULL, return_kv_loc_plan=True
-        )
+        with self._without_graphs():
+            result = worker.target_worker.forward_batch_generation(
+                batch, capture_hidden_mode=CaptureHiddenMode.FULL, return_kv_loc_plan=True
+            )
         output = result.logits_output
         if on_publish is not None:
             on_publish(lens)

@@ -88,19 +88,24 @@ def buckets(model_runner: ModelRunner, gamma: int) -> Callable[[int], npt.NDArra
     return of
 
 
-def must_verify_all(*, graphs: bool) -> str | None:
+def must_verify_all(*, recurrent: bool, adapters: bool) -> str | None:
     """Why every step has to draft, and to verify all of it; None where a step may do less.
 
     Args:
-        graphs: whether SGLang captures CUDA graphs of steps.
+        recurrent: whether the target has recurrent layers.
+        adapters: whether LoRA adapters are served.
     """
     parallel = get_parallel()
     if read_ragged_verify_mode() is RaggedVerifyMode.STATIC:
-        # What is left to decide is whether to draft. A step that does not is faster where it decodes.
-        if graphs:
-            return "whole blocks are verified here, and SGLang captures no graph of a decode step beside"
-        if parallel.tp_size > 1:
-            return "whole blocks are verified here, and several ranks do not decode beside"
+        # What is left to decide is whether to draft, and a step that does not is faster only where it decodes.
+        alone = {
+            "recurrent layers": recurrent,
+            "LoRA adapters": adapters,
+            "several ranks": parallel.tp_size > 1,
+        }
+        for what, holds in alone.items():
+            if holds:
+                return f"whole blocks are verified here, and with {what} no step decodes beside"
     if not get_schedule().disable_overlap_schedule and parallel.attn_dp_enabled:
         return "with attention data parallelism and overlap scheduling ranks would have to agree on every step"
     return None

@@ -10,6 +10,7 @@ VARIABLE = "SGLANG_RAGGED_VERIFY_MODE"
 RAGGED, WHOLE = "compact", "static"
 #: Attention backends that verify blocks of different lengths in CUDA graphs, by SGLang's names.
 RAGGED_BACKENDS = ("fa3", "fa4", "trtllm_mha", "dsv4")
+ADVICE = "fa3 (Ampere to Hopper), fa4 or trtllm_mha (B200)"
 #: The same of targets with latent attention (MLA), beside those.
 RAGGED_LATENT = ("flashinfer", "trtllm_mla")
 
@@ -80,6 +81,6 @@ def choose(asked: str | None, whole: list[str]) -> str:
         raise ConfigError(
             f"{VARIABLE} is {RAGGED}, and SGLang verifies only whole blocks with {' and '.join(whole)}.",
             expected=f"{WHOLE} or unset",
-            fix=f"Unset {VARIABLE}, or pass --attention-backend {' or '.join(RAGGED_BACKENDS[:3])} without the others.",
+            fix=f"Unset {VARIABLE}, or leave these out and pass --attention-backend {ADVICE}.",
         )
     return asked or (WHOLE if whole else RAGGED)

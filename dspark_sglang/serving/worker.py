@@ -112,8 +112,8 @@ class DSparkWorker(DSparkWorkerV2):
 
     def _strategy(self) -> type[Scheduler]:
         """How this server schedules: as it is set, as far as SGLang can run it."""
-        graphs = self._decode_graph_allowed and not str(self.device).startswith("cpu")
-        reason = must_verify_all(graphs=graphs)
+        adapters = self.model_runner.lora_manager is not None
+        reason = must_verify_all(recurrent=self._target_is_mambaish, adapters=adapters)
         if reason is not None:
             logger.warning("dspark: every drafted token is verified: %s.", reason)
         if reason is not None or self._settings.schedule == VerifyAll.name:

@@ -205,14 +205,24 @@ def test_nothing_waits_where_sglang_writes_the_draft_kv() -> None:
 
 
 @pytest.mark.costly
+@pytest.mark.parametrize("drafts", [True, False])
 @pytest.mark.parametrize("kind", ["greedy", "filtered", "penalised"])
-def test_whole_blocks_run_and_wait_for_nothing(kind: Any) -> None:
-    """A1 to A3: where SGLang verifies no others."""
+def test_whole_blocks_run_and_wait_for_nothing(kind: Any, drafts: bool) -> None:
+    """A1 to A3: where SGLang verifies no others; a step that does not draft decodes without a graph."""
     with World(FakeDevice(), ours=True, mode="static", attention="flashinfer") as world:
-        assert world.worker.scheduler.name == "all"
-        steady, first = measure(world, kind, 8)
-        assert world.worker.telemetry.ran["rows:strided"] == 0
+        steady, first = measure(world, kind, 8, drafts=drafts)
+        ran, graphs = world.worker.telemetry.ran, world.runner.decode_cuda_graph_runner
+        assert graphs is not None
+        assert (ran["step:decode"] > 0) == (not drafts and kind != "penalised")
     assert steady.waits == first.waits == steady.pageable == 0
+
+
+@pytest.mark.costly
+@pytest.mark.parametrize("ranks", [1, 8])
+def test_whole_blocks_over_ranks_are_verified_always(ranks: int) -> None:
+    with World(FakeDevice(), ours=True, mode="static", ranks=ranks) as world:
+        assert world.worker.scheduler.name == ("lagged" if ranks == 1 else "all")
+        assert measure(world, "greedy", 8)[0].waits == 0
 
 
 @pytest.mark.costly

@@ -370,7 +370,7 @@ class World:
             attn_backend=SimpleNamespace(
                 make_forward_metadata_from_raw_verify=None, needs_cpu_seq_lens=False
             ),
-            capture_tail_hooks=[], capture_head_hooks=[], dtype=torch.bfloat16,
+            capture_tail_hooks=[], capture_head_hooks=[], dtype=torch.bfloat16, lora_manager=None,
         )  # fmt: skip
         runner.decode_cuda_graph_runner = GraphRunner(
             device, runner, width=GAMMA + 1, ragged=self.mode == "compact"
@@ -464,12 +464,21 @@ class World:
 
     def _target_forward(self, batch: Any = None, *, forward_batch: Any = None, **given: Any) -> Any:
         rows = self._rows if forward_batch is not None else len(batch.seq_lens)
+        # Graphs hold verification: a decode step must not find one.
+        plan = self._plan
+        if forward_batch is None:
+            assert self.runner.decode_cuda_graph_runner is None
+            with self.device.ignored():  # SGLang's own
+                plan = self.translator.plan_uniform_extend(
+                    req_pool_indices=batch.req_pool_indices, width=1,
+                    seq_lens=batch.seq_lens, seq_lens_cpu=batch.seq_lens_cpu,
+                )  # fmt: skip
         logits, states = self._logits[:rows], self._states[:rows]
         self.device.replayed(logits, states)
         return SimpleNamespace(
             logits_output=SimpleNamespace(next_token_logits=logits, hidden_states=states),
             can_run_cuda_graph=True,
-            kv_loc_plan=self._plan,
+            kv_loc_plan=plan,
             next_token_ids=self.device.empty(rows, dtype=torch.int32),
         )
 

@@ -17,10 +17,11 @@ STATIC = {"SGLANG_RAGGED_VERIFY_MODE": "static"}
 
 
 class Servers(NamedTuple):
-    """Without speculation; deciding whether to draft; drafting and verifying always."""
+    """Without speculation; deciding whether to draft, with the step before known or not; drafting and verifying always."""
 
     plain: Server
     adaptive: Server
+    ahead: Server
     all: Server
 
 
@@ -30,6 +31,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory, models: Models) -> Iterato
     started = [
         start(folder, "plain", (models[0], None), 1),
         start(folder, "adaptive", models, 1, **STATIC),
+        start(folder, "ahead", models, 1, **STATIC, DSPARK_CPU_OVERLAP="1"),
         start(folder, "all", models, 1, **STATIC, DSPARK_SCHEDULE="all"),
     ]
     try:
@@ -41,45 +43,50 @@ def servers(tmp_path_factory: pytest.TempPathFactory, models: Models) -> Iterato
             server.stop()
 
 
-@pytest.mark.parametrize(
-    "sampling",
-    [{}, {"frequency_penalty": 0.6}, {"logit_bias": {"40": 3.0, "150": -100.0}}],
-    ids=["greedy", "penalties", "bias"],
-)
 @pytest.mark.parametrize("drafting", [1, 0, -1], ids=["on", "off", "auto"])
-def test_the_targets_own_text(servers: Servers, drafting: int, sampling: dict[str, Any]) -> None:
-    servers.adaptive.update(dspark_speculation=drafting)
-    wanted = [tokens(servers.plain, prompt, **sampling) for prompt in PROMPTS]
+def test_the_targets_own_text(servers: Servers, drafting: int) -> None:
+    adjusted = {"frequency_penalty": 0.6, "logit_bias": {"40": 3.0, "150": -100.0}}
+    jobs: list[tuple[tuple[int, ...], dict[str, Any]]] = [
+        (prompt, sampling) for prompt in PROMPTS for sampling in ({}, adjusted)
+    ]
+    wanted = [tokens(servers.plain, prompt, **sampling) for prompt, sampling in jobs]
+    for server in (servers.adaptive, servers.ahead):
+        server.update(dspark_speculation=drafting)
     for server in servers[1:]:
-        with concurrent.futures.ThreadPoolExecutor(len(PROMPTS)) as pool:
-            found = list(pool.map(lambda p, s=server: tokens(s, p, **sampling), PROMPTS))
+        with concurrent.futures.ThreadPoolExecutor(len(jobs)) as pool:
+            found = list(pool.map(lambda job, s=server: tokens(s, job[0], **job[1]), jobs))
         assert found == wanted
 
 
 def test_a_step_drafts_and_verifies_everything_or_decodes(servers: Servers) -> None:
-    def spent(drafting: int) -> dict[str, int]:
-        servers.adaptive.update(dspark_speculation=drafting)
-        before = ran(servers.adaptive)
-        tokens(servers.adaptive, PROMPTS[0])
-        return {name: n - before.get(name, 0) for name, n in ran(servers.adaptive).items()}
+    def spent(server: Server, drafting: int) -> dict[str, int]:
+        server.update(dspark_speculation=drafting)
+        before = ran(server)
+        tokens(server, PROMPTS[0])
+        return {name: n - before.get(name, 0) for name, n in ran(server).items()}
 
-    drafted, plain = spent(1), spent(0)
-    assert drafted["schedule:early-stop"] > 0 and drafted.get("step:decode", 0) == 0
-    assert plain["step:decode"] > 0 and plain.get("schedule:early-stop", 0) == 0
+    for server, form in (
+        (servers.adaptive, "schedule:early-stop"),
+        (servers.ahead, "schedule:ahead"),
+    ):
+        drafted, plain = spent(server, 1), spent(server, 0)
+        assert drafted[form] > 0 and drafted.get("step:decode", 0) == 0
+        assert plain["step:decode"] > 0 and plain.get(form, 0) == 0
     record = servers.all.dspark()
     assert record is not None and record["schedule"] == "all"
 
 
 def test_a_part_of_the_blocks_may_count(servers: Servers) -> None:
-    servers.adaptive.update(dspark_speculation=1, dspark_budget=0.4)
-    try:
-        for prompt in PROMPTS:
-            assert tokens(servers.adaptive, prompt) == tokens(servers.plain, prompt)
-    finally:
-        servers.adaptive.update(dspark_budget=-1)
+    for server in (servers.adaptive, servers.ahead):
+        server.update(dspark_speculation=1, dspark_budget=0.4)
+        try:
+            for prompt in PROMPTS:
+                assert tokens(server, prompt) == tokens(servers.plain, prompt)
+        finally:
+            server.update(dspark_budget=-1)
 
 
 def test_samples_follow_plain_decodings_law(servers: Servers, models: Models) -> None:
-    servers.adaptive.update(dspark_speculation=1)
-    for server in servers[1:]:
+    for server in (servers.adaptive, servers.ahead):
+        server.update(dspark_speculation=1)
         require_the_distribution(server, models[0], "temperature,all_filters,frequency_penalty")

@@ -17,7 +17,8 @@ STATIC = {"SGLANG_RAGGED_VERIFY_MODE": "static"}
 
 
 class Servers(NamedTuple):
-    """Without speculation; deciding whether to draft, with the step before known or not; drafting and verifying always."""
+    """Without speculation; deciding whether to draft, with the step before known or not; and over ranks,
+    which draft and verify always."""
 
     plain: Server
     adaptive: Server
@@ -32,7 +33,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory, models: Models) -> Iterato
         start(folder, "plain", (models[0], None), 1),
         start(folder, "adaptive", models, 1, **STATIC),
         start(folder, "ahead", models, 1, **STATIC, DSPARK_CPU_OVERLAP="1"),
-        start(folder, "all", models, 1, **STATIC, DSPARK_SCHEDULE="all"),
+        start(folder, "all", models, 2, **STATIC),
     ]
     try:
         for server in started:

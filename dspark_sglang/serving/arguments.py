@@ -262,11 +262,14 @@ def _choose_mode(server_args: ServerArgs, view: ServerArgs) -> None:
     Raises:
         ConfigError: the mode asked for cannot be.
     """
+    from sglang.srt.environ import envs
+
     whole = (
         [] if view.device.startswith("cpu") else verify_mode.why_whole(_server(server_args, view))
     )
-    mode = verify_mode.choose(os.environ.get(verify_mode.VARIABLE), whole)
-    os.environ[verify_mode.VARIABLE] = mode
+    variable = envs.SGLANG_RAGGED_VERIFY_MODE
+    mode = verify_mode.choose(variable.get() if variable.is_set() else None, whole)
+    variable.set(mode)
     if mode == verify_mode.WHOLE:
         logger.warning(
             "dspark: blocks are verified whole: %s. Parts can be verified with --attention-backend %s.",
@@ -275,7 +278,7 @@ def _choose_mode(server_args: ServerArgs, view: ServerArgs) -> None:
         )
 
 
-def _server(server_args: ServerArgs, view: ServerArgs) -> verify_mode.Server:
+def _server(server_args: ServerArgs, view: Any) -> verify_mode.Server:
     from sglang.srt.arg_groups.model_override_base import attention_backends_of, model_config_of
     from sglang.srt.configs.hybrid_arch import mambaish_config
     from sglang.srt.configs.model_config import AttentionArch

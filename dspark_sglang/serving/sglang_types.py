@@ -405,13 +405,7 @@ class ServerArgs(Protocol):
     tp_size: int
     pp_size: int
     attn_dp_size: int
-    attn_cp_size: int
-    moe_a2a_backend: str
     enable_dp_attention: bool
-    enable_two_batch_overlap: bool
-    enable_lora: bool | None
-    lora_paths: object
-    disable_cuda_graph_padding: bool
     enable_hierarchical_cache: bool
     enable_memory_saver: bool
     disaggregation_mode: str
@@ -421,7 +415,6 @@ class ServerArgs(Protocol):
     min_free_slots_delay: int | None
     #: Names, separated by commas.
     warmups: str | None
-    speculative_attention_mode: str
     speculative_draft_model_path: str | None
     speculative_draft_model_revision: str | None
     speculative_num_draft_tokens: int | None

@@ -171,7 +171,7 @@ class Proposer(DraftBlockProposer):
         rows: SampledRows | None,
     ) -> DraftBlock:
         """A block of draft states ``[R, depth, d]``, after anchors ``[R]`` at positions ``[R]``."""
-        base = self._base_logits(hidden.flatten(0, 1)).view(*hidden.shape[:2], -1)
+        base = self.base_logits(hidden.flatten(0, 1)).view(*hidden.shape[:2], -1)
         return self._ops.draft(base, hidden, anchors, positions, rows, self._sharding.tokens)
 
     @property
@@ -272,7 +272,7 @@ class Proposer(DraftBlockProposer):
             verify_ids=torch.cat([ids[:, :1], tokens], dim=1),
         )
 
-    def _base_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    def base_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits ``[N, M]`` of the parallel stage: of the draft vocabulary, this rank's, or all."""
         if self._sharding.head is not None:
             return self._sharding.head.logits(hidden)

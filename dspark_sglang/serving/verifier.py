@@ -435,6 +435,15 @@ class Verifier(TargetVerifyExecutor):
         pool = self.kv_injector.draft_model_runner.token_to_kv_pool
         return self._ops.kv_writer(self.kv_injector.draft_model, pool)
 
+    def rehearse(self) -> None:
+        """Have what writes the draft's KV compiled, without a write."""
+        projection = self._sharding.draft.projection
+        writer = self._kv_writer if self._sharding.drafts else None
+        if writer is not None and projection.element_size() > 1:  # not quantised
+            hidden = projection.new_zeros((1, projection.shape[1]))
+            place = torch.zeros(1, dtype=torch.int64, device=projection.device)
+            writer(hidden, place, place - 1)
+
     def renew(self) -> None:
         """The drafter's weights have changed."""
         self.__dict__.pop("_kv_writer", None)

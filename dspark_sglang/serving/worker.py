@@ -14,6 +14,7 @@ from sglang.srt.layers.dp_attention import get_dp_tp_group
 from sglang.srt.layers.logits_processor import LogitsProcessor
 from sglang.srt.runtime_context import (
     get_context,
+    get_exec,
     get_observability,
     get_parallel,
     get_schedule,
@@ -32,6 +33,7 @@ from dspark_sglang.core.schedule.scheduler import (
     Synchronous,
     VerifyAll,
 )
+from dspark_sglang.errors import CompatibilityError
 from dspark_sglang.layouts.base import weights_digest
 from dspark_sglang.serving import calibration, placement, requests
 from dspark_sglang.serving.admin import Commands
@@ -41,6 +43,7 @@ from dspark_sglang.serving.draft_kv import contain_prefills, keep_prefills, may_
 from dspark_sglang.serving.draft_model import draft_model
 from dspark_sglang.serving.faults import Faults
 from dspark_sglang.serving.ops import Ops, make, resolve
+from dspark_sglang.serving.ops.rehearsal import Sizes, rehearse
 from dspark_sglang.serving.ops.sharded_ops import ShardedOps
 from dspark_sglang.serving.overlap import OverlappedRounds
 from dspark_sglang.serving.planner import Planner, buckets, must_verify_all
@@ -72,6 +75,8 @@ class DSparkWorker(DSparkWorkerV2):
     _verify_planner: Any
     _verify_executor: Any
     _verify_epilogue: Any
+    #: Seconds that compiling took at start; None: nothing was compiled.
+    _compiled_s: float | None = None
 
     def __init__(
         self,
@@ -278,8 +283,45 @@ class DSparkWorker(DSparkWorkerV2):
                 keep_prefills(self._kv_injector, self._verify_executor.deferred, self._draft)
 
     def init_cuda_graphs(self) -> None:
-        if self._hosts_draft and self._sharding.drafts:
+        if not self._hosts_draft:
+            return
+        if self._sharding.drafts:
             super().init_cuda_graphs()
+        if self._ops.name == "triton" and torch.device(self.device).type == "cuda":
+            self._compile_kernels()
+
+    def _compile_kernels(self) -> None:
+        """Have Triton compile at start whatever steps will ask for; every rank does.
+
+        Raises:
+            CompatibilityError: a kernel cannot be compiled or launched here.
+        """
+        start, before = time.perf_counter(), sum(self._ops.launches.values())
+        shard = self._sharding.vocabulary
+        whole = int(self.model_runner.model_config.vocab_size)
+        sizes = Sizes(
+            gamma=self.gamma,
+            hidden=self._draft.width,
+            dtype=self._draft.dtype,
+            columns=whole if shard is None else shard.shard.width,
+            requests=len(self.model_runner.req_to_token_pool.req_to_token),
+            seeded=get_exec().deterministic.enable_deterministic_inference,
+            device=torch.device(self.device),
+        )
+        try:
+            with torch.inference_mode(), self._draft_context():
+                rehearse(self._ops, sizes, self._proposer.base_logits, self._sharding.tokens)
+                self._verify_executor.rehearse()
+        except Exception as error:
+            raise CompatibilityError(
+                f"A kernel could not be compiled or launched on {self.device} ({error}).",
+                expected="kernels that run on this device",
+                fix="Set DSPARK_KERNELS=torch, and report the device and the versions that `dspark doctor` prints.",
+            ) from error
+        self.telemetry.clear()  # nothing was served
+        self._compiled_s = time.perf_counter() - start
+        launched = sum(self._ops.launches.values()) - before
+        logger.info("dspark: kernels compiled in %.1f s, %d launches.", self._compiled_s, launched)
 
     def forward_batch_generation(self, batch: ScheduleBatch, *args: Any, **kwargs: Any) -> Any:
         prefills = batch.forward_mode.is_extend()  # a decode step leaves another mode behind
@@ -388,6 +430,7 @@ class DSparkWorker(DSparkWorkerV2):
             "markov": self._ops.markov.kind,
             "kernels": self._ops.name,
             "launches": self._ops.launches,
+            "kernels_compiled_s": self._compiled_s,
             "sts": self._sts_source,
             "draft_vocabulary": self._drafted_tokens,
             "placement": self._sharding.placement,

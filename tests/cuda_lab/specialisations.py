@@ -29,6 +29,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver, jit
 
+from dspark_sglang.core.penalties import OutputCounts, Penalties, Terms
+from dspark_sglang.core.sts import BINS
+from dspark_sglang.serving.ops import rehearsal
 from tests.cuda_lab.fake_device import FakeDevice
 from tests.cuda_lab.fake_torch import CUDA
 
@@ -198,19 +201,25 @@ def step(ops: Any, write: Callable[..., None], device: FakeDevice, shape: Shape)
 
     requests, depth, kind, count = shape
     rows = sampled(kind, requests, device)
-    width, ids = GAMMA + 1, device.empty(MOST, GAMMA, dtype=torch.int64)
-    positions = device.empty(requests, width, dtype=torch.int64)
-    lens, first = (device.empty(requests, dtype=torch.int64) for _ in range(2))
+    width = GAMMA + 1
+    anchors, lens = (device.empty(requests, dtype=torch.int64) for _ in range(2))
+    places, slots = (device.empty(requests * width, dtype=torch.int64) for _ in range(2))
     if depth:
         hidden = device.empty(requests, GAMMA, HIDDEN, dtype=torch.bfloat16)[:, :depth]
         base = device.empty(requests, depth, VOCABULARY, dtype=torch.bfloat16)
-        block = ops.draft(base, hidden, ids[:requests, 0], positions[:, 0], rows, None)
-        ops.confidence(hidden, block.previous)
-        ops.admit_there(device.empty(requests, GAMMA, dtype=torch.float64), count - requests)
+        block = ops.draft(base, hidden, anchors, lens, rows, None)
+        scores = ops.confidence(hidden, block.previous)
+        known = device.empty(3, requests, dtype=torch.int64)
+        shift, whole = device.empty(2, GAMMA, BINS), device.empty(GAMMA, dtype=torch.float64)
+        confidence = torch.nn.functional.pad(scores, (0, GAMMA - depth))[0]
+        survival = ops.survival(confidence, known, shift, whole)
+        admitted = ops.admit_there(survival, count - requests)
     else:
-        block = ops.nothing(rows, requests)
+        block, admitted = ops.nothing(rows, requests), ops.anchors(requests, CUDA)
     tokens = device.empty(requests, GAMMA, dtype=torch.int64)
-    ops.accept(
+    ids = device.empty(MOST, GAMMA, dtype=torch.int64)
+    ops.window(admitted.rows, ids[:requests, 0], tokens, places, slots, rows=count + 3)
+    outcome = ops.accept(
         Verified(
             logits=device.empty(count + 8, VOCABULARY)[:count],
             drafted=tokens[:, : max(1, depth)],
@@ -218,11 +227,22 @@ def step(ops: Any, write: Callable[..., None], device: FakeDevice, shape: Shape)
             probs=block.probs,
             support=block.support,
             lse=block.lse,
-            lens=lens,
-            first=first,
-            anchors=positions[:, 0],
+            lens=admitted.lens,
+            first=admitted.first,
+            anchors=lens,
         )
     )
+    stops = device.empty(requests, 1 + count % 3, dtype=torch.int64) if count % 4 else None
+    done = ops.finish(outcome, tokens, stops, admitted.lens, lens)
+    ops.kept(admitted.rows, done.committed, slots, places)
+    penalties = [Penalties(0.5, min_new_tokens=9, stop_tokens=(3, 4)[: count % 3])] * requests
+    terms = Terms.of(penalties, range(requests), CUDA)
+    counts = OutputCounts(VOCABULARY, CUDA)
+    counts.begin({slot: [] for slot in range(requests)})
+    block = device.empty(requests, width, dtype=torch.int64)
+    rows_of = device.empty(count, dtype=torch.int64)
+    ops.penalise(device.empty(count, VOCABULARY), counts, terms, rows_of, block)
+    ops.extend(counts, terms, block, done.pair[1])
     write(device.empty(count, READ_WIDTH, dtype=torch.bfloat16))
 
 
@@ -249,6 +269,16 @@ def writer(device: FakeDevice) -> Callable[..., None]:
     return write
 
 
+SIZES = rehearsal.Sizes(
+    gamma=GAMMA, hidden=HIDDEN, dtype=torch.bfloat16, columns=VOCABULARY, requests=MOST, seeded=False, device=CUDA,
+)  # fmt: skip
+
+
+def base_of(device: FakeDevice) -> rehearsal.Base:
+    """Base logits as the LM head gives them."""
+    return lambda hidden: device.empty(len(hidden), VOCABULARY, dtype=torch.bfloat16)
+
+
 class Found(NamedTuple):
     """Variants that start-up has asked for, and those that serving asked for after it."""
 
@@ -263,6 +293,9 @@ def enumerate_keys(shapes: Iterable[Shape]) -> Found:
         with started.recorded():
             ops = operations()
             write = writer(device)
+            for seeded in (False, True):  # a server has one of them
+                rehearsal.rehearse(ops, SIZES._replace(seeded=seeded), base_of(device), None)
+            write(device.empty(3, READ_WIDTH, dtype=torch.bfloat16))
         with served.recorded():
             for shape in shapes:
                 step(ops, write, device, shape)

@@ -10,7 +10,7 @@ import triton
 from dspark_kernels.confidence.kernel import confidence_kernel
 from dspark_kernels.confidence.reference import reference
 from dspark_kernels.support.backend import Backend, launched, resolve
-from dspark_kernels.support.checks import operand
+from dspark_kernels.support.checks import in_units, operand
 from dspark_kernels.support.errors import OperandError
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -83,6 +83,7 @@ def confidence(
             target.copy_(source)
         return out
     if batch:
+        unit, strides = in_units(hidden.stride()[:2])
         confidence_kernel[(batch,)](
             hidden,
             previous,
@@ -92,11 +93,12 @@ def confidence(
             bias,
             temperatures,
             *out,
-            hidden.stride(0),
-            hidden.stride(1),
+            *strides,
             0 if w1 is None else w1.shape[0],
-            GAMMA=gamma,
-            POSITIONS=triton.next_power_of_2(gamma),
+            gamma,
+            UNIT=unit,
+            # Every block of up to 8 positions runs the same kernel.
+            POSITIONS=max(8, triton.next_power_of_2(gamma)),
             WIDTH=width,
             RANK=0 if w1 is None else w1.shape[1],
             BLOCK=BLOCK,

@@ -44,7 +44,12 @@ def _dot(rows, mask, weight, POSITIONS: tl.constexpr, WIDTH: tl.constexpr, BLOCK
     return tl.sum(total, axis=1)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["request_stride", "position_stride", "gamma"],
+    do_not_specialize_on_alignment=[
+        "previous", "bias", "temperatures", "logits", "confidence", "survival",
+    ],
+)  # fmt: skip
 def confidence_kernel(
     hidden,
     previous,
@@ -58,7 +63,8 @@ def confidence_kernel(
     request_stride,
     position_stride,
     vocabulary,
-    GAMMA: tl.constexpr,
+    gamma,
+    UNIT: tl.constexpr,
     POSITIONS: tl.constexpr,
     WIDTH: tl.constexpr,
     RANK: tl.constexpr,
@@ -66,14 +72,16 @@ def confidence_kernel(
 ):
     """Program ``b``: every position of request ``b``.
 
-    ``POSITIONS`` is ``GAMMA`` rounded up to a power of two; ``RANK`` is 0 without a Markov part.
+    Strides of ``hidden`` count ``UNIT`` elements. ``POSITIONS`` is a power of two of at least ``gamma``; ``RANK`` is 0
+    without a Markov part.
     """
     request = tl.program_id(0).to(tl.int64)
     position = tl.arange(0, POSITIONS)
-    real = position < GAMMA
-    cell = request * GAMMA + position
+    real = position < gamma
+    cell = request * gamma + position
 
-    rows = hidden + request * request_stride + position.to(tl.int64) * position_stride
+    rows = hidden + request * request_stride * UNIT
+    rows += position.to(tl.int64) * position_stride * UNIT
     score = _dot(rows, real, weight, POSITIONS, WIDTH, BLOCK) + tl.load(bias)
     if RANK > 0:
         token = tl.load(previous + cell, mask=real, other=0)
@@ -90,7 +98,7 @@ def confidence_kernel(
     nothing = tl.zeros((POSITIONS,), tl.float64)
     survived = nothing
     alive = tl.full((), 1.0, tl.float64)
-    for step in tl.static_range(GAMMA):
+    for step in tl.static_range(POSITIONS):
         # A sum with one term that is not zero takes the element of this step exactly.
         alive = alive * tl.sum(tl.where(position == step, factor, nothing), axis=0)
         survived = tl.where(position == step, alive, survived)

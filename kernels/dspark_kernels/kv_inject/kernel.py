@@ -82,7 +82,10 @@ def _write_keys(
         tl.store(pool + rest_at, _normed(rest, gain, scale).to(kind), mask=rest_mask)
 
 
-@triton.jit(do_not_specialize=["capacity", "positions_held"])
+@triton.jit(
+    do_not_specialize=["capacity", "positions_held"],
+    do_not_specialize_on_alignment=["positions", "slots"],
+)
 def kv_inject_kernel(
     k,
     v,

@@ -30,7 +30,7 @@ import triton.language as tl
 
 from dspark_kernels.markov_step.arithmetic import sigmoid, tanh
 from dspark_kernels.markov_step.noise import gumbel, row_state
-from dspark_kernels.markov_step.shortlist import heat_of, ordered
+from dspark_kernels.markov_step.shortlist import UNALIGNED, heat_of, ordered
 
 #: Above every column.
 _NONE = tl.constexpr(2147483647)
@@ -344,7 +344,10 @@ def _with_tail(
     return chosen, level + tl.log(total)
 
 
-@triton.jit(do_not_specialize=["steps", "spans", "words"])
+@triton.jit(
+    do_not_specialize=["steps", "spans", "words", "base_row", "base_step", "out_row", "out_step"],
+    do_not_specialize_on_alignment=UNALIGNED,
+)
 def chain(  # noqa: PLR0915
     best,
     places,
@@ -380,6 +383,7 @@ def chain(  # noqa: PLR0915
     out_row,
     out_step,
     weight_stride,
+    UNIT: tl.constexpr,
     RANK: tl.constexpr,
     RANK_PAD: tl.constexpr,
     M: tl.constexpr,
@@ -401,14 +405,15 @@ def chain(  # noqa: PLR0915
     ``places`` [rows, steps, M] are the columns of the best, ``support`` [rows, steps, M + K] is written;
     with neither K nor TAIL, ``support`` holds the tokens of the best and ``places`` is not read.
     ``latents`` [rows, RANK] in the weights' type and ``states`` [rows, RANK] float32 are scratch:
-    vectors that the whole program needs along another axis pass through memory.
+    vectors that the whole program needs along another axis pass through memory. Strides of ``base`` and ``out`` count
+    UNIT elements.
     """
     WIDTH: tl.constexpr = M + K
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, LANES)
     inside = lane < WIDTH
-    logits = base + row * base_row
-    law = out + row * out_row
+    logits = base + row * base_row * UNIT
+    law = out + row * out_row * UNIT
     token = tl.load(anchors + row)
     if SAMPLED:
         temperature, kept = heat_of(temperatures, recorded, row, RECORD)
@@ -469,5 +474,5 @@ def chain(  # noqa: PLR0915
             if kept:
                 tl.store(probs + listed, _law(z * scale, present), inside)
         tl.store(tokens + position, token)
-        logits += base_step
-        law += out_step
+        logits += base_step * UNIT
+        law += out_step * UNIT

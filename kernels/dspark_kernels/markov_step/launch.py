@@ -16,6 +16,7 @@ from dspark_kernels.markov_step.operands import (
     joint_weight,
 )
 from dspark_kernels.support.backend import launched
+from dspark_kernels.support.checks import in_units
 
 
 def _new(like: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -207,10 +208,11 @@ class Shortlist:
         lanes = _new(base, tuple(values.shape), torch.int16)
         counts = _new(base, (positions, self.spans), torch.int32)
         # Positions come first in the grid: the other dimensions hold at most 65535 programs.
+        unit, strides = in_units(base.stride()[:2])
         launched("markov_step.select")
         shortlist.select[(positions, self.spans)](
             base, self.keys.temperatures, self.flags, values, lanes, counts, self.tops, self.masses,
-            self.columns, self.steps, base.stride(0), base.stride(1),
+            self.columns, self.steps, *strides, UNIT=unit,
             **constants, num_warps=plans.WARPS,
         )  # fmt: skip
         return values, lanes, counts
@@ -247,6 +249,7 @@ class Shortlist:
         latents = head.w1 if vanilla else _new(best, (self.rows, head.rank), head.w1.dtype)
         states = _new(best, (self.rows, head.rank), torch.float32) if recurrent else tokens
         stored = base if out is None else out
+        unit, strides = in_units((*base.stride()[:2], *stored.stride()[:2]))
         launched("markov_step.chain")
         chain.chain[(self.rows,)](
             best, places, support, head.w1, head.w2, self.weight.state, self.weight.embedded,
@@ -256,7 +259,7 @@ class Shortlist:
             base, stored, self.tops, self.masses,
             tokens, previous, tokens if probs is None else probs, tokens if lse is None else lse,
             latents, states, self.steps, self.columns, self.spans, head.w2.shape[0],
-            base.stride(0), base.stride(1), stored.stride(0), stored.stride(1), self.weight.stride,
+            *strides, self.weight.stride, UNIT=unit,
             **plans.chain_constants(
                 head.rank, self.size, base.element_size(), self.columns, kind=head.kind,
                 record=_record(self.sampling, True), follow=self.follow, tail=out is not None,

@@ -88,7 +88,15 @@ def heat_of(temperatures, recorded, row, RECORD: tl.constexpr):
     return temperature, wanted
 
 
-@triton.jit(do_not_specialize=["steps"])
+#: Read a few numbers at a time, or not at all where another operand stands in for them.
+UNALIGNED = [
+    "anchors", "vocabulary", "successors", "context", "temperatures", "recorded", "seeds", "positions", "tops", "masses",
+]  # fmt: skip
+
+
+@triton.jit(
+    do_not_specialize=["steps", "base_row", "base_step"], do_not_specialize_on_alignment=UNALIGNED
+)
 def select(
     base,
     temperatures,
@@ -102,6 +110,7 @@ def select(
     steps,
     base_row,
     base_step,
+    UNIT: tl.constexpr,
     M: tl.constexpr,
     CAP: tl.constexpr,
     SPAN: tl.constexpr,
@@ -114,7 +123,7 @@ def select(
     ``values`` and ``lanes`` (int16, from the span's first column) [rows * steps, spans, CAP]; the
     first ``counts`` [rows * steps, spans] of each are written, in column order. ``tops`` and
     ``masses`` [rows * steps, spans] float32 of the other columns, for rows whose base tail is drawn
-    from; RECORD 0: there are none.
+    from; RECORD 0: there are none. Strides of ``base`` count UNIT elements.
     """
     position = tl.program_id(0)
     row = (position // steps).to(tl.int64)
@@ -122,7 +131,7 @@ def select(
     lane = tl.arange(0, SPAN)
     column = tl.program_id(1) * SPAN + lane
     valid = column < columns
-    base += row * base_row + step * base_step
+    base += row * base_row * UNIT + step * base_step * UNIT
     keys = ordered(tl.load(base + column, valid, 0.0), BITS)
     keys = tl.where(valid, keys, _lowest(BITS))
     bound = threshold(tl.max(tl.reshape(keys, [SPAN // SLOTS, SLOTS]), 0), M, BITS)
@@ -146,7 +155,7 @@ def select(
             tl.store(masses + span, tl.sum(tl.exp((x - level) * (1.0 / temperature))))
 
 
-@triton.jit(do_not_specialize=["spans", "steps"])
+@triton.jit(do_not_specialize=["spans", "steps"], do_not_specialize_on_alignment=UNALIGNED)
 def merge(
     values,
     lanes,

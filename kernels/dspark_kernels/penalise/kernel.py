@@ -15,7 +15,10 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize=["stop_count", "stride"])
+@triton.jit(
+    do_not_specialize=["stop_count", "stride", "requests"],
+    do_not_specialize_on_alignment=["slots", "least", "stops"],
+)
 def penalise_kernel(
     logits,
     cells,
@@ -64,7 +67,7 @@ def penalise_kernel(
     tl.store(at, found, mask=inside)
 
 
-@triton.jit(do_not_specialize=["stride"])
+@triton.jit(do_not_specialize=["stride"], do_not_specialize_on_alignment=["slots", "kept"])
 def extend_kernel(
     counts,
     lengths,

@@ -56,7 +56,10 @@ def survival_kernel(
     tl.store(survival + cell, tl.where(position < limit, survived, nothing), mask=real)
 
 
-@triton.jit(do_not_specialize=["anchor_stride", "pitch", "count", "rows"])
+@triton.jit(
+    do_not_specialize=["anchor_stride", "pitch", "count", "rows"],
+    do_not_specialize_on_alignment=["anchors"],
+)
 def window_kernel(
     cells,
     anchors,
@@ -86,7 +89,10 @@ def window_kernel(
     tl.store(window + 3 * pitch + row, tl.where(live, cell, -1), mask=inside)
 
 
-@triton.jit(do_not_specialize=["requests", "stop_count"])
+@triton.jit(
+    do_not_specialize=["requests", "stop_count"],
+    do_not_specialize_on_alignment=["count", "token", "lens", "before"],
+)
 def finish_kernel(
     count,
     token,

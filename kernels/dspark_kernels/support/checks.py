@@ -79,3 +79,13 @@ def operand(
 
 def _bare(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def in_units(strides: Sequence[int]) -> tuple[int, list[int]]:
+    """Strides in units of 16 elements where all are multiples, else in elements; and the unit.
+
+    A kernel is compiled for the unit, not for what the strides happen to be divisible by, and knows by it that rows
+    are aligned. Strides of a contiguous tensor have one unit at every batch and depth.
+    """
+    unit = 1 if any(stride % 16 for stride in strides) else 16
+    return unit, [stride // unit for stride in strides]

@@ -28,6 +28,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from dspark_kernels.accept import kernel as whole
 from dspark_kernels.accept.adjust import adjust_row
 from dspark_kernels.accept.final import NOTHING, drafted_chances, invert, residual_sums
 from dspark_kernels.accept.parts import (
@@ -51,25 +52,33 @@ COUNTS = tl.constexpr(7)
 #: What is known of a request's outcome: kept tokens, own choice, flag.
 OUTCOME = tl.constexpr(3)
 BROKEN_LAYOUT = tl.constexpr(2)
+#: As for ``accept``: no kernel is compiled for a value of these, nor for where operands lie.
+FREE = [
+    "logits_stride", "rows", "width", "base", "vocabulary", "requests", "ranks", "own_rank", "gamma", "law_size",
+    "adjust_size",
+]  # fmt: skip
+UNALIGNED = [
+    *whole.UNALIGNED, "stats", "counts", "kept", "masses", "found", "count", "token", "flag",
+]  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=FREE, do_not_specialize_on_alignment=UNALIGNED)
 def stats_kernel(
     logits, logits_stride, rows, width, base, vocabulary, first, lens, drafted, temperature,
     law, seeds, positions, coupling,
     adjust_tokens, adjust_counts, adjust_bias, adjust_stops, adjust_size,
     frequency, presence, repetition, min_new, lengths, stats_out, sums_out,
-    GAMMA: tl.constexpr, PLACES: tl.constexpr, BLOCK: tl.constexpr, SLOTS: tl.constexpr,
+    gamma, PLACES: tl.constexpr, BLOCK: tl.constexpr, SLOTS: tl.constexpr,
     STAGES: tl.constexpr, DENSE: tl.constexpr, COUPLED: tl.constexpr, ADJUSTED: tl.constexpr,
 ):  # fmt: skip
     """One program a row: the record of its shard. Rows that no request owns are not read."""
     request = tl.program_id(0).to(tl.int64)
     position = tl.program_id(1)
     start, length, fits = fits_inside(
-        first, lens, drafted, request, rows, vocabulary, GAMMA, PLACES
+        first, lens, drafted, request, rows, vocabulary, gamma, PLACES
     )
     _hot, inverse, scale = heat_of(temperature, request)
-    place = request * (GAMMA + 1) + position
+    place = request * (gamma + 1) + position
     out = stats_out + place * STATS
     slot = tl.arange(0, SLOTS)
     top = tl.full([], -float("inf"), tl.float32)
@@ -84,7 +93,7 @@ def stats_kernel(
         if ADJUSTED:
             listing = request * adjust_size
             adjust_row(
-                row, width, base, drafted + request * GAMMA, position, adjust_tokens + listing,
+                row, width, base, drafted + request * gamma, position, adjust_tokens + listing,
                 adjust_counts + listing, adjust_bias + listing, adjust_stops + listing,
                 adjust_size, tl.load(frequency + request), tl.load(presence + request),
                 tl.load(repetition + request),
@@ -100,11 +109,11 @@ def stats_kernel(
             row, width, base, scale, inverse, state, coupled, BLOCK, SLOTS, STAGES, COUPLED
         )
         if position < length:
-            token = tl.load(drafted + request * GAMMA + position) - base
+            token = tl.load(drafted + request * gamma + position) - base
             own = (token >= 0) & (token < width)
             x = tl.load(row + token, mask=own, other=-float("inf")).to(tl.float32)
             if DENSE:
-                offered = law + (request * GAMMA + position) * width
+                offered = law + (request * gamma + position) * width
                 q = tl.load(offered + token, mask=own, other=-float("inf")).to(tl.float32)
     tl.store(out, top.to(tl.float64))
     tl.store(out + 1, tl.sum(sums).to(tl.float64))
@@ -120,23 +129,23 @@ def stats_kernel(
 def _decide(
     request, position, length, fits, decides, sampled, choice, wanted, q, drafted, uniforms,
     law, lse, listed, law_size, scale, count_out, token_out, flag_out,
-    GAMMA: tl.constexpr, PLACES: tl.constexpr, LAW: tl.constexpr,
+    gamma, PLACES: tl.constexpr, LAW: tl.constexpr,
 ):  # fmt: skip
     """Kept tokens of one request from ``[PLACES]`` float64 laws; the own choice after them.
 
     The choice is -1 at a row that decides nothing.
     """
     inside = position < length
-    token = tl.load(drafted + request * GAMMA + position, mask=inside, other=-1)
-    uniform = tl.load(uniforms + request * (GAMMA + 1) + position, mask=inside, other=0.0)
+    token = tl.load(drafted + request * gamma + position, mask=inside, other=-1)
+    uniform = tl.load(uniforms + request * (gamma + 1) + position, mask=inside, other=0.0)
     offered = tl.full([PLACES], 1.0, tl.float64)
     if LAW == 1:
-        share = tl.load(lse + request * GAMMA + position, mask=inside, other=0.0)
+        share = tl.load(lse + request * gamma + position, mask=inside, other=0.0)
         offered = tl.exp2(q.to(tl.float32) * scale - share * LOG2E).to(tl.float64)
         offered = tl.where(tl.abs(share) < float("inf"), offered, float("nan"))
     if LAW == 2:
         offered = drafted_chances(
-            law, lse, listed, law_size, request * GAMMA + position, inside, token, scale, LAW, PLACES
+            law, lse, listed, law_size, request * gamma + position, inside, token, scale, LAW, PLACES
         ).to(tl.float64)  # fmt: skip
     kept = tl.where(sampled, uniform.to(tl.float64) * offered < wanted, choice == token)
     count = tl.min(tl.where(inside & kept & decides, PLACES, position))
@@ -147,23 +156,23 @@ def _decide(
     tl.store(flag_out + request, tl.where(fits | (length < 0), 0, BROKEN_LAYOUT))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=FREE, do_not_specialize_on_alignment=UNALIGNED)
 def combine_kernel(
     stats, requests, ranks, rows, vocabulary, first, lens, drafted, temperature, uniforms,
     law, lse, listed, law_size, coupling, laws_out, bounds_out, count_out, token_out, flag_out,
-    GAMMA: tl.constexpr, PLACES: tl.constexpr, RANKS: tl.constexpr, SHIFT: tl.constexpr,
+    gamma, PLACES: tl.constexpr, RANKS: tl.constexpr, SHIFT: tl.constexpr,
     LAW: tl.constexpr, COUPLED: tl.constexpr, FILTERED: tl.constexpr,
 ):  # fmt: skip
     """One program a request: its rows' laws, and what is kept unless filters come first."""
     request = tl.program_id(0).to(tl.int64)
     _start, length, fits = fits_inside(
-        first, lens, drafted, request, rows, vocabulary, GAMMA, PLACES
+        first, lens, drafted, request, rows, vocabulary, gamma, PLACES
     )
     hot, _inverse, scale = heat_of(temperature, request)
     position = tl.arange(0, PLACES)
     rank = tl.arange(0, RANKS)
-    inside = (position <= GAMMA)[None, :] & (rank < ranks)[:, None]
-    place = (rank[:, None] * requests + request) * (GAMMA + 1) + position[None, :]
+    inside = (position <= gamma)[None, :] & (rank < ranks)[:, None]
+    place = (rank[:, None] * requests + request) * (gamma + 1) + position[None, :]
     record = stats + place * STATS
     none = -float("inf")
     tops = tl.load(record, mask=inside, other=none)
@@ -191,8 +200,8 @@ def combine_kernel(
     valid = (mass > 0) & (mass < float("inf")) & (tl.abs(top) < float("inf"))
     weight = tl.exp2(((x - top) * scale.to(tl.float64)).to(tl.float32)).to(tl.float64)
     choice = tl.where(position <= length, choice, 0.0)
-    out = laws_out + (request * (GAMMA + 1) + position) * LAW_FIELDS
-    real = position <= GAMMA
+    out = laws_out + (request * (gamma + 1) + position) * LAW_FIELDS
+    real = position <= gamma
     tl.store(out, tl.where(valid, top, 0.0), mask=real)
     tl.store(out + 1, tl.where(valid, mass, 1.0), mask=real)
     tl.store(out + 2, choice, mask=real)
@@ -200,7 +209,7 @@ def combine_kernel(
     tl.store(out + 4, q, mask=real)
     tl.store(out + 5, valid.to(tl.float64), mask=real)
     if FILTERED:
-        bounds = bounds_out + (request * (GAMMA + 1) + position) * 2
+        bounds = bounds_out + (request * (gamma + 1) + position) * 2
         high = order_key(tl.where(valid, top, 0.0).to(tl.float32), SHIFT)
         tl.store(bounds, tl.full([PLACES], LOWEST >> SHIFT, tl.int64), mask=real)
         tl.store(bounds + 1, high.to(tl.int64), mask=real)
@@ -208,28 +217,28 @@ def combine_kernel(
         _decide(
             request, position, length, fits, valid | (hot == 0), hot & (coupled == 0),
             choice.to(tl.int64), weight / mass, q, drafted, uniforms, law, lse, listed, law_size, scale,
-            count_out, token_out, flag_out, GAMMA, PLACES, LAW,
+            count_out, token_out, flag_out, gamma, PLACES, LAW,
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=FREE, do_not_specialize_on_alignment=UNALIGNED)
 def decide_kernel(
     kept, requests, ranks, rows, vocabulary, first, lens, drafted, temperature, uniforms,
     law, lse, listed, law_size, laws, count_out, token_out, flag_out,
-    GAMMA: tl.constexpr, PLACES: tl.constexpr, RANKS: tl.constexpr, LAW: tl.constexpr,
+    gamma, PLACES: tl.constexpr, RANKS: tl.constexpr, LAW: tl.constexpr,
 ):  # fmt: skip
     """One program a request: what is kept under filters."""
     request = tl.program_id(0).to(tl.int64)
     _start, length, fits = fits_inside(
-        first, lens, drafted, request, rows, vocabulary, GAMMA, PLACES
+        first, lens, drafted, request, rows, vocabulary, gamma, PLACES
     )
     hot, _inverse, scale = heat_of(temperature, request)
     position = tl.arange(0, PLACES)
     rank = tl.arange(0, RANKS)
-    real = position <= GAMMA
+    real = position <= gamma
     inside = real[None, :] & (rank < ranks)[:, None]
-    place = request * (GAMMA + 1) + position
-    record = kept + (rank[:, None] * requests * (GAMMA + 1) + place[None, :]) * 2
+    place = request * (gamma + 1) + position
+    record = kept + (rank[:, None] * requests * (gamma + 1) + place[None, :]) * 2
     mass = tl.sum(tl.load(record, mask=inside, other=0.0), 0)
     weight = tl.max(tl.load(record + 1, mask=inside, other=0.0), 0)
     out = laws + place * LAW_FIELDS
@@ -240,7 +249,7 @@ def decide_kernel(
     _decide(
         request, position, length, fits, valid | (hot == 0), hot, choice, weight / mass, q,
         drafted, uniforms, law, lse, listed, law_size, scale, count_out, token_out, flag_out,
-        GAMMA, PLACES, LAW,
+        gamma, PLACES, LAW,
     )  # fmt: skip
 
 
@@ -259,11 +268,11 @@ def _final_row(
     return draws, start + position, position, position < length
 
 
-@triton.jit
+@triton.jit(do_not_specialize=FREE, do_not_specialize_on_alignment=UNALIGNED)
 def masses_kernel(
     logits, logits_stride, width, base, first, lens, temperature, min_p, law, lse, listed,
     law_size, coupling, stats, laws, cuts, count, token, flag, sums, left_out, masses_out,
-    GAMMA: tl.constexpr, BLOCK: tl.constexpr, SLOTS: tl.constexpr, SHIFT: tl.constexpr,
+    gamma, BLOCK: tl.constexpr, SLOTS: tl.constexpr, SHIFT: tl.constexpr,
     LAW: tl.constexpr, COUPLED: tl.constexpr, FILTERED: tl.constexpr,
 ):  # fmt: skip
     """One program a request: masses of ``p`` and ``max(0, p - q)`` of its final row's shard."""
@@ -276,7 +285,7 @@ def masses_kernel(
     plain = tl.zeros([SLOTS], tl.float64)
     left = tl.zeros([SLOTS], tl.float64)
     if draws:
-        place = request * (GAMMA + 1) + position
+        place = request * (gamma + 1) + position
         top = tl.load(laws + place * LAW_FIELDS).to(tl.float32)
         share = (1.0 / tl.load(laws + place * LAW_FIELDS + 1)).to(tl.float32)
         weight = tl.load(sums + place * SLOTS + slot)
@@ -295,7 +304,7 @@ def masses_kernel(
         plain = tl.where(plain > NOTHING, plain, 0.0)
         left = plain
         if minus:
-            at = request * GAMMA + position
+            at = request * gamma + position
             left = residual_sums(
                 logits + line * logits_stride, width, base, top, scale, share, cut, last, least,
                 weight, law + at * law_size, lse + at, listed + at * law_size, law_size,
@@ -308,12 +317,12 @@ def masses_kernel(
     tl.store(masses_out + request * 2 + 1, tl.sum(plain))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=FREE, do_not_specialize_on_alignment=UNALIGNED)
 def draw_kernel(
     logits, logits_stride, width, base, requests, ranks, own_rank, first, lens, temperature, min_p,
     uniforms, law, lse, listed, law_size, coupling, laws, cuts, count, token, flag, left, masses,
     found_out,
-    GAMMA: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr, SLOTS: tl.constexpr,
+    gamma, RANKS: tl.constexpr, BLOCK: tl.constexpr, SLOTS: tl.constexpr,
     SHIFT: tl.constexpr, LAW: tl.constexpr, COUPLED: tl.constexpr, FILTERED: tl.constexpr,
 ):  # fmt: skip
     """One program a request: its token if ``u * total`` falls into this shard, -1 if not."""
@@ -334,14 +343,14 @@ def draw_kernel(
         rest = minus & (total > 0)
         each = tl.where(rest, each, plain)
         total = tl.sum(each)
-        wanted = tl.load(uniforms + request * (GAMMA + 1) + GAMMA).to(tl.float64) * total
+        wanted = tl.load(uniforms + request * (gamma + 1) + gamma).to(tl.float64) * total
         upto = tl.cumsum(each, 0)
         after = tl.min(tl.where((upto > wanted) & (each > 0), rank, 2147483647))
         holder = tl.minimum(after, tl.max(tl.where(each > 0, rank, 0)))
         if holder == own_rank:
             wanted = tl.maximum(wanted - tl.sum(tl.where(rank < holder, each, 0.0)), 0.0)
-            place = request * (GAMMA + 1) + position
-            at = request * GAMMA + tl.minimum(position, GAMMA - 1)
+            place = request * (gamma + 1) + position
+            at = request * gamma + tl.minimum(position, gamma - 1)
             top = tl.load(laws + place * LAW_FIELDS).to(tl.float32)
             share = (1.0 / tl.load(laws + place * LAW_FIELDS + 1)).to(tl.float32)
             cut = tl.full([], LOWEST, tl.int32)
@@ -368,7 +377,7 @@ def draw_kernel(
     tl.store(found_out + request, found)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=FREE, do_not_specialize_on_alignment=UNALIGNED)
 def finish_kernel(
     found, requests, ranks, first, lens, temperature, coupling, count_out, token_out, flag_out,
     RANKS: tl.constexpr, COUPLED: tl.constexpr,

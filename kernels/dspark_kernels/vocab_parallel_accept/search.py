@@ -12,25 +12,31 @@ import triton.language as tl
 
 from dspark_kernels.accept.law import kept_sums, kept_weight, masses_above, nth_tie
 from dspark_kernels.accept.parts import LOWEST, filters_of, fits_inside, heat_of, key_value
-from dspark_kernels.vocab_parallel_accept.kernel import COUNTS, LAW_FIELDS, STATS
+from dspark_kernels.vocab_parallel_accept.kernel import (
+    COUNTS,
+    FREE,
+    LAW_FIELDS,
+    STATS,
+    UNALIGNED,
+)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=FREE, do_not_specialize_on_alignment=UNALIGNED)
 def narrow_kernel(
     logits, logits_stride, rows, width, vocabulary, first, lens, drafted, temperature,
     top_k, top_p, min_p, laws, bounds, counts_out,
-    GAMMA: tl.constexpr, PLACES: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
+    gamma, PLACES: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
     SHIFT: tl.constexpr,
 ):  # fmt: skip
     """One program a row: counts and masses of its shard above three keys of the search."""
     request = tl.program_id(0).to(tl.int64)
     position = tl.program_id(1)
     start, length, fits = fits_inside(
-        first, lens, drafted, request, rows, vocabulary, GAMMA, PLACES
+        first, lens, drafted, request, rows, vocabulary, gamma, PLACES
     )
     hot, _inverse, scale = heat_of(temperature, request)
     most, nucleus, _least, _any = filters_of(top_k, top_p, min_p, request, vocabulary)
-    place = request * (GAMMA + 1) + position
+    place = request * (gamma + 1) + position
     n0 = tl.full([], 0, tl.int32)
     n1 = tl.full([], 0, tl.int32)
     n2 = tl.full([], 0, tl.int32)
@@ -64,20 +70,20 @@ def _limits(laws, place, mask, most, nucleus):
     return tl.where(nucleus < 1.0, nucleus.to(tl.float64) * mass, float("inf"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=FREE, do_not_specialize_on_alignment=UNALIGNED)
 def settle_kernel(
     counts, requests, ranks, vocabulary, top_k, top_p, min_p, laws, bounds,
-    GAMMA: tl.constexpr, PLACES: tl.constexpr, RANKS: tl.constexpr,
+    gamma, PLACES: tl.constexpr, RANKS: tl.constexpr,
 ):  # fmt: skip
     """One program a request: the next interval of the search of every row."""
     request = tl.program_id(0).to(tl.int64)
     most, nucleus, _least, _any = filters_of(top_k, top_p, min_p, request, vocabulary)
     position = tl.arange(0, PLACES)
     rank = tl.arange(0, RANKS)
-    real = position <= GAMMA
+    real = position <= gamma
     inside = real[None, :] & (rank < ranks)[:, None]
-    place = request * (GAMMA + 1) + position
-    record = counts + (rank[:, None] * requests * (GAMMA + 1) + place[None, :]) * COUNTS
+    place = request * (gamma + 1) + position
+    record = counts + (rank[:, None] * requests * (gamma + 1) + place[None, :]) * COUNTS
     limit = _limits(laws, place, real, most, nucleus)
     low = tl.load(bounds + place * 2, mask=real, other=0)
     high = tl.load(bounds + place * 2 + 1, mask=real, other=0)
@@ -101,12 +107,12 @@ def settle_kernel(
     tl.store(bounds + place * 2 + 1, tl.where(gap > 0, before, high), mask=real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=FREE, do_not_specialize_on_alignment=UNALIGNED)
 def kept_kernel(
     logits, logits_stride, rows, width, base, vocabulary, first, lens, drafted, temperature,
     top_k, top_p, min_p, counts, requests, ranks, own_rank, laws, bounds, stats,
     sums_out, cuts_out, kept_out,
-    GAMMA: tl.constexpr, PLACES: tl.constexpr, BLOCK: tl.constexpr, SLOTS: tl.constexpr,
+    gamma, PLACES: tl.constexpr, BLOCK: tl.constexpr, SLOTS: tl.constexpr,
     TILE: tl.constexpr, STAGES: tl.constexpr, SHIFT: tl.constexpr, CUTS: tl.constexpr,
 ):  # fmt: skip
     """One program a row: what the filters keep of its shard, and the drafted token's weight.
@@ -116,11 +122,11 @@ def kept_kernel(
     request = tl.program_id(0).to(tl.int64)
     position = tl.program_id(1)
     start, length, fits = fits_inside(
-        first, lens, drafted, request, rows, vocabulary, GAMMA, PLACES
+        first, lens, drafted, request, rows, vocabulary, gamma, PLACES
     )
     hot, _inverse, scale = heat_of(temperature, request)
     most, nucleus, least, filtered = filters_of(top_k, top_p, min_p, request, vocabulary)
-    place = request * (GAMMA + 1) + position
+    place = request * (gamma + 1) + position
     slot = tl.arange(0, SLOTS)
     top = tl.load(laws + place * LAW_FIELDS).to(tl.float32)
     own = tl.load(stats + place * STATS).to(tl.float32)
@@ -141,7 +147,7 @@ def kept_kernel(
                 ties = tl.full([], 0.0, tl.float64)
                 mine = tl.full([], 0.0, tl.float64)
                 for rank in tl.range(0, ranks):
-                    record = counts + (rank * requests * (GAMMA + 1) + place) * COUNTS
+                    record = counts + (rank * requests * (gamma + 1) + place) * COUNTS
                     count += tl.load(record)
                     above += tl.load(record + 3)
                     each = tl.load(record + 6)
@@ -160,7 +166,7 @@ def kept_kernel(
         sums, _many = kept_sums(
             row, width, top, scale, cut, last, least, BLOCK, SLOTS, STAGES, SHIFT
         )
-        token = tl.load(drafted + request * GAMMA + position, mask=position < length, other=-1)
+        token = tl.load(drafted + request * gamma + position, mask=position < length, other=-1)
         weight = kept_weight(x, (token - base).to(tl.int32), top, scale, cut, last, least, SHIFT)
     tl.store(sums_out + place * SLOTS + slot, sums)
     tl.store(cuts_out + place * 2, cut)

@@ -71,8 +71,8 @@ def configuration(
     """Compile-time constants of all kernels; each takes those it has."""
     block = min(2048, max(64, power(width) // 4))
     return {
-        "GAMMA": gamma,
-        "PLACES": power(gamma + 1),
+        # Every step of up to 7 drafted tokens runs the same kernels.
+        "PLACES": max(8, power(gamma + 1)),
         "RANKS": power(ranks),
         "BLOCK": block,
         "SLOTS": power(-(-width // block)),
@@ -116,6 +116,7 @@ class _Round:
             "lse": lse,
             "listed": listed,
             "law_size": size,
+            "gamma": gamma,
             "count_out": out.count,
             "token_out": out.token,
             "flag_out": out.flag,

@@ -209,7 +209,7 @@ AUDIT = {
 
 def waits_without_the_kv_kernel() -> int:
     """A11: waits of a drafted step whose draft KV SGLang writes: a quantised drafter, scaled RoPE, an fp8 pool."""
-    from dspark_sglang.serving.ops.triton_ops import KvWriter
+    from dspark_sglang.serving.ops.kv_writer import KvWriter
 
     with (
         mock.patch.object(KvWriter, "of", lambda *_: None),

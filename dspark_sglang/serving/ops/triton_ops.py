@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections import deque
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -10,14 +9,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.nn.functional import linear
 
 from dspark_kernels import penalise, step
 from dspark_kernels.accept import Accepted as Outcome
 from dspark_kernels.accept import DenseDraft, Filters, Keys, ListedDraft, Rows, accept
 from dspark_kernels.admit import admit
 from dspark_kernels.confidence import Confidence, confidence
-from dspark_kernels.kv_inject import kv_inject, pools
 from dspark_kernels.markov_step import (
     Candidates,
     Head,
@@ -28,7 +25,6 @@ from dspark_kernels.markov_step import (
     successor_table,
 )
 from dspark_kernels.support.backend import LAUNCHES, interpreting
-from dspark_kernels.support.errors import OperandError
 from dspark_kernels.support.interpreter import patch_once
 from dspark_kernels.support.rounding import round_as_a_gpu
 from dspark_kernels.vocab_parallel_accept import Shard, begin
@@ -51,11 +47,10 @@ from dspark_sglang.serving.ops import (
     WriteKv,
     selfcheck,
 )
+from dspark_sglang.serving.ops.kv_writer import KvWriter
 from dspark_sglang.serving.ops.supply import Supply
 from dspark_sglang.serving.sglang_types import DenseDraft as DraftModel
 from dspark_sglang.serving.sglang_types import KvPool
-
-logger = logging.getLogger(__name__)
 
 #: As a top_k: more than any vocabulary, filters nothing.
 _ALL_TOKENS = 2**31 - 1
@@ -469,69 +464,3 @@ def _drafted(given: Verified) -> DenseDraft | ListedDraft | None:
         return DenseDraft(given.probs, given.lse)
     assert given.support is not None
     return ListedDraft(given.probs, given.support)
-
-
-class KvWriter:
-    """Projects rows through a dense SGLang draft model and writes those that have a slot."""
-
-    def __init__(self, model: DraftModel, pool: KvPool, stacked: dict[str, Any]) -> None:
-        """Args:
-        model: the draft model.
-        pool: its KV pool.
-        stacked: the key and value projections of all layers, as the model stacks them.
-
-        Raises:
-            OperandError: the pool is laid out in a way the kernel does not write.
-        """
-        layers = [layer.self_attn for layer in model.layers]
-        self._model = model
-        self._weight, self._bias = stacked["weight"], stacked["bias"]
-        self._gain, self._eps = stacked["k_norm_weight"].contiguous(), float(stacked["eps"])
-        self._shape = (len(layers), 2, layers[0].kv_size)
-        self._table = layers[0].rotary_emb.cos_sin_cache
-        self._pools = pools(
-            [pool.get_key_buffer(layer.attn.layer_id) for layer in layers],
-            [pool.get_value_buffer(layer.attn.layer_id) for layer in layers],
-        )
-
-    @classmethod
-    def of(cls, model: DraftModel, pool: KvPool) -> KvWriter | None:
-        """The writer of a draft model; None, said once in the log, where SGLang has to write."""
-        rotary = model.layers[0].self_attn.rotary_emb
-        stacked = model._stacked_ctx_kv_params()
-        why = ""
-        if stacked is None:
-            why = "its projections are quantised or differ between layers"
-        elif type(rotary).__name__ != "RotaryEmbedding" or not rotary.is_neox_style:
-            why = f"its rotary embedding is a {type(rotary).__name__}"
-        elif not (hasattr(pool, "get_key_buffer") and hasattr(pool, "get_value_buffer")):
-            why = f"its KV pool is a {type(pool).__name__}"
-        if stacked is not None and not why:
-            try:
-                return cls(model, pool, stacked)
-            except OperandError as error:
-                why = str(error)
-        logger.warning("SGLang writes the draft's KV, not our kernel: %s.", why.rstrip("."))
-        return None
-
-    def write(self, hidden: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor) -> None:
-        """Write the rows that have a slot.
-
-        Args:
-            hidden: ``[N, layers read * d]`` target hidden states.
-            positions: ``[N]`` integer absolute positions.
-            slots: ``[N]`` integer slots of the draft's pool; negative: not accepted.
-        """
-        context = self._model.project_target_hidden(hidden)
-        projected = linear(context, self._weight, self._bias).view(-1, *self._shape)
-        kv_inject(
-            projected[:, :, 0],
-            projected[:, :, 1],
-            positions.to(torch.int64),
-            slots.to(torch.int64),
-            self._gain,
-            self._table,
-            self._pools,
-            eps=self._eps,
-            backend="triton",
-        )

@@ -18,7 +18,7 @@ from dspark_sglang.layouts.v4.memory import is_quantised
 from dspark_sglang.planning.hardware import Hardware
 from dspark_sglang.planning.model import Model
 from dspark_sglang.planning.options import Options, expert_width, needs_marlin
-from dspark_sglang.serving.verify_mode import Server, why_whole
+from dspark_sglang.verify_mode import Server, why_whole
 
 Verdict = Literal["refused", "added", "note"]
 

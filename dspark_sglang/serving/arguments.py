@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import psutil
 
+from dspark_sglang import verify_mode
 from dspark_sglang.checkpoint import read_config, read_headers
 from dspark_sglang.config import COST_AUTO, read_settings
 from dspark_sglang.errors import CheckpointError, ConfigError, DSparkError
@@ -27,7 +28,7 @@ from dspark_sglang.layouts.base import (
     is_bundle,
     layout_of,
 )
-from dspark_sglang.serving import placement, verify_mode, warmup
+from dspark_sglang.serving import placement, warmup
 
 if TYPE_CHECKING:
     from dspark_sglang.serving.sglang_types import ServerArgs

@@ -12,7 +12,7 @@ from sglang.srt.models.dspark import DSparkDraftMixin
 from dspark_sglang.errors import CompatibilityError
 from dspark_sglang.layouts.base import layouts, resolve
 from dspark_sglang.serving.sglang_types import DenseDraft, KvInjector, V4Draft
-from dspark_sglang.serving.verify_mode import RAGGED
+from dspark_sglang.verify_mode import RAGGED
 
 
 def built(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

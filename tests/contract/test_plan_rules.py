@@ -21,7 +21,7 @@ from dspark_sglang.planning import hardware, kv, plan, sizing
 from dspark_sglang.planning.kv import Serving
 from dspark_sglang.planning.options import Options
 from dspark_sglang.planning.rules import RULES
-from dspark_sglang.serving.verify_mode import RAGGED_BACKENDS, RAGGED_LATENT
+from dspark_sglang.verify_mode import RAGGED_BACKENDS, RAGGED_LATENT
 from tests.deploy.sglang_source import sglang_environment, sglang_flags
 
 ROOT = Path(__file__).resolve().parents[2]

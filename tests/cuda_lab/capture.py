@@ -400,7 +400,7 @@ def draft_exchanges(*, placement: str, ours: bool, ranks: int = 2) -> list[list[
 
 def chosen(name: str) -> str:
     """The mode that our servers are started in with a backend."""
-    from dspark_sglang.serving import verify_mode
+    from dspark_sglang import verify_mode
 
     backend, _, kernel = name.partition(" ")
     return verify_mode.choose(

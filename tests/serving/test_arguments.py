@@ -17,7 +17,7 @@ from dspark_sglang.checkpoint import read_header
 from dspark_sglang.errors import CheckpointError, ConfigError
 from dspark_sglang.layouts.v4 import tiny
 from dspark_sglang.serving import arguments
-from dspark_sglang.serving.verify_mode import Server, choose, why_whole
+from dspark_sglang.verify_mode import Server, choose, why_whole
 from tests.layouts.drafter_samples import FLAT, SHAPES, TARGET, actionable, write
 
 MODE = "SGLANG_RAGGED_VERIFY_MODE"

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from dspark_sglang.errors import CompatibilityError
 from tests.cuda_lab import specialisations
 from tests.cuda_lab.fake_device import FakeDevice
 
@@ -90,10 +91,23 @@ def test_representatives_keep_what_keys_depend_on() -> None:
 
 
 @pytest.mark.costly
-def test_no_more_variants_appear_after_start_than_are_known() -> None:
+def test_no_variant_appears_after_start() -> None:
     from tests.cuda_lab import record
 
-    known = json.loads(record.RESULT.read_text())["specialisations"]["few"]["late"]
     found = record.in_a_process("specialisations", "--few")["late"]
-    more = {kernel: n for kernel, n in found.items() if n > known.get(kernel, 0)}
-    assert not more, f"compiled in service: {more}; known: {known}"
+    assert not found, f"compiled in service: {found}"
+
+
+def test_a_kernel_that_cannot_be_compiled_ends_the_start() -> None:
+    from dspark_sglang.serving import worker
+    from tests.cuda_lab.world import World
+
+    def fails(*_: object) -> None:
+        raise RuntimeError("ptxas is not here")
+
+    with (
+        mock.patch.object(worker, "rehearse", fails),
+        pytest.raises(CompatibilityError, match=r"could not be compiled.*ptxas is not here"),
+        World(FakeDevice(), ours=True),
+    ):
+        pass

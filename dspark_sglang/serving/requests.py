@@ -165,14 +165,15 @@ def batch_stops(requests: Sequence[Req], device: torch.device | str) -> torch.Te
 
 
 def told(token: torch.Tensor, requests: Sequence[Req]) -> torch.Tensor:
-    """``[R]`` integer tokens as the scheduler is told them: :data:`UNDECIDED` ends a request there.
+    """``[R]`` or ``[R, W]`` integer tokens as the scheduler is told them: :data:`UNDECIDED` ends a request there.
 
     A grammar's parser is told one that it may refuse, as in plain decoding: some parsers take no negative number.
     """
     parsed = [request.grammar is not None for request in requests]
     if not any(parsed):
         return token
-    return torch.where(to_device(torch.tensor(parsed), token.device), token.clamp(min=0), token)
+    of = to_device(torch.tensor(parsed), token.device).view(-1, *[1] * (token.dim() - 1))
+    return torch.where(of, token.clamp(min=0), token)
 
 
 def told_sampled(result: GenerationBatchResult, batch: ScheduleBatch) -> torch.Tensor:

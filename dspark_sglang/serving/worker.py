@@ -304,7 +304,8 @@ class DSparkWorker(DSparkWorkerV2):
             hidden=self._draft.width,
             dtype=self._draft.dtype,
             columns=whole if shard is None else shard.shard.width,
-            requests=len(self.model_runner.req_to_token_pool.req_to_token),
+            whole=whole,
+            requests=self.model_runner.max_running_requests,
             seeded=get_exec().deterministic.enable_deterministic_inference,
             device=torch.device(self.device),
         )

@@ -17,10 +17,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -184,14 +186,14 @@ def sampled(kind: str, requests: int, device: FakeDevice) -> Any:
     if kind == "greedy":
         return None
     count = max(1, requests // 2)
-    filters = kind == "filtered"
+    filters = kind.endswith("filtered")
     return SampledRows(
         index=device.empty(count, dtype=torch.int64),
         temperatures=device.empty(count),
         top_k=device.empty(count, dtype=torch.int32) if filters else None,
         top_p=device.empty(count) if filters else None,
-        min_p=None,
-        seeds=device.empty(count, dtype=torch.int64) if kind == "seeded" else None,
+        min_p=device.empty(count) if kind == "min_p" else None,
+        seeds=device.empty(count, dtype=torch.int64) if kind.startswith("seeded") else None,
     )
 
 
@@ -270,7 +272,7 @@ def writer(device: FakeDevice) -> Callable[..., None]:
 
 
 SIZES = rehearsal.Sizes(
-    gamma=GAMMA, hidden=HIDDEN, dtype=torch.bfloat16, columns=VOCABULARY, requests=MOST, seeded=False, device=CUDA,
+    gamma=GAMMA, hidden=HIDDEN, dtype=torch.bfloat16, columns=VOCABULARY, whole=VOCABULARY, requests=MOST, seeded=False, device=CUDA,
 )  # fmt: skip
 
 
@@ -309,6 +311,43 @@ FEW = [
     for depth in (1, 7)
     for kind in ("greedy", "filtered")
 ]
+
+
+def late_of_ranks(*, seeded: bool) -> list[str]:
+    """Kernels that one of two ranks asks for after start."""
+    from dspark_sglang.serving import worker
+    from dspark_sglang.serving.ops import Verified
+    from tests.cuda_lab.world import World
+
+    chosen = SimpleNamespace(deterministic=SimpleNamespace(enable_deterministic_inference=seeded))
+    started, served = Keys(), Keys()
+    with torch.no_grad(), World(FakeDevice(), ours=True, ranks=2) as world:
+        device, ops = world.device, world.worker._ops
+        with mock.patch.object(worker, "get_exec", lambda: chosen), started.recorded():
+            world.worker._compile_kernels()
+        kinds = (
+            ("seeded", "seeded-filtered") if seeded else ("greedy", "sampled", "filtered", "min_p")
+        )
+        with served.recorded():
+            for kind, requests, depth in itertools.product(kinds, (1, 3, 16), (0, 3, GAMMA)):
+                rows, lens = (
+                    sampled(kind, requests, device),
+                    device.empty(requests, dtype=torch.int64),
+                )
+                block, admitted = ops.nothing(rows, requests), ops.anchors(requests, CUDA)
+                if depth:
+                    hidden = device.empty(requests, GAMMA, HIDDEN, dtype=torch.bfloat16)[:, :depth]
+                    base = device.empty(requests, depth, VOCABULARY // 2, dtype=torch.bfloat16)
+                    block = ops.draft(base, hidden, lens, lens, rows, None)
+                columns = VOCABULARY // (1 if kind == "seeded-filtered" else 2)
+                drafted = device.empty(requests, GAMMA, dtype=torch.int64)[:, : max(1, depth)]
+                ops.accept(
+                    Verified(
+                        device.empty(requests, columns), drafted, rows, block.probs, block.support,
+                        block.lse, admitted.lens, admitted.first, lens,
+                    )
+                )  # fmt: skip
+    return sorted(key.kernel for key in served.seen if key not in started.seen)
 
 
 def report(found: Found) -> dict[str, Any]:

@@ -111,3 +111,11 @@ def test_a_kernel_that_cannot_be_compiled_ends_the_start() -> None:
         World(FakeDevice(), ours=True),
     ):
         pass
+
+
+@pytest.mark.costly
+@pytest.mark.parametrize("seeded", [False, True])
+def test_ranks_ask_for_no_more_after_start(seeded: bool) -> None:
+    """Two ranks: candidates and acceptance of shards, rows that are gathered whole, no drafted tokens."""
+    found = specialisations.late_of_ranks(seeded=seeded)
+    assert not found, f"compiled in service: {found}"

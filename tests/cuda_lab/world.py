@@ -371,6 +371,7 @@ class World:
                 make_forward_metadata_from_raw_verify=None, needs_cpu_seq_lens=False
             ),
             capture_tail_hooks=[], capture_head_hooks=[], dtype=torch.bfloat16, lora_manager=None,
+            max_running_requests=MOST,
         )  # fmt: skip
         runner.decode_cuda_graph_runner = GraphRunner(
             device, runner, width=GAMMA + 1, ragged=self.mode == "compact"

@@ -16,7 +16,9 @@ COLUMNS, HIDDEN, GAMMA = 600, 32, 5
 @pytest.mark.parametrize("listed", [False, True])
 def test_every_kernel_of_a_step_is_launched(seeded: bool, listed: bool) -> None:
     ops = _operations(torch.Generator().manual_seed(1))
-    sizes = rehearsal.Sizes(GAMMA, HIDDEN, torch.bfloat16, COLUMNS, 3, seeded, torch.device("cpu"))
+    sizes = rehearsal.Sizes(
+        GAMMA, HIDDEN, torch.bfloat16, COLUMNS, COLUMNS, 3, seeded, torch.device("cpu")
+    )
     tokens = torch.arange(0, COLUMNS, 2) if listed else None
     width = COLUMNS if tokens is None else len(tokens)
     before = dict(LAUNCHES)

@@ -19,8 +19,8 @@ from dspark_sglang.serving.ops import Ops, SampledRows, Verified
 
 #: Requests that admission takes at once.
 MOST = 1024
-Kind = Literal["greedy", "sampled", "filtered"]
-KINDS: tuple[Kind, ...] = ("greedy", "sampled", "filtered")
+Kind = Literal["greedy", "sampled", "filtered", "min_p"]
+KINDS: tuple[Kind, ...] = ("greedy", "sampled", "filtered", "min_p")
 
 
 #: Base logits ``[N, M]`` of draft states ``[N, d]``.
@@ -34,8 +34,9 @@ class Sizes(NamedTuple):
     #: Width of draft states, and their dtype.
     hidden: int
     dtype: torch.dtype
-    #: Columns of the target's logits, which are float32.
+    #: Columns of the target's logits, which are float32: of this rank's, and of whole rows.
     columns: int
+    whole: int
     #: Most requests of a batch, those beyond :data:`MOST` left out.
     requests: int
     #: Whether requests draw by seeds of their own.
@@ -51,9 +52,9 @@ def rehearse(ops: Ops, sizes: Sizes, base: Base, vocabulary: torch.Tensor | None
         vocabulary: the draft vocabulary ``[M]``; None: every token.
     """
     for kind in KINDS:
-        for requests, drafts in itertools.product((1, 2), (True, False)):
+        for requests, depth in itertools.product((1, 2), (sizes.gamma, 1, 0)):
             rows = _rows(kind, requests, sizes)
-            _step(ops, sizes, rows, requests, base, vocabulary, drafts=drafts)
+            _step(ops, sizes, rows, requests, base, vocabulary, depth)
     for requests in _powers(min(sizes.requests, MOST)):
         _admission(ops, sizes, requests)
     _penalties(ops, sizes)
@@ -75,7 +76,7 @@ def _rows(kind: Kind, requests: int, sizes: Sizes) -> SampledRows | None:
         temperatures=ones,
         top_k=torch.full_like(index, 20, dtype=torch.int32) if filtered else None,
         top_p=ones if filtered else None,
-        min_p=None,
+        min_p=ones if kind == "min_p" else None,
         seeds=index if sizes.seeded else None,
     )
 
@@ -95,27 +96,29 @@ def _step(
     requests: int,
     base: Base,
     vocabulary: torch.Tensor | None,
-    *,
-    drafts: bool,
+    depth: int,
 ) -> None:
     gamma, device = sizes.gamma, sizes.device
     places = torch.arange(requests * (gamma + 1), device=device)
     anchors = torch.zeros(requests, dtype=torch.int64, device=device)
     tokens = torch.zeros((requests, gamma), dtype=torch.int64, device=device)
-    if drafts:
+    if depth:
         hidden = torch.zeros((requests, gamma, sizes.hidden), dtype=sizes.dtype, device=device)
-        logits = base(hidden.flatten(0, 1)).view(requests, gamma, -1)
+        hidden = hidden[:, :depth]
+        logits = base(hidden.flatten(0, 1)).view(requests, depth, -1)
         block = ops.draft(logits, hidden, anchors, anchors, rows, vocabulary)
         ops.confidence(hidden, block.previous)
     else:
         block = ops.nothing(rows, requests)
     admitted = ops.anchors(requests, device)
     ops.window(admitted.rows, anchors, tokens, places, places, rows=len(places))
-    width = gamma if drafts else 1
+    # Draws by a request's own seed are made from whole rows where they filter.
+    gathered = rows is not None and rows.seeds is not None and rows.filters
+    columns = sizes.whole if gathered else sizes.columns
     outcome = ops.accept(
         Verified(
-            logits=torch.zeros((requests, sizes.columns), device=device),
-            drafted=tokens[:, :width],
+            logits=torch.zeros((requests, columns), device=device),
+            drafted=tokens[:, : max(1, depth)],
             rows=rows,
             probs=block.probs,
             support=block.support,
@@ -131,10 +134,10 @@ def _step(
 
 
 def _penalties(ops: Ops, sizes: Sizes) -> None:
-    counts = OutputCounts(sizes.columns, sizes.device)
+    counts = OutputCounts(sizes.whole, sizes.device)
     counts.begin({0: []})
     terms = Terms.of([Penalties(0.5, min_new_tokens=1, stop_tokens=(0,))], [0], sizes.device)
-    logits = torch.zeros((1, sizes.columns), device=sizes.device)
+    logits = torch.zeros((1, sizes.whole), device=sizes.device)
     block = torch.zeros((1, sizes.gamma + 1), dtype=torch.int64, device=sizes.device)
     ops.penalise(logits, counts, terms, block[0, :1], block)
     ops.extend(counts, terms, block, block[0, :1])

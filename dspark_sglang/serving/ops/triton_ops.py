@@ -332,6 +332,7 @@ class TritonOps(Ops):
         before: torch.Tensor,
     ) -> Finished:
         drafted, before = drafted.contiguous(), before.to(torch.int64)
+        lens = lens.to(torch.int32)
         found = step.finish(outcome.count, outcome.token, drafted, stops, lens, before)
         return Finished(*found)
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("sglang")
 from dspark_sglang.core.schedule.scheduler import Scheduler, Synchronous
@@ -91,3 +92,12 @@ def test_without_a_worker_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(requests, "_process", None)
     assert requests.refusal(asking(profile=True)) is not None
     assert requests.refusal(asking(workload="code")) is None
+
+
+@pytest.mark.parametrize("shape", [(2,), (2, 13)])
+def test_a_grammars_parser_is_told_no_negative_token(shape: tuple[int, ...]) -> None:
+    free, parsed = (SimpleNamespace(grammar=grammar) for grammar in (None, "[a-z]"))
+    undecided = torch.full(shape, -1)
+    found = requests.told(undecided, [free, parsed])  # type: ignore[list-item]
+    assert (found[0] == -1).all() and (found[1] == 0).all()
+    assert requests.told(undecided, [free, free]) is undecided  # type: ignore[list-item]

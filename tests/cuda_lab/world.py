@@ -293,13 +293,15 @@ class World:
         self._tokens = 0
 
     def __enter__(self) -> World:
-        enter = self._stack.enter_context
-        enter(torch.inference_mode())
-        enter(mock.patch.dict(os.environ, self._environment()))
-        self._publish(enter)
-        enter(self.device)
-        self.worker = self._build(enter)
-        self.device.clear()
+        with self._stack:  # undone where the server does not start
+            enter = self._stack.enter_context
+            enter(torch.inference_mode())
+            enter(mock.patch.dict(os.environ, self._environment()))
+            self._publish(enter)
+            enter(self.device)
+            self.worker = self._build(enter)
+            self.device.clear()
+            self._stack = self._stack.pop_all()
         return self
 
     def __exit__(self, *error: Any) -> None:

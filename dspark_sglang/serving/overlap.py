@@ -18,8 +18,9 @@ import torch
 from dspark_sglang.core.device import to_device, to_host
 from dspark_sglang.core.round import Drafted, Load, StepPlan, StepResult
 from dspark_sglang.core.schedule.scheduler import Scheduler, before_all
+from dspark_sglang.core.step import Step
 from dspark_sglang.core.sts import BINS
-from dspark_sglang.serving.ops import Admitted, Ops
+from dspark_sglang.serving.ops import Admitted
 from dspark_sglang.serving.rounds import Block, Round, Rounds, pack, unpack
 from dspark_sglang.serving.sglang_types import ScheduleBatch
 
@@ -58,8 +59,8 @@ class _Device:
 class DeviceSurvival:
     """Survivals of a draft as tokens are admitted by, without a wait for the device; constant memory."""
 
-    def __init__(self, scheduler: Scheduler, ops: Ops, device: torch.device) -> None:
-        self._ops = ops
+    def __init__(self, scheduler: Scheduler, step: Step, device: torch.device) -> None:
+        self._step = step
         self._reliability = scheduler.reliability
         self._device = device
         #: ``[2, gamma, BINS]`` float32 correction of confidences on the device, and rounds since it was copied.
@@ -82,7 +83,7 @@ class DeviceSurvival:
         if self._age >= _REFRESH:
             correction = torch.from_numpy(self._reliability.shift()).float()
             self._shift, self._age = to_device(correction, self._device), 0
-        return self._ops.survival(confidence, known, self._shift, self._before_all)
+        return self._step.survival(confidence, known, self._shift, self._before_all)
 
     def learned(self) -> None:
         """One more round was learned from."""
@@ -119,7 +120,7 @@ class OverlappedRounds(Rounds):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.device_survival = DeviceSurvival(self.scheduler, self._ops, self._device)
+        self.device_survival = DeviceSurvival(self.scheduler, self._ops.step, self._device)
         self._moment: Callable[[], Any] = _Device if self._device.type == "cuda" else _Host
         self._began: Any = None
         #: ``[R, gamma]`` float64 on the device: survival by which the running step admits.

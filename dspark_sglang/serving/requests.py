@@ -13,8 +13,8 @@ from dspark_sglang.core.device import to_device
 from dspark_sglang.core.penalties import OutputCounts, Penalties, Terms
 from dspark_sglang.core.sampling import UNDECIDED
 from dspark_sglang.core.schedule.scheduler import Scheduler
+from dspark_sglang.core.step import Step
 from dspark_sglang.serving.faults import Faults
-from dspark_sglang.serving.ops import Ops
 from dspark_sglang.serving.options import KEY, read_options
 from dspark_sglang.serving.sglang_types import GenerationBatchResult, Req, ScheduleBatch
 
@@ -63,8 +63,8 @@ class RunningPenalties:
     knows the last one's tokens. The device does: counts of each output are kept there, and grow by what a step commits.
     """
 
-    def __init__(self, ops: Ops) -> None:
-        self._ops = ops
+    def __init__(self, step: Step) -> None:
+        self._step = step
         self._counts: OutputCounts | None = None
         #: Requests whose output is counted, by identity, and their rows; rows to be used again.
         self._slots: dict[int, tuple[Req, int]] = {}
@@ -106,12 +106,12 @@ class RunningPenalties:
         self._block = block
         if rows is None:
             rows = torch.arange(len(logits), device=logits.device)
-        self._ops.penalise(logits, self._counts, self._terms, rows, block)
+        self._step.penalise(logits, self._counts, self._terms, rows, block)
 
     def extend(self, count: torch.Tensor) -> None:
         """The running step keeps its anchors and ``[R]`` int64 drafted tokens; what it draws is the next one's anchor."""
         if self._block is not None and self._terms is not None and self._counts is not None:
-            self._ops.extend(self._counts, self._terms, self._block, count)
+            self._step.extend(self._counts, self._terms, self._block, count)
         self._block = None
 
     def _renewed(self, requests: Sequence[Req], counts: OutputCounts) -> Terms | None:

@@ -79,7 +79,7 @@ class Verifier(TargetVerifyExecutor):
         self.deferred = DeferredStates(self._write)
         #: Whether plain decoding would adjust the running step's logits.
         self._adjusting = False
-        self.penalties = RunningPenalties(ops)
+        self.penalties = RunningPenalties(ops.step)
         self._requests: Sequence[Req] = ()
         #: ``[R, gamma + 1]`` int64 tokens of the last step as the scheduler is told them.
         self.reported: torch.Tensor | None = None
@@ -109,7 +109,7 @@ class Verifier(TargetVerifyExecutor):
             index = torch.arange(bs * width, device=layout.verify_lens.device)
         else:
             index = admitted.rows
-        window = self._ops.window(
+        window = self._ops.step.window(
             index,
             draft_block_ids[:, 0],
             draft_tokens,
@@ -310,7 +310,7 @@ class Verifier(TargetVerifyExecutor):
                 packed = torch.stack([outcome.count, outcome.token])
                 outcome = Accepted(*self._sharding.ranks.broadcast(packed, "outcome").unbind(0))
             # SGLang prefers a stop string anywhere in a run to a stop token before it.
-            found = self._ops.finish(outcome, draft_tokens, self._stops, lens, prefix_lens)
+            found = self._ops.step.finish(outcome, draft_tokens, self._stops, lens, prefix_lens)
         self._rounds.outcome(found.pair)
         if self._adjusting:
             self.penalties.extend(found.pair[1])
@@ -378,7 +378,7 @@ class Verifier(TargetVerifyExecutor):
                     run_compact=run_compact,
                 )
             return
-        slots, positions = self._ops.kept(
+        slots, positions = self._ops.step.kept(
             self._packed,
             commit_lens,
             injector.ids_for(verify_window.kv_loc_plan),

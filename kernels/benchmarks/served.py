@@ -48,9 +48,9 @@ def count_step() -> Traffic:
     def step() -> None:
         block = ops.draft(base, hidden, anchors, positions, sampled, None)
         scores = ops.confidence(hidden, block.previous)
-        survival = ops.survival(scores[0], known, shift, whole)
+        survival = ops.step.survival(scores[0], known, shift, whole)
         admitted = ops.admit_there(survival, survival.numel())
-        ops.window(admitted.rows, anchors, block.tokens, places, places, rows=len(places))
+        ops.step.window(admitted.rows, anchors, block.tokens, places, places, rows=len(places))
         outcome = ops.accept(
             Verified(
                 logits=logits,
@@ -64,8 +64,8 @@ def count_step() -> Traffic:
                 anchors=positions,
             )
         )
-        done = ops.finish(outcome, block.tokens, None, admitted.lens, positions)
-        ops.kept(admitted.rows, done.committed, places, places)
+        done = ops.step.finish(outcome, block.tokens, None, admitted.lens, positions)
+        ops.step.kept(admitted.rows, done.committed, places, places)
 
     step()  # what is made once, and what is drawn for many steps at once
     return count(step)

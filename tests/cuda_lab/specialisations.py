@@ -214,13 +214,13 @@ def step(ops: Any, write: Callable[..., None], device: FakeDevice, shape: Shape)
         known = device.empty(3, requests, dtype=torch.int64)
         shift, whole = device.empty(2, GAMMA, BINS), device.empty(GAMMA, dtype=torch.float64)
         confidence = torch.nn.functional.pad(scores, (0, GAMMA - depth))[0]
-        survival = ops.survival(confidence, known, shift, whole)
+        survival = ops.step.survival(confidence, known, shift, whole)
         admitted = ops.admit_there(survival, count - requests)
     else:
         block, admitted = ops.nothing(rows, requests), ops.anchors(requests, CUDA)
     tokens = device.empty(requests, GAMMA, dtype=torch.int64)
     ids = device.empty(MOST, GAMMA, dtype=torch.int64)
-    ops.window(admitted.rows, ids[:requests, 0], tokens, places, slots, rows=count + 3)
+    ops.step.window(admitted.rows, ids[:requests, 0], tokens, places, slots, rows=count + 3)
     outcome = ops.accept(
         Verified(
             logits=device.empty(count + 8, VOCABULARY)[:count],
@@ -235,16 +235,16 @@ def step(ops: Any, write: Callable[..., None], device: FakeDevice, shape: Shape)
         )
     )
     stops = device.empty(requests, 1 + count % 3, dtype=torch.int64) if count % 4 else None
-    done = ops.finish(outcome, tokens, stops, admitted.lens, lens)
-    ops.kept(admitted.rows, done.committed, slots, places)
+    done = ops.step.finish(outcome, tokens, stops, admitted.lens, lens)
+    ops.step.kept(admitted.rows, done.committed, slots, places)
     penalties = [Penalties(0.5, min_new_tokens=9, stop_tokens=(3, 4)[: count % 3])] * requests
     terms = Terms.of(penalties, range(requests), CUDA)
     counts = OutputCounts(VOCABULARY, CUDA)
     counts.begin({slot: [] for slot in range(requests)})
     block = device.empty(requests, width, dtype=torch.int64)
     rows_of = device.empty(count, dtype=torch.int64)
-    ops.penalise(device.empty(count, VOCABULARY), counts, terms, rows_of, block)
-    ops.extend(counts, terms, block, done.pair[1])
+    ops.step.penalise(device.empty(count, VOCABULARY), counts, terms, rows_of, block)
+    ops.step.extend(counts, terms, block, done.pair[1])
     write(device.empty(count, READ_WIDTH, dtype=torch.bfloat16))
 
 

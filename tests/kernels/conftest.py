@@ -51,7 +51,6 @@ def _interpret_what_is_imported() -> None:
     ``tl.sum`` and its like are kernels of Triton's own, decorated when triton is imported; ours may
     have been imported by another folder's tests.
     """
-    import triton.experimental.gluon.language  # it wants kernels that are compiled, when it is imported
     import triton.language as tl
     from triton.runtime.interpreter import InterpretedFunction
     from triton.runtime.jit import JITFunction

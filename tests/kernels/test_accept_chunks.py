@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 from accept_operands import _moved, agree
+from accept_variants import padded, variants
 
 from benchmarks.traffic import count
 from dspark_kernels.accept import Filters, Keys, ListedDraft, Rows, accept
 from dspark_kernels.accept.plan import check, constants
-from dspark_kernels.accept.warm import padded, variants
 
 #: Chunks of 64 columns, at most 16 candidates each.
 WIDTH, CAP = 200, 16
@@ -123,6 +123,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 import dspark_kernels.accept as op
+import sys
+sys.path.insert(0, "tests/kernels")
+import accept_variants
 
 backend = make_backend(GPUTarget("cuda", 90, 32))
 
@@ -136,10 +139,10 @@ class Keys:
 for seeded in (False, True):
     for block in (False, True):
         total = 0
-        for variant in op.variants(seeded=seeded, block=block):
+        for variant in accept_variants.variants(seeded=seeded, block=block):
             op.KERNELS = {name: Keys(getattr(op.kernel, name + "_kernel")) for name in op.KERNELS}
             for requests, depth, rows in ((1, 7, 8), (1, 1, 1), (2, 3, 16), (16, 7, 113), (5, 2, 17)):
-                given = op.padded(variant, 1600, depth, torch.device("cpu"), requests=requests)
+                given = accept_variants.padded(variant, 1600, depth, torch.device("cpu"), requests=requests)
                 shifted = torch.empty(rows * 1600 + 1)[1:].view(rows, 1600)
                 given["rows"] = given["rows"]._replace(logits=shifted)
                 del given["backend"]

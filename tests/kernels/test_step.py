@@ -7,12 +7,13 @@ import torch
 
 from dspark_kernels import step as kernels
 from dspark_kernels.support.errors import OperandError
-from dspark_sglang.core import step
 from dspark_sglang.core.accept import Accepted
 from dspark_sglang.core.schedule.scheduler import ADMISSIBLE, before_all
+from dspark_sglang.core.step import Finished, Step
 from dspark_sglang.core.sts import BINS
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+STEP = Step()
 SHAPES = [(1, 1), (1, 7), (3, 5), (8, 7), (17, 4)]
 IDS = [f"R{requests}-gamma{gamma}" for requests, gamma in SHAPES]
 
@@ -52,7 +53,7 @@ def corrected(requests: int, gamma: int) -> list[torch.Tensor]:
 def test_survivals_are_those_of_pytorch(requests: int, gamma: int) -> None:
     given = corrected(requests, gamma)
     found = kernels.survival(*given, least=ADMISSIBLE)
-    same((found,), (step.survival(*given, least=ADMISSIBLE),))
+    same((found,), (STEP.survival(*given),))
     # What ranks by them needs more: they never rise along a request, and 0 means that none may be verified.
     assert (found.diff(dim=1) <= 0).all()
     position = torch.arange(gamma, device=DEVICE)
@@ -76,7 +77,7 @@ def test_windows_are_those_of_pytorch(requests: int, gamma: int, spare: int) -> 
     given = moved(index, block, tokens, positions, slots)
     given[1] = given[1][:, 0]  # a column of SGLang's block
     found = kernels.window(*given, rows=len(index) + spare)
-    same(found, step.window(*given, rows=len(index) + spare))
+    same(found, STEP.window(*given, rows=len(index) + spare))
 
 
 # --- the outcome ---------------------------------------------------------------------------------
@@ -97,7 +98,7 @@ def test_outcomes_are_those_of_pytorch(requests: int, gamma: int, width: int | N
         stops = stops.masked_fill(torch.rand(stops.shape, generator=random) < 0.7, -1).to(DEVICE)
     count, token, drafted, lens, before = moved(count, token, drafted, lens, before)
     found = kernels.finish(count, token, drafted, stops, lens.to(torch.int32), before)
-    same(found, step.finish(Accepted(count, token), drafted, stops, lens, before))
+    same(found, STEP.finish(Accepted(count, token), drafted, stops, lens, before))
 
 
 def test_a_run_ends_at_its_first_stop_token() -> None:
@@ -105,7 +106,7 @@ def test_a_run_ends_at_its_first_stop_token() -> None:
     stops = torch.tensor([[7, 9], [9, -1], [-1, -1]], device=DEVICE)
     count, token = torch.tensor([3, 2, 3], device=DEVICE), torch.tensor([1, 2, -1], device=DEVICE)
     lens, before = torch.tensor([3, 3, 3], device=DEVICE), torch.tensor([10, 20, 30], device=DEVICE)
-    found = kernels.finish(count, token, drafted, stops, lens, before)
+    found = Finished(*kernels.finish(count, token, drafted, stops, lens, before))
     assert found.pair.tolist() == [[3, 3, 3], [1, 2, 3]]
     assert found.reported.tolist() == [[5, 7, 9, 0], [5, 7, 2, 0], [5, 7, 9, -1]]
     assert found.tokens[2].tolist() == [5, 7, 9, 0]
@@ -128,7 +129,7 @@ def test_kept_rows_are_those_of_pytorch(requests: int, gamma: int) -> None:
     )
     given = moved(cells, committed, slots, positions)
     found = kernels.kept(*given)
-    same(found, step.kept(*given))
+    same(found, STEP.kept(*given))
     assert int((found[0] >= 0).sum()) == int(committed.sum())
 
 

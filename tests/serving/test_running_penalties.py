@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from dspark_sglang.core.step import Step
 from dspark_sglang.serving.requests import RunningPenalties
-from tests.serving.test_overlapped import operations
 
 VOCABULARY, GAMMA = 11, 3
 
@@ -65,7 +65,7 @@ def rng() -> torch.Generator:
 
 
 def test_batches_change_and_each_output_is_counted_once(rng: torch.Generator) -> None:
-    running = RunningPenalties(operations())
+    running = RunningPenalties(Step())
     a = Served([], frequency_penalty=0.5, min_new_tokens=6)
     b, c, d = Served([]), Served([], presence_penalty=1.5), Served([], frequency_penalty=0.25)
     running.prefilled([a.request, b.request])
@@ -79,7 +79,7 @@ def test_batches_change_and_each_output_is_counted_once(rng: torch.Generator) ->
 def test_a_request_that_is_put_back_is_counted_from_what_it_was_prefilled_with(
     rng: torch.Generator,
 ) -> None:
-    running = RunningPenalties(operations())
+    running = RunningPenalties(Step())
     one, other = Served([], frequency_penalty=0.5), Served([], frequency_penalty=0.7)
     running.prefilled([one.request, other.request])
     step(running, [one, other], rng)
@@ -94,13 +94,13 @@ def test_a_request_that_is_put_back_is_counted_from_what_it_was_prefilled_with(
 def test_without_a_prefill_the_host_knows_the_output(rng: torch.Generator) -> None:
     one = Served([3, 3, 4], frequency_penalty=0.5)
     one.request.output_ids = [3, 3, 4, 5]  # the last is the anchor
-    step(RunningPenalties(operations()), [one], rng)
+    step(RunningPenalties(Step()), [one], rng)
 
 
 def test_requests_without_penalties_cost_nothing(rng: torch.Generator) -> None:
     logits = torch.randn(GAMMA + 1, VOCABULARY, generator=rng)
     before = logits.clone()
-    running = RunningPenalties(operations())
+    running = RunningPenalties(Step())
     running.apply([asking([1, 1])], logits, torch.zeros(1, GAMMA + 1, dtype=torch.int64), None)
     running.extend(torch.tensor([1]))
     assert torch.equal(logits, before)

@@ -19,16 +19,13 @@ import numpy.typing as npt
 import torch
 
 from dspark_sglang.config import Kernels, Verification
-from dspark_sglang.core import step
 from dspark_sglang.core.accept import Accepted
 from dspark_sglang.core.device import to_device
 from dspark_sglang.core.draft import DraftBlock, undrafted
 from dspark_sglang.core.heads import ConfidenceHead, MarkovHead
-from dspark_sglang.core.penalties import OutputCounts, Terms
 from dspark_sglang.core.sampling import Filters
-from dspark_sglang.core.schedule.scheduler import ADMISSIBLE
 from dspark_sglang.core.seeded import Noise
-from dspark_sglang.core.step import Finished, Window
+from dspark_sglang.core.step import Step
 from dspark_sglang.core.tensor_parallel import Exchange, Shard
 from dspark_sglang.errors import CompatibilityError
 from dspark_sglang.serving.sglang_types import DenseDraft, KvPool, Req, SamplingBatchInfo
@@ -150,6 +147,8 @@ class Ops(abc.ABC):
     name: str
     #: Whether the distributions of a block are of every request, greedy ones included; else of those that sample.
     covers_greedy = False
+    #: The rest of a step.
+    step = Step()
 
     def __init__(
         self,
@@ -273,76 +272,6 @@ class Ops(abc.ABC):
             known = Admitted(torch.zeros_like(row), row, one, row * (self._gamma + 1))
             self._anchors[requests] = known
         return known
-
-    def survival(
-        self,
-        confidence: torch.Tensor,
-        known: torch.Tensor,
-        shift: torch.Tensor,
-        whole: torch.Tensor,
-    ) -> torch.Tensor:
-        """As :func:`dspark_sglang.core.step.survival`; what may be verified is :data:`ADMISSIBLE` at least."""
-        return step.survival(confidence, known, shift, whole, least=ADMISSIBLE)
-
-    def window(
-        self,
-        cells: torch.Tensor,
-        anchors: torch.Tensor,
-        tokens: torch.Tensor,
-        positions: torch.Tensor,
-        slots: torch.Tensor,
-        *,
-        rows: int,
-    ) -> Window:
-        """As :func:`dspark_sglang.core.step.window`."""
-        return step.window(cells, anchors, tokens, positions, slots, rows=rows)
-
-    def finish(
-        self,
-        outcome: Accepted,
-        drafted: torch.Tensor,
-        stops: torch.Tensor | None,
-        lens: torch.Tensor,
-        before: torch.Tensor,
-    ) -> Finished:
-        """As :func:`dspark_sglang.core.step.finish`."""
-        return step.finish(outcome, drafted, stops, lens, before)
-
-    def kept(
-        self,
-        cells: torch.Tensor,
-        committed: torch.Tensor,
-        slots: torch.Tensor,
-        positions: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As :func:`dspark_sglang.core.step.kept`."""
-        return step.kept(cells, committed, slots, positions)
-
-    def penalise(
-        self,
-        logits: torch.Tensor,
-        counts: OutputCounts,
-        terms: Terms,
-        cells: torch.Tensor,
-        block: torch.Tensor,
-    ) -> None:
-        """Change logits ``[N, V]`` float32 in place as plain decoding's penalties do.
-
-        Args:
-            counts: of the outputs that ``terms`` name.
-            cells: ``[N]`` int64 place of each row in the flattened block.
-            block: ``[R, W]`` int64 anchors, and the tokens drafted after them.
-        """
-        owner = torch.div(cells, block.shape[1], rounding_mode="floor")
-        # The anchor comes before every row.
-        place = cells - owner * block.shape[1] + 1
-        counts.penalise(logits, terms, owner, place, block)
-
-    def extend(
-        self, counts: OutputCounts, terms: Terms, block: torch.Tensor, kept: torch.Tensor
-    ) -> None:
-        """Add anchors and ``[R]`` int64 kept drafted tokens of a block to the outputs."""
-        counts.extend(terms, block, kept + 1)
 
     @abc.abstractmethod
     def accept(self, given: Verified) -> Accepted:

@@ -21,8 +21,6 @@ from dspark_sglang.serving.ops import Ops, SampledRows, Verified
 MOST = 1024
 Kind = Literal["greedy", "sampled", "filtered", "min_p"]
 KINDS: tuple[Kind, ...] = ("greedy", "sampled", "filtered", "min_p")
-
-
 #: Base logits ``[N, M]`` of draft states ``[N, d]``.
 Base = Callable[[torch.Tensor], torch.Tensor]
 
@@ -86,7 +84,7 @@ def _admission(ops: Ops, sizes: Sizes, requests: int) -> None:
     known = torch.ones((3, requests), dtype=torch.int64, device=sizes.device)
     shift = torch.zeros((2, sizes.gamma, BINS), device=sizes.device)
     whole = torch.ones(sizes.gamma, dtype=torch.float64, device=sizes.device)
-    ops.admit_there(ops.survival(confidence, known, shift, whole), requests)
+    ops.admit_there(ops.step.survival(confidence, known, shift, whole), requests)
 
 
 def _step(
@@ -111,7 +109,7 @@ def _step(
     else:
         block = ops.nothing(rows, requests)
     admitted = ops.anchors(requests, device)
-    ops.window(admitted.rows, anchors, tokens, places, places, rows=len(places))
+    ops.step.window(admitted.rows, anchors, tokens, places, places, rows=len(places))
     # Draws by a request's own seed are made from whole rows where they filter.
     gathered = rows is not None and rows.seeds is not None and rows.filters
     columns = sizes.whole if gathered else sizes.columns
@@ -129,8 +127,8 @@ def _step(
         )
     )
     for stops in (None, tokens[:, :1].contiguous()):
-        done = ops.finish(outcome, tokens, stops, admitted.lens, anchors)
-    ops.kept(admitted.rows, done.committed, places, places)
+        done = ops.step.finish(outcome, tokens, stops, admitted.lens, anchors)
+    ops.step.kept(admitted.rows, done.committed, places, places)
 
 
 def _penalties(ops: Ops, sizes: Sizes) -> None:
@@ -139,5 +137,5 @@ def _penalties(ops: Ops, sizes: Sizes) -> None:
     terms = Terms.of([Penalties(0.5, min_new_tokens=1, stop_tokens=(0,))], [0], sizes.device)
     logits = torch.zeros((1, sizes.whole), device=sizes.device)
     block = torch.zeros((1, sizes.gamma + 1), dtype=torch.int64, device=sizes.device)
-    ops.penalise(logits, counts, terms, block[0, :1], block)
-    ops.extend(counts, terms, block, block[0, :1])
+    ops.step.penalise(logits, counts, terms, block[0, :1], block)
+    ops.step.extend(counts, terms, block, block[0, :1])

@@ -10,8 +10,6 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from dspark_kernels import penalise
-from dspark_kernels import step as kernels
 from dspark_kernels.accept import Filters, Keys, ListedDraft, Rows, accept
 from dspark_kernels.admit import admit
 from dspark_kernels.confidence import confidence
@@ -19,10 +17,11 @@ from dspark_kernels.kv_inject import kv_inject, pools, rope_table
 from dspark_kernels.markov_step import Head, Sampling, draft_shortlist
 from dspark_kernels.support.backend import Backend
 from dspark_kernels.vocab_parallel_accept import Shard, begin
-from dspark_sglang.core import step
 from dspark_sglang.core.accept import Accepted
 from dspark_sglang.core.penalties import OutputCounts, Penalties, Terms
+from dspark_sglang.core.step import Step
 from dspark_sglang.errors import CompatibilityError
+from dspark_sglang.serving.ops.triton_step import TritonStep
 
 _VOCAB, _HIDDEN, _RANK, _REQUESTS, _GAMMA, _LISTED = 1000, 64, 32, 6, 3, 32
 #: Numbers may differ by this much of their size: one in bfloat16, of keys that were rounded twice.
@@ -184,11 +183,10 @@ def _step(device: torch.device, backend: Backend) -> Sequence[torch.Tensor]:
     tokens = _integers(device, 8, _REQUESTS, _GAMMA, seed=27)
     places = torch.arange(_REQUESTS * (_GAMMA + 1), device=device)
     stops = _integers(device, 8, _REQUESTS, 2, seed=28)
-    of = step if backend == "torch" else kernels
-    outcome = (Accepted(count, ones),) if backend == "torch" else (count, ones)
-    done = of.finish(*outcome, tokens, stops, _GAMMA * ones, ones)
+    of = Step() if backend == "torch" else TritonStep()
+    done = of.finish(Accepted(count, ones), tokens, stops, _GAMMA * ones, ones)
     return (
-        of.survival(confidence, known, shift, whole, least=1e-300),
+        of.survival(confidence, known, shift, whole),
         *of.window(places[1:], ones, tokens, places + 5, places + 7, rows=len(places) + 3),
         *done,
         *of.kept(places, done.committed, places + 5, places + 7),
@@ -204,14 +202,9 @@ def _penalise(device: torch.device, backend: Backend) -> Sequence[torch.Tensor]:
     rows = torch.arange(1, block.numel(), 2, device=device)
     logits = _random(device, len(rows), _VOCAB, seed=30, scale=2.0)
     kept = _integers(device, _GAMMA + 1, _REQUESTS, seed=31)
-    if backend == "torch":
-        owner = rows // (_GAMMA + 1)
-        counts.penalise(logits, terms, owner, rows - owner * (_GAMMA + 1) + 1, block)
-        counts.extend(terms, block, kept + 1)
-    else:
-        given = penalise.Counts(*counts.tensors), penalise.Terms(*terms)
-        penalise.penalise(logits, rows, *given, block)
-        penalise.extend(*given, block, kept)
+    of = Step() if backend == "torch" else TritonStep()
+    of.penalise(logits, counts, terms, rows, block)
+    of.extend(counts, terms, block, kept)
     # Infinite where a stop token is excluded, in both alike.
     return logits.nan_to_num(neginf=-1e9), *counts.tensors
 

@@ -12,9 +12,7 @@ from dspark_sglang.config import Verification
 from dspark_sglang.core.accept import Accepted
 from dspark_sglang.core.draft import DraftBlock
 from dspark_sglang.core.heads import ConfidenceHead, MarkovHead
-from dspark_sglang.core.penalties import OutputCounts, Terms
 from dspark_sglang.core.sampling import Filters
-from dspark_sglang.core.step import Finished, Window
 from dspark_sglang.core.tensor_parallel import (
     HeldHeads,
     Keys,
@@ -63,7 +61,7 @@ class ShardedOps(Ops):
             verification=verification,
             telemetry=telemetry,
         )
-        self.name, self.covers_greedy = inner.name, inner.covers_greedy
+        self.name, self.covers_greedy, self.step = inner.name, inner.covers_greedy, inner.step
         self._inner = inner
         self._vocabulary = vocabulary
         self._supply = Supply(generator)
@@ -77,7 +75,9 @@ class ShardedOps(Ops):
         #: Candidates of each rank for a position of a block; 0: a rank has not all rows of the heads.
         self._listed = 0
         if held is None and len(inner.markov.w2) == shard.vocabulary:
-            self._listed = min(_CANDIDATES // len(self._widths), *self._widths)
+            # A multiple of 4, where there are so many: what is gathered begins at multiples of 16 bytes.
+            share = min(_CANDIDATES // len(self._widths), *self._widths)
+            self._listed = share - share % 4 or share
 
     def renew(self, markov: MarkovHead, confidence: ConfidenceHead) -> None:
         super().renew(markov, confidence)
@@ -154,61 +154,6 @@ class ShardedOps(Ops):
 
     def anchors(self, requests: int, device: torch.device) -> Admitted:
         return self._inner.anchors(requests, device)
-
-    def survival(
-        self,
-        confidence: torch.Tensor,
-        known: torch.Tensor,
-        shift: torch.Tensor,
-        whole: torch.Tensor,
-    ) -> torch.Tensor:
-        return self._inner.survival(confidence, known, shift, whole)
-
-    def window(
-        self,
-        cells: torch.Tensor,
-        anchors: torch.Tensor,
-        tokens: torch.Tensor,
-        positions: torch.Tensor,
-        slots: torch.Tensor,
-        *,
-        rows: int,
-    ) -> Window:
-        return self._inner.window(cells, anchors, tokens, positions, slots, rows=rows)
-
-    def finish(
-        self,
-        outcome: Accepted,
-        drafted: torch.Tensor,
-        stops: torch.Tensor | None,
-        lens: torch.Tensor,
-        before: torch.Tensor,
-    ) -> Finished:
-        return self._inner.finish(outcome, drafted, stops, lens, before)
-
-    def kept(
-        self,
-        cells: torch.Tensor,
-        committed: torch.Tensor,
-        slots: torch.Tensor,
-        positions: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._inner.kept(cells, committed, slots, positions)
-
-    def penalise(
-        self,
-        logits: torch.Tensor,
-        counts: OutputCounts,
-        terms: Terms,
-        cells: torch.Tensor,
-        block: torch.Tensor,
-    ) -> None:
-        self._inner.penalise(logits, counts, terms, cells, block)
-
-    def extend(
-        self, counts: OutputCounts, terms: Terms, block: torch.Tensor, kept: torch.Tensor
-    ) -> None:
-        self._inner.extend(counts, terms, block, kept)
 
     def accept(self, given: Verified) -> Accepted:
         rows = given.rows

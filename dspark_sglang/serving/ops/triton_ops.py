@@ -10,7 +10,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dspark_kernels import penalise, step
 from dspark_kernels.accept import Accepted as Outcome
 from dspark_kernels.accept import DenseDraft, Filters, Keys, ListedDraft, Rows, accept
 from dspark_kernels.admit import admit
@@ -32,9 +31,6 @@ from dspark_sglang.core.accept import Accepted
 from dspark_sglang.core.device import to_host
 from dspark_sglang.core.draft import FOLLOWING, SHORTLIST, DraftBlock
 from dspark_sglang.core.heads import ConfidenceHead, MarkovHead
-from dspark_sglang.core.penalties import OutputCounts, Terms
-from dspark_sglang.core.schedule.scheduler import ADMISSIBLE
-from dspark_sglang.core.step import Finished, Window
 from dspark_sglang.core.tensor_parallel import Exchange
 from dspark_sglang.core.tensor_parallel import Shard as Columns
 from dspark_sglang.errors import CompatibilityError, NumericsError
@@ -49,6 +45,7 @@ from dspark_sglang.serving.ops import (
 )
 from dspark_sglang.serving.ops.kv_writer import KvWriter
 from dspark_sglang.serving.ops.supply import Supply
+from dspark_sglang.serving.ops.triton_step import TritonStep
 from dspark_sglang.serving.sglang_types import DenseDraft as DraftModel
 from dspark_sglang.serving.sglang_types import KvPool
 
@@ -117,6 +114,7 @@ class TritonOps(Ops):
 
     name = "triton"
     covers_greedy = True  # distributions of greedy requests hold nothing
+    step = TritonStep()
 
     def __init__(self, **given: Any) -> None:
         super().__init__(**given)
@@ -300,71 +298,6 @@ class TritonOps(Ops):
             lens, first = made.lens.to(torch.int32), made.first.to(torch.int32)
             self._anchors[requests] = made._replace(lens=lens, first=first)
         return self._anchors[requests]
-
-    def survival(
-        self,
-        confidence: torch.Tensor,
-        known: torch.Tensor,
-        shift: torch.Tensor,
-        whole: torch.Tensor,
-    ) -> torch.Tensor:
-        return step.survival(confidence.contiguous(), known, shift, whole, least=ADMISSIBLE)
-
-    def window(
-        self,
-        cells: torch.Tensor,
-        anchors: torch.Tensor,
-        tokens: torch.Tensor,
-        positions: torch.Tensor,
-        slots: torch.Tensor,
-        *,
-        rows: int,
-    ) -> Window:
-        rows = max(rows, len(cells))
-        return Window(*step.window(cells, anchors, tokens, positions, slots, rows=rows))
-
-    def finish(
-        self,
-        outcome: Accepted,
-        drafted: torch.Tensor,
-        stops: torch.Tensor | None,
-        lens: torch.Tensor,
-        before: torch.Tensor,
-    ) -> Finished:
-        drafted, before = drafted.contiguous(), before.to(torch.int64)
-        lens = lens.to(torch.int32)
-        found = step.finish(outcome.count, outcome.token, drafted, stops, lens, before)
-        return Finished(*found)
-
-    def kept(
-        self,
-        cells: torch.Tensor,
-        committed: torch.Tensor,
-        slots: torch.Tensor,
-        positions: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return step.kept(cells, committed, slots, positions)
-
-    def penalise(
-        self,
-        logits: torch.Tensor,
-        counts: OutputCounts,
-        terms: Terms,
-        cells: torch.Tensor,
-        block: torch.Tensor,
-    ) -> None:
-        if logits.dtype != torch.float32 or not logits.is_contiguous():
-            super().penalise(logits, counts, terms, cells, block)
-            return
-        kernels = penalise.Counts(*counts.tensors), penalise.Terms(*terms)
-        penalise.penalise(logits, cells, *kernels, block)
-
-    def extend(
-        self, counts: OutputCounts, terms: Terms, block: torch.Tensor, kept: torch.Tensor
-    ) -> None:
-        penalise.extend(
-            penalise.Counts(*counts.tensors), penalise.Terms(*terms), block, kept.contiguous()
-        )
 
     def accept(self, given: Verified) -> Accepted:
         """As :meth:`dspark_sglang.serving.ops.Ops.accept` says.

@@ -10,13 +10,13 @@ import torch
 from benchmarks import ops
 from benchmarks.ops import CPU, Example
 from dspark_kernels import step
-from dspark_sglang.core import step as reference
 from dspark_sglang.core.accept import Accepted
+from dspark_sglang.core.schedule.scheduler import ADMISSIBLE
+from dspark_sglang.core.step import Step
 from dspark_sglang.core.sts import BINS
 
 #: Stop tokens of a request.
 STOPS = 3
-LEAST = 1e-300
 
 
 @dataclass(frozen=True)
@@ -45,19 +45,18 @@ class Case(ops.Case):
     def example(self, batch: int, device: torch.device = CPU) -> Example:
         given = ops.on(device, getattr(self, f"_{self.kind}")(batch))
         named: dict[str, Any] = {}
-        if self.kind == "survival":
-            named = {"least": LEAST}
-        elif self.kind == "window":
+        if self.kind == "window":
             named = {"rows": batch * (self.gamma + 1)}
+        least = {"least": ADMISSIBLE} if self.kind == "survival" else {}
 
         def run() -> Any:
-            return getattr(step, self.kind)(*given, **named)
+            return getattr(step, self.kind)(*given, **named, **least)
 
         def max_error(result: Any) -> float:
             operands = given
             if self.kind == "finish":
                 operands = (Accepted(*given[:2]), *given[2:])
-            wanted = getattr(reference, self.kind)(*operands, **named)
+            wanted = getattr(Step(), self.kind)(*operands, **named)
             if isinstance(wanted, torch.Tensor):
                 result, wanted = (result,), (wanted,)
             ops.check_equal(result, wanted, self.name)

@@ -18,7 +18,6 @@ from dspark_kernels.accept.operands import (
 )
 from dspark_kernels.accept.plan import OPTIONS, Plan, arguments, check
 from dspark_kernels.accept.reference import judge
-from dspark_kernels.accept.warm import Variant, padded, variants
 from dspark_kernels.support.backend import Backend, launched, resolve
 
 __all__ = [
@@ -29,10 +28,7 @@ __all__ = [
     "Keys",
     "ListedDraft",
     "Rows",
-    "Variant",
     "accept",
-    "padded",
-    "variants",
 ]
 
 KERNELS: dict[str, Any] = {

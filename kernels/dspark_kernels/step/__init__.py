@@ -6,8 +6,6 @@ PyTorch's way takes dozens of launches for a few bytes each; every operation her
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 
@@ -22,33 +20,6 @@ from dspark_kernels.support.checks import operand
 
 #: Rows of a program, and stop tokens that it looks at together.
 BLOCK, STOPS = 128, 8
-
-
-class Window(NamedTuple):
-    """Packed rows of a verification, padding last; every tensor ``[N]`` int64."""
-
-    #: Absolute positions; 0: padding, as of the next two.
-    positions: torch.Tensor
-    slots: torch.Tensor
-    ids: torch.Tensor
-    #: The cell ``r * (gamma + 1) + j`` of each row; -1: padding.
-    cells: torch.Tensor
-
-
-class Finished(NamedTuple):
-    """What a round brought, of ``R`` requests."""
-
-    #: ``[2, R]`` int64 drafted tokens verified, and kept.
-    pair: torch.Tensor
-    #: ``[R]`` int32 drafted tokens kept, and all tokens committed.
-    correct: torch.Tensor
-    committed: torch.Tensor
-    #: ``[R]`` int64 the token after them, 0 where there is none, and the length of each request after this round.
-    bonus: torch.Tensor
-    lens: torch.Tensor
-    #: ``[R, gamma + 1]`` int64: the drafted tokens with ``bonus`` in its place, and with the token as it was decided.
-    tokens: torch.Tensor
-    reported: torch.Tensor
 
 
 def _pitch(count: int) -> int:
@@ -115,7 +86,7 @@ def window(
     slots: torch.Tensor,
     *,
     rows: int,
-) -> Window:
+) -> tuple[torch.Tensor, ...]:
     """The packed rows of a verification, padded to ``rows``.
 
     Args:
@@ -123,6 +94,9 @@ def window(
         anchors: ``[R]`` int64 of any stride.
         tokens: ``[R, gamma]`` int64 drafted.
         positions, slots: ``[R * (gamma + 1)]`` int64 of every cell.
+
+    Returns:
+        What :class:`dspark_sglang.core.step.Window` has, in its order.
 
     Raises:
         OperandError: an operand of the wrong shape, dtype, device or stride.
@@ -154,7 +128,7 @@ def window(
         num_warps=1,
     )
     launched("window")
-    return Window(*(part[:rows] for part in out.unbind(0)))
+    return tuple(part[:rows] for part in out.unbind(0))
 
 
 def finish(
@@ -164,7 +138,7 @@ def finish(
     stops: torch.Tensor | None,
     lens: torch.Tensor,
     before: torch.Tensor,
-) -> Finished:
+) -> tuple[torch.Tensor, ...]:
     """End each run at its first stop token and lay out what the round brought.
 
     Args:
@@ -174,6 +148,9 @@ def finish(
         stops: ``[R, S]`` int64 stop tokens, padded with -1; None: nothing ends a run.
         lens: ``[R]`` int32 or int64 drafted tokens verified.
         before: ``[R]`` int64 length of each request before the round.
+
+    Returns:
+        What :class:`dspark_sglang.core.step.Finished` has, in its order.
 
     Raises:
         OperandError: an operand of the wrong shape, dtype, device or stride.
@@ -191,15 +168,10 @@ def finish(
     def made(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 
-    out = Finished(
-        pair=made(2, requests),
-        correct=made(requests, dtype=torch.int32),
-        committed=made(requests, dtype=torch.int32),
-        bonus=made(requests),
-        lens=made(requests),
-        tokens=made(requests, gamma + 1),
-        reported=made(requests, gamma + 1),
-    )
+    kinds = (torch.int64, torch.int32, torch.int32, torch.int64, torch.int64)
+    shapes = ((2, requests), *((requests,),) * 4)
+    out = [made(*shape, dtype=kind) for shape, kind in zip(shapes, kinds, strict=True)]
+    out += [made(requests, gamma + 1) for _ in range(2)]
     finish_kernel[(requests,)](
         count,
         token,
@@ -216,7 +188,7 @@ def finish(
         num_warps=1,
     )
     launched("finish")
-    return out
+    return tuple(out)
 
 
 def kept(

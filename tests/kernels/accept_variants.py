@@ -1,4 +1,4 @@
-"""Every kernel that acceptance compiles, known before the first request.
+"""Every kernel that acceptance can be asked for.
 
 What is compiled depends on a :class:`Variant`, the vocabulary, gamma (up to 7 alike) and dtypes, on nothing that
 differs from step to step: not on requests, rows, the step's depth or where operands lie.
